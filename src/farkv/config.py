@@ -1,0 +1,179 @@
+"""What a user may choose: one frozen config per method, and byte sizes.
+
+In: keyword arguments or text. Out: checked values. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from farkv.errors import ConfigError
+
+Source = Literal["attn", "residual", "post_attn"]
+SOURCES: tuple[Source, ...] = ("attn", "residual", "post_attn")
+
+_UNITS = {"": 1, "B": 1}
+for _i, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1024**_i, f"{_letter}IB": 1024**_i, f"{_letter}B": 1000**_i}
+_SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
+
+
+def parse_bytes(size: int | str | None, option: str) -> int | None:
+    """Turn `2GiB`, `512 MB`, `1.5G` or a number into bytes.
+
+    `KiB`, `MiB`, `GiB`, `TiB` and the bare letters are powers of 1024, `KB` to `TB` powers of 1000.
+
+    Args:
+        size: the text or number; None means no limit.
+        option: the option's name, for the error.
+
+    Raises:
+        ConfigError: the text does not parse, or the size is not positive.
+    """
+    if size is None:
+        return None
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        unit = _UNITS.get(match[2].upper()) if match else None
+        if match is None or unit is None:
+            raise ConfigError(
+                f"{option}: cannot read {size!r} as a byte size; expected a number with an optional unit, "
+                "for example 512MiB, 2GiB or 1.5GB"
+            )
+        size = int(float(match[1]) * unit)
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise ConfigError(f"{option}: expected a positive number of bytes, got {size!r}")
+    return size
+
+
+def format_bytes(n: float) -> str:
+    """Write a byte count for people: `1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise ConfigError unless 0 < fraction <= 1."""
+    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        raise ConfigError(f"fraction: expected a number in (0, 1], got {fraction!r}")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise ConfigError(f"{name}: expected a whole number of at least 0, got {count!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Attend to every record: the reference, and with a near limit the honest offloading baseline."""
+
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.fraction != 1.0:
+            raise ConfigError(f"fraction: full attention reads all, expected 1.0, got {self.fraction!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Attend to the first `sinks` and the most recent records (StreamingLLM's pattern, nothing evicted)."""
+
+    fraction: float = 0.1
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction)
+        _check_counts(sinks=self.sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """Attend to random records per KV head and step, besides sinks and window: the floor of every plot."""
+
+    fraction: float = 0.1
+    sinks: int = 4
+    window: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction)
+        _check_counts(sinks=self.sinks, window=self.window, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle:
+    """Attend to the records with the largest true attention weight: the ceiling; it reads every key."""
+
+    fraction: float = 0.1
+    sinks: int = 4
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction)
+        _check_counts(sinks=self.sinks, window=self.window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfiniGen:
+    """Attend to the records that a query estimated one layer ahead finds in a small index.
+
+    Args:
+        fraction: hard cap on the read fraction over all layers; 1.0 reads everything and equals the plain model.
+        paper: the published algorithm; it sets what follows where left at None.
+        source: the hidden state the query is estimated from: `post_attn`, LN_i(h + attn_{i-1}), is ours;
+            `residual`, LN_i(h_{i-1}); `attn`, layer i-1's attention input, is the paper's.
+        columns: index columns R per KV head (ours: a quarter of the head dimension, the paper's: 0.3).
+        alpha: read only records within `alpha` logits of the best one (the paper's: 4).
+        top_p: read only the records that hold this share of the estimated attention weight.
+        sinks: first tokens that are always read (the paper's: 0).
+        window: recent tokens that are always read; with sinks at most a quarter of the cap (the paper's: 0).
+        top_up: share of the cap that is chosen late, by the layer's true query (the paper's: 0).
+    """
+
+    fraction: float | None = None
+    paper: bool = False
+    source: Source | None = None
+    columns: int | None = None
+    alpha: float | None = None
+    top_p: float | None = None
+    sinks: int | None = None
+    window: int | None = None
+    top_up: float | None = None
+
+    def __post_init__(self) -> None:
+        defaults = _PAPER if self.paper else _OURS
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        check_fraction(self.need_fraction)
+        if self.source not in SOURCES:
+            raise ConfigError(f"source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
+        _check_counts(sinks=self.sinks or 0, window=self.window or 0)
+        if self.columns is not None and self.columns < 1:
+            raise ConfigError(f"columns: expected at least 1, got {self.columns!r}")
+        if self.alpha is not None and self.top_p is not None:
+            raise ConfigError("alpha and top_p: give one of them, got both")
+        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"alpha: expected a positive number of logits, got {self.alpha!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
+        if not 0 <= (self.top_up or 0) < 1:
+            raise ConfigError(f"top_up: expected a share in [0, 1), got {self.top_up!r}")
+
+    @property
+    def need_fraction(self) -> float:
+        """The cap, after defaults are filled in."""
+        return 0.1 if self.fraction is None else self.fraction
+
+
+_OURS = {"fraction": 0.1, "source": "post_attn", "sinks": 4, "window": 16, "top_up": 0.25}
+_PAPER = {"fraction": 0.2, "source": "attn", "sinks": 0, "window": 0, "top_up": 0.0, "alpha": 4.0}
+
+Method = Full | Window | Random | Oracle | InfiniGen

@@ -1,0 +1,116 @@
+"""Every private or version-dependent symbol of transformers that farkv uses, and nothing else.
+
+Tested on 5.16 to 5.23 (CI runs the bit-exact matrix on the oldest and the newest).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicLayer,
+    get_layer_types_and_kwargs,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+__all__ = [
+    "Cache",
+    "DynamicLayer",
+    "describe_layers",
+    "find_attention",
+    "find_decoder",
+    "get_attention_name",
+    "get_eager_attention",
+    "make_stock_layer",
+    "register",
+    "sdpa_attention_forward",
+    "set_attention_name",
+    "supports_sdpa",
+    "text_config",
+    "version",
+]
+
+version: str = transformers.__version__
+
+
+def register(name: str, attention: Callable[..., Any]) -> None:
+    """Make `name` an attention implementation, with the bool-or-None mask of sdpa."""
+    AttentionInterface.register(name, attention)
+    # Without a mask function of that name, Hugging Face would pass no mask and padding would be attended to.
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """Return the configuration of the text decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
+def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return each layer's cache type and the arguments of its stock cache layer."""
+    types, arguments = get_layer_types_and_kwargs(config)
+    shared = getattr(config, "kv_sharing_modes", None)
+    if shared is not None and "reuse" in shared:
+        # A layer whose K and V others read must stay whole.
+        types = ["shared_" + t if mode == "store" else t for t, mode in zip(types, shared, strict=True)]
+    return list(types), list(arguments)
+
+
+def make_stock_layer(layer_type: str, arguments: dict[str, Any]) -> Any:
+    """Make Hugging Face's own cache layer of a type."""
+    return DYNAMIC_LAYER_TYPE_MAPPING[layer_type.removeprefix("shared_")](**arguments)
+
+
+def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:
+    """Return the decoder and its list of blocks: the ModuleList as long as the config says, with attention in it."""
+    n_layers = text_config(model).num_hidden_layers
+    for parent in model.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == n_layers and find_attention(child):
+                return parent, child
+    return None
+
+
+def find_attention(blocks: nn.Module) -> dict[int, nn.Module]:
+    """Return the attention module of every layer that has one."""
+    return {
+        module.layer_idx: module
+        for module in blocks.modules()
+        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+    }
+
+
+def get_attention_name(model: PreTrainedModel) -> str:
+    """Return the attention implementation in use."""
+    return text_config(model)._attn_implementation
+
+
+def set_attention_name(model: PreTrainedModel, name: str) -> None:
+    """Switch the attention implementation of the (text) model."""
+    if text_config(model) is model.config:
+        model.set_attn_implementation(name)
+    else:
+        model.set_attn_implementation({"text_config": name})
+
+
+def supports_sdpa(model: PreTrainedModel) -> bool:
+    """Say whether the architecture may run on torch's fused attention."""
+    return bool(getattr(model, "_supports_sdpa", False))
+
+
+def get_eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the model file's own plain attention: it knows softcap, sinks and whatever else is special."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def is_compiling() -> bool:
+    """Say whether torch.compile is tracing."""
+    return torch.compiler.is_compiling()

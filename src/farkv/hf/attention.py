@@ -1,0 +1,100 @@
+"""The attention function that Hugging Face calls while a model is attached.
+
+In: the arguments of the attention interface, plus the cache layer that the door's hook adds. Out: what the model's
+own attention returns for the records that the recipe reads. Without one of our caches it is the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from farkv._axes import Tensor
+from farkv.errors import CacheStateError
+from farkv.hf import _compat
+from farkv.methods.contract import Query, Step
+
+if TYPE_CHECKING:
+    from farkv.hf.cache import FarLayer
+
+# Hugging Face sniffs names for "sdpa", "flash", "flex_attention", "paged|" and "/": this one has none of them.
+NAME = "farkv"
+
+
+class QueryProbed(Exception):
+    """Carries a query out of a block that is run only up to its attention call."""
+
+    def __init__(self, query: Query):
+        super().__init__("query probed")
+        self.query = query
+
+
+probing: ContextVar[bool] = ContextVar("farkv_probing", default=False)
+
+
+def far_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    far_layer: FarLayer | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Attend: dispatch to the recipe of `far_layer`, or to the model's own attention where there is none.
+
+    Args:
+        query: post-RoPE, [B, Hq, T, D].
+        key, value: [B, Hkv, T, D]: of the new tokens alone where the layer is ours.
+        attention_mask: bool [B, 1, T, S] over the whole context, or None.
+        far_layer: our cache layer, added by the hook.
+    """
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    asked = Query(query, scaling, kwargs.get("softcap"))
+    if not _compat.is_compiling() and probing.get():
+        raise QueryProbed(asked)
+    base = choose_base(module, kwargs)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
+        return base(module, q, k, v, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    if far_layer is None:
+        return attend(query, key, value, attention_mask)
+    if "position_bias" in kwargs and kwargs["position_bias"] is not None:
+        raise CacheStateError("position_bias: attention with a bias per position cannot be read sparsely")
+    return far_layer.attend(Step(asked, key, value, attention_mask), attend)
+
+
+def choose_base(module: nn.Module, kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """Return the attention that the model ran on before it was attached."""
+    base = getattr(module, "farkv_base", "sdpa")
+    special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("output_attentions")
+    if base == "sdpa" and not special:
+        return _compat.sdpa_attention_forward
+    return run_eager
+
+
+def run_eager(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
+) -> Any:
+    """Run the model file's plain attention with the additive mask that it expects."""
+    eager = _compat.get_eager_attention(module)
+    if eager is None:
+        raise CacheStateError(f"{type(module).__name__}: its model file has no eager attention to fall back on")
+    n_new, n_keys = q.shape[2], k.shape[2]
+    if mask is None and n_new > 1:
+        # None means causal to sdpa; eager wants it spelled out.
+        mask = torch.ones(n_new, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_new)[None, None]
+    if mask is not None:
+        mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
+    return eager(module, q, k, v, mask, **kwargs)
+
+
+_compat.register(NAME, far_attention)

@@ -1,0 +1,127 @@
+"""The cache that a user passes as `past_key_values`: Hugging Face's face of a recipe.
+
+In: new K and V per layer. Out: those same K and V; what attention reads besides them is the recipe's business.
+Lengths are logical (tokens seen). The cache holds no model, hook or stream, so it can be deep-copied.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from farkv._axes import Tensor
+from farkv.errors import CacheStateError
+from farkv.hf import _compat
+from farkv.methods.contract import Kernel, Recipe, Step
+from farkv.receipt import Account
+
+
+class FarLayer(_compat.DynamicLayer):
+    """One managed layer: routes what Hugging Face asks of a cache layer to the recipe."""
+
+    def __init__(self, layer: int, recipe: Recipe):
+        super().__init__()
+        self.layer, self.recipe = layer, recipe
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Note dtype and device; memory is the store's."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new tokens and hand them back unchanged."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.recipe.append(self.layer, key_states, value_states)
+        return key_states, value_states
+
+    def attend(self, step: Step, kernel: Kernel) -> object:
+        """Let the recipe attend."""
+        return self.recipe.attend(self.layer, step, kernel)
+
+    def get_seq_length(self) -> int:
+        """Return the tokens seen."""
+        return self.recipe.store.length(self.layer)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the mask's width, over all tokens seen, and its offset."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no maximum in tokens, only in bytes."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.recipe.clear(self.layer)
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; the number is negative, as Hugging Face passes it."""
+        if tokens_to_remove > 0:
+            raise CacheStateError(f"crop: expected a negative number of tokens to remove, got {tokens_to_remove}")
+        if tokens_to_remove < 0 and self.is_initialized:
+            self.recipe.crop(-tokens_to_remove, self.layer)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        if self.get_seq_length() > 0:
+            self.recipe.select(beam_idx, self.layer)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.get_seq_length() > 0:
+            batch = self.recipe.store.batch(self.layer)
+            self.recipe.select(torch.arange(batch).repeat_interleave(repeats), self.layer)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        if self.get_seq_length() > 0:
+            batch = self.recipe.store.batch(self.layer)
+            # A mask, a slice's result or numbers: indexing a range understands them all.
+            self.recipe.select(torch.arange(batch)[indices.cpu()], self.layer)
+
+    def offload(self) -> None:
+        """Nothing: the store moves records itself."""
+
+    def prefetch(self) -> None:
+        """Nothing: the store moves records itself."""
+
+
+class FarCache(_compat.Cache):
+    """All layers of one context; pass it as `past_key_values`. Made by `new_cache()` of an attached model."""
+
+    def __init__(self, layers: list[Any], recipe: Recipe, account: Account):
+        super().__init__(layers=layers)
+        self.recipe, self.account = recipe, account
+        self.verify_steps = 0
+        self._started = 0.0
+
+    def begin(self, n_new: int) -> None:
+        """Note that a forward pass over `n_new` tokens starts."""
+        self.account.decoding = n_new == 1 and self.get_seq_length() > 0
+        self._started = time.perf_counter()
+
+    def end(self, n_new: int) -> None:
+        """Count the forward pass that ends."""
+        seconds = time.perf_counter() - self._started
+        if self.account.decoding:
+            self.account.decode_s += seconds
+            self.account.decode_steps += 1
+            self._count_stock_layers()
+        else:
+            self.account.prefill_s += seconds
+        self.account.context_tokens = self.get_seq_length()
+
+    def _count_stock_layers(self) -> None:
+        """Layers left to Hugging Face read all they hold."""
+        for i, layer in enumerate(self.layers):
+            keys = getattr(layer, "keys", None)
+            if isinstance(layer, FarLayer) or keys is None or keys.dim() != 4:
+                continue
+            self.account.record_bytes[i] = (keys.shape[-1] + layer.values.shape[-1]) * keys.element_size()
+            held = keys.shape[0] * keys.shape[1] * keys.shape[2]
+            self.account.layer(i).add_read(held, held)

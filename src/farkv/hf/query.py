@@ -1,0 +1,78 @@
+"""Layer i's query from an earlier hidden state, for any architecture, before layer i runs.
+
+In: a block's arguments and a hidden state. Out: the post-RoPE query that layer i would form of it. The block is run
+only up to its attention call, so fused projections, norms, biases, partial rotary and scaling are all the model's
+own.  Cost: the norm and the q, k, v projections of one token.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import nn
+
+from farkv._axes import Tensor
+from farkv.hf import _compat
+from farkv.hf.attention import QueryProbed, probing
+from farkv.methods.contract import Query
+
+
+class Rope(threading.local):
+    """The rotary tables of the forward pass that is running in this thread, by layer type."""
+
+    def __init__(self) -> None:
+        self.tables: dict[Any, Any] = {}
+
+    def note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Forward hook of a rotary embedding. Gemma 3 rotates local and global layers differently."""
+        self.tables[kwargs.get("layer_type", args[2] if len(args) > 2 else None)] = out
+
+    def get(self, layer_type: str) -> Any:
+        """Return the tables of a layer type, or those of all layers."""
+        return self.tables.get(layer_type, self.tables.get(None))
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states among a block's or attention's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_hidden(args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with other hidden states."""
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return (), {**kwargs, "hidden_states": hidden}
+
+
+def probe_query(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rope: Any) -> Query | None:
+    """Run a block or attention module up to its attention call and take the query; None if it makes none.
+
+    Args:
+        module: block i (the hidden state is normed by it) or attention i (already normed).
+        args, kwargs: those of an earlier block of the same pass, hidden states replaced.
+        rope: the rotary tables of layer i, None where the model has none.
+    """
+    args = tuple(None if isinstance(a, _compat.Cache) else a for a in args)
+    kwargs = {
+        k: None if isinstance(v, _compat.Cache) or k == "attention_mask" else v
+        for k, v in kwargs.items()
+        if k != "far_layer"
+    }
+    if "position_embeddings" in kwargs and rope is not None:
+        kwargs["position_embeddings"] = rope
+    token = probing.set(True)
+    try:
+        module.forward(*args, **kwargs)
+    except QueryProbed as probed:
+        return probed.query
+    finally:
+        probing.reset(token)
+    return None
+
+
+def add_attention(block: nn.Module, hidden: Tensor, attention: Tensor) -> Tensor:
+    """Return h + attn as the block would form it: sandwich norms and residual factors included."""
+    if hasattr(block, "pre_feedforward_layernorm"):
+        attention = block.post_attention_layernorm(attention)
+    return hidden + attention * getattr(block, "residual_multiplier", 1.0)

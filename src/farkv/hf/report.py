@@ -1,0 +1,96 @@
+"""Turn what a cache counted into a receipt. In: model, method, limits, a cache. Out: a frozen `Receipt`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import torch
+from transformers import PreTrainedModel
+
+from farkv.config import InfiniGen, Method
+from farkv.hf import _compat
+from farkv.hf.cache import FarCache, FarLayer
+from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times
+from farkv.store.tiers import StoreLimits
+
+
+def name_method(method: Method) -> str:
+    """Return the method's name as on the command line; the published variant says so."""
+    name = type(method).__name__.lower()
+    return f"{name}-paper" if isinstance(method, InfiniGen) and method.paper else name
+
+
+def make_receipt(
+    model: PreTrainedModel,
+    method: Method,
+    limits: StoreLimits,
+    layer_types: list[str],
+    kernel: str,
+    cache: FarCache,
+) -> Receipt:
+    """Read the counters (one device sync) and fill in the receipt."""
+    account, store = cache.account, cache.recipe.store
+    total = sum(count_layer_bytes(layer) for layer in cache.layers)
+    near_records = store.near.peak - store.index.peak if store.far else store.host.peak
+    steps = max(1, account.decode_steps)
+    return Receipt(
+        model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        method=name_method(method),
+        answer="",
+        context_tokens=account.context_tokens,
+        generated_tokens=account.generated_tokens or account.decode_steps,
+        kv_bytes=KVBytes(
+            total=total,
+            near_peak=near_records + store.index.peak,
+            host_peak=store.host.peak,
+            disk_peak=0,
+            index_peak=store.index.peak,
+        ),
+        limits=Limits(limits.near, limits.host),
+        read_fraction=account.read_fraction(),
+        index_fraction=account.index_fraction(),
+        resident_fraction=min(1.0, near_records / total) if total else 0.0,
+        kept_fraction=1.0,
+        fetched_bytes_per_token=account.fetched_bytes / steps,
+        disk_bytes_per_token=0.0,
+        evicted_records=0,
+        kernel=kernel,
+        fallbacks=dict(account.fallbacks),
+        quant=Quant(),
+        time=make_times(account),
+        quality=account.quality(),
+        layers=tuple(make_row(i, cache, layer_types[i]) for i in range(len(cache.layers))),
+        versions={
+            "farkv": "0",
+            "torch": torch.__version__,
+            "transformers": _compat.version,
+            "python": platform.python_version(),
+        },
+    )
+
+
+def make_times(account: Account) -> Times:
+    """Return the seconds inside forward passes, and the decode rate they give."""
+    rate = account.decode_steps / account.decode_s if account.decode_s else 0.0
+    return Times(prefill_s=account.prefill_s, decode_s=account.decode_s, tokens_per_s=rate)
+
+
+def count_layer_bytes(layer: object) -> int:
+    """Return the KV bytes that a full cache holds of a layer: as stored for ours, as held for stock ones."""
+    if isinstance(layer, FarLayer):
+        pool = layer.recipe.store.pool[layer.layer]
+        return 0 if pool.data is None else pool.view().numel() * pool.data.element_size()
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def make_row(i: int, cache: FarCache, layer_type: str) -> LayerRow:
+    """Return one layer's row."""
+    managed = isinstance(cache.layers[i], FarLayer)
+    count = cache.account.layer(i)
+    read = count.total_read() / count.held if count.held else 0.0
+    why = None if managed else f"{layer_type}: left to Hugging Face's own cache layer"
+    return LayerRow(
+        layer=i, managed=managed, why=why, read_fraction=read, kept_fraction=1.0, mass_mean=count.mass_mean()
+    )

@@ -1,0 +1,88 @@
+"""What the door drives: one `Recipe` per cache, and what passes between them.
+
+A recipe holds the steps of one method in the method's order. It joins the rooms (`per_prompt`, `per_token`,
+`store`); it does no tensor maths and knows nothing of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from farkv._axes import Bool, Float, Int, Tensor
+from farkv.config import Source
+from farkv.receipt import Account
+from farkv.store.tiers import StoreLimits, Tiers
+
+
+class Query(NamedTuple):
+    """A post-RoPE query and how its logits are formed: softcap(scaling * q . k)."""
+
+    q: Float[Tensor, "B Hq T D"]
+    scaling: float
+    softcap: float | None
+
+
+class Step(NamedTuple):
+    """One attention call: the new tokens' queries, keys and values, and what the queries may see."""
+
+    query: Query
+    k: Float[Tensor, "B Hkv T D"]
+    v: Float[Tensor, "B Hkv T Dv"]
+    mask: Bool[Tensor, "b 1 T S"] | None
+
+
+# The model's own attention over the given records: (q, k, v, mask) -> output of any form.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], object]
+
+
+class Place(NamedTuple):
+    """Where a recipe works: the managed layers, the limits, the device and the books."""
+
+    layers: list[int]
+    limits: StoreLimits
+    device: torch.device
+    account: Account
+
+
+class Recipe(Protocol):
+    """One method at work on one cache."""
+
+    store: Tiers
+    account: Account
+    # Which hidden state the door estimates queries from; None where nothing is speculated.
+    query_source: Source | None
+    # True while a verifying pass runs: attend to everything, count nothing.
+    dense: bool
+    # True while steps are verified: measure the attention mass that the choice holds.
+    measuring: bool
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store new tokens. Raises CapacityError, at the first layer, before anything is stored."""
+        ...
+
+    def wants_estimate(self, layer: int) -> bool:
+        """Say whether `speculate` would be of use for this layer now."""
+        ...
+
+    def speculate(self, layer: int, estimate: Query) -> None:
+        """Choose records for a layer that has not run yet and start their fetch."""
+        ...
+
+    def attend(self, layer: int, step: Step, kernel: Kernel) -> object:
+        """Run attention of one layer over all records (T > 1) or the chosen ones (T = 1)."""
+        ...
+
+    def crop(self, n_tokens: int, layer: int) -> None:
+        """Forget the newest tokens of a layer."""
+        ...
+
+    def select(self, sequences: Int[Tensor, " N"], layer: int) -> None:
+        """Keep these sequences of the batch, in this order."""
+        ...
+
+    def clear(self, layer: int) -> None:
+        """Forget everything of a layer."""
+        ...

@@ -1,0 +1,29 @@
+"""The oracle: the records with the largest true attention weight. It reads every key, so it saves nothing.
+
+Its `index_fraction` counts those keys; it is the upper bound of what choosing by weight can reach.
+"""
+
+from __future__ import annotations
+
+from farkv.config import Oracle
+from farkv.methods.contract import Place, Query
+from farkv.methods.sparse import Budget, SparseRecipe
+from farkv.per_token.select import Choice, force_sinks, select_top
+from farkv.per_token.speculate import pool_group, score_keys
+
+
+class OracleRecipe(SparseRecipe):
+    """Reads sinks, the window and the best records by the true query against the full keys."""
+
+    def __init__(self, place: Place, config: Oracle):
+        super().__init__(place, fraction=config.fraction, sinks=config.sinks, window=config.window)
+
+    def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
+        """1. True logits over all keys.  2. Join the query group.  3. The largest, sinks before all."""
+        n_old = self.store.length(layer) - budget.tail
+        keys = self.store.keys(layer)
+        scores = score_keys(query.q.to(keys.device), keys[:, :, :n_old], query.scaling, query.softcap)
+        self.count_index(layer, keys[:, :, :n_old].numel() * keys.element_size())
+        valid = self.visible(n_old)
+        pooled = pool_group(scores.to(query.q.device), valid)
+        return select_top(force_sinks(pooled, budget.sinks, valid), budget.early)

@@ -1,0 +1,212 @@
+"""The frame of every recipe: dense while the prompt is read, a choice of records per decode step after that.
+
+Prefill (T > 1): store, observe, attend to all.  Decode (T = 1): store, choose (or take what was speculated),
+read, attend to the chosen. A method fills in `choose`, and `observe` and `top_up` where it has them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Bool, Int, Tensor
+from farkv.config import Source
+from farkv.methods.contract import Kernel, Place, Query, Step
+from farkv.per_token.attend import align_mask, measure_mass, weigh_keys
+from farkv.per_token.select import Choice
+from farkv.store.sizes import LayerShape, NearNeed, count_cap, count_forced
+from farkv.store.tiers import Fetch, Read, Tiers
+
+
+class Budget(NamedTuple):
+    """How the records of one layer and step are split; their sum is the cap."""
+
+    sinks: int
+    early: int
+    late: int
+    tail: int
+
+
+class SparseRecipe:
+    """A recipe that reads a fraction of the records at decode steps."""
+
+    query_source: Source | None = None
+
+    def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
+        self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
+        self.store = Tiers(place.layers, place.limits, place.device, window)
+        self.account = place.account
+        self.layers = place.layers
+        self.dense = False
+        self.measuring = False
+        self.valid: Bool[Tensor, "B S"] | None = None
+        self.pending: dict[int, Fetch] = {}
+        self.store.on_fetch = self.count_fetch
+
+    # --- what a method fills in -----------------------------------------------------------------------------
+
+    def observe(self, layer: int, step: Step) -> None:
+        """Look at a layer's new tokens, prompt or decode, after they are stored."""
+
+    def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
+        """Choose `budget.early` records among all but the tail, by the layer's true query."""
+        raise NotImplementedError
+
+    def top_up(self, layer: int, query: Query, early: Fetch, budget: Budget) -> Choice | None:
+        """Choose `budget.late` more, once the true query is known, after speculation."""
+        return None
+
+    def index_token_bytes(self, shape: LayerShape) -> int:
+        """Bytes that one token adds to a layer's index, all KV heads and sequences."""
+        return 0
+
+    def reads_all(self, layer: int) -> bool:
+        """Say whether this layer is left dense by design."""
+        return False
+
+    # --- the frame ------------------------------------------------------------------------------------------
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store new tokens; the first managed layer admits them for all layers."""
+        shape = LayerShape(k.shape[0], k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
+        self.account.record_bytes[layer] = shape.record_bytes
+        if layer == self.layers[0]:
+            self.store.admit(shape, k.shape[2], self.near_need(shape, k.shape[2]))
+        self.store.append(layer, k, v)
+
+    def near_need(self, shape: LayerShape, n_new: int) -> NearNeed:
+        """Return the near bytes at the widest moment of a pass over `n_new` tokens, and of the steps after it."""
+        n_layers = len(self.layers)
+        tokens = max(self.store.length(self.layers[0]) + n_new, self.store.limits.reserve_tokens)
+        budget = self.split(tokens)
+        rows = 0 if self.reads_all(self.layers[-1]) else budget.early + budget.late + budget.tail
+        dense = n_new > 1 or self.dense or any(map(self.reads_all, self.layers))
+        return NearNeed(
+            index=n_layers * tokens * self.index_token_bytes(shape),
+            buffers=2 * rows * shape.token_bytes,
+            window=n_layers * 2 * (self.window + 1) * shape.token_bytes,
+            transient=tokens * shape.token_bytes if dense else 0,
+        )
+
+    def split(self, tokens: int) -> Budget:
+        """Split the cap for a context of `tokens`, the newest included."""
+        cap = count_cap(self.fraction, tokens)
+        sinks, window = count_forced(cap, self.sinks, self.window, self.fraction)
+        middle = cap - window - 1
+        late = int(self.share_late * (middle - sinks)) if self.fraction < 1 else 0
+        return Budget(sinks, middle - late, late, window + 1)
+
+    def wants_estimate(self, layer: int) -> bool:
+        """Nothing is speculated unless a method does."""
+        return False
+
+    def speculate(self, layer: int, estimate: Query) -> None:
+        """Nothing is speculated unless a method does."""
+
+    def attend(self, layer: int, step: Step, kernel: Kernel) -> object:
+        """Attend to all records while T > 1, to the chosen ones at a decode step."""
+        if step.mask is not None:
+            self.valid = step.mask[:, 0, -1]
+        q = step.query.q
+        if q.shape[2] > 1 or self.dense or self.reads_all(layer):
+            self.pending.pop(layer, None)
+            out = self._attend_all(layer, step, kernel)
+        else:
+            out = self._attend_chosen(layer, step, kernel)
+        if not self.dense:
+            self.observe(layer, step)
+        return out
+
+    def _attend_all(self, layer: int, step: Step, kernel: Kernel) -> object:
+        q, k, v = step.query.q, step.k, step.v
+        total = self.store.length(layer)
+        if q.shape[2] == 1 and not self.dense:
+            self.count_read(layer, k.shape[0] * k.shape[1] * total, k)
+            self._measure(layer, step, None)
+        if total == k.shape[2]:
+            with self.store.hold((k.numel() + v.numel()) * k.element_size()):
+                return kernel(q, k, v, step.mask)
+        with self.store.read_all(layer) as (all_k, all_v):
+            return kernel(q, all_k, all_v, step.mask)
+
+    def _attend_chosen(self, layer: int, step: Step, kernel: Kernel) -> object:
+        q, k = step.query.q, step.k
+        budget = self.split(self.store.length(layer))
+        early = self.pending.pop(layer, None)
+        late = None
+        if early is None:
+            budget = budget._replace(early=budget.early + budget.late, late=0)
+            chosen = self.choose(layer, step.query, budget)
+            early = self.store.fetch(layer, chosen.positions, chosen.valid, budget.tail)
+        else:
+            extra = self.top_up(layer, step.query, early, budget)
+            late = None if extra is None else Fetch(extra.positions, extra.valid, None, None)
+        read = self.store.read(layer, early, late, budget.tail)
+        n_read = read.valid.sum() if read.valid is not None else read.positions.numel()
+        self.count_read(layer, n_read, k)
+        self._measure(layer, step, read)
+        mask = align_mask(step.mask, read.positions, read.valid, q.shape[1] // k.shape[1])
+        return kernel(q, read.k, read.v, mask)
+
+    def _measure(self, layer: int, step: Step, read: Read | None) -> None:
+        """Measure the true attention mass of a choice, beside the pool, on verified steps only."""
+        if not self.measuring:
+            return
+        if read is None:
+            self.account.layer(layer).add_mass(1.0, 1.0)
+            return
+        keys = self.store.keys(layer)
+        visible = None if self.valid is None else self.valid[:, None].to(keys.device)
+        query = step.query
+        weights = weigh_keys(query.q.to(keys.device), keys, visible, query.scaling, query.softcap)
+        valid = None if read.valid is None else read.valid.to(keys.device)
+        mass = measure_mass(weights, read.positions.to(keys.device), valid)
+        # A deliberate sync: verified steps are not timed.
+        self.account.layer(layer).add_mass(float(mass.mean()), float(mass.min()))
+
+    # --- the books ------------------------------------------------------------------------------------------
+
+    def count_read(self, layer: int, n_records: int | Tensor, k: Tensor) -> None:
+        """Count one decode step's records of a layer."""
+        held = k.shape[0] * k.shape[1] * self.store.length(layer)
+        self.account.layer(layer).add_read(n_records, held)
+
+    def count_index(self, layer: int, n_bytes: float) -> None:
+        """Count index bytes that were scored."""
+        self.account.layer(layer).index_bytes += n_bytes
+
+    def count_fetch(self, n_bytes: int) -> None:
+        """Count bytes that crossed the link at decode steps."""
+        if self.account.decoding and not self.dense and not self.measuring:
+            self.account.fetched_bytes += n_bytes
+
+    # --- the batch ------------------------------------------------------------------------------------------
+
+    def crop(self, n_tokens: int, layer: int) -> None:
+        """Forget the newest tokens of a layer, and whatever was speculated."""
+        self.pending.clear()
+        self.store.crop(layer, n_tokens)
+        if self.valid is not None:
+            self.valid = self.valid[:, : self.store.length(layer)]
+
+    def select(self, sequences: Int[Tensor, " N"], layer: int) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self.pending.clear()
+        self.store.select(layer, sequences)
+        if self.valid is not None and layer == self.layers[0]:
+            valid = self.valid if self.valid.shape[0] > 1 else self.valid.expand(int(sequences.max()) + 1, -1)
+            self.valid = valid.index_select(0, sequences.to(self.valid.device))
+
+    def clear(self, layer: int) -> None:
+        """Forget everything of a layer."""
+        self.pending.clear()
+        self.store.clear(layer)
+        self.valid = None
+
+    def visible(self, n_tokens: int) -> Bool[Tensor, "B S"] | None:
+        """Return which of the first `n_tokens` are real; tokens younger than the last mask are."""
+        if self.valid is None:
+            return None
+        known = self.valid[:, :n_tokens]
+        return torch.nn.functional.pad(known, (0, n_tokens - known.shape[1]), value=True)

@@ -1,0 +1,100 @@
+"""The profile file: what was measured once per model, in one safetensors file.
+
+In: Gram sums per layer. Out: `Profile`, which `save`s and `load`s. Holds, per managed layer, the bilinear skew's
+leading columns, the keys' mean and the paper's orthogonal skew; in the metadata the model's identity. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from farkv._axes import Tensor
+from farkv.errors import ProfileError
+from farkv.per_model.skew import Gram, solve_bilinear, solve_svd
+
+FORMAT = "farkv-profile-1"
+# More columns than this never pay; storing all D of both bases would be most of the file.
+MAX_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Skews of every profiled layer, float32 on the CPU, batch axis 1.
+
+    `identity` names the model it was measured on: family, shape and a digest of some weights.
+    """
+
+    identity: dict[str, str]
+    tensors: dict[str, Tensor] = field(repr=False)
+    path: str | None = None
+
+    def bilinear(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A_q, A_k ([1, Hkv, D, up to 64]) and the key mean ([1, Hkv, 1, D])."""
+        return self._get(layer, "query"), self._get(layer, "key"), self._get(layer, "mean")
+
+    def svd(self, layer: int) -> Tensor:
+        """Return the paper's orthogonal skew, [1, Hkv, D, D]."""
+        return self._get(layer, "svd")
+
+    def _get(self, layer: int, name: str) -> Tensor:
+        tensor = self.tensors.get(f"layer.{layer}.{name}")
+        if tensor is None:
+            raise ProfileError(f"profile {self.path or ''}: has nothing for layer {layer}; make it anew: farkv profile")
+        return tensor
+
+    def check(self, identity: dict[str, str]) -> None:
+        """Raise ProfileError unless the profile was measured on the model with this identity."""
+        for key, expected in identity.items():
+            if self.identity.get(key) != expected:
+                raise ProfileError(
+                    f"profile {self.path or ''}: {key} is {self.identity.get(key)!r}, the model's is {expected!r}; "
+                    "make one for this model: farkv profile"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile; a reader sees the old file or the whole new one."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        save_file(self.tensors, part, metadata={"format": FORMAT, "identity": json.dumps(self.identity)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Read a profile.
+
+        Raises:
+            ProfileError: there is no such file, or it is damaged or not a profile.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ProfileError(f"profile {path}: expected format {FORMAT}, got {metadata.get('format')!r}")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                identity = json.loads(metadata["identity"])
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ProfileError(f"profile {path}: cannot be read ({error}); make it anew: farkv profile") from error
+        return cls(identity, tensors, str(path))
+
+
+def make_profile(grams: dict[int, Gram], identity: dict[str, str]) -> Profile:
+    """Solve the skews of every layer from its summed moments.
+
+    Cost: per KV head two Cholesky factorisations, an SVD and an eigenproblem of D x D.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer, gram in grams.items():
+        query, key, mean = solve_bilinear(gram)
+        columns = slice(0, MAX_COLUMNS)
+        parts = {"query": query[..., columns], "key": key[..., columns], "mean": mean, "svd": solve_svd(gram)}
+        for name, tensor in parts.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ProfileError(f"layer {layer}: the skew is not finite; give longer or more varied prompts")
+            tensors[f"layer.{layer}.{name}"] = tensor.contiguous()
+    return Profile(identity, tensors)

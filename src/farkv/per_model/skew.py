@@ -1,0 +1,111 @@
+"""The skew: a change of basis, per KV head, that gathers what decides the scores in few columns.
+
+In: post-RoPE queries and keys. Out: A_q and A_k with (q A_q) . (k A_k) = q . k, best columns first. Weights and
+cache stay unskewed: the skew lives on the speculation side only. Accumulates tensors, runs no model.
+
+Source: InfiniGen §4.2 (SVD of Q, `solve_svd`); the bilinear form is ours (docs/papers/infinigen.md, deviation 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from farkv._axes import Bool, Float, Float32, Tensor
+
+# Added to the Gram matrices, relative to their mean eigenvalue, so that few tokens still give full rank.
+RIDGE = 1e-4
+
+
+@dataclass
+class Gram:
+    """Second moments of one layer's queries and keys, per sequence (or summed) and KV head, in float32.
+
+    `queries` and `keys` are [b, Hkv, D, D] sums, `key_sum` is [b, Hkv, D], counts are [b] tokens.
+    """
+
+    queries: Float32[Tensor, "b Hkv D D"]
+    keys: Float32[Tensor, "b Hkv D D"]
+    key_sum: Float32[Tensor, "b Hkv D"]
+    n_keys: Float32[Tensor, " b"]
+
+    def add(self, other: Gram) -> Gram:
+        """Return the sum of both."""
+        return Gram(
+            self.queries + other.queries,
+            self.keys + other.keys,
+            self.key_sum + other.key_sum,
+            self.n_keys + other.n_keys,
+        )
+
+    def sum_batch(self) -> Gram:
+        """Return the moments of all sequences together, batch axis 1."""
+        return Gram(
+            self.queries.sum(0, True), self.keys.sum(0, True), self.key_sum.sum(0, True), self.n_keys.sum(0, True)
+        )
+
+
+def measure_gram(
+    q: Float[Tensor, "B Hq Tq D"], k: Float[Tensor, "B Hkv T D"], valid: Bool[Tensor, "B T"] | None
+) -> Gram:
+    """Sum q q^T over each KV head's query group and k k^T over its keys.
+
+    Args:
+        q: post-RoPE queries, any sample of the tokens; padding among them must be zeroed by the caller.
+        k: post-RoPE keys.
+        valid: False on padding.
+
+    Cost: 2 (Hq Tq + Hkv T) D^2 operations.
+    """
+    batch, kv_heads, _, dim = k.shape
+    q = q.float().reshape(batch, kv_heads, -1, dim)
+    k = k.float()
+    if valid is not None:
+        k = k * valid[:, None, :, None]
+        n = valid.sum(-1).float()
+    else:
+        n = torch.full((batch,), float(k.shape[2]), device=k.device)
+    return Gram(q.mT @ q, k.mT @ k, k.sum(2), n)
+
+
+def _ridged(moment: Tensor) -> Tensor:
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(moment.shape[-1], device=moment.device, dtype=moment.dtype)
+    return moment + (RIDGE * mean + 1e-30) * eye
+
+
+def solve_bilinear(gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A_q, A_k and the key mean of the best rank-R score, all D columns in order of weight.
+
+    With C_q = L_q L_q^T and the keys' covariance C_k = L_k L_k^T, and SVD(L_q^T L_k) = U S V^T,
+    A_q = L_q^-T U S^1/2 and A_k = L_k^-T V S^1/2 minimise E[(q . (k - mean) - (q A_q) . ((k - mean) A_k))^2] for
+    every number of leading columns. The mean may be left out because it moves all scores of a query alike.
+
+    Returns:
+        A_q, A_k: float32 [b, Hkv, D, D]; mean: float32 [b, Hkv, 1, D].
+
+    Cost: two Cholesky factorisations and one SVD of D x D per KV head.
+    """
+    n = gram.n_keys.clamp_min(1)[:, None, None].double()
+    mean = gram.key_sum.double() / n
+    c_k = gram.keys.double() - n[..., None] * mean[..., :, None] * mean[..., None, :]
+    l_q = torch.linalg.cholesky(_ridged(gram.queries.double()))
+    # Rounding may leave a covariance of few tokens slightly indefinite: the ridge is of the uncentred moment.
+    floor = _ridged(gram.keys.double()) - gram.keys.double()
+    l_k = torch.linalg.cholesky(c_k + floor)
+    u, s, vh = torch.linalg.svd(l_q.mT @ l_k)
+    root = s.sqrt()[..., None, :]
+    a_q = torch.linalg.solve_triangular(l_q.mT, u * root, upper=True)
+    a_k = torch.linalg.solve_triangular(l_k.mT, vh.mT * root, upper=True)
+    return a_q.float(), a_k.float(), mean[:, :, None].float()
+
+
+def solve_svd(gram: Gram) -> Tensor:
+    """Return the paper's skew: the right singular vectors of the stacked group queries, largest first.
+
+    Returns:
+        A: float32 orthogonal [b, Hkv, D, D]; the eigenvectors of sum q q^T are V of SVD(Q).
+    """
+    _, vectors = torch.linalg.eigh(gram.queries.double())
+    return vectors.flip(-1).float()

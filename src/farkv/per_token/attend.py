@@ -1,0 +1,63 @@
+"""Attention in plain tensor operations: the truth that fast paths and receipts are checked against.
+
+In: queries, keys, values, what is visible. Out: attention output, or how much of the weight a choice holds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Bool, Float, Float32, Int, Tensor
+
+
+def weigh_keys(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hkv S D"],
+    visible: Bool[Tensor, "B T S"] | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Float32[Tensor, "B Hkv G T S"]:
+    """Return softmax(scaling * q k^T) of every query head, grouped by KV head, in float32.
+
+    Cost: 2 Hq T S D operations; Hq T S floats.
+    """
+    batch, kv_heads, _, dim = k.shape
+    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[2], dim)
+    logits = grouped @ k.float()[:, :, None].mT * scaling
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
+    return logits.softmax(-1)
+
+
+def measure_mass(
+    weights: Float32[Tensor, "B Hkv G 1 S"],
+    positions: Int[Tensor, "B Hkv K"],
+    valid: Bool[Tensor, "B Hkv K"] | None,
+) -> Float32[Tensor, "B Hkv"]:
+    """Return the share of true attention weight that the chosen records hold, mean over the query group."""
+    mean = weights[:, :, :, 0].mean(2)
+    found = mean.gather(-1, positions)
+    if valid is not None:
+        found = found * valid
+    return found.sum(-1)
+
+
+def align_mask(
+    mask: Bool[Tensor, "b 1 1 S"] | None,
+    positions: Int[Tensor, "B Hkv K"],
+    valid: Bool[Tensor, "B Hkv K"] | None,
+    n_groups: int,
+) -> Bool[Tensor, "B Hq 1 K"] | None:
+    """Turn the mask over the context into one over the chosen records; None stays None where all K count."""
+    if mask is None and valid is None:
+        return None
+    batch, heads, n = positions.shape
+    if mask is None:
+        seen = torch.ones_like(positions, dtype=torch.bool)
+    else:
+        seen = mask[:, 0].expand(batch, heads, -1).gather(-1, positions)
+    if valid is not None:
+        seen = seen & valid
+    return seen[:, :, None, None].expand(batch, heads, n_groups, 1, n).reshape(batch, heads * n_groups, 1, n)

@@ -1,0 +1,89 @@
+"""Choose records by score: at most a cap, fewer where a threshold or a share of mass says so.
+
+In: pooled scores per KV head. Out: positions in ascending order, padded to the cap; the count stays on the device
+as a validity flag, valid ones first. No host sync, no loop over heads.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Bool, Float32, Int, Tensor
+
+
+class Choice(NamedTuple):
+    """Chosen positions per sequence and KV head; `valid` is None where all K count."""
+
+    positions: Int[Tensor, "B Hkv K"]
+    valid: Bool[Tensor, "B Hkv K"] | None
+
+
+def force_sinks(
+    scores: Float32[Tensor, "B Hkv S"], n_sinks: int, valid: Bool[Tensor, "B S"] | None
+) -> Float32[Tensor, "B Hkv S"]:
+    """Give the first `n_sinks` real tokens of every sequence the best score, in place."""
+    if n_sinks == 0:
+        return scores
+    if valid is None:
+        scores[..., :n_sinks] = torch.inf
+        return scores
+    first = valid & (valid.cumsum(-1) <= n_sinks)
+    return scores.masked_fill_(first[:, None], torch.inf)
+
+
+def select_top(scores: Float32[Tensor, "B Hkv S"], cap: int) -> Choice:
+    """Choose the `cap` best records of every KV head. Cost: one top-k over S per KV head."""
+    positions = scores.topk(cap, -1, sorted=False).indices
+    return Choice(positions.sort(-1).values, None)
+
+
+def select_within(scores: Float32[Tensor, "B Hkv S"], cap: int, alpha: float) -> Choice:
+    """Choose the records within `alpha` of the best, per sequence and KV head, at most `cap`.
+
+    Source: InfiniGen §4.3; deviation: a count per sequence and KV head instead of one mean per layer.
+    """
+    values, positions = scores.topk(cap, -1, sorted=False)
+    finite = torch.where(values.isinf(), -torch.inf, values)
+    keep = values > finite.amax(-1, keepdim=True) - alpha
+    return _pack(positions, keep, scores.shape[-1])
+
+
+def select_mean_count(scores: Float32[Tensor, "B Hkv S"], cap: int, alpha: float) -> Choice:
+    """Choose one count for all heads and sequences of the layer: the mean count within `alpha`, at most `cap`.
+
+    Source: InfiniGen §4.3 as published, except that the mean stays on the device.
+    """
+    counts = (scores > scores.amax(-1, keepdim=True) - alpha).sum(-1)
+    mean = counts.float().mean().floor().clamp(1, cap)
+    positions = scores.topk(cap, -1).indices
+    keep = (torch.arange(cap, device=scores.device) < mean).expand_as(positions)
+    return _pack(positions, keep, scores.shape[-1])
+
+
+def select_mass(log_weights: Float32[Tensor, "B Hkv S"], cap: int, top_p: float) -> Choice:
+    """Choose the fewest records whose estimated attention weights sum to `top_p`, at most `cap`.
+
+    Args:
+        log_weights: logs of weights that sum to 1 over S (sinks may be forced to +inf).
+    """
+    values, positions = log_weights.topk(cap, -1)
+    weights = torch.where(values.isposinf(), 0.0, values.exp())
+    before = weights.cumsum(-1) - weights
+    keep = values.isposinf() | (before < top_p)
+    return _pack(positions, keep, log_weights.shape[-1])
+
+
+def _pack(positions: Tensor, keep: Tensor, n: int) -> Choice:
+    """Sort by position, kept ones first."""
+    key = torch.where(keep, positions, positions + n).sort(-1).values
+    return Choice(torch.where(key >= n, key - n, key), key < n)
+
+
+def forbid(scores: Float32[Tensor, "B Hkv S"], choice: Choice) -> Float32[Tensor, "B Hkv S"]:
+    """Give records that are already chosen the worst score, in place."""
+    if choice.valid is None:
+        return scores.scatter_(-1, choice.positions, -torch.inf)
+    marks = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, choice.positions, choice.valid)
+    return scores.masked_fill_(marks, -torch.inf)

@@ -1,0 +1,75 @@
+"""Score the index with a query: what would each stored record weigh?
+
+In: a query (estimated or true), codes. Out: one score per record and KV head. No host sync, no loop over heads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Bool, Float, Float32, Tensor
+
+
+def project_query(
+    q: Float[Tensor, "B Hq 1 D"],
+    query: Float32[Tensor, "b Hkv D R"],
+    scale: Float32[Tensor, "B Hkv 1 R"],
+    scaling: float,
+) -> Float32[Tensor, "B Hkv G R"]:
+    """Return q A_q with the softmax scaling and the codes' scale folded in. Cost: 2 Hq D R operations."""
+    batch, kv_heads = scale.shape[:2]
+    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[-1])
+    return (grouped @ query) * (scale * scaling)
+
+
+def score_index(
+    projected: Float32[Tensor, "B Hkv G R"], codes: Tensor, softcap: float | None
+) -> Float32[Tensor, "B Hkv G S"]:
+    """Return estimated attention logits, up to a constant per query.
+
+    Args:
+        codes: int8 or float index, [B, Hkv, S, R].
+
+    Cost: S * R * itemsize index bytes read per KV head; 2 Hq S R operations.
+    """
+    scores = projected @ codes.float().mT
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def pool_group(
+    scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B S"] | None
+) -> Float32[Tensor, "B Hkv S"]:
+    """Join the queries of one KV head: log of the mean attention weight that the group gives a record.
+
+    A record's worth to the group is the weight it would get, so choosing the largest keeps the most mass.
+    Padding gets -inf.
+    """
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+    group = scores.shape[2]
+    logs = scores.log_softmax(-1)
+    pooled = logs[:, :, 0] if group == 1 else logs.logsumexp(2) - torch.log(torch.tensor(float(group)))
+    # A row of padding alone has no softmax: NaN would win every comparison.
+    return pooled.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
+
+
+def pool_group_by_best(
+    scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B S"] | None
+) -> Float32[Tensor, "B Hkv S"]:
+    """Join the queries of one KV head by the best logit below each query's maximum, as alpha compares them.
+
+    Source: InfiniGen §4.3, s > max(s) - alpha; with one query per KV head it is the paper's rule.
+    """
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+    best = scores.amax(-1, keepdim=True)
+    return (scores - best).amax(2).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+
+
+def score_keys(
+    q: Float[Tensor, "B Hq 1 D"], k: Float[Tensor, "B Hkv S D"], scaling: float, softcap: float | None
+) -> Float32[Tensor, "B Hkv G S"]:
+    """Return the true logits of a query over full keys, for the oracle. Cost: every key is read."""
+    batch, kv_heads = k.shape[:2]
+    scores = q.float().reshape(batch, kv_heads, -1, q.shape[-1]) @ k.float().mT * scaling
+    return softcap * torch.tanh(scores / softcap) if softcap else scores

@@ -1,0 +1,198 @@
+"""The measured account of one run: `Account` counts while it runs, `Receipt` is what the user gets.
+
+In: counts from the recipe, byte peaks from the ledgers, times from the door. Out: a frozen `Receipt` whose
+`to_dict()` has the stable keys. Knows nothing of models or tensors' contents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KVBytes:
+    """Byte peaks; `total` is what a full cache of this context takes in the model's own heads and dtype."""
+
+    total: int
+    near_peak: int
+    host_peak: int
+    disk_peak: int
+    index_peak: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits that were set, in bytes; None where there was none."""
+
+    near: int | None
+    host: int | None
+    disk: int | None = None
+
+
+@dataclass(frozen=True)
+class Quant:
+    """Storage formats of the tiers, None where records are kept as they came."""
+
+    host: str | None = None
+    disk: str | None = None
+    max_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds; from the library they are host time inside the model's forward passes."""
+
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Comparison of verified decode steps with full attention over the same records."""
+
+    steps: int
+    top1_agreement: float
+    kl_mean: float
+    mass_mean: float
+    mass_min: float
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer's share; `why` says why an unmanaged layer is left to Hugging Face."""
+
+    layer: int
+    managed: bool
+    why: str | None
+    read_fraction: float
+    kept_fraction: float
+    mass_mean: float | None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was read, held and moved, what it cost in time, and, if verified, in quality."""
+
+    model: str
+    method: str
+    answer: str
+    context_tokens: int
+    generated_tokens: int
+    kv_bytes: KVBytes
+    limits: Limits
+    read_fraction: float
+    index_fraction: float
+    resident_fraction: float
+    kept_fraction: float
+    fetched_bytes_per_token: float
+    disk_bytes_per_token: float
+    evicted_records: int
+    kernel: str
+    fallbacks: dict[str, int]
+    quant: Quant
+    time: Times
+    quality: Quality | None
+    layers: tuple[LayerRow, ...]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the receipt as plain JSON types, with the stable keys of `--json`."""
+        row = dataclasses.asdict(self)
+        row["layers"] = list(row["layers"])
+        return row
+
+
+@dataclass
+class LayerCount:
+    """Decode-step sums of one layer, in records (a record: one token of one KV head)."""
+
+    read: float = 0.0
+    held: float = 0.0
+    # Counts that only the device knows: summed there, read once at the receipt.
+    device_read: Tensor | None = None
+    index_bytes: float = 0.0
+    mass_sum: float = 0.0
+    mass_min: float = 1.0
+    mass_steps: int = 0
+
+    def add_read(self, read: float | Tensor, held: float) -> None:
+        """Add one step: `read` of `held` records; a tensor stays on its device."""
+        self.held += held
+        if isinstance(read, Tensor):
+            self.device_read = read if self.device_read is None else self.device_read + read
+        else:
+            self.read += read
+
+    def total_read(self) -> float:
+        """Return all records read. Syncs with the device once."""
+        return self.read + (0.0 if self.device_read is None else float(self.device_read))
+
+    def add_mass(self, mean: float, least: float) -> None:
+        """Add one verified step's found attention mass."""
+        self.mass_sum += mean
+        self.mass_min = min(self.mass_min, least)
+        self.mass_steps += 1
+
+    def mass_mean(self) -> float | None:
+        """Return the mean mass over verified steps, None without any."""
+        return self.mass_sum / self.mass_steps if self.mass_steps else None
+
+
+@dataclass
+class Account:
+    """Everything counted during a run, mutable; `paused` while a verifying dense pass runs."""
+
+    layers: dict[int, LayerCount] = field(default_factory=dict)
+    record_bytes: dict[int, int] = field(default_factory=dict)
+    context_tokens: int = 0
+    decode_steps: int = 0
+    generated_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    fetched_bytes: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    agreements: list[bool] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)
+    decoding: bool = False
+    paused: bool = False
+
+    def layer(self, layer: int) -> LayerCount:
+        """Return the counts of one layer."""
+        return self.layers.setdefault(layer, LayerCount())
+
+    def add_fallback(self, name: str) -> None:
+        """Count one use of a slower or different path than the one asked for."""
+        if not self.paused:
+            self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
+
+    def read_fraction(self) -> float:
+        """Return the bytes of chosen records over the bytes of all records, all layers and decode steps."""
+        read = sum(c.total_read() * self.record_bytes.get(i, 1) for i, c in self.layers.items())
+        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in self.layers.items())
+        return read / held if held else 0.0
+
+    def index_fraction(self) -> float:
+        """Return the index bytes scored over the bytes of all records, all layers and decode steps."""
+        scored = sum(c.index_bytes for c in self.layers.values())
+        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in self.layers.items())
+        return scored / held if held else 0.0
+
+    def quality(self) -> Quality | None:
+        """Return the verified comparison, None without `verify`."""
+        if not self.kl:
+            return None
+        counts = [c for c in self.layers.values() if c.mass_steps]
+        steps = sum(c.mass_steps for c in counts)
+        return Quality(
+            steps=len(self.kl),
+            top1_agreement=sum(self.agreements) / len(self.agreements),
+            kl_mean=sum(self.kl) / len(self.kl),
+            mass_mean=sum(c.mass_sum for c in counts) / steps if steps else 1.0,
+            mass_min=min((c.mass_min for c in counts), default=1.0),
+        )

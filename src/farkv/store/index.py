@@ -1,0 +1,65 @@
+"""The near index of one layer: what is scored instead of the keys.
+
+In: codes of new keys. Out: the stored codes, in place, with what turns a query into their space. Rows hold int8
+codes (ours) or the model's own dtype (the paper's partial keys). Knows bytes; `per_prompt.index` knows the maths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Float32, Int, Tensor
+from farkv.store.ledger import Ledger
+from farkv.store.rows import Rows
+
+
+class Projection(NamedTuple):
+    """How a query and a key meet in the index: score = (q @ query * scale) . ((k - mean) @ key / scale).
+
+    The batch axis is 1 where a profile serves all sequences.
+    """
+
+    query: Float32[Tensor, "b Hkv D R"]
+    key: Float32[Tensor, "b Hkv D R"]
+    mean: Float32[Tensor, "b Hkv 1 D"]
+    scale: Float32[Tensor, "B Hkv 1 R"]
+
+
+class LayerIndex:
+    """Codes of all tokens of one layer, and the projection they were made with."""
+
+    def __init__(self, ledger: Ledger, device: torch.device, reserve: int):
+        self.rows = Rows(ledger, device=device, reserve=reserve)
+        self.projection: Projection | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens indexed."""
+        return self.rows.length
+
+    def append(self, codes: Tensor) -> None:
+        """Add codes of new tokens, [B, Hkv, T, R]."""
+        self.rows.append(codes)
+
+    def codes(self) -> Tensor:
+        """Return all codes in place, [B, Hkv, S, R]."""
+        return self.rows.view()
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget the newest tokens."""
+        self.rows.crop(n_tokens)
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self.rows.select(sequences)
+        if self.projection is not None:
+            self.projection = Projection(
+                *(p if p.shape[0] == 1 else p.index_select(0, sequences.to(p.device)) for p in self.projection)
+            )
+
+    def clear(self) -> None:
+        """Free everything."""
+        self.rows.clear()
+        self.projection = None

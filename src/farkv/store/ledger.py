@@ -1,0 +1,53 @@
+"""Counts the bytes of one tier and refuses what would pass its limit.
+
+In: charges and releases, in bytes. Out: `used`, `peak`, or a CapacityError before anything was allocated.
+"""
+
+from __future__ import annotations
+
+from farkv.config import format_bytes
+from farkv.errors import CapacityError
+
+
+class Ledger:
+    """The books of one tier (`near`, `host` or `index`)."""
+
+    def __init__(self, tier: str, limit: int | None = None, parent: Ledger | None = None):
+        self.tier, self.limit, self.parent = tier, limit, parent
+        self.used = 0
+        self.peak = 0
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Say whether `n_bytes` more fit this tier and the one it is counted against."""
+        fits = self.limit is None or self.used + n_bytes <= self.limit
+        return fits and (self.parent is None or self.parent.has_room(n_bytes))
+
+    def charge(self, n_bytes: int) -> None:
+        """Take `n_bytes`.
+
+        Raises:
+            CapacityError: they do not fit; nothing is taken.
+        """
+        if not self.has_room(n_bytes):
+            raise self.refuse(n_bytes, "this step")
+        if self.parent is not None:
+            self.parent.charge(n_bytes)
+        self.used += n_bytes
+        self.peak = max(self.peak, self.used)
+
+    def release(self, n_bytes: int) -> None:
+        """Give `n_bytes` back."""
+        assert 0 <= n_bytes <= self.used
+        if self.parent is not None:
+            self.parent.release(n_bytes)
+        self.used -= n_bytes
+
+    def refuse(self, n_bytes: int, purpose: str) -> CapacityError:
+        """Make the error for `n_bytes` that do not fit."""
+        top = self if self.limit is not None or self.parent is None else self.parent
+        need = top.used + n_bytes
+        return CapacityError(
+            f"{top.tier} limit: {purpose} needs {need:,} bytes ({format_bytes(need)}), the limit is "
+            f"{top.limit or 0:,} ({format_bytes(top.limit or 0)}); raise --{top.tier} to at least {need}, "
+            "or shorten the context"
+        )

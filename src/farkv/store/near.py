@@ -1,0 +1,82 @@
+"""Near memory where it is a tier of its own: two fetch buffers in turn, and each layer's recent window.
+
+In: rows. Out: places to fetch into, and the window's rows. Everything is charged to the near ledger.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Tensor
+from farkv.store.ledger import Ledger
+
+
+class Buffers:
+    """Two row buffers used in turn by consecutive layers, so that one is filled while the other is read."""
+
+    def __init__(self, ledger: Ledger, device: torch.device):
+        self.ledger, self.device = ledger, device
+        self._areas: list[Tensor | None] = [None, None]
+
+    def take(self, turn: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+        """Return the buffer of this turn as [B, Hkv, K, W]; it grows only with the context."""
+        n = shape[0] * shape[1] * shape[2] * shape[3]
+        area = self._areas[turn]
+        if area is None or area.numel() < n or area.dtype != dtype:
+            if area is not None:
+                self._areas[turn] = None
+                self.ledger.release(area.numel() * area.element_size())
+            self.ledger.charge(n * torch.empty((), dtype=dtype).element_size())
+            # Zeros, not garbage: a row that was never fetched is masked, and 0 * NaN would not be.
+            area = torch.zeros(n, dtype=dtype, device=self.device)
+            self._areas[turn] = area
+        return area[:n].view(shape)
+
+    def clear(self) -> None:
+        """Free both."""
+        for area in self._areas:
+            if area is not None:
+                self.ledger.release(area.numel() * area.element_size())
+        self._areas = [None, None]
+
+
+class Tail:
+    """The newest records of one layer, near: [B, Hkv, up to 2n, W], slid to the front when full."""
+
+    def __init__(self, ledger: Ledger, device: torch.device, n: int):
+        self.ledger, self.device, self.n = ledger, device, n
+        self.data: Tensor | None = None
+        self.length = 0
+
+    def push(self, k: Tensor, v: Tensor) -> None:
+        """Add new records; only the last `n` are kept."""
+        k, v = k[:, :, -self.n :], v[:, :, -self.n :]
+        batch, heads, n_new, k_dim = k.shape
+        if self.data is None:
+            shape = (batch, heads, 2 * self.n, k_dim + v.shape[-1])
+            self.ledger.charge(batch * heads * shape[2] * shape[3] * k.element_size())
+            self.data = torch.empty(shape, dtype=k.dtype, device=self.device)
+        if self.length + n_new > 2 * self.n:
+            keep = min(self.n - n_new, self.length) if n_new < self.n else 0
+            if keep:
+                self.data[:, :, :keep] = self.data[:, :, self.length - keep : self.length].clone()
+            self.length = keep
+        self.data[:, :, self.length : self.length + n_new, :k_dim] = k
+        self.data[:, :, self.length : self.length + n_new, k_dim:] = v
+        self.length += n_new
+
+    def newest(self, n: int) -> Tensor | None:
+        """Return the last `n` rows, [B, Hkv, n, W], or None where a crop has left fewer."""
+        if self.data is None or self.length < n:
+            return None
+        return self.data[:, :, self.length - n : self.length]
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget the newest rows."""
+        self.length = max(0, self.length - n_tokens)
+
+    def clear(self) -> None:
+        """Free it."""
+        if self.data is not None:
+            self.ledger.release(self.data.numel() * self.data.element_size())
+        self.data, self.length = None, 0

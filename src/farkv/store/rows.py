@@ -1,0 +1,89 @@
+"""One growing tensor of rows, [B, Hkv, capacity, W]: the ground form of pool and index.
+
+In: new rows. Out: a view of the stored ones, in place. Knows bytes, not what the rows mean.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Int, Tensor
+from farkv.store.ledger import Ledger
+from farkv.store.sizes import grow_capacity
+
+
+class Rows:
+    """Rows per token, appended at the end, cropped from the end, charged to a ledger by capacity."""
+
+    def __init__(self, ledger: Ledger, *, device: torch.device, pin: bool = False, reserve: int = 0):
+        self.ledger, self.device, self.pin, self.reserve = ledger, device, pin, reserve
+        self.data: Tensor | None = None
+        self.length = 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the allocation."""
+        return 0 if self.data is None else self.data.numel() * self.data.element_size()
+
+    def view(self) -> Tensor:
+        """Return the stored rows, [B, Hkv, S, W], without a copy."""
+        assert self.data is not None
+        return self.data[:, :, : self.length]
+
+    def append(self, *parts: Tensor) -> None:
+        """Write new rows; `parts` ([B, Hkv, T, w] each) lie side by side in a row.
+
+        Cost: T * W elements written; when the capacity grows, one copy of all rows.
+        """
+        batch, heads, n_new, _ = parts[0].shape
+        width = sum(p.shape[-1] for p in parts)
+        self.ensure((batch, heads, self.length + n_new, width), parts[0].dtype)
+        assert self.data is not None
+        at = 0
+        for part in parts:
+            # A deliberate copy: records live in the pool from here on (device to host on a GPU).
+            self.data[:, :, self.length : self.length + n_new, at : at + part.shape[-1]].copy_(part)
+            at += part.shape[-1]
+        self.length += n_new
+
+    def ensure(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+        """Make room for shape[2] tokens in all, growing by a quarter where the ledger has room for it."""
+        batch, heads, need, width = shape
+        capacity = 0 if self.data is None else self.data.shape[2]
+        if need <= capacity:
+            return
+        row_bytes = batch * heads * width * torch.empty((), dtype=dtype).element_size()
+        wanted = self.reserve if capacity == 0 and need <= self.reserve else grow_capacity(capacity, need)
+        if not self.ledger.has_room(wanted * row_bytes):
+            wanted = need
+        self.ledger.charge(wanted * row_bytes)
+        grown = torch.empty(batch, heads, wanted, width, dtype=dtype, device=self.device, pin_memory=self.pin)
+        if self.data is not None:
+            grown[:, :, : self.length] = self.view()
+            self.ledger.release(self.n_bytes)
+        self.data = grown
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget the `n_tokens` newest rows."""
+        self.length = max(0, self.length - n_tokens)
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Keep these sequences of the batch, in this order, repeats allowed."""
+        if self.data is None:
+            return
+        if sequences.tolist() == list(range(self.data.shape[0])):
+            return  # Beams that did not move: nothing to copy. (Beam search itself waits for the device here.)
+        new_bytes = self.n_bytes // self.data.shape[0] * len(sequences)
+        self.ledger.charge(new_bytes)
+        old_bytes = self.n_bytes
+        chosen = torch.empty(
+            len(sequences), *self.data.shape[1:], dtype=self.data.dtype, device=self.device, pin_memory=self.pin
+        )
+        torch.index_select(self.data, 0, sequences.to(self.device), out=chosen)
+        self.data = chosen
+        self.ledger.release(old_bytes)
+
+    def clear(self) -> None:
+        """Free everything."""
+        self.ledger.release(self.n_bytes)
+        self.data, self.length = None, 0

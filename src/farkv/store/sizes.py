@@ -1,0 +1,70 @@
+"""Shapes to bytes, before anything is allocated. Pure arithmetic: no tensors.
+
+    record   = (Dk + Dv) * itemsize                   one token of one KV head
+    kv       = L * B * Hkv * S * record               a full cache
+    index    = L * B * Hkv * S * R * index_itemsize
+    fetched  = L * B * Hkv * K_fetched * record       over the link, per decode step
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class LayerShape(NamedTuple):
+    """What decides the bytes of one managed layer."""
+
+    batch: int
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    itemsize: int
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of K and V of one token and one KV head."""
+        return (self.k_dim + self.v_dim) * self.itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in this layer, all KV heads and sequences."""
+        return self.batch * self.kv_heads * self.record_bytes
+
+
+def count_cap(fraction: float, tokens: int) -> int:
+    """Return how many of `tokens` records a KV head may read at this fraction: at least the newest one."""
+    # The small slack keeps 0.1 * 30 from becoming 2 by binary rounding.
+    return max(1, min(tokens, int(fraction * tokens + 1e-9)))
+
+
+def count_forced(cap: int, sinks: int, window: int, fraction: float) -> tuple[int, int]:
+    """Return how many sinks and recent tokens are always read: together at most a quarter of the cap."""
+    if fraction >= 1:
+        return 0, 0
+    room = cap // 4
+    sinks = min(sinks, room // 2)
+    return sinks, min(window, room - sinks)
+
+
+def fetched_bytes(shape: LayerShape, rows: int) -> int:
+    """Return the bytes that cross the link when `rows` records of every KV head are fetched."""
+    return shape.batch * shape.kv_heads * rows * shape.record_bytes
+
+
+class NearNeed(NamedTuple):
+    """Near bytes by purpose at one moment of a run."""
+
+    index: int
+    buffers: int
+    window: int
+    transient: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum of all."""
+        return self.index + self.buffers + self.window + self.transient
+
+
+def grow_capacity(capacity: int, need: int) -> int:
+    """Return the next capacity in tokens: a quarter more than needed, in steps of 64."""
+    return capacity if need <= capacity else -(-(need + need // 4) // 64) * 64

@@ -1,0 +1,46 @@
+"""Muon for many small matrices at once: momentum made orthogonal by Newton-Schulz steps, in batches by shape.
+
+The rule is that of `torch.optim.Muon` (Jordan et al. 2024); running all matrices of one shape as one batched
+product makes a step several times as fast on a CPU.
+"""
+
+from __future__ import annotations
+
+import torch
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def make_orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Bring the singular values of each matrix (n, rows <= columns) close to 1."""
+    a, b, c = COEFFICIENTS
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.float()
+
+
+class BatchedMuon(torch.optim.Optimizer):
+    """Nesterov momentum, made orthogonal, scaled by sqrt(max(1, rows / columns)); decoupled decay."""
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            shapes: dict[tuple[int, int], list] = {}
+            for p in group["params"]:
+                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                wide = update.T if update.shape[0] > update.shape[1] else update
+                shapes.setdefault(tuple(wide.shape), []).append((p, wide))
+            for pairs in shapes.values():
+                done = make_orthogonal(torch.stack([w for _, w in pairs]))
+                for (p, _), u in zip(pairs, done, strict=True):
+                    u = u if u.shape == p.shape else u.T
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(u, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
