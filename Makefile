@@ -1,0 +1,48 @@
+# Every target works from a fresh checkout: `make demo`, `make test`, `make matrix-oldest`.
+
+PYTHON ?= python3.11
+# Options for pip, for example an index with CPU builds of torch.
+PIP_FLAGS ?=
+
+BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
+
+.PHONY: demo test lint matrix-oldest clean
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/farkv demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+matrix-oldest: .venv-oldest/installed
+	$(OLDEST)/python -m pytest -q tests/hf
+
+clean:
+	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests training benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: nothing is installed again until what is pinned, or what is asked for, changes.
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	$(BIN)/python $(INSTALL) -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
+	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[dev]'
+	touch $@ .venv/installed
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt | .venv-oldest/bin/pip
+	$(OLDEST)/python $(INSTALL) -c constraints-oldest.txt -e '.[test]'
+	touch $@
+
+# pip is the last thing that venv writes: without it the environment was left half made.
+%/bin/pip:
+	$(PYTHON) -m venv $*
