@@ -151,6 +151,7 @@ class Account:
     record_bytes: dict[int, int] = field(default_factory=dict)
     context_tokens: int = 0
     decode_steps: int = 0
+    timed_steps: int = 0
     generated_tokens: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0

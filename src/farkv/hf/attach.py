@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from farkv.config import InfiniGen, Method, parse_bytes
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
@@ -31,6 +31,7 @@ from farkv.methods import make_recipe
 from farkv.methods.contract import Place
 from farkv.per_model.profile import Profile
 from farkv.receipt import Account, Receipt
+from farkv.store.sizes import LayerShape
 from farkv.store.tiers import StoreLimits
 
 log = logging.getLogger("farkv")
@@ -47,6 +48,7 @@ class Handle(AbstractContextManager["Handle"]):
         self._flight = threading.local()
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
+        self._shape: LayerShape | None = None
         self._read_architecture()
         self.base = _compat.get_attention_name(model)
         if self.base not in BASES:
@@ -92,10 +94,12 @@ class Handle(AbstractContextManager["Handle"]):
         for module in self.attention.values():
             module.farkv_base = base  # type: ignore[assignment]
         hooks = self._hooks
-        hooks.append(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
-        hooks.append(self.decoder.register_forward_hook(self._end, with_kwargs=True))
         verifier = Verifier()
+        # Order matters: the verifying dense pass runs before the clock starts, the comparison after it stops.
         hooks.append(model.register_forward_pre_hook(verifier.before, with_kwargs=True))
+        for module in {model, self.decoder}:
+            hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._end, with_kwargs=True))
         hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
         for module in self.decoder.modules():
             if type(module).__name__.endswith("RotaryEmbedding"):
@@ -132,13 +136,17 @@ class Handle(AbstractContextManager["Handle"]):
         limits = self.limits._replace(reserve_tokens=reserve_tokens)
         return Place(self.managed, limits, self.device, account)
 
-    def new_cache(self, *, tokens: int = 0, verify: int = 0) -> FarCache:
+    def new_cache(self, *, tokens: int = 0, batch: int = 1, verify: int = 0) -> FarCache:
         """Make an empty cache for one context (or one batch of them).
 
         Args:
             tokens: the context's expected length, answer included; memory for it is taken at once, and a limit
                 that cannot hold it is reported before the prompt is read.
+            batch: sequences (times beams) that `tokens` is meant for.
             verify: compare this many decode steps with full attention over the same records.
+
+        Raises:
+            CapacityError: a limit cannot hold `tokens`; nothing was read or allocated.
         """
         if not self._hooks:
             raise CacheStateError("new_cache: the model is detached; call farkv.attach again")
@@ -146,6 +154,8 @@ class Handle(AbstractContextManager["Handle"]):
             raise ConfigError(f"new_cache: expected tokens >= 0 and verify >= 0, got {tokens} and {verify}")
         account = Account()
         recipe = make_recipe(self.method, self._place(account, tokens), self.profile)
+        if tokens and self.managed:
+            recipe.admit(self._measure_shape(batch), tokens)
         layers = [
             FarLayer(i, recipe) if i in self.managed else _compat.make_stock_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._stock_arguments, strict=True))
@@ -154,6 +164,19 @@ class Handle(AbstractContextManager["Handle"]):
         cache.verify_steps = verify
         self._last = cache
         return cache
+
+    @torch.no_grad()
+    def _measure_shape(self, batch: int) -> LayerShape:
+        """Return the widest managed layer's shape, from one token through the model: exact for any architecture."""
+        if self._shape is None:
+            probe = DynamicCache(config=self.model.config)
+            self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
+            shapes = []
+            for i in self.managed:
+                k, v = probe.layers[i].keys, probe.layers[i].values
+                shapes.append(LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()))
+            self._shape = max(shapes, key=lambda s: s.token_bytes)
+        return self._shape._replace(batch=batch)
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
         """Return the account of `cache`, or of the last one made.
@@ -172,12 +195,12 @@ class Handle(AbstractContextManager["Handle"]):
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None and not cache.recipe.dense:
-            cache.begin(count_new(args, kwargs))
+            cache.begin(module, count_new(args, kwargs))
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None and not cache.recipe.dense:
-            cache.end(count_new(args, kwargs))
+            cache.end(module)
         self._flight.block = None
 
     def _make_inject(self, i: int) -> Any:

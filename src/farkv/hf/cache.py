@@ -99,22 +99,30 @@ class FarCache(_compat.Cache):
         self.recipe, self.account = recipe, account
         self.verify_steps = 0
         self._started = 0.0
+        self._outermost: object = None
 
-    def begin(self, n_new: int) -> None:
-        """Note that a forward pass over `n_new` tokens starts."""
-        self.account.decoding = n_new == 1 and self.get_seq_length() > 0
-        self._started = time.perf_counter()
+    def begin(self, module: object, n_new: int) -> None:
+        """Note that a forward pass over `n_new` tokens starts; of nested modules the outermost counts."""
+        if self._outermost in (None, module):
+            self._outermost = module
+            self.account.decoding = n_new == 1 and self.get_seq_length() > 0
+            self._started = time.perf_counter()
 
-    def end(self, n_new: int) -> None:
-        """Count the forward pass that ends."""
-        seconds = time.perf_counter() - self._started
-        if self.account.decoding:
-            self.account.decode_s += seconds
-            self.account.decode_steps += 1
-            self._count_stock_layers()
-        else:
-            self.account.prefill_s += seconds
-        self.account.context_tokens = self.get_seq_length()
+    def end(self, module: object) -> None:
+        """Count the forward pass that ends; verified steps are not timed."""
+        if self._outermost is not module:
+            return
+        self._outermost = None
+        account, seconds = self.account, time.perf_counter() - self._started
+        account.context_tokens = self.get_seq_length()
+        if not account.decoding:
+            account.prefill_s += seconds
+            return
+        account.decode_steps += 1
+        self._count_stock_layers()
+        if not self.recipe.measuring:
+            account.decode_s += seconds
+            account.timed_steps += 1
 
     def _count_stock_layers(self) -> None:
         """Layers left to Hugging Face read all they hold."""

@@ -62,7 +62,7 @@ def make_receipt(
         quality=account.quality(),
         layers=tuple(make_row(i, cache, layer_types[i]) for i in range(len(cache.layers))),
         versions={
-            "farkv": "0",
+            "farkv": version("farkv"),
             "torch": torch.__version__,
             "transformers": _compat.version,
             "python": platform.python_version(),
@@ -72,7 +72,7 @@ def make_receipt(
 
 def make_times(account: Account) -> Times:
     """Return the seconds inside forward passes, and the decode rate they give."""
-    rate = account.decode_steps / account.decode_s if account.decode_s else 0.0
+    rate = account.timed_steps / account.decode_s if account.decode_s else 0.0
     return Times(prefill_s=account.prefill_s, decode_s=account.decode_s, tokens_per_s=rate)
 
 

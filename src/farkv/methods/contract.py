@@ -14,6 +14,7 @@ import torch
 from farkv._axes import Bool, Float, Int, Tensor
 from farkv.config import Source
 from farkv.receipt import Account
+from farkv.store.sizes import LayerShape
 from farkv.store.tiers import StoreLimits, Tiers
 
 
@@ -58,6 +59,10 @@ class Recipe(Protocol):
     dense: bool
     # True while steps are verified: measure the attention mass that the choice holds.
     measuring: bool
+
+    def admit(self, shape: LayerShape, n_new: int) -> None:
+        """Raise CapacityError unless every limit can hold `n_new` more tokens; nothing is stored."""
+        ...
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store new tokens. Raises CapacityError, at the first layer, before anything is stored."""

@@ -72,21 +72,29 @@ class SparseRecipe:
         shape = LayerShape(k.shape[0], k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
         self.account.record_bytes[layer] = shape.record_bytes
         if layer == self.layers[0]:
-            self.store.admit(shape, k.shape[2], self.near_need(shape, k.shape[2]))
+            self.admit(shape, k.shape[2])
         self.store.append(layer, k, v)
 
+    def admit(self, shape: LayerShape, n_new: int) -> None:
+        """Refuse tokens that a limit cannot hold, before any layer is touched."""
+        self.store.admit(shape, n_new, self.near_need(shape, n_new))
+
     def near_need(self, shape: LayerShape, n_new: int) -> NearNeed:
-        """Return the near bytes at the widest moment of a pass over `n_new` tokens, and of the steps after it."""
+        """Return the near bytes at the widest moments of a pass over `n_new` tokens and of the steps after it."""
         n_layers = len(self.layers)
         tokens = max(self.store.length(self.layers[0]) + n_new, self.store.limits.reserve_tokens)
         budget = self.split(tokens)
-        rows = 0 if self.reads_all(self.layers[-1]) else budget.early + budget.late + budget.tail
-        dense = n_new > 1 or self.dense or any(map(self.reads_all, self.layers))
+        rows = budget.early + budget.late + budget.tail
+        sparse = [i for i in self.layers if not self.reads_all(i)]
+        whole = tokens * shape.token_bytes
+        index = self.index_token_bytes(shape) * tokens
         return NearNeed(
-            index=n_layers * tokens * self.index_token_bytes(shape),
-            buffers=2 * rows * shape.token_bytes,
-            window=n_layers * 2 * (self.window + 1) * shape.token_bytes,
-            transient=tokens * shape.token_bytes if dense else 0,
+            # An index that grows stands beside its old self for a moment, one layer at a time.
+            index=index * len(sparse) + (0 if self.store.limits.reserve_tokens >= tokens else index),
+            window=n_layers * 2 * (self.store.window + 1) * shape.token_bytes,
+            prefill=whole if n_new > 1 else 0,
+            decode=(2 * rows * shape.token_bytes if sparse else 0)
+            + (whole if self.dense or len(sparse) < n_layers else 0),
         )
 
     def split(self, tokens: int) -> Budget:

@@ -52,17 +52,17 @@ def fetched_bytes(shape: LayerShape, rows: int) -> int:
 
 
 class NearNeed(NamedTuple):
-    """Near bytes by purpose at one moment of a run."""
+    """Near bytes by purpose; a prefill pass and a decode step are never under way at once."""
 
     index: int
-    buffers: int
     window: int
-    transient: int
+    prefill: int
+    decode: int
 
     @property
     def total(self) -> int:
-        """Return the sum of all."""
-        return self.index + self.buffers + self.window + self.transient
+        """Return the bytes of the widest moment."""
+        return self.index + self.window + max(self.prefill, self.decode)
 
 
 def grow_capacity(capacity: int, need: int) -> int:

@@ -1,0 +1,57 @@
+"""Filler for demo prompts: standard-library files that the demo model never saw in training.
+
+In: the running interpreter's library. Out: lines of code. A file is held out when a hash of its path says so;
+`pydoc_data` (English text) is held out as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sysconfig
+from pathlib import Path
+
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+SKIPPED = {"site-packages", "__pycache__", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+HELD_OUT_PERCENT = 8
+
+
+def is_held_out(path: str) -> bool:
+    """Say whether the file with this path, relative to the library, is never trained on."""
+    if path.startswith("pydoc_data"):
+        return True
+    return int(hashlib.sha256(path.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
+
+
+def read_sources(root: Path, *, held_out: bool | None) -> dict[str, str]:
+    """Read the Python sources below `root`; `held_out` chooses the side of the split, None takes all."""
+    files: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if held_out is not None and (
+            SKIPPED & set(Path(name).parts) or is_held_out(name) is not held_out
+        ):
+            continue
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if len(text) > 500 and max(map(len, text.splitlines())) < 400:
+            files[name] = text
+    return files
+
+
+def draw_filler(files: dict[str, str], n_chars: int, seed: int) -> list[str]:
+    """Take consecutive lines, from a random place of random files, until they hold `n_chars`."""
+    rng = random.Random(seed)
+    names = sorted(n for n in files if not n.startswith("pydoc_data"))
+    lines: list[str] = []
+    got = 0
+    while got < n_chars:
+        file_lines = files[rng.choice(names)].splitlines(keepends=True)
+        for line in file_lines[rng.randrange(len(file_lines)) :]:
+            lines.append(line)
+            got += len(line)
+            if got >= n_chars:
+                break
+    return lines
