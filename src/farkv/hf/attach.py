@@ -12,7 +12,7 @@ import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -127,7 +127,7 @@ class Handle(AbstractContextManager["Handle"]):
     ) -> None:
         self.detach()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Handle:
         return self
 
     # --- caches and receipts --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ A recipe holds the steps of one method in the method's order. It joins the rooms
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -48,6 +48,7 @@ class Place(NamedTuple):
     account: Account
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """One method at work on one cache."""
 
