@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from farkv.errors import ConfigError
@@ -126,6 +126,7 @@ class InfiniGen:
 
     Args:
         fraction: hard cap on the read fraction over all layers; 1.0 reads everything and equals the plain model.
+            Left out, it is 0.1 (the paper's: 0.2) but never fewer than 64 records: a short text is read whole.
         paper: the published algorithm; it sets what follows where left at None.
         source: the hidden state the query is estimated from: `post_attn`, LN_i(h + attn_{i-1}), is ours;
             `residual`, LN_i(h_{i-1}); `attn`, layer i-1's attention input, is the paper's.
@@ -146,9 +147,12 @@ class InfiniGen:
     sinks: int | None = None
     window: int | None = None
     top_up: float | None = None
+    # Records per KV head that are read however small the cap is; follows from `fraction`.
+    least_records: int = field(default=1, init=False, repr=False)
 
     def __post_init__(self) -> None:
         defaults = _PAPER if self.paper else _OURS
+        object.__setattr__(self, "least_records", LEAST_RECORDS if self.fraction is None else 1)
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -173,6 +177,7 @@ class InfiniGen:
         return 0.1 if self.fraction is None else self.fraction
 
 
+LEAST_RECORDS = 64
 _OURS = {"fraction": 0.1, "source": "post_attn", "sinks": 4, "window": 16, "top_up": 0.25}
 _PAPER = {"fraction": 0.2, "source": "attn", "sinks": 0, "window": 0, "top_up": 0.0, "alpha": 4.0}
 

@@ -1,7 +1,7 @@
-"""Make recall prompts in the demo model's own form: facts scattered through code, asked for at the end.
+"""Make recall prompts in the demo model's form: facts scattered through code, asked for at the end.
 
-In: lines of filler (code), a seed. Out: the text, the question, the answer. Knows nothing of models.
-The names are made from `TEST_WORDS`, which training never used in a name, unless other words are given.
+In: lines of filler (code), a seed. Out: the text, the question, the answer. Names are made from
+`TEST_WORDS`, which training never used in a name, unless others are given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEST_WORDS: tuple[str, ...] = tuple(
 
 @dataclass(frozen=True)
 class RecallPrompt:
-    """One prompt: `text` holds the facts, `question` asks for one of them, `answer` is four digits."""
+    """One prompt: `text` holds the facts, `question` asks for one, `answer` is four digits."""
 
     text: str
     question: str
@@ -98,7 +98,7 @@ def make_chain_prompt(
     hops: int = 1,
     words: Sequence[str] = TEST_WORDS,
 ) -> RecallPrompt:
-    """Scatter facts and a chain of names that repeat one of them, and ask for the chain's last name.
+    """Scatter facts and a chain of names that repeat one, and ask for the chain's last name.
 
     Args:
         filler: lines of code, each with its line end.
@@ -108,7 +108,7 @@ def make_chain_prompt(
         words: names are two of these, joined by an underscore.
 
     Returns:
-        A prompt whose text is the filler plus `n_facts + hops` lines; `fact_line` is the plain fact's.
+        A prompt; its text is the filler plus `n_facts + hops` lines, `fact_line` the plain fact's.
     """
     base = make_recall_prompt(filler, n_facts, seed, words)
     rng = random.Random(seed + 1_000_003)

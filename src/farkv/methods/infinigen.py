@@ -53,6 +53,7 @@ class InfiniGenRecipe(SparseRecipe):
             top_up=config.top_up or 0.0,
         )
         self.config, self.profile = config, profile
+        self.least = config.least_records
         self.query_source = config.source
         self.index = {i: LayerIndex(self.store.index, place.device, place.limits.reserve_tokens) for i in place.layers}
         self.samples: dict[int, Tensor] = {}
@@ -132,7 +133,7 @@ class InfiniGenRecipe(SparseRecipe):
         else:
             skew = solve_svd(measure_gram(queries, keys, valid))
         key = choose_columns(queries.reshape(batch, heads, -1, dim), keys, skew, n)
-        zero = torch.zeros(1, 1, 1, dim, device=keys.device)
+        zero = torch.zeros(batch, heads, 1, dim, device=keys.device)
         return Projection(key, key, zero, torch.ones(batch, heads, 1, n, device=keys.device))
 
     def encode(self, layer: int, keys: Tensor) -> None:

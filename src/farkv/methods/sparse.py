@@ -38,6 +38,7 @@ class SparseRecipe:
         self.store = Tiers(place.layers, place.limits, place.device, window)
         self.account = place.account
         self.layers = place.layers
+        self.least = 1
         self.dense = False
         self.measuring = False
         self.valid: Bool[Tensor, "B S"] | None = None
@@ -99,7 +100,7 @@ class SparseRecipe:
 
     def split(self, tokens: int) -> Budget:
         """Split the cap for a context of `tokens`, the newest included."""
-        cap = count_cap(self.fraction, tokens)
+        cap = count_cap(self.fraction, tokens, self.least)
         sinks, window = count_forced(cap, self.sinks, self.window, self.fraction)
         middle = cap - window - 1
         late = int(self.share_late * (middle - sinks)) if self.fraction < 1 else 0
@@ -113,11 +114,12 @@ class SparseRecipe:
         """Nothing is speculated unless a method does."""
 
     def attend(self, layer: int, step: Step, kernel: Kernel) -> object:
-        """Attend to all records while T > 1, to the chosen ones at a decode step."""
+        """Attend to all records while T > 1 or nothing was stored before, to the chosen ones at a decode step."""
         if step.mask is not None:
             self.valid = step.mask[:, 0, -1]
         q = step.query.q
-        if q.shape[2] > 1 or self.dense or self.reads_all(layer):
+        first = self.store.length(layer) == q.shape[2]
+        if q.shape[2] > 1 or first or self.dense or self.reads_all(layer):
             self.pending.pop(layer, None)
             out = self._attend_all(layer, step, kernel)
         else:
@@ -129,7 +131,7 @@ class SparseRecipe:
     def _attend_all(self, layer: int, step: Step, kernel: Kernel) -> object:
         q, k, v = step.query.q, step.k, step.v
         total = self.store.length(layer)
-        if q.shape[2] == 1 and not self.dense:
+        if q.shape[2] == 1 and total > 1 and not self.dense:
             self.count_read(layer, k.shape[0] * k.shape[1] * total, k)
             self._measure(layer, step, None)
         if total == k.shape[2]:

@@ -55,9 +55,11 @@ class LayerIndex:
         """Keep these sequences of the batch, in this order."""
         self.rows.select(sequences)
         if self.projection is not None:
-            self.projection = Projection(
-                *(p if p.shape[0] == 1 else p.index_select(0, sequences.to(p.device)) for p in self.projection)
-            )
+            *shared, scale = self.projection
+            at = sequences.to(scale.device)
+            # A batch axis of 1 serves all sequences; the scale has one row per sequence, even where that is one.
+            shared = [p if p.shape[0] == 1 else p.index_select(0, at) for p in shared]
+            self.projection = Projection(*shared, scale.index_select(0, at))
 
     def clear(self) -> None:
         """Free everything."""

@@ -31,10 +31,10 @@ class LayerShape(NamedTuple):
         return self.batch * self.kv_heads * self.record_bytes
 
 
-def count_cap(fraction: float, tokens: int) -> int:
-    """Return how many of `tokens` records a KV head may read at this fraction: at least the newest one."""
+def count_cap(fraction: float, tokens: int, least: int = 1) -> int:
+    """Return how many of `tokens` records a KV head may read at this fraction: `least`, the newest one, or more."""
     # The small slack keeps 0.1 * 30 from becoming 2 by binary rounding.
-    return max(1, min(tokens, int(fraction * tokens + 1e-9)))
+    return min(tokens, max(1, least, int(fraction * tokens + 1e-9)))
 
 
 def count_forced(cap: int, sinks: int, window: int, fraction: float) -> tuple[int, int]:

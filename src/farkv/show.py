@@ -1,0 +1,59 @@
+"""Draw a receipt for people. In: a `Receipt`. Out: a rich table that fits 80 columns."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from farkv.config import format_bytes
+from farkv.receipt import Receipt
+
+
+def draw_receipt(receipt: Receipt) -> RenderableType:
+    """Return the receipt as a table: what was read, held and moved, what it cost."""
+    table = Table(title=f"receipt: {receipt.method}", title_justify="left", show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim")
+    for name, value, note in rows_of(receipt):
+        table.add_row(name, value, note)
+    parts: list[RenderableType] = [table]
+    unmanaged = [row for row in receipt.layers if not row.managed]
+    if unmanaged:
+        names = ", ".join(f"{row.layer} ({row.why})" for row in unmanaged[:4])
+        more = f" and {len(unmanaged) - 4} more" if len(unmanaged) > 4 else ""
+        parts.append(Text(f"not managed: layer {names}{more}", style="yellow"))
+    if receipt.fallbacks:
+        parts.append(Text(f"fallbacks: {receipt.fallbacks}", style="yellow"))
+    return Group(*parts)
+
+
+def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Return name, value and note of every row."""
+    size, limits, time = receipt.kv_bytes, receipt.limits, receipt.time
+
+    def of(limit: int | None) -> str:
+        return f"limit {format_bytes(limit)}" if limit else "no limit"
+
+    rows = [
+        ("context", f"{receipt.context_tokens:,} tokens", f"full KV cache {format_bytes(size.total)}"),
+        ("read per step", f"{receipt.read_fraction:.1%}", "of the KV bytes, all layers"),
+        ("index scored", f"{receipt.index_fraction:.1%}", "of the KV bytes, per step"),
+        ("held near", f"{receipt.resident_fraction:.1%}", "of the KV bytes, at the peak"),
+        ("kept", f"{receipt.kept_fraction:.1%}", f"{receipt.evicted_records:,} records evicted"),
+        ("fetched", format_bytes(receipt.fetched_bytes_per_token), "per token, over the link"),
+        ("near peak", format_bytes(size.near_peak), f"{of(limits.near)}; index {format_bytes(size.index_peak)}"),
+        ("host peak", format_bytes(size.host_peak), of(limits.host)),
+        ("prefill", f"{time.prefill_s:.2f} s", ""),
+        ("decode", f"{time.decode_s:.2f} s", f"{time.tokens_per_s:.1f} tokens/s, question included"),
+    ]
+    if receipt.quality is not None:
+        q = receipt.quality
+        rows += [
+            ("verified", f"{q.steps} steps", f"top-1 as full attention: {q.top1_agreement:.1%}"),
+            ("KL to full", f"{q.kl_mean:.2g}", "nats, mean"),
+            ("mass found", f"{q.mass_mean:.1%}", f"of the attention weight; worst {q.mass_min:.1%}"),
+        ]
+    rows.append(("kernel", receipt.kernel, ""))
+    return rows
