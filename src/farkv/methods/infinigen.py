@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Tensor
-from farkv.config import InfiniGen
+from farkv.config import InfiniGen, Source
 from farkv.errors import ConfigError
 from farkv.methods.contract import Place, Query, Step
 from farkv.methods.sparse import Budget, SparseRecipe
@@ -54,7 +54,7 @@ class InfiniGenRecipe(SparseRecipe):
         )
         self.config, self.profile = config, profile
         self.least = config.least_records
-        self.query_source = config.source
+        self.query_source: Source | None = config.source
         self.index = {i: LayerIndex(self.store.index, place.device, place.limits.reserve_tokens) for i in place.layers}
         self.samples: dict[int, Tensor] = {}
         self.fitted_tokens: dict[int, int] = {}
