@@ -82,9 +82,10 @@ def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | No
 def find_attention(blocks: nn.Module) -> dict[int, nn.Module]:
     """Return the attention module of every layer that has one."""
     return {
-        module.layer_idx: module
+        index: module
         for module in blocks.modules()
-        if "Attention" in type(module).__name__ and isinstance(getattr(module, "layer_idx", None), int)
+        if "Attention" in type(module).__name__
+        and isinstance(index := getattr(module, "layer_idx", None), int)
     }
 
 

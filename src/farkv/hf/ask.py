@@ -140,7 +140,8 @@ def ask(
         options |= {"temperature": None, "top_p": None, "top_k": None}
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
-    out = handle.model.generate(
+    generate: Any = handle.model.generate
+    out = generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=cache,

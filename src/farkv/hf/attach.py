@@ -171,9 +171,10 @@ class Handle(AbstractContextManager["Handle"]):
         if self._shape is None:
             probe = DynamicCache(config=self.model.config)
             self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
-            shapes = []
+            layers: list[Any] = probe.layers
+            shapes: list[LayerShape] = []
             for i in self.managed:
-                k, v = probe.layers[i].keys, probe.layers[i].values
+                k, v = layers[i].keys, layers[i].values
                 shapes.append(LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()))
             self._shape = max(shapes, key=lambda s: s.token_bytes)
         return self._shape._replace(batch=batch)

@@ -55,15 +55,14 @@ def far_attention(
         attention_mask: bool [B, 1, T, S] over the whole context, or None.
         far_layer: our cache layer, added by the hook.
     """
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
-    asked = Query(query, scaling, kwargs.get("softcap"))
+    scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
+    asked = Query(query, scale, kwargs.get("softcap"))
     if not _compat.is_compiling() and probing.get():
         raise QueryProbed(asked)
     base = choose_base(module, kwargs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
-        return base(module, q, k, v, mask, scaling=scaling, dropout=dropout, **kwargs)
+        return base(module, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
 
     if far_layer is None:
         return attend(query, key, value, attention_mask)

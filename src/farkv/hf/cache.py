@@ -126,7 +126,8 @@ class FarCache(_compat.Cache):
 
     def _count_stock_layers(self) -> None:
         """Layers left to Hugging Face read all they hold."""
-        for i, layer in enumerate(self.layers):
+        layers: list[Any] = self.layers
+        for i, layer in enumerate(layers):
             keys = getattr(layer, "keys", None)
             if isinstance(layer, FarLayer) or keys is None or keys.dim() != 4:
                 continue

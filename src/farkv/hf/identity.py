@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -17,7 +18,7 @@ def identify_model(model: PreTrainedModel) -> dict[str, str]:
     """
     config = _compat.text_config(model)
     digest = hashlib.sha256()
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     last = list(model.parameters())[-1]
     for weight in (embedding[:64], last.reshape(-1)[:4096]):
         digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

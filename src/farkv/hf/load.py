@@ -40,7 +40,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
         raise InputError(f"model {name}: cannot be loaded ({reason}); expected demo, a folder or a hub id") from error
     if dtype == "auto" and place.type == "cpu" and model.dtype == torch.float16:
         model = model.float()
-    return model.to(place).eval(), tokenizer
+    # transformers wraps `to` in a way that loses its signature.
+    return model.to(place).eval(), tokenizer  # pyright: ignore[reportArgumentType]
 
 
 def looks_local(path: str) -> bool:

@@ -74,5 +74,6 @@ def probe_query(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def add_attention(block: nn.Module, hidden: Tensor, attention: Tensor) -> Tensor:
     """Return h + attn as the block would form it: sandwich norms and residual factors included."""
     if hasattr(block, "pre_feedforward_layernorm"):
-        attention = block.post_attention_layernorm(attention)
+        norm: Any = block.post_attention_layernorm
+        attention = norm(attention)
     return hidden + attention * getattr(block, "residual_multiplier", 1.0)

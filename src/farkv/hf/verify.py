@@ -54,18 +54,19 @@ class Verifier(threading.local):
 @torch.no_grad()
 def run_dense(model: nn.Module, cache: FarCache, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """Run one token with full attention and leave the cache as it was."""
-    stock = {i: layer for i, layer in enumerate(cache.layers) if not isinstance(layer, FarLayer)}
-    before = {i: layer.get_seq_length() for i, layer in enumerate(cache.layers) if i not in stock}
+    layers: list[Any] = cache.layers
+    stock = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
+    before = {i: layer.get_seq_length() for i, layer in enumerate(layers) if i not in stock}
     cache.recipe.dense = True
     try:
         for i, layer in stock.items():
             # Sliding and linear layers cannot step back; they are small, so the dense pass gets copies.
-            cache.layers[i] = copy.deepcopy(layer)
+            layers[i] = copy.deepcopy(layer)
         return model(*args, **kwargs).logits[:, -1]
     finally:
         for i, layer in stock.items():
-            cache.layers[i] = layer
+            layers[i] = layer
         for i, length in before.items():
             # An exception may have stopped the pass half way: only layers that took the token give it back.
-            cache.layers[i].crop(length - cache.layers[i].get_seq_length())
+            layers[i].crop(length - layers[i].get_seq_length())
         cache.recipe.dense = False

@@ -54,7 +54,7 @@ def fetched_bytes(shape: LayerShape, rows: int) -> int:
 class NearNeed(NamedTuple):
     """Near bytes by purpose; a prefill pass and a decode step are never under way at once."""
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     window: int
     prefill: int
     decode: int
