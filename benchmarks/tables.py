@@ -1,0 +1,60 @@
+"""Fill the generated tables of README and docs from `benchmarks/results`.
+
+    python benchmarks/tables.py            # rewrite them
+    python benchmarks/tables.py --check    # fail if one differs from what would be written
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import limits
+import quality
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+README_METHODS = ("ours 0.10", "ours 0.05", "paper 0.20", "oracle 0.10", "window 0.10", "random 0.10")
+
+
+def make_tables() -> dict[Path, dict[str, str]]:
+    """Return the tables of every page."""
+    whole = quality.format_table(RESULTS / "infinigen_quality.jsonl")
+    short = quality.format_table(RESULTS / "infinigen_quality.jsonl", README_METHODS)
+    return {
+        ROOT / "README.md": {"quality": short},
+        ROOT / "docs/papers/infinigen.md": {
+            "quality": whole,
+            "limits": limits.format_table(RESULTS / "near_limits.jsonl"),
+        },
+    }
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """Put a table between its markers."""
+    pattern = rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)"
+    filled, n = re.subn(pattern, lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL)
+    if n != 1:
+        raise SystemExit(f"expected one pair of markers {name}:begin and {name}:end, found {n}")
+    return filled
+
+
+def main() -> None:
+    """Write or check."""
+    stale = []
+    for path, tables in make_tables().items():
+        before = path.read_text()
+        after = before
+        for name, table in tables.items():
+            after = fill(after, name, table)
+        if "--check" not in sys.argv:
+            path.write_text(after)
+        elif after != before:
+            stale.append(path.name)
+    if stale:
+        raise SystemExit(f"stale tables in {', '.join(stale)}: run python benchmarks/tables.py")
+
+
+if __name__ == "__main__":
+    main()
