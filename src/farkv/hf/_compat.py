@@ -57,11 +57,15 @@ def text_config(model: PreTrainedModel) -> Any:
 def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     """Return each layer's cache type and the arguments of its stock cache layer."""
     types, arguments = get_layer_types_and_kwargs(config)
-    shared = getattr(config, "kv_sharing_modes", None)
-    if shared is not None and "reuse" in shared:
-        # A layer whose K and V others read must stay whole.
-        types = ["shared_" + t if mode == "store" else t for t, mode in zip(types, shared, strict=True)]
-    return list(types), list(arguments)
+    # Older releases have one set of arguments for all layers, newer ones a set per layer.
+    each = [dict(arguments) for _ in types] if isinstance(arguments, dict) else list(arguments)
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None:
+        modes = ["store" if getattr(config, "num_kv_shared_layers", None) else None] * len(types)
+    elif "reuse" not in modes:
+        modes = [None] * len(types)
+    # A layer whose K and V others read must stay whole, so it is left to Hugging Face.
+    return ["shared_" + t if mode == "store" else t for t, mode in zip(types, modes, strict=True)], each
 
 
 def make_stock_layer(layer_type: str, arguments: dict[str, Any]) -> Any:
