@@ -27,6 +27,7 @@ from farkv.per_token.select import (
     force_sinks,
     select_mass,
     select_mean_count,
+    select_rest,
     select_top,
     select_within,
 )
@@ -210,8 +211,11 @@ class InfiniGenRecipe(SparseRecipe):
         if budget.late == 0:
             return None
         n_old = self.store.length(layer) - budget.tail
-        pooled = pool_group(self.score(layer, query, n_old), self.visible(n_old))
-        return select_top(forbid(pooled, Choice(early.positions, early.valid)), budget.late)
+        valid = self.visible(n_old)
+        pooled, taken = pool_group(self.score(layer, query, n_old), valid), Choice(early.positions, early.valid)
+        if valid is not None:
+            return select_rest(pooled, taken, budget.late)
+        return select_top(forbid(pooled, taken), budget.late)
 
     # --- sizes and the batch --------------------------------------------------------------------------------
 

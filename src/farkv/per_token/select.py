@@ -81,6 +81,15 @@ def _pack(positions: Tensor, keep: Tensor, n: int) -> Choice:
     return Choice(torch.where(key >= n, key - n, key), key < n)
 
 
+def select_rest(scores: Float32[Tensor, "B Hkv S"], taken: Choice, cap: int) -> Choice:
+    """Choose the `cap` best records that are not taken, in place on `scores`; fewer where only padding is left.
+
+    Without the flag, a sequence of fewer real tokens than the cap would read a taken record again, at twice its weight.
+    """
+    values, positions = forbid(scores, taken).topk(cap, -1, sorted=False)
+    return _pack(positions, values > -torch.inf, scores.shape[-1])
+
+
 def forbid(scores: Float32[Tensor, "B Hkv S"], choice: Choice) -> Float32[Tensor, "B Hkv S"]:
     """Give records that are already chosen the worst score, in place."""
     if choice.valid is None:
