@@ -57,6 +57,12 @@ def test_every_family(family: str) -> None:
     run(make_model(family), METHODS["attn"], SINGLE, "1MiB")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_of_almost_only_padding(method: str) -> None:
+    # Fewer real tokens than the cap: padding fills the choice and must weigh nothing, no real one may weigh twice.
+    run(make_model("llama"), METHODS[method], make_prompt(2, tokens=40, pad=37), "1MiB")
+
+
 def test_eager_base() -> None:
     run(make_model("gemma2", implementation="eager"), METHODS["alpha"], PADDED)
 
