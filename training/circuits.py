@@ -1,8 +1,8 @@
-"""Start values that already hold an induction circuit, so that training need not wait for one to emerge.
+"""Start values that already hold an induction circuit: training need not wait for one to emerge.
 
-In: a fresh `LlamaForCausalLM`. Out: the same model, changed in place: heads of layer 0 look back 1, 2 and 3
-tokens and copy what they see; heads of layer 2 look for places whose preceding token is like the current one
-and raise the token found there. Every weight stays free to change in training.
+In: a fresh `LlamaForCausalLM`. Out: the same model, changed in place: heads of layer 0 look back 1,
+2 and 3 tokens and copy what they see; heads of layer 2 look for places whose preceding token is
+like the current one and raise the token found there. Training may change every weight.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 SCALE = 5.0  # embeddings start this many times larger than usual: they keep apart for longer
-CONSTANT = 0.08  # value of embedding dimension 0 for all tokens, 4 standard deviations, before scaling
+CONSTANT = 0.08  # embedding dimension 0 of all tokens: 4 standard deviations, before scaling
 BACK, FIND = 0, 2  # layers of the look-back heads and of the finding heads
 OFFSETS = (1, 2, 1, 3)  # how far each query head of layer BACK looks back
 
@@ -51,7 +51,7 @@ def set_looking_back(layer, dim: int, theta: float) -> None:
 
 
 def set_finding(layer, back, dim: int, sharp: float = 2.2) -> None:
-    """Match the current token with the token before each place, over the slowly turning dimensions."""
+    """Match the current token with the token before each place, over slowly turning dimensions."""
     a, b = layer.self_attn, back.self_attn
     slow = torch.zeros(dim)
     slow[dim // 4 : dim // 2] = sharp
@@ -79,7 +79,7 @@ def set_circuits(model: LlamaForCausalLM) -> None:
     embeddings[:, 0] = CONSTANT
     embeddings[:, embeddings.shape[1] // 2 :] *= 0.2
     embeddings *= SCALE
-    model.model.norm.weight.fill_(1 / SCALE)
+    model.model.norm.weight.fill_(3 / SCALE)
     layers = model.model.layers
     for layer in layers:
         layer.self_attn.o_proj.weight.mul_(0.1)

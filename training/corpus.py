@@ -1,8 +1,8 @@
 """The text that the demo model learns from: the Python standard library, split by file.
 
-In: the running interpreter's `lib/python3.*`. Out: lines of training files, of held-out files, and of
-installed third-party packages. A file is held out when a hash of its relative path says so; `pydoc_data`
-(English text) is held out as a whole.
+In: the running interpreter's `lib/python3.*`. Out: lines of training files, of held-out files, and
+of installed third-party packages. A file is held out when a hash of its relative path says so;
+`pydoc_data` (English text) is in neither part.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SKIPPED = {"site-packages", "__pycache__", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
 HELD_OUT_PERCENT = 8
+THIRD_PARTY = ("pip", "numpy", "sympy", "jinja2", "networkx")
 
 
 def is_held_out(path: str) -> bool:
@@ -25,7 +26,7 @@ def is_held_out(path: str) -> bool:
 
 
 def read_files(root: Path, *, held_out: bool | None) -> dict[str, str]:
-    """Read the Python sources below `root`; `held_out` chooses the side of the split, None takes all."""
+    """Read the Python sources below `root`; `held_out` chooses the split's side, None takes all."""
     files: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
@@ -37,7 +38,7 @@ def read_files(root: Path, *, held_out: bool | None) -> dict[str, str]:
             text = path.read_text("utf-8")
         except UnicodeDecodeError:
             continue
-        if 500 < len(text) and len(max(text.splitlines(), key=len)) < 400:
+        if len(text) > 500 and len(max(text.splitlines(), key=len)) < 400:
             files[name] = text
     return files
 
@@ -48,18 +49,19 @@ def read_stdlib(*, held_out: bool) -> dict[str, str]:
     return {n: t for n, t in files.items() if not n.startswith("pydoc_data")}
 
 
-def read_third_party(packages: tuple[str, ...] = ("pip", "numpy", "sympy", "jinja2", "networkx")) -> dict[str, str]:
-    """Read the sources of those of `packages` that are installed: filler of a kind never trained on."""
+def read_third_party(packages: tuple[str, ...] = THIRD_PARTY) -> dict[str, str]:
+    """Read the sources of those of `packages` that are installed: filler never trained on."""
     site = Path(sysconfig.get_paths()["purelib"])
     files: dict[str, str] = {}
     for package in packages:
         if (site / package).is_dir():
-            files |= {f"{package}/{n}": t for n, t in read_files(site / package, held_out=None).items()}
+            found = read_files(site / package, held_out=None)
+            files |= {f"{package}/{name}": text for name, text in found.items()}
     return files
 
 
 def collect_words(files: dict[str, str], forbidden: set[str]) -> list[str]:
-    """Collect lowercase words of 3 to 9 letters that occur at least five times, less the forbidden ones."""
+    """Collect lowercase words of 3 to 9 letters found at least 5 times, less forbidden ones."""
     counts: dict[str, int] = {}
     for text in files.values():
         for word in re.findall(r"(?<![A-Za-z])[a-z]{3,9}(?![A-Za-z])", text):

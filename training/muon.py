@@ -1,7 +1,7 @@
-"""Muon for many small matrices at once: momentum made orthogonal by Newton-Schulz steps, in batches by shape.
+"""Muon for many small matrices: momentum made orthogonal by Newton-Schulz steps, batched by shape.
 
-The rule is that of `torch.optim.Muon` (Jordan et al. 2024); running all matrices of one shape as one batched
-product makes a step several times as fast on a CPU.
+In: matrices with gradients. Out: updated matrices. The rule is that of `torch.optim.Muon` (Jordan
+et al. 2024), for all matrices of one shape at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def make_orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 class BatchedMuon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal, scaled by sqrt(max(1, rows / columns)); decoupled decay."""
+    """Nesterov momentum made orthogonal, times sqrt(max(1, rows / columns)), decoupled decay."""
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -41,6 +41,6 @@ class BatchedMuon(torch.optim.Optimizer):
             for pairs in shapes.values():
                 done = make_orthogonal(torch.stack([w for _, w in pairs]))
                 for (p, _), u in zip(pairs, done, strict=True):
-                    u = u if u.shape == p.shape else u.T
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(u, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                    turned = u if u.shape == p.shape else u.T
+                    p.add_(turned, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)

@@ -1,7 +1,7 @@
 """Tokenised one-question prompts on filler that training never saw, and the check of their answers.
 
-In: tokenised lines of held-out files or of other packages. Out: right or wrong per prompt. Shared by the trainer's
-reports and by `eval_demo.py`.
+In: held-out files or files of other packages. Out: right or wrong per prompt. Shared by the
+trainer's reports and by `eval_demo.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Filler:
 
 
 def draw_prompt(filler: Filler, length: int, n_facts: int, seed: int, hops: int = 0) -> list[int]:
-    """Return the tokens of one prompt of at most about `length` tokens, ending in the four digits."""
+    """Return the tokens of one prompt of at most about `length` tokens, answer included."""
     rng = random.Random(seed)
     lines = filler.draw(length - (n_facts + hops) * (FACT + 1) - 20, rng)
     if hops:
@@ -54,7 +54,7 @@ def draw_prompt(filler: Filler, length: int, n_facts: int, seed: int, hops: int 
 def answer_prompts(model, prompts: list[list[int]], rows: int = 4) -> list[bool]:
     """Say of each prompt whether all four digits are the model's greedy choice.
 
-    With the right digits as input every digit is the argmax exactly when greedy decoding gives the answer.
+    With the right digits as input, all are the argmax exactly when greedy decoding writes them.
     """
     right: list[bool] = []
     for i in range(0, len(prompts), rows):

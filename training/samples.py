@@ -1,14 +1,15 @@
 """Make training samples: exactly `length` tokens and the kind of each.
 
-In: tokenised lines, a word list, a random generator. Out: (tokens, kinds) arrays. A kind is ANSWER on the digits
-that answer a question, COPY on the repeated part of a random sequence, TEXT on everything else that is learned,
-and NOTHING where there is nothing to learn. Knows nothing of the model.
+In: tokenised lines, a word list, a random generator. Out: (tokens, kinds) arrays. A kind is ANSWER
+on the digits that answer a question, COPY on the repeated part of a random sequence, TEXT on
+everything else that is learned, and NOTHING where there is nothing to learn.
 """
 
 from __future__ import annotations
 
 import random
 import string
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,13 @@ def encode_lines(tokenizer: Tokenizer, files: dict[str, str], cache: Path | None
 class Sampler:
     """Draws samples of the three kinds: `copy`, `recall` and `code`."""
 
-    def __init__(self, tokenizer: Tokenizer, lines: tuple[np.ndarray, np.ndarray], words: list[str], seed: int):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        lines: tuple[np.ndarray, np.ndarray],
+        words: list[str],
+        seed: int,
+    ):
         self.tokenizer = tokenizer
         self.words = words
         self.rng = random.Random(seed)
@@ -60,7 +67,7 @@ class Sampler:
             at = int(np.searchsorted(self.starts, self.starts[-1] - n_tokens - 1000)) - 1
         end = int(np.searchsorted(self.starts, self.starts[at] + n_tokens))
         cuts = self.starts[at : end + 1]
-        return [self.tokens[a:b].astype(np.int32) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [self.tokens[a:b].astype(np.int32) for a, b in pairwise(cuts)]
 
     def draw_word(self) -> str:
         """Draw a word of the library, two of its words' halves joined, or random letters."""
@@ -73,9 +80,9 @@ class Sampler:
         return "".join(self.rng.choices(string.ascii_lowercase, k=self.rng.randint(2, 7)))
 
     def draw_names(self, n: int) -> list[str]:
-        """Draw `n` different names; sometimes from few words, so that only the whole name decides."""
+        """Draw `n` different names; sometimes from few words: only the whole name decides."""
         shared = [self.draw_word() for _ in range(max(3, int(1.6 * n**0.5) + 2))]
-        few = self.rng.random() < 0.4
+        few = self.rng.random() < 0.3
         names: list[str] = []
         while len(names) < n:
             if few:
@@ -117,7 +124,7 @@ class Sampler:
         return filler, n_facts, n_questions
 
     def place_facts(self, names: list[str], chains: float):
-        """Give each name a value and a place in [0, 0.97); some names repeat an earlier name's value."""
+        """Give each name a value and a place in [0, 0.97); some repeat an earlier name's value."""
         rng = self.rng
         values = {n: str(rng.randint(1000, 9999)) for n in names}
         place: dict[str, float] = {}
@@ -133,8 +140,10 @@ class Sampler:
             parts.append((place[name], [(line, TEXT)]))
         return values, place, parts
 
-    def make_recall(self, length: int, *, chains: float, sparse: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Facts between lines of code, questions among and after them; the last token is an answer's."""
+    def make_recall(
+        self, length: int, *, chains: float, sparse: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Facts between lines of code, questions among and after them; an answer comes last."""
         rng = self.rng
         filler, n_facts, n_questions = self.plan_recall(length, sparse)
         names = self.draw_names(n_facts)
@@ -145,7 +154,9 @@ class Sampler:
             asked.append(rng.choice(names))
         asked = asked[:n_questions]
         for name in asked[1:]:
-            at = 0.98 + 0.02 * rng.random() if rng.random() < late else rng.uniform(place[name], 1.0)
+            at = (
+                0.98 + 0.02 * rng.random() if rng.random() < late else rng.uniform(place[name], 1.0)
+            )
             parts.append((at, self.ask(name, values[name])))
         for i, line in enumerate(filler):
             parts.append(((i + 0.5) / len(filler) * 0.98, line))
@@ -157,12 +168,16 @@ class Sampler:
         return [(question_line(name), TEXT), (value, ANSWER), ("\n", TEXT)]
 
     def join(self, parts: list, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenise and lay end to end, cut or filled up at the front so that the end stays whole."""
+        """Tokenise and lay end to end, cut or filled up at the front: the end stays whole."""
         tokens: list[np.ndarray] = []
         kinds: list[np.ndarray] = []
         for _, part in parts:
             for text, kind in [(part, TEXT)] if isinstance(part, np.ndarray) else part:
-                ids = text if isinstance(text, np.ndarray) else np.asarray(self.encode(text), np.int32)
+                ids = (
+                    text
+                    if isinstance(text, np.ndarray)
+                    else np.asarray(self.encode(text), np.int32)
+                )
                 tokens.append(ids)
                 kinds.append(np.full(len(ids), kind, np.int8))
         flat, kind = np.concatenate(tokens), np.concatenate(kinds)
@@ -176,7 +191,9 @@ class Sampler:
             kind[: int(np.argmax(kind != ANSWER))] = TEXT
         return flat, kind
 
-    def make_batch(self, rows: int, length: int, mix: dict[str, float], chains: float, sparse: float):
+    def make_batch(
+        self, rows: int, length: int, mix: dict[str, float], chains: float, sparse: float
+    ):
         """Draw `rows` samples; `mix` gives the shares of copy, recall and code."""
         tokens = np.empty((rows, length), np.int64)
         kinds = np.empty((rows, length), np.int8)

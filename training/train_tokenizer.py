@@ -1,4 +1,4 @@
-"""Train the demo model's byte-level BPE: 2048 tokens, each digit and each line end a token of its own."""
+"""Train the demo model's byte-level BPE: 2048 tokens, every digit and line end is its own token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOCABULARY = 2048
 
 
 def train_tokenizer(out: Path) -> None:
-    """Train on the training side of the split and write `tokenizer.json` and its config to `out`."""
+    """Train on the training side of the split and write the tokenizer to `out`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -29,7 +29,10 @@ def train_tokenizer(out: Path) -> None:
     )
     tokenizer.train_from_iterator(read_stdlib(held_out=False).values(), trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|end|>",
+        clean_up_tokenization_spaces=False,
     )
     fast.model_max_length = 16384
     fast.save_pretrained(out)
