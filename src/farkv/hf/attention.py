@@ -56,10 +56,12 @@ def far_attention(
         far_layer: our cache layer, added by the hook.
     """
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
-    asked = Query(query, scale, kwargs.get("softcap"))
+    # sdpa knows no softcap: where it ran before, none is applied.
+    softcap = kwargs.get("softcap") if base_of(module) == "eager" else None
+    asked = Query(query, scale, softcap)
     if not _compat.is_compiling() and probing.get():
         raise QueryProbed(asked)
-    base = choose_base(module, kwargs)
+    base = choose_base(module)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
         return base(module, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
@@ -71,13 +73,14 @@ def far_attention(
     return far_layer.attend(Step(asked, key, value, attention_mask), attend)
 
 
-def choose_base(module: nn.Module, kwargs: dict[str, Any]) -> Callable[..., Any]:
-    """Return the attention that the model ran on before it was attached."""
-    base = getattr(module, "farkv_base", "sdpa")
-    special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None or kwargs.get("output_attentions")
-    if base == "sdpa" and not special:
-        return _compat.sdpa_attention_forward
-    return run_eager
+def choose_base(module: nn.Module) -> Callable[..., Any]:
+    """Return the attention that the model ran on before it was attached; sdpa does with softcap what it did then."""
+    return _compat.sdpa_attention_forward if base_of(module) == "sdpa" else run_eager
+
+
+def base_of(module: nn.Module) -> str:
+    """Return the name of that attention: sdpa or eager."""
+    return getattr(module, "farkv_base", "sdpa")
 
 
 def run_eager(

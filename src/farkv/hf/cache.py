@@ -59,12 +59,13 @@ class FarLayer(_compat.DynamicLayer):
         self.recipe.clear(self.layer)
         self.is_initialized = False
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; the number is negative, as Hugging Face passes it."""
-        if tokens_to_remove > 0:
-            raise CacheStateError(f"crop: expected a negative number of tokens to remove, got {tokens_to_remove}")
-        if tokens_to_remove < 0 and self.is_initialized:
-            self.recipe.crop(-tokens_to_remove, self.layer)
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forget the newest tokens; the number is negative, and a tensor in older releases."""
+        n_tokens = -int(tokens_to_remove)
+        if n_tokens < 0:
+            raise CacheStateError(f"crop: expected a negative number of tokens to remove, got {-n_tokens}")
+        if n_tokens > 0 and self.is_initialized:
+            self.recipe.crop(n_tokens, self.layer)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
