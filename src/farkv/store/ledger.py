@@ -16,6 +16,8 @@ class Ledger:
         self.tier, self.limit, self.parent = tier, limit, parent
         self.used = 0
         self.peak = 0
+        # Whether growing rows may take more than they need: not where another layer must still find its place.
+        self.roomy = True
 
     def has_room(self, n_bytes: int) -> bool:
         """Say whether `n_bytes` more fit this tier and the one it is counted against."""

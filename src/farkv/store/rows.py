@@ -53,7 +53,10 @@ class Rows:
         if need <= capacity:
             return
         row_bytes = batch * heads * width * torch.empty((), dtype=dtype).element_size()
-        wanted = self.reserve if capacity == 0 and need <= self.reserve else grow_capacity(capacity, need)
+        if capacity == 0 and need <= self.reserve:
+            wanted = self.reserve
+        else:
+            wanted = grow_capacity(capacity, need) if self.ledger.roomy else need
         if not self.ledger.has_room(wanted * row_bytes):
             wanted = need
         self.ledger.charge(wanted * row_bytes)

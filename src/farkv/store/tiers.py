@@ -17,7 +17,7 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.store.ledger import Ledger
 from farkv.store.near import Buffers, Tail
 from farkv.store.rows import Rows
-from farkv.store.sizes import LayerShape, NearNeed
+from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
 from farkv.store.transfer import Link, Ticket
 
 
@@ -90,17 +90,22 @@ class Tiers:
             CapacityError: with the bytes needed, the limit and the remedy.
         """
         first = next(iter(self.pool))
-        total = self.length(first) + n_new
+        total = max(self.length(first) + n_new, self.limits.reserve_tokens)
+        room = grow_capacity(0, total)
         grow = [r for r in self.pool.values() if r.data is None or r.data.shape[2] < total]
         if self.host.limit is not None and grow:
-            end = sum(total * shape.token_bytes if r in grow else r.n_bytes for r in self.pool.values())
+            kept = sum(r.n_bytes for r in self.pool.values() if r not in grow)
             # While a layer grows, its old rows are still there.
-            end += max(r.n_bytes for r in grow)
+            kept += max(r.n_bytes for r in grow)
+            end = kept + len(grow) * total * shape.token_bytes
             if end > self.host.limit:
                 raise self.host.refuse(end - self.host.used, f"the KV of {total} tokens")
-        if self.far and self.near.limit is not None and need.total > self.near.limit:
-            parts = ", ".join(f"{name} {size:,}" for name, size in need._asdict().items())
-            raise self.near.refuse(need.total - self.near.used, f"a context of {total} tokens ({parts})")
+            self.host.roomy = kept + len(grow) * room * shape.token_bytes <= self.host.limit
+        if self.far and self.near.limit is not None:
+            if need.total > self.near.limit:
+                parts = ", ".join(f"{name} {size:,}" for name, size in need._asdict().items())
+                raise self.near.refuse(need.total - self.near.used, f"a context of {total} tokens ({parts})")
+            self.index.roomy = need.total + need.index * (room - total) // total <= self.near.limit
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens' records."""
