@@ -1,0 +1,169 @@
+"""Near mode moves exactly the rows that were asked for, and counts every byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farkv.errors import CapacityError
+from farkv.store.near import Tail
+from farkv.store.ledger import Ledger
+from farkv.store.sizes import (
+    LayerShape,
+    NearNeed,
+    count_cap,
+    count_forced,
+    fetched_bytes,
+    grow_capacity,
+)
+from farkv.store.tiers import StoreLimits, Tiers, gather_rows
+
+B, HKV, D, DV = 2, 2, 4, 3
+CPU = torch.device("cpu")
+SHAPE = LayerShape(B, HKV, D, DV, 4)
+
+
+def fill(near: int | None, tokens: int = 30, window: int = 3) -> tuple[Tiers, torch.Tensor, torch.Tensor, list[int]]:
+    store = Tiers([0, 1], StoreLimits(near), CPU, window)
+    moved: list[int] = []
+    store.on_fetch = moved.append
+    k, v = torch.randn(2, B, HKV, tokens, D), torch.randn(2, B, HKV, tokens, DV)
+    for layer in (0, 1):
+        store.append(layer, k[layer], v[layer])
+    return store, k, v, moved
+
+
+def pick(rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return rows.gather(2, positions[..., None].expand(-1, -1, -1, rows.shape[-1]))
+
+
+def some(n: int, tokens: int) -> torch.Tensor:
+    return torch.stack([torch.randperm(tokens)[:n].sort().values for _ in range(B * HKV)]).view(B, HKV, n)
+
+
+@pytest.mark.parametrize("near", [None, 1 << 20])
+@pytest.mark.parametrize("late", [0, 3])
+def test_what_is_read_is_what_was_stored(near: int | None, late: int) -> None:
+    store, k, v, moved = fill(near)
+    for layer in (0, 1, 0):
+        moved.clear()
+        early = some(6, 20)
+        more = 20 + some(late, 6)
+        fetch = store.fetch(layer, early, None, late + 4)
+        top_up = None if late == 0 else store.fetch(layer, more, None, 0)._replace(ticket=None, buffer=None)
+        if late and near is not None:
+            fetch = store.fetch(layer, early, None, late + 4)
+            moved.clear()
+            assert fetch.ticket is not None
+            fetch.ticket.wait()
+        read = store.read(layer, fetch, top_up, 4)
+        assert torch.equal(read.positions[..., -4:], torch.arange(26, 30).expand(B, HKV, 4))
+        assert torch.equal(read.k, pick(k[layer], read.positions))
+        assert torch.equal(read.v, pick(v[layer], read.positions))
+        assert read.valid is None
+
+
+def test_fetched_bytes_are_those_of_the_formula() -> None:
+    store, _, _, moved = fill(1 << 20)
+    store.read(0, store.fetch(0, some(6, 20), None, 4), None, 4)
+    assert sum(moved) == fetched_bytes(SHAPE, 6)
+    moved.clear()
+    valid = torch.zeros(B, HKV, 6, dtype=torch.bool)
+    valid[..., :2] = True
+    valid[0, 0, :5] = True
+    store.read(0, store.fetch(0, some(6, 20), valid, 4), None, 4)
+    assert sum(moved) == fetched_bytes(SHAPE, 5), "rows behind the longest valid run stay where they are"
+    moved.clear()
+    store.read(0, store.fetch(0, some(6, 20), valid & False, 4), None, 4)
+    assert moved == []
+
+
+def test_the_pool_is_near_memory_without_a_limit() -> None:
+    store, k, _, moved = fill(None)
+    with store.read_all(1) as (all_k, _):
+        assert all_k.data_ptr() == store.pool[1].view().data_ptr()
+        assert torch.equal(all_k, k[1])
+    assert moved == []
+    assert store.near.peak == 0
+
+
+def test_a_dense_read_is_a_counted_copy() -> None:
+    store, k, v, moved = fill(1 << 20)
+    before = store.near.used
+    with store.read_all(0) as (all_k, all_v):
+        assert torch.equal(all_k, k[0])
+        assert torch.equal(all_v, v[0])
+        assert store.near.used == before + 30 * SHAPE.token_bytes
+    assert store.near.used == before
+    assert moved == [30 * SHAPE.token_bytes]
+
+
+def test_crop_select_and_clear_keep_reads_right() -> None:
+    store, k, v, _ = fill(1 << 20)
+    order = torch.tensor([1, 0])
+    for layer in (0, 1):
+        store.crop(layer, 5)
+        store.select(layer, order)
+        positions = some(5, 20)
+        read = store.read(layer, store.fetch(layer, positions, None, 4), None, 4)
+        assert torch.equal(read.positions[..., -1], torch.full((B, HKV), 24))
+        assert torch.equal(read.k, pick(k[layer][order], read.positions))
+        assert torch.equal(read.v, pick(v[layer][order], read.positions))
+    for layer in (0, 1):
+        store.clear(layer)
+    assert store.near.used == store.host.used == 0
+
+
+@given(st.integers(1, 5), st.lists(st.tuples(st.booleans(), st.integers(1, 14)), max_size=12))
+def test_the_tail_holds_the_newest(n: int, moves: list[tuple[bool, int]]) -> None:
+    tail = Tail(Ledger("near"), CPU, n)
+    model = torch.empty(1, 1, 0, 2)
+    for count, (push, size) in enumerate(moves):
+        if push:
+            new = torch.full((1, 1, size, 2), float(count)) + torch.arange(size).view(1, 1, -1, 1) / 100
+            tail.push(new[..., :1], new[..., 1:])
+            model = torch.cat([model, new], 2)
+        else:
+            tail.crop(size)
+            model = model[:, :, : max(0, model.shape[2] - size)]
+        newest = tail.newest(n)
+        if newest is not None:
+            assert torch.equal(newest, model[:, :, -n:])
+        elif push and size >= n:
+            raise AssertionError("after a push of n rows they are all there")
+
+
+def test_admit_refuses_before_anything_is_stored() -> None:
+    store = Tiers([0, 1], StoreLimits(near=500, host=2000), CPU, 1)
+    enough = NearNeed(index=100, window=100, prefill=300, decode=200)
+    with pytest.raises(CapacityError, match="host limit"):
+        store.admit(SHAPE, 2000 // (2 * SHAPE.token_bytes) + 1, enough)
+    with pytest.raises(CapacityError, match="near limit.*prefill 301"):
+        store.admit(SHAPE, 1, enough._replace(prefill=301))
+    store.admit(SHAPE, 1, enough)
+    assert store.host.used == store.near.used == 0
+
+
+@given(st.floats(0.001, 1.0), st.integers(1, 5000), st.integers(0, 64), st.integers(0, 64))
+def test_the_cap_is_a_cap(fraction: float, tokens: int, sinks: int, window: int) -> None:
+    cap = count_cap(fraction, tokens)
+    assert 1 <= cap <= tokens
+    assert cap == 1 or cap <= fraction * tokens + 1e-6
+    forced = count_forced(cap, sinks, window, fraction)
+    assert sum(forced) <= cap // 4
+    assert forced[0] <= sinks
+    assert forced[1] <= window
+
+
+@given(st.integers(0, 4096), st.integers(1, 4096))
+def test_capacity_grows_enough_and_not_much_more(capacity: int, need: int) -> None:
+    grown = grow_capacity(capacity, need)
+    assert grown >= need
+    assert grown == capacity or grown <= need * 1.25 + 64
+
+
+def test_rows_are_gathered_per_sequence_and_head() -> None:
+    rows, positions = torch.randn(B, HKV, 9, 5), some(4, 9)
+    assert torch.equal(gather_rows(rows, positions), pick(rows, positions))

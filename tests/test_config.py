@@ -1,0 +1,100 @@
+"""Options: what is good passes, what is bad is refused with a text that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from farkv.config import Full, InfiniGen, Oracle, Random, Window, format_bytes, parse_bytes
+from farkv.errors import ConfigError
+
+# Of a wrong type, the checker that runs in tests speaks first; users get the ConfigError.
+REFUSED = (ConfigError, TypeCheckError)
+UNITS = {"": 1, "B": 1, "K": 2**10, "KiB": 2**10, "kb": 10**3, "MiB": 2**20, "m": 2**20, "GB": 10**9, "TiB": 2**40}
+
+
+@given(st.integers(1, 10**6), st.sampled_from(sorted(UNITS)), st.sampled_from(["", " ", "  "]))
+def test_sizes_are_number_times_unit(n: int, unit: str, space: str) -> None:
+    assert parse_bytes(f"{space}{n}{space}{unit}", "near") == n * UNITS[unit]
+
+
+@given(st.integers(1, 10**15))
+def test_plain_numbers_pass(n: int) -> None:
+    assert parse_bytes(n, "near") == n
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_size_or_refused(text: str) -> None:
+    try:
+        size = parse_bytes(text, "near")
+    except ConfigError as error:
+        assert "near" in str(error)
+    else:
+        assert isinstance(size, int)
+        assert size > 0
+
+
+@pytest.mark.parametrize("size", ["", "GiB", "2 GiBs", "-1GiB", "1e9", "0", 0, -5, True, 1.5, "1,5GiB", "2**30"])
+def test_bad_sizes_name_the_option(size: Any) -> None:
+    with pytest.raises(REFUSED, match="host|size"):
+        parse_bytes(size, "host")
+
+
+def test_sizes_for_people() -> None:
+    assert parse_bytes(None, "near") is None
+    assert parse_bytes("1.5G", "near") == 3 * 2**29
+    assert [format_bytes(n) for n in (5, 1536, 3 * 2**29, 2**41)] == ["5 B", "1.5 KiB", "1.5 GiB", "2.0 TiB"]
+
+
+@pytest.mark.parametrize("method", [Window, Random, Oracle, InfiniGen])
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, float("nan"), "0.1"])
+def test_bad_fractions_are_refused(method: Any, fraction: Any) -> None:
+    with pytest.raises(REFUSED, match=r"fraction: expected a number in \(0, 1\]|'fraction'"):
+        method(fraction=fraction)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"source": "nowhere"}, "post_attn"),
+        ({"columns": 0}, "columns"),
+        ({"sinks": -1}, "sinks"),
+        ({"window": 1.5}, "window"),
+        ({"alpha": 0}, "alpha"),
+        ({"alpha": float("inf")}, "alpha"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"alpha": 2.0, "top_p": 0.5}, "give one"),
+        ({"paper": True, "top_p": 0.5}, "give one"),
+        ({"top_up": 1.0}, "top_up"),
+        ({"top_up": -0.1}, "top_up"),
+    ],
+)
+def test_bad_infinigen_options_are_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(REFUSED, match=text):
+        InfiniGen(**options)
+
+
+def test_other_bad_options() -> None:
+    with pytest.raises(ConfigError, match="reads all"):
+        Full(fraction=0.5)
+    with pytest.raises(ConfigError, match="seed"):
+        Random(seed=-1)
+    with pytest.raises(ConfigError, match="sinks"):
+        Window(sinks=-1)
+    with pytest.raises(TypeError):
+        InfiniGen(0.1)  # type: ignore[misc]
+
+
+def test_defaults_are_filled_in_and_frozen() -> None:
+    ours, paper = InfiniGen(), InfiniGen(paper=True)
+    assert (ours.fraction, ours.source, ours.sinks, ours.window, ours.alpha) == (0.1, "post_attn", 4, 16, None)
+    assert (paper.fraction, paper.source, paper.sinks, paper.window, paper.alpha) == (0.2, "attn", 0, 0, 4.0)
+    assert InfiniGen(paper=True, alpha=5.0, sinks=2).sinks == 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ours.fraction = 0.5  # type: ignore[misc]
