@@ -199,7 +199,7 @@ class InfiniGenRecipe(SparseRecipe):
         config, cap = self.config, budget.early
         pool = pool_group if config.alpha is None else pool_group_by_best
         pooled = force_sinks(pool(scores, valid), budget.sinks, valid)
-        if self.fraction >= 1 or (config.alpha is None and config.top_p is None):
+        if self.fraction >= 1 or cap == 0 or (config.alpha is None and config.top_p is None):
             return select_top(pooled, cap)
         if config.top_p is not None:
             return select_mass(pooled, cap, config.top_p)
