@@ -1,0 +1,81 @@
+"""The profile file: what is saved is loaded, and nothing damaged or foreign is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import farkv
+from farkv.errors import ProfileError
+from farkv.per_model.profile import Profile, make_profile
+from farkv.per_model.skew import measure_gram
+
+WHO = {"model_type": "tiny", "layers": "2", "weights": "abc"}
+
+
+@pytest.fixture
+def made() -> Profile:
+    grams = {i: measure_gram(torch.randn(2, 4, 30, 8), torch.randn(2, 2, 30, 8), None).sum_batch() for i in (0, 3)}
+    return make_profile(grams, WHO)
+
+
+def test_a_saved_profile_comes_back(made: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "profile.safetensors"
+    made.save(path)
+    made.save(path)
+    loaded = Profile.load(path)
+    assert loaded.identity == WHO
+    assert loaded.tensors.keys() == made.tensors.keys()
+    assert all(torch.equal(loaded.tensors[n], made.tensors[n]) for n in made.tensors)
+    assert [p.name for p in tmp_path.iterdir()] == ["profile.safetensors"]
+    assert [t.shape for t in loaded.bilinear(3)] == [(1, 2, 8, 8), (1, 2, 8, 8), (1, 2, 1, 8)]
+    assert loaded.svd(0).shape == (1, 2, 8, 8)
+
+
+def test_missing_layers_and_other_models_are_named(made: Profile) -> None:
+    with pytest.raises(ProfileError, match="nothing for layer 1"):
+        made.svd(1)
+    made.check(WHO)
+    with pytest.raises(ProfileError, match="weights is 'abc', the model's is 'xyz'"):
+        made.check({**WHO, "weights": "xyz"})
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 40, 200, -1])
+def test_a_torn_file_is_refused(made: Profile, tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "profile.safetensors"
+    made.save(path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ProfileError, match="cannot be read"):
+        Profile.load(path)
+
+
+def test_files_that_are_no_profile_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for content in (b"hello", b"\xff" * 100, b"\x08\x00\x00\x00\x00\x00\x00\x00notajson"):
+        path.write_bytes(content)
+        with pytest.raises(ProfileError, match="cannot be read"):
+            Profile.load(path)
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ProfileError, match="expected format"):
+        Profile.load(path)
+    save_file({"a": torch.zeros(2)}, path, metadata={"format": "farkv-profile-1", "identity": "{"})
+    with pytest.raises(ProfileError, match="cannot be read"):
+        Profile.load(path)
+    for nothing in (tmp_path / "none", tmp_path):
+        with pytest.raises(ProfileError, match="cannot be read"):
+            Profile.load(nothing)
+
+
+def test_moments_that_are_not_finite_are_refused() -> None:
+    keys = torch.randn(1, 2, 9, 8)
+    keys[0, 0, 0, 0] = torch.inf
+    gram = measure_gram(torch.randn(1, 2, 9, 8), keys, None)
+    with pytest.raises((ProfileError, torch.linalg.LinAlgError)):
+        make_profile({0: gram}, WHO)
+
+
+def test_profile_is_public() -> None:
+    assert farkv.Profile is Profile
