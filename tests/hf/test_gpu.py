@@ -1,0 +1,66 @@
+"""The same promises where near memory is a GPU's and records cross a real link."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import farkv
+from farkv.methods import Full, InfiniGen, Method
+from tests.hf.tape import Tape, replay, worst
+from tests.models import assert_same, generate, make_model, make_prompt
+from tests.test_hygiene import NoSync
+
+pytestmark = pytest.mark.gpu
+PROMPT = make_prompt(3, tokens=40, pad=16)
+
+
+def on_gpu(family: str) -> Any:
+    return copy.deepcopy(make_model(family)).cuda()
+
+
+def to_gpu(prompt: Any) -> Any:
+    return {name: t.cuda() for name, t in prompt.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
+@pytest.mark.parametrize("method", [Full(), InfiniGen(fraction=1.0), InfiniGen(fraction=1.0, paper=True)], ids=repr)
+def test_reading_all_is_exact(method: Method, options: Any) -> None:
+    model, prompt = on_gpu("llama"), to_gpu(PROMPT)
+    plain = generate(model, prompt, **options)
+    with farkv.attach(model, method, near="64MiB") as far:
+        assert_same(generate(model, prompt, far.new_cache(), **options), plain)
+
+
+@pytest.mark.parametrize("method", [InfiniGen(fraction=0.3), InfiniGen(fraction=0.4, alpha=2.0)], ids=repr)
+def test_the_choice_on_the_gpu_is_replayed_densely(method: Method) -> None:
+    model, prompt = on_gpu("llama"), to_gpu(PROMPT)
+    with farkv.attach(model, method, near="64MiB") as far:
+        cache = far.new_cache()
+        with Tape(model, cache) as tape:
+            generate(model, prompt, cache, n=6)
+        receipt = far.receipt()
+    for p in tape.passes:
+        p.inputs = {n: t.cpu() for n, t in p.inputs.items()}
+        p.reads = {i: (a.cpu(), None if b is None else b.cpu()) for i, (a, b) in p.reads.items()}
+        p.logits = p.logits.cpu()
+    plain = make_model("llama")
+    exact = replay(plain, tape.passes, torch.float64)
+    noise = worst(replay(plain, tape.passes, torch.float32), exact)
+    # Two machines round differently: several times the reference's own error.
+    assert worst([p.logits for p in tape.passes], exact) <= 16 * noise
+    assert receipt.fetched_bytes_per_token > 0
+    assert receipt.kv_bytes.near_peak <= 64 * 2**20
+
+
+def test_a_decode_step_reads_no_value_back() -> None:
+    # The mode watches this thread alone: the link's worker has to know the positions that it gathers.
+    model, prompt = on_gpu("llama"), to_gpu(make_prompt(2, tokens=70))
+    with farkv.attach(model, InfiniGen(fraction=0.3), near="64MiB") as far:
+        cache = far.new_cache(tokens=90, batch=2)
+        model(input_ids=prompt["input_ids"], past_key_values=cache)
+        with NoSync():
+            model(input_ids=prompt["input_ids"][:, :1], past_key_values=cache)

@@ -1,0 +1,106 @@
+"""InfiniGen's own steps: what it finds, what it keeps up to date, what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import farkv
+from farkv.errors import ConfigError
+from farkv.methods import InfiniGen, Oracle
+from farkv.methods.infinigen import share_beside_dense
+from tests.hf.tape import Tape
+from tests.models import forward, generate, make_model, make_prompt
+
+IDS = make_prompt(2, tokens=90)["input_ids"]
+
+
+def reads(method: Any, profile: Any = False) -> list[dict[int, Any]]:
+    model = make_model("llama")
+    with farkv.attach(model, method, profile=profile) as far:
+        cache = far.new_cache()
+        with Tape(model, cache) as tape:
+            forward(model, IDS[:, :80], cache)
+            for t in range(80, 84):
+                forward(model, IDS[:, t : t + 1], cache)
+    return [p.reads for p in tape.decode()]
+
+
+def overlap(a: Any, b: Any) -> float:
+    """Return the share of a's records that b holds too."""
+    found = [
+        len(set(x.tolist()) & set(y.tolist())) / len(x)
+        for x, y in zip(a[0].flatten(0, 1), b[0].flatten(0, 1), strict=True)
+    ]
+    return sum(found) / len(found)
+
+
+def test_the_first_layer_with_all_columns_chooses_what_the_oracle_chooses() -> None:
+    # Layer 0 has its true query, and eight int8 columns of eight lose only their rounding.
+    ours = reads(InfiniGen(fraction=0.3, columns=8, sinks=0, window=0))
+    best = reads(Oracle(fraction=0.3, sinks=0, window=0))
+    shares = [overlap(a[0], b[0]) for a, b in zip(ours, best, strict=True)]
+    assert min(shares) > 0.9
+
+
+@pytest.mark.parametrize("source", ["attn", "residual", "post_attn"])
+def test_speculation_beats_chance(source: Any) -> None:
+    ours = reads(InfiniGen(fraction=0.3, columns=8, sinks=0, window=0, source=source))
+    best = reads(Oracle(fraction=0.3, sinks=0, window=0))
+    shares = [overlap(a[i], b[i]) for a, b in zip(ours, best, strict=True) for i in (1, 2, 3)]
+    assert sum(shares) / len(shares) > 0.3 + 0.1
+
+
+def test_the_index_follows_every_token() -> None:
+    model = make_model("llama")
+    with farkv.attach(model, InfiniGen(fraction=0.3)) as far:
+        cache = far.new_cache()
+        recipe = cache.recipe
+        for piece in (IDS[:, :20], IDS[:, 20:50], *IDS[:, 50:56].split(1, 1), IDS[:, 56:90]):
+            forward(model, piece, cache)
+        forward(model, IDS[:, :1], cache)
+        cache.crop(-5)
+        forward(model, IDS[:, :1], cache)
+        for i, index in recipe.index.items():
+            # The newest tokens join at the latest when the layer is next scored.
+            assert recipe.store.length(i) - 1 <= index.length <= recipe.store.length(i)
+            projection = index.projection
+            keys = recipe.store.keys(i)[:, :, : index.length]
+            codes = ((keys - projection.mean) @ projection.key / projection.scale).round().clamp(-127, 127)
+            assert (index.codes() - codes).abs().max() <= 1
+            assert (index.codes() != codes).float().mean() < 0.01
+
+
+def test_a_short_prompts_skew_is_fitted_again() -> None:
+    model = make_model("llama")
+    with farkv.attach(model, InfiniGen(fraction=0.3), profile=False) as far:
+        cache = far.new_cache()
+        forward(model, IDS[:, :10], cache)
+        fitted = []
+        for t in range(10, 85):
+            forward(model, IDS[:, t : t + 1], cache)
+            fitted.append(cache.recipe.fitted_tokens[1])
+        assert fitted == sorted(fitted)
+        assert fitted[-1] >= 64
+        assert len(set(fitted)) <= 4, "it doubles, it is not fitted at every step"
+        assert not cache.recipe.samples
+        assert cache.account.notes == {"skew from the prompt"}
+
+
+def test_the_share_beside_a_dense_layer() -> None:
+    assert share_beside_dense(1.0, 4, 1) == 1.0
+    assert share_beside_dense(0.4, 4, 1) == pytest.approx((1.6 - 1) / 3)
+    with pytest.raises(ConfigError, match="must be above 0.250"):
+        share_beside_dense(0.25, 4, 1)
+
+
+def test_the_paper_leaves_the_first_layer_dense() -> None:
+    model = make_model("llama")
+    with farkv.attach(model, InfiniGen(fraction=0.4, paper=True)) as far:
+        generate(model, make_prompt(1, tokens=60), far.new_cache())
+        rows = far.receipt().layers
+    assert rows[0].read_fraction == 1.0
+    assert all(row.read_fraction <= 0.2 + 1e-9 for row in rows[1:])
+    assert torch.isfinite(torch.tensor([row.read_fraction for row in rows])).all()
