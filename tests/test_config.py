@@ -41,7 +41,7 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 
 @pytest.mark.parametrize("size", ["", "GiB", "2 GiBs", "-1GiB", "1e9", "0", 0, -5, True, 1.5, "1,5GiB", "2**30"])
 def test_bad_sizes_name_the_option(size: Any) -> None:
-    with pytest.raises(REFUSED, match="host|size"):
+    with pytest.raises(REFUSED, match=r"host|size"):
         parse_bytes(size, "host")
 
 

@@ -125,7 +125,9 @@ def test_full_fetches_everything_from_a_far_pool() -> None:
 
 
 def test_the_schema_in_the_docs_is_this_one() -> None:
-    documented = [p for p in Path(__file__).parents[2].glob("docs/**/*.md") if '"fetched_bytes_per_token"' in p.read_text()]
+    documented = [
+        p for p in Path(__file__).parents[2].glob("docs/**/*.md") if '"fetched_bytes_per_token"' in p.read_text()
+    ]
     for path in documented:
         found = set(re.findall(r'"(\w+)":', path.read_text()))
         assert set(KEYS[""].split()) <= found, path

@@ -60,7 +60,9 @@ def test_quality_is_that_of_an_independent_computation(method: Method, monkeypat
     passes = sparse_passes(tape)
     masses: list[torch.Tensor] = []
 
-    def weigh(module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: Any = None, **kw: Any):
+    def weigh(
+        module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scaling: Any = None, **kw: Any
+    ):
         if module.layer_idx in Replay.reads:
             positions, valid = Replay.reads[module.layer_idx]
             logits = q.reshape(2, 2, 2, -1) @ k.mT * scaling

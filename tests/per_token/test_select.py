@@ -80,7 +80,9 @@ def test_alpha_keeps_what_is_near_the_best(
     check(choice, scores, valid, cap, sinks)
     for row, values in zip(chosen(choice), scores.flatten(0, 1), strict=True):
         finite = values[values.isfinite()]
-        near = set((values.isposinf() | (values > (finite.max() if len(finite) else 0) - alpha)).nonzero().flatten().tolist())
+        near = set(
+            (values.isposinf() | (values > (finite.max() if len(finite) else 0) - alpha)).nonzero().flatten().tolist()
+        )
         assert set(row) <= near
         assert len(row) == min(cap, len(near))
 

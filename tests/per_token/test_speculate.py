@@ -20,7 +20,9 @@ def make() -> tuple[torch.Tensor, ...]:
     return q, query, scale, codes
 
 
-def twin(q: torch.Tensor, query: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, scaling: float) -> torch.Tensor:
+def twin(
+    q: torch.Tensor, query: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, scaling: float
+) -> torch.Tensor:
     """Decode the index, then take plain dot products, one head at a time."""
     out = torch.empty(B, HKV, G, S, dtype=torch.float64)
     for b in range(B):

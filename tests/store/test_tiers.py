@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CapacityError
-from farkv.store.near import Tail
 from farkv.store.ledger import Ledger
+from farkv.store.near import Tail
 from farkv.store.sizes import (
     LayerShape,
     NearNeed,
@@ -140,7 +140,7 @@ def test_admit_refuses_before_anything_is_stored() -> None:
     enough = NearNeed(index=100, window=100, prefill=300, decode=200)
     with pytest.raises(CapacityError, match="host limit"):
         store.admit(SHAPE, 2000 // (2 * SHAPE.token_bytes) + 1, enough)
-    with pytest.raises(CapacityError, match="near limit.*prefill 301"):
+    with pytest.raises(CapacityError, match=r"near limit.*prefill 301"):
         store.admit(SHAPE, 1, enough._replace(prefill=301))
     store.admit(SHAPE, 1, enough)
     assert store.host.used == store.near.used == 0
