@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Tape:
 class Replay:
     """The dense twin's state: which keys each layer may see in the running pass."""
 
-    reads: dict[int, tuple[Tensor, Tensor | None]] = {}
+    reads: ClassVar[dict[int, tuple[Tensor, Tensor | None]]] = {}
 
 
 def allow(positions: Tensor, valid: Tensor | None, n_keys: int) -> Tensor:

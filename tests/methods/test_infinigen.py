@@ -92,7 +92,7 @@ def test_a_short_prompts_skew_is_fitted_again() -> None:
 def test_the_share_beside_a_dense_layer() -> None:
     assert share_beside_dense(1.0, 4, 1) == 1.0
     assert share_beside_dense(0.4, 4, 1) == pytest.approx((1.6 - 1) / 3)
-    with pytest.raises(ConfigError, match="must be above 0.250"):
+    with pytest.raises(ConfigError, match=r"must be above 0\.250"):
         share_beside_dense(0.25, 4, 1)
 
 

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farkv.per_prompt.index import CODE_MAX, choose_columns, encode_keys, fit_scale, project_keys
+from farkv.per_prompt.index import CODE_MAX, choose_columns, encode_keys, fit_scale, pack_codes, project_keys
+from farkv.per_token.speculate import unpack_codes
 
 B, HKV, T, D, R = 2, 2, 12, 8, 3
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @given(st.integers(0, 10**6), st.floats(1e-6, 1e6), st.floats(0.1, 3.0))
-def test_a_code_is_within_half_a_step(seed: int, size: float, later: float) -> None:
+def test_a_code_is_within_half_a_step(bits: int, seed: int, size: float, later: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     fitted = torch.randn(B, HKV, T, R, generator=generator) * size
-    scale = fit_scale(fitted, None)
+    largest = CODE_MAX[bits]
+    scale = fit_scale(fitted, None, bits)
     for values in (fitted, fitted * later):
-        codes = encode_keys(values.clone(), scale)
+        codes = encode_keys(values.clone(), scale, bits)
         assert codes.dtype == torch.int8
-        inside = values.abs() <= CODE_MAX * scale
+        inside = values.abs() <= largest * scale
         error = (values.double() - codes.double() * scale.double()).abs()
         assert (error <= scale.double() * (0.5 + 1e-4))[inside].all()
-        assert (codes.abs() == CODE_MAX)[~inside].all()
-    assert (fitted.abs() < CODE_MAX * scale).all(), "what was fitted does not clip"
+        assert (codes.abs() == largest)[~inside].all()
+    assert (fitted.abs() <= largest * scale * (1 + 1e-6)).all(), "what was fitted does not clip"
+
+
+def test_two_codes_share_a_byte() -> None:
+    codes = torch.randint(-7, 8, (B, HKV, T, 6), dtype=torch.int8)
+    packed = pack_codes(codes)
+    assert packed.shape == (B, HKV, T, 3)
+    assert torch.equal(unpack_codes(packed), codes)
 
 
 def test_padding_does_not_set_the_scale() -> None:

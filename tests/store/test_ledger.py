@@ -24,9 +24,9 @@ def test_books_balance(own: int | None, above: int | None, moves: list[tuple[str
         ledger = books[name]
         before = [(b.used, b.peak) for b in books.values()]
         if give_back:
-            size = min(size, held[name])
-            ledger.release(size)
-            held[name] -= size
+            less = min(size, held[name])
+            ledger.release(less)
+            held[name] -= less
         else:
             fits = ledger.has_room(size)
             try:
