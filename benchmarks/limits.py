@@ -79,7 +79,10 @@ def main() -> None:
 
 def format_table(path: Path) -> str:
     """Return one Markdown row per limit."""
-    lines = ["| near limit, of the KV | near peak, of the limit | fetched / predicted bytes per token |", "|---|---|---|"]
+    lines = [
+        "| near limit, of the KV | near peak, of the limit | fetched / predicted bytes per token |",
+        "|---|---|---|",
+    ]
     for row in map(json.loads, path.read_text().splitlines()):
         if row["refused"]:
             lines.append(f"| {row['of_kv']:.0%} | refused before the prompt was read | |")

@@ -1,7 +1,7 @@
 """Fill the generated tables of README and docs from `benchmarks/results`.
 
-    python benchmarks/tables.py            # rewrite them
-    python benchmarks/tables.py --check    # fail if one differs from what would be written
+python benchmarks/tables.py            # rewrite them
+python benchmarks/tables.py --check    # fail if one differs from what would be written
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ def make_tables() -> dict[Path, dict[str, str]]:
     whole = quality.format_table(RESULTS / "infinigen_quality.jsonl")
     short = quality.format_table(RESULTS / "infinigen_quality.jsonl", README_METHODS)
     return {
-        ROOT / "README.md": {"quality": short},
+        ROOT / "README.md": {
+            "headline": quality.format_headline(RESULTS / "infinigen_quality.jsonl"),
+            "quality": short,
+        },
         ROOT / "docs/papers/infinigen.md": {
             "quality": whole,
             "limits": limits.format_table(RESULTS / "near_limits.jsonl"),

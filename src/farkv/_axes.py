@@ -1,11 +1,11 @@
 """The axis letters of every file, and the tensor types made of them.
 
-    B   sequences of a batch              D   head dimension (Dk of keys, Dv of values where they differ)
-    T   new tokens of this forward pass   W   record width: Dk + Dv
-    S   tokens in the cache               R   index columns
-    Hq  query heads                       K   chosen records
-    Hkv KV heads                          L   layers
-    G   query heads of one KV head        C   capacity, in tokens
+B   sequences of a batch              D   head dimension (Dk of keys, Dv of values where they differ)
+T   new tokens of this forward pass   W   record width: Dk + Dv
+S   tokens in the cache               R   index columns
+Hq  query heads                       K   chosen records
+Hkv KV heads                          L   layers
+G   query heads of one KV head        C   capacity, in tokens
 """
 
 from __future__ import annotations

@@ -197,9 +197,7 @@ def run(
         with show_progress("reading", quiet=as_json) as on_prefill:
             write = (lambda piece: None) if as_json else _write
             decoding = Decoding(max_new_tokens, temperature, tuple(stop or ()))
-            answer = ask(
-                far, tokenizer, prompt, cache=cache, decoding=decoding, listener=Listener(on_prefill, write)
-            )
+            answer = ask(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=Listener(on_prefill, write))
         receipt = dataclasses.replace(far.receipt(cache), model=model, answer=answer)
     if not as_json:
         typer.echo()
@@ -299,9 +297,10 @@ def demo(
             highlight=False,
         )
         err.print(
-            f'$ farkv run --model demo --file code.py --fraction {fraction} {flags}--verify 8 --max-new-tokens 4 '
+            f"$ farkv run --model demo --file code.py --fraction {fraction} {flags}--verify 8 --max-new-tokens 4 "
             f'"{prompt.question}"\n',
-            highlight=False, soft_wrap=True,
+            highlight=False,
+            soft_wrap=True,
         )
         run(
             prompt.question, model="demo", file=path, fraction=fraction, near=near,

@@ -130,7 +130,9 @@ class InfiniGen:
         paper: the published algorithm; it sets what follows where left at None.
         source: the hidden state the query is estimated from: `post_attn`, LN_i(h + attn_{i-1}), is ours;
             `residual`, LN_i(h_{i-1}); `attn`, layer i-1's attention input, is the paper's.
-        columns: index columns R per KV head (ours: a quarter of the head dimension, the paper's: 0.3).
+        columns: index columns R per KV head (ours: as many as keep the index fraction at 0.10; the paper's: 0.3 of
+            the head dimension).
+        index_bits: bits of an index entry, 4 or 8 (the paper's partial keys have the model's dtype).
         alpha: read only records within `alpha` logits of the best one (the paper's: 4).
         top_p: read only the records that hold this share of the estimated attention weight.
         sinks: first tokens that are always read (the paper's: 0).
@@ -142,6 +144,7 @@ class InfiniGen:
     paper: bool = False
     source: Source | None = None
     columns: int | None = None
+    index_bits: int | None = None
     alpha: float | None = None
     top_p: float | None = None
     sinks: int | None = None
@@ -162,6 +165,8 @@ class InfiniGen:
         _check_counts(sinks=self.sinks or 0, window=self.window or 0)
         if self.columns is not None and self.columns < 1:
             raise ConfigError(f"columns: expected at least 1, got {self.columns!r}")
+        if self.index_bits not in ((None,) if self.paper else (4, 8)):
+            raise ConfigError(f"index_bits: expected 4 or 8, and none with paper=True; got {self.index_bits!r}")
         if self.alpha is not None and self.top_p is not None:
             raise ConfigError("alpha and top_p: give one of them, got both")
         if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
@@ -178,7 +183,7 @@ class InfiniGen:
 
 
 LEAST_RECORDS = 64
-_OURS = {"fraction": 0.1, "source": "post_attn", "sinks": 4, "window": 16, "top_up": 0.25}
+_OURS = {"fraction": 0.1, "source": "post_attn", "sinks": 4, "window": 16, "top_up": 0.25, "index_bits": 4}
 _PAPER = {"fraction": 0.2, "source": "attn", "sinks": 0, "window": 0, "top_up": 0.0, "alpha": 4.0}
 
 Method = Full | Window | Random | Oracle | InfiniGen

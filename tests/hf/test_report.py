@@ -97,12 +97,19 @@ def test_the_counts_are_those_of_the_run() -> None:
 
 
 def test_the_index_is_counted() -> None:
-    receipt = run(InfiniGen(fraction=0.3, top_up=0.0), near="1MiB")
-    # Two int8 columns of an 8-wide head against 16 float32 of its record, of all but sinks, window and the newest.
+    receipt = run(InfiniGen(fraction=0.3, top_up=0.0, columns=4), near="1MiB")
+    # Four 4-bit columns of an 8-wide head against 16 float32 of its record, of all but the tail.
     assert 0.9 * 2 / 64 < receipt.index_fraction < 2 / 64
     tokens = receipt.context_tokens - 1
     assert receipt.kv_bytes.index_peak >= 4 * 2 * 2 * tokens
     assert receipt.kv_bytes.near_peak >= receipt.kv_bytes.index_peak
+
+
+@pytest.mark.parametrize(
+    "method", [InfiniGen(), InfiniGen(fraction=0.3), InfiniGen(fraction=0.3, top_up=0.0, index_bits=8)]
+)
+def test_the_default_index_stays_within_a_tenth(method: InfiniGen) -> None:
+    assert 0 < run(method).index_fraction <= 0.10
 
 
 def test_fetched_bytes_are_predicted_by_the_sizes() -> None:

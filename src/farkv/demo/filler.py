@@ -28,9 +28,7 @@ def read_sources(root: Path, *, held_out: bool | None) -> dict[str, str]:
     files: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if held_out is not None and (
-            SKIPPED & set(Path(name).parts) or is_held_out(name) is not held_out
-        ):
+        if held_out is not None and (SKIPPED & set(Path(name).parts) or is_held_out(name) is not held_out):
             continue
         try:
             text = path.read_text("utf-8")

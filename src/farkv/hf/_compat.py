@@ -88,8 +88,7 @@ def find_attention(blocks: nn.Module) -> dict[int, nn.Module]:
     return {
         index: module
         for module in blocks.modules()
-        if "Attention" in type(module).__name__
-        and isinstance(index := getattr(module, "layer_idx", None), int)
+        if "Attention" in type(module).__name__ and isinstance(index := getattr(module, "layer_idx", None), int)
     }
 
 

@@ -152,4 +152,3 @@ def ask(
     cache.account.generated_tokens = len(new)
     cache.account.context_tokens = prompt.n_tokens
     return tokenizer.decode(new, skip_special_tokens=True)
-

@@ -83,9 +83,7 @@ def base_of(module: nn.Module) -> str:
     return getattr(module, "farkv_base", "sdpa")
 
 
-def run_eager(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
-) -> Any:
+def run_eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
     """Run the model file's plain attention with the additive mask that it expects."""
     eager = _compat.get_eager_attention(module)
     if eager is None:

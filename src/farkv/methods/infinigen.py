@@ -18,9 +18,9 @@ from farkv.config import InfiniGen, Source
 from farkv.errors import ConfigError
 from farkv.methods.contract import Place, Query, Step
 from farkv.methods.sparse import Budget, SparseRecipe
-from farkv.per_model.profile import Profile
+from farkv.per_model.profile import MAX_COLUMNS, Profile
 from farkv.per_model.skew import measure_gram, solve_bilinear, solve_svd
-from farkv.per_prompt.index import choose_columns, encode_keys, fit_scale, project_keys
+from farkv.per_prompt.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
 from farkv.per_token.select import (
     Choice,
     forbid,
@@ -31,7 +31,7 @@ from farkv.per_token.select import (
     select_top,
     select_within,
 )
-from farkv.per_token.speculate import pool_group, pool_group_by_best, project_query, score_index
+from farkv.per_token.speculate import pool_group, pool_group_by_best, project_query, score_index, unpack_codes
 from farkv.store.index import LayerIndex, Projection
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Fetch
@@ -39,6 +39,8 @@ from farkv.store.tiers import Fetch
 # Without a profile, the skew is final once it was fitted to this many tokens per head dimension.
 FIT_TOKENS_PER_DIM = 8
 SAMPLED_QUERIES = 256
+# Index bytes scored per step over the KV bytes, all passes over the index together.
+INDEX_SHARE = 0.10
 FIT_KEYS = 4096
 
 
@@ -55,6 +57,8 @@ class InfiniGenRecipe(SparseRecipe):
         )
         self.config, self.profile = config, profile
         self.least = config.least_records
+        # 0: the paper's partial keys are not rounded.
+        self.bits = config.index_bits or 0
         self.query_source: Source | None = config.source
         self.index = {i: LayerIndex(self.store.index, place.device, place.limits.reserve_tokens) for i in place.layers}
         self.samples: dict[int, Tensor] = {}
@@ -103,7 +107,7 @@ class InfiniGenRecipe(SparseRecipe):
         valid = self.visible(keys.shape[2])
         sample = keys[:, :, ::stride]
         sample_valid = None if valid is None else valid[:, ::stride]
-        n_columns = self.count_columns(keys.shape[-1])
+        n_columns = self.count_columns(keys.shape[-1], self.account.record_bytes[layer])
         if self.config.paper:
             projection = self.fit_paper(layer, sample, sample_valid, n_columns)
         else:
@@ -123,7 +127,7 @@ class InfiniGenRecipe(SparseRecipe):
         else:
             query, key, mean = solve_bilinear(measure_gram(self.samples[layer], keys, valid))
         query, key = query[..., :n], key[..., :n]
-        return Projection(query, key, mean, fit_scale(project_keys(keys, key, mean), valid))
+        return Projection(query, key, mean, fit_scale(project_keys(keys, key, mean), valid, self.bits))
 
     def fit_paper(self, layer: int, keys: Tensor, valid: Bool[Tensor, "B S"] | None, n: int) -> Projection:
         """The paper's: an orthogonal skew, the strongest columns of this prompt, keys in the model's dtype."""
@@ -145,7 +149,8 @@ class InfiniGenRecipe(SparseRecipe):
         if self.config.paper:
             self.index[layer].append(projected.to(keys.dtype))
         else:
-            self.index[layer].append(encode_keys(projected, projection.scale))
+            codes = encode_keys(projected, projection.scale, self.bits)
+            self.index[layer].append(pack_codes(codes) if self.bits == 4 else codes)
 
     def catch_up(self, layer: int, n_tokens: int) -> None:
         """Bring a layer's index up to `n_tokens`: after a short prompt, or while the skew is still young."""
@@ -191,6 +196,7 @@ class InfiniGenRecipe(SparseRecipe):
         assert index.projection is not None
         codes = index.codes()[:, :, :n_old]
         self.count_index(layer, codes.numel() * codes.element_size())
+        codes = unpack_codes(codes) if self.bits == 4 else codes
         projected = project_query(query.q, index.projection.query, index.projection.scale, query.scaling)
         return score_index(projected, codes, query.softcap)
 
@@ -219,15 +225,23 @@ class InfiniGenRecipe(SparseRecipe):
 
     # --- sizes and the batch --------------------------------------------------------------------------------
 
-    def count_columns(self, dim: int) -> int:
-        """Index columns R: ours a quarter of the head dimension, the paper's 0.3 of it."""
-        wanted = self.config.columns or max(1, round(dim * (0.3 if self.config.paper else 0.25)))
-        return min(wanted, dim)
+    def count_columns(self, k_dim: int, record_bytes: int) -> int:
+        """Index columns R: ours fill an index fraction of 0.10, the paper's are 0.3 of the head dimension."""
+        if self.config.columns is not None:
+            wanted = self.config.columns
+        elif self.config.paper:
+            wanted = max(1, round(0.3 * k_dim))
+        else:
+            scans = 2 if self.share_late else 1
+            wanted = int(INDEX_SHARE * record_bytes * 8 / self.bits / scans)
+        # Two codes share a byte.
+        even = wanted - wanted % 2 if self.bits == 4 else wanted
+        return max(2 if self.bits == 4 else 1, min(even, k_dim - k_dim % 2, MAX_COLUMNS))
 
     def index_token_bytes(self, shape: LayerShape) -> int:
         """Bytes one token adds to a layer's index."""
-        itemsize = shape.itemsize if self.config.paper else 1
-        return shape.batch * shape.kv_heads * self.count_columns(shape.k_dim) * itemsize
+        bits = self.bits or 8 * shape.itemsize
+        return shape.batch * shape.kv_heads * self.count_columns(shape.k_dim, shape.record_bytes) * bits // 8
 
     def crop(self, n_tokens: int, layer: int) -> None:
         """Forget the newest tokens, in the index too."""

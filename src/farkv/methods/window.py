@@ -33,4 +33,3 @@ class WindowRecipe(SparseRecipe):
         age = torch.arange(n_old, device=query.q.device, dtype=torch.float32)
         scores = age.repeat(batch, heads, 1)
         return select_top(force_sinks(scores, budget.sinks, self.visible(n_old)), budget.early)
-

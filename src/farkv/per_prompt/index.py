@@ -1,4 +1,4 @@
-"""Build the index of one layer: project keys and round them to int8.
+"""Build the index of one layer: project keys and round them to 8 or 4 bits.
 
 In: keys, the skew's leading columns. Out: codes and the scale they were rounded with. Keeps nothing.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from farkv._axes import Bool, Float, Float32, Int8, Tensor
 
-CODE_MAX = 127
-# Later keys may be a little larger than the prompt's: headroom before a code clips.
-HEADROOM = 1.1
+CODE_MAX = {8: 127, 4: 7}
+# Later keys may be a little larger than the prompt's: headroom before a code clips. Four bits have none to give.
+HEADROOM = {8: 1.1, 4: 1.0}
 
 
 def project_keys(
@@ -20,20 +20,30 @@ def project_keys(
 
 
 def fit_scale(
-    projected: Float32[Tensor, "B Hkv T R"], valid: Bool[Tensor, "B T"] | None
+    projected: Float32[Tensor, "B Hkv T R"], valid: Bool[Tensor, "B T"] | None, bits: int = 8
 ) -> Float32[Tensor, "B Hkv 1 R"]:
-    """Return the step of each column's codes: its largest magnitude, with headroom, over 127."""
+    """Return the step of each column's codes: its largest magnitude, with headroom, over the largest code."""
     magnitude = projected.abs()
     if valid is not None:
         magnitude = magnitude * valid[:, None, :, None]
-    return magnitude.amax(2, keepdim=True).clamp_min(1e-12) * (HEADROOM / CODE_MAX)
+    return magnitude.amax(2, keepdim=True).clamp_min(1e-12) * (HEADROOM[bits] / CODE_MAX[bits])
 
 
 def encode_keys(
-    projected: Float32[Tensor, "B Hkv T R"], scale: Float32[Tensor, "B Hkv 1 R"]
+    projected: Float32[Tensor, "B Hkv T R"], scale: Float32[Tensor, "B Hkv 1 R"], bits: int = 8
 ) -> Int8[Tensor, "B Hkv T R"]:
-    """Round to int8 codes: code = clip(round(projected / scale), -127, 127)."""
-    return (projected / scale).round_().clamp_(-CODE_MAX, CODE_MAX).char()
+    """Round to codes: clip(round(projected / scale), -127, 127), or to 7 where there are four bits."""
+    return (projected / scale).round_().clamp_(-CODE_MAX[bits], CODE_MAX[bits]).char()
+
+
+def pack_codes(codes: Int8[Tensor, "B Hkv T R"]) -> Int8[Tensor, "B Hkv T R2"]:
+    """Put two four-bit codes into a byte: the first R/2 columns into the low halves, the others into the high ones.
+
+    Args:
+        codes: R even, each in [-7, 7].
+    """
+    low, high = codes.chunk(2, -1)
+    return (low & 0x0F) | (high << 4)
 
 
 def choose_columns(

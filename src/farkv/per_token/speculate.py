@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from farkv._axes import Bool, Float, Float32, Tensor
+from farkv._axes import Bool, Float, Float32, Int8, Tensor
 
 
 def project_query(
@@ -36,9 +36,12 @@ def score_index(
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
-def pool_group(
-    scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B S"] | None
-) -> Float32[Tensor, "B Hkv S"]:
+def unpack_codes(packed: Int8[Tensor, "B Hkv S R2"]) -> Int8[Tensor, "B Hkv S R"]:
+    """Return four-bit codes as bytes, low halves first. Arithmetic shifts keep the sign."""
+    return torch.cat([(packed << 4) >> 4, packed >> 4], -1)
+
+
+def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B S"] | None) -> Float32[Tensor, "B Hkv S"]:
     """Join the queries of one KV head: log of the mean attention weight that the group gives a record.
 
     A record's worth to the group is the weight it would get, so choosing the largest keeps the most mass.

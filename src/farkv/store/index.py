@@ -59,7 +59,7 @@ class LayerIndex:
             at = sequences.to(scale.device)
             # A batch axis of 1 serves all sequences; the scale has one row per sequence, even where that is one.
             shared = [p if p.shape[0] == 1 else p.index_select(0, at) for p in shared]
-            self.projection = Projection(*shared, scale.index_select(0, at))
+            self.projection = Projection._make([*shared, scale.index_select(0, at)])
 
     def clear(self) -> None:
         """Free everything."""

@@ -11,6 +11,9 @@ from farkv._axes import Int, Tensor
 from farkv.store.ledger import Ledger
 from farkv.store.sizes import grow_capacity
 
+# Tokens that a reordering moves at once: its scratch memory, which no ledger counts.
+REORDER_TOKENS = 64
+
 
 class Rows:
     """Rows per token, appended at the end, cropped from the end, charged to a ledger by capacity."""
@@ -76,13 +79,19 @@ class Rows:
             return
         if sequences.tolist() == list(range(self.data.shape[0])):
             return  # Beams that did not move: nothing to copy. (Beam search itself waits for the device here.)
-        new_bytes = self.n_bytes // self.data.shape[0] * len(sequences)
-        self.ledger.charge(new_bytes)
+        where = sequences.to(self.device)
+        if len(sequences) == self.data.shape[0]:
+            # In place, a few tokens at a time: beams need no second copy of a layer under a tight limit.
+            for start in range(0, self.length, REORDER_TOKENS):
+                piece = self.data[:, :, start : min(start + REORDER_TOKENS, self.length)]
+                piece.copy_(piece.index_select(0, where))
+            return
+        self.ledger.charge(self.n_bytes // self.data.shape[0] * len(sequences))
         old_bytes = self.n_bytes
         chosen = torch.empty(
             len(sequences), *self.data.shape[1:], dtype=self.data.dtype, device=self.device, pin_memory=self.pin
         )
-        torch.index_select(self.data, 0, sequences.to(self.device), out=chosen)
+        torch.index_select(self.data, 0, where, out=chosen)
         self.data = chosen
         self.ledger.release(old_bytes)
 

@@ -1,9 +1,9 @@
 """Shapes to bytes, before anything is allocated. Pure arithmetic: no tensors.
 
-    record   = (Dk + Dv) * itemsize                   one token of one KV head
-    kv       = L * B * Hkv * S * record               a full cache
-    index    = L * B * Hkv * S * R * index_itemsize
-    fetched  = L * B * Hkv * K_fetched * record       over the link, per decode step
+record   = (Dk + Dv) * itemsize                   one token of one KV head
+kv       = L * B * Hkv * S * record               a full cache
+index    = L * B * Hkv * S * R * index_itemsize
+fetched  = L * B * Hkv * K_fetched * record       over the link, per decode step
 """
 
 from __future__ import annotations
