@@ -124,14 +124,6 @@ def show_progress(title: str, *, quiet: bool) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def quiet_libraries() -> None:
-    """Keep Hugging Face's own bars and warnings out of the way of ours."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def print_receipt(receipt: Receipt, *, as_json: bool) -> None:
     """Print the receipt: JSON on stdout, or a table on stderr."""
     from farkv.show import draw_receipt
@@ -178,16 +170,15 @@ def run(
     text = read_text(file)
     if not (text + question).strip():
         raise InputError("prompt: text and question are both empty; give --file with text, or a question")
-    quiet_libraries()
-
     import dataclasses
 
     import torch
 
     from farkv.hf.ask import Decoding, Listener, ask, build_prompt
     from farkv.hf.attach import attach
-    from farkv.hf.load import load_model
+    from farkv.hf.load import load_model, quiet_libraries
 
+    quiet_libraries()
     torch.manual_seed(seed)
     with err.status(f"loading {model}") if err.is_terminal else _nothing():
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
@@ -237,7 +228,7 @@ def profile_model(
 
       farkv profile --model demo --prompts a.py --prompts b.py --limit 8
     """
-    from farkv.hf.load import load_model
+    from farkv.hf.load import load_model, quiet_libraries
     from farkv.hf.measure import profile
 
     texts = [read_text(path) for path in prompts or []]

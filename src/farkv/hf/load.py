@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from farkv.demo import MODEL_PATH
@@ -42,6 +43,12 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
         model = model.float()
     # transformers wraps `to` in a way that loses its signature.
     return model.to(place).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def quiet_libraries() -> None:
+    """Keep Hugging Face's own bars and warnings out of the way of ours."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def looks_local(path: str) -> bool:
