@@ -25,8 +25,8 @@ from farkv.config import Full, InfiniGen, Method, Oracle, Random, Window
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.hf.ask import build_prompt, feed
-from farkv.hf.attach import Handle, attach
 from farkv.hf.cache import FarCache
+from farkv.hf.handle import Handle, attach
 from farkv.hf.load import load_model, quiet_libraries
 from farkv.methods.contract import Kernel, Step
 
@@ -216,11 +216,12 @@ def format_headline(path: Path) -> str:
     """Return the one sentence of the README."""
     rows = [r for r in read_rows(path) if r["method"] == "ours 0.10" and r["task"] == "recall"]
     longest = max(r["length"] for r in rows) // 1024
+    read, index = (100 * mean(r[name] for r in rows) for name in ("read_fraction", "index_fraction"))
+    agrees, good = percent(r["agrees"] for r in rows), percent(r["agrees"] for r in rows if r["full_right"])
     return (
-        f"Measured: reading {100 * mean(r['read_fraction'] for r in rows):.0f} % of the KV bytes per step (and an "
-        f"index of {100 * mean(r['index_fraction'] for r in rows):.0f} %), the demo model gives the full cache's "
-        f"answer to {percent(r['agrees'] for r in rows)} of {len(rows)} questions about 2 to {longest} K tokens of code, and to "
-        f"{percent(r['agrees'] for r in rows if r['full_right'])} of those that the full cache answers right."
+        f"Measured: reading {read:.0f} % of the KV bytes per step (and an index of {index:.0f} %), the demo model gives\n"
+        f"the full cache's answer to {agrees} of {len(rows)} questions about 2 to {longest} K tokens of code, and to\n"
+        f"{good} of those that the full cache answers right."
     )
 
 

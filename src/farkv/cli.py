@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from farkv.config import Full, InfiniGen, Method, Oracle, Random, Window, parse_bytes
 from farkv.errors import ConfigError, FarKVError, InputError
+from farkv.show import draw_receipt, show_progress
 
 if TYPE_CHECKING:
     from farkv.receipt import Receipt
@@ -112,22 +111,8 @@ def read_text(file: Path | None) -> str:
     return text
 
 
-@contextmanager
-def show_progress(title: str, *, quiet: bool) -> Iterator[Any]:
-    """Show a bar on stderr; yields a function (done, total)."""
-    if quiet or not err.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def print_receipt(receipt: Receipt, *, as_json: bool) -> None:
     """Print the receipt: JSON on stdout, or a table on stderr."""
-    from farkv.show import draw_receipt
-
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))
     else:
@@ -180,12 +165,12 @@ def run(
 
     quiet_libraries()
     torch.manual_seed(seed)
-    with err.status(f"loading {model}") if err.is_terminal else _nothing():
+    with err.status(f"loading {model}") if err.is_terminal else nullcontext():
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     prompt = build_prompt(tokenizer, text, question)
     with attach(loaded, config, profile=False if profile == "none" else profile, **limits) as far:
         cache = far.new_cache(tokens=prompt.n_tokens + max_new_tokens, verify=verify)
-        with show_progress("reading", quiet=as_json) as on_prefill:
+        with show_progress(err, "reading", quiet=as_json) as on_prefill:
             write = (lambda piece: None) if as_json else _write
             decoding = Decoding(max_new_tokens, temperature, tuple(stop or ()))
             answer = ask(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=Listener(on_prefill, write))
@@ -193,11 +178,6 @@ def run(
     if not as_json:
         typer.echo()
     print_receipt(receipt, as_json=as_json)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _write(piece: str) -> None:
@@ -242,7 +222,7 @@ def profile_model(
         rows += [ids[i : i + tokens] for i in range(0, len(ids), tokens)]
     # Of a long text, runs from all over it.
     stride = max(1, len(rows) // limit)
-    with show_progress("measuring", quiet=as_json) as on_prompt:
+    with show_progress(err, "measuring", quiet=as_json) as on_prompt:
         measured = profile(loaded, rows[::stride][:limit], on_prompt=on_prompt)
     measured.save(out)
     summary = {"out": str(out), "bytes": out.stat().st_size, "tensors": len(measured.tensors), **measured.identity}

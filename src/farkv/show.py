@@ -1,8 +1,13 @@
-"""Draw a receipt for people. In: a `Receipt`. Out: a rich table that fits 80 columns."""
+"""Draw for people: a receipt as a table that fits 80 columns, and progress as a bar."""
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -57,3 +62,15 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
         ]
     rows.append(("kernel", receipt.kernel, ""))
     return rows
+
+
+@contextmanager
+def show_progress(console: Console, title: str, *, quiet: bool) -> Iterator[Any]:
+    """Show a bar on stderr; yields a function (done, total)."""
+    if quiet or not console.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -18,7 +18,7 @@ GREEDY: dict[str, Any] = {}
 BEAM: dict[str, Any] = {"num_beams": 3}
 
 
-def compare(model: Any, method: Method, prompt: Any, near: str | None = None, **options: Any) -> farkv.hf.attach.Handle:
+def compare(model: Any, method: Method, prompt: Any, near: str | None = None, **options: Any) -> farkv.hf.handle.Handle:
     plain = generate(model, prompt, **options)
     with farkv.attach(model, method, near=near) as far:
         assert_same(generate(model, prompt, far.new_cache(), **options), plain)

@@ -14,8 +14,8 @@ from transformers import TextStreamer
 
 from farkv._axes import Tensor
 from farkv.errors import InputError
-from farkv.hf.attach import Handle
 from farkv.hf.cache import FarCache
+from farkv.hf.handle import Handle
 
 # Stands for the user's text while a chat template is rendered, because templates may strip what they are given.
 _SENTINEL = "farkv-content-5d1c"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
 from farkv.errors import InputError
-from farkv.hf.attach import Handle
+from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
 from farkv.methods import Full
 from farkv.methods.contract import Kernel, Step

@@ -1,0 +1,269 @@
+"""An attached model: hooks in, a cache maker out, everything put back on exit.
+
+In: a model, a method's config, byte limits. Out: a `Handle`. Model files stay untouched, and an ordinary cache
+passed to an attached model behaves as ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from farkv.config import Method
+from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
+from farkv.hf import _compat
+from farkv.hf.attention import NAME, probing
+from farkv.hf.cache import FarCache, FarLayer
+from farkv.hf.query import Rope, add_attention, hidden_of, probe_query, with_hidden
+from farkv.hf.report import make_receipt
+from farkv.hf.verify import Verifier
+from farkv.methods import make_recipe
+from farkv.methods.contract import Place
+from farkv.per_model.profile import Profile
+from farkv.receipt import Account, Receipt
+from farkv.store.sizes import LayerShape
+from farkv.store.tiers import StoreLimits
+
+log = logging.getLogger("farkv")
+BASES = ("sdpa", "eager")
+
+
+class Handle(AbstractContextManager["Handle"]):
+    """An attached model. Leave the `with` block or call `detach()` to have the model as it was."""
+
+    def __init__(self, model: PreTrainedModel, method: Method, limits: StoreLimits, profile: Profile | None):
+        self.model, self.method, self.limits, self.profile = model, method, limits, profile
+        self.rope = Rope()
+        self._flight = threading.local()
+        self._hooks: list[Any] = []
+        self._last: FarCache | None = None
+        self._shape: LayerShape | None = None
+        self._read_architecture()
+        self.base = _compat.get_attention_name(model)
+        if self.base not in BASES:
+            raise UnsupportedModelError(
+                f"attention implementation: expected one of {', '.join(BASES)}, got {self.base!r}; "
+                'load the model with attn_implementation="sdpa"'
+            )
+        make_recipe(method, self._place(Account()), profile)
+        self._attach()
+
+    # --- attaching ------------------------------------------------------------------------------------------
+
+    def _read_architecture(self) -> None:
+        model = self.model
+        name = type(model).__name__
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"{name}: an encoder-decoder model; expected a decoder-only causal LM")
+        found = _compat.find_decoder(model)
+        if found is None:
+            raise UnsupportedModelError(f"{name}: no list of decoder blocks with attention modules was found")
+        self.decoder, self.blocks = found
+        self.attention = _compat.find_attention(self.blocks)
+        self.layer_types, self._stock_arguments = _compat.describe_layers(_compat.text_config(model))
+        self.managed = [
+            i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i in self.attention
+        ]
+        devices = {p.device for p in model.parameters()}
+        if len(devices) > 1:
+            raise UnsupportedModelError(f"{name}: parameters on {len(devices)} devices; expected one device")
+        self.device: torch.device = devices.pop()
+        if not self.managed:
+            log.warning("%s: no full-attention layer, so nothing to manage: layers are %s", name, self.layer_types)
+
+    def _attach(self) -> None:
+        model = self.model
+        _compat.set_attention_name(model, NAME)
+        if _compat.get_attention_name(model) != NAME:
+            _compat.set_attention_name(model, self.base)
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: does not route attention through Hugging Face's attention interface"
+            )
+        base = self.base if self.base != "sdpa" or _compat.supports_sdpa(model) else "eager"
+        for module in self.attention.values():
+            module.farkv_base = base  # type: ignore[assignment]
+        hooks = self._hooks
+        verifier = Verifier()
+        # Order matters: the verifying dense pass runs before the clock starts, the comparison after it stops.
+        hooks.append(model.register_forward_pre_hook(verifier.before, with_kwargs=True))
+        for module in {model, self.decoder}:
+            hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._end, with_kwargs=True))
+        hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
+        for module in self.decoder.modules():
+            if type(module).__name__.endswith("RotaryEmbedding"):
+                hooks.append(module.register_forward_hook(self.rope.note, with_kwargs=True))
+        for i, module in self.attention.items():
+            hooks.append(module.register_forward_pre_hook(self._make_inject(i), with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._make_after_attention(i)))
+        for i, block in enumerate(self.blocks):
+            hooks.append(block.register_forward_pre_hook(self._make_before_block(i), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove every hook and restore the model's attention. Caches made before can no longer be used."""
+        if not self._hooks:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for module in self.attention.values():
+            with contextlib.suppress(AttributeError):
+                del module.farkv_base
+        _compat.set_attention_name(self.model, self.base)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    # --- caches and receipts --------------------------------------------------------------------------------
+
+    def _place(self, account: Account, reserve_tokens: int = 0) -> Place:
+        limits = self.limits._replace(reserve_tokens=reserve_tokens)
+        return Place(self.managed, limits, self.device, account)
+
+    def new_cache(self, *, tokens: int = 0, batch: int = 1, verify: int = 0) -> FarCache:
+        """Make an empty cache for one context (or one batch of them).
+
+        Args:
+            tokens: the context's expected length, answer included; memory for it is taken at once, and a limit
+                that cannot hold it is reported before the prompt is read.
+            batch: sequences (times beams) that `tokens` is meant for.
+            verify: compare this many decode steps with full attention over the same records.
+
+        Raises:
+            CapacityError: a limit cannot hold `tokens`; nothing was read or allocated.
+        """
+        if not self._hooks:
+            raise CacheStateError("new_cache: the model is detached; call farkv.attach again")
+        if tokens < 0 or verify < 0:
+            raise ConfigError(f"new_cache: expected tokens >= 0 and verify >= 0, got {tokens} and {verify}")
+        account = Account()
+        recipe = make_recipe(self.method, self._place(account, tokens), self.profile)
+        if tokens and self.managed:
+            recipe.admit(self._measure_shape(batch), tokens)
+        layers = [
+            FarLayer(i, recipe) if i in self.managed else _compat.make_stock_layer(kind, arguments)
+            for i, (kind, arguments) in enumerate(zip(self.layer_types, self._stock_arguments, strict=True))
+        ]
+        cache = FarCache(layers, recipe, account)
+        cache.verify_steps = verify
+        self._last = cache
+        return cache
+
+    @torch.no_grad()
+    def _measure_shape(self, batch: int) -> LayerShape:
+        """Return the widest managed layer's shape, from one token through the model: exact for any architecture."""
+        if self._shape is None:
+            probe = DynamicCache(config=self.model.config)
+            self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
+            layers: list[Any] = probe.layers
+            shapes: list[LayerShape] = []
+            for i in self.managed:
+                k, v = layers[i].keys, layers[i].values
+                shapes.append(LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()))
+            self._shape = max(shapes, key=lambda s: s.token_bytes)
+        return self._shape._replace(batch=batch)
+
+    def receipt(self, cache: FarCache | None = None) -> Receipt:
+        """Return the account of `cache`, or of the last one made.
+
+        Raises:
+            CacheStateError: no cache was made yet.
+        """
+        cache = cache or self._last
+        if cache is None:
+            raise CacheStateError("receipt: no cache was made yet; call new_cache() and generate with it")
+        kernel = f"torch-{self.base}"
+        return make_receipt(self.model, self.method, self.limits, self.layer_types, kernel, cache)
+
+    # --- hooks: each returns None unless the pass runs on one of our caches ---------------------------------
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = find_cache(args, kwargs)
+        if cache is not None and not cache.recipe.dense:
+            cache.begin(module, count_new(args, kwargs))
+
+    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        cache = find_cache(args, kwargs)
+        if cache is not None and not cache.recipe.dense:
+            cache.end(module)
+        self._flight.block = None
+
+    def _make_inject(self, i: int) -> Any:
+        def inject(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            cache = find_cache(args, kwargs)
+            layer = cache.layers[i] if cache is not None else None
+            if not isinstance(layer, FarLayer):
+                return None
+            assert cache is not None
+            if cache.recipe.query_source == "attn":
+                self._speculate(cache, i + 1, self.attention, args, kwargs)
+            return args, {**kwargs, "far_layer": layer}
+
+        return inject
+
+    def _make_before_block(self, i: int) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            cache = find_cache(args, kwargs)
+            self._flight.block = None
+            if cache is None or probing.get():
+                return
+            source = cache.recipe.query_source
+            if source == "post_attn" and i in self.attention:
+                self._flight.block = (cache, args, kwargs)
+            elif source is not None and (source != "attn" or i not in self.attention):
+                # A linear-attention block has no attention output to add: its input is what there is.
+                self._speculate(cache, i + 1, dict(enumerate(self.blocks)), args, kwargs)
+
+        return before
+
+    def _make_after_attention(self, i: int) -> Any:
+        def after(module: nn.Module, args: Any, out: Any) -> None:
+            flight = getattr(self._flight, "block", None)
+            if flight is None or probing.get():
+                return
+            cache, block_args, block_kwargs = flight
+            attention = out[0] if isinstance(out, tuple) else out
+            hidden = add_attention(self.blocks[i], hidden_of(block_args, block_kwargs), attention)
+            args, kwargs = with_hidden(block_args, block_kwargs, hidden)
+            self._speculate(cache, i + 1, dict(enumerate(self.blocks)), args, kwargs)
+
+        return after
+
+    @torch.compiler.disable(recursive=True)
+    def _speculate(
+        self, cache: FarCache, i: int, modules: dict[int, nn.Module], args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        """Estimate layer i's query and let the recipe choose; decode steps only."""
+        if i not in self.managed or hidden_of(args, kwargs).shape[-2] != 1 or not cache.recipe.wants_estimate(i):
+            return
+        query = probe_query(modules[i], args, kwargs, self.rope.get(self.layer_types[i]))
+        if query is None:
+            cache.account.add_fallback("own_query")
+            return
+        cache.recipe.speculate(i, query)
+
+
+def find_cache(args: Any, kwargs: dict[str, Any]) -> FarCache | None:
+    """Return our cache among a module's arguments: its name and place differ from model to model."""
+    return next((v for v in (*kwargs.values(), *args) if isinstance(v, FarCache)), None)
+
+
+def count_new(args: Any, kwargs: dict[str, Any]) -> int:
+    """Return how many tokens a decoder is called with."""
+    for name in ("inputs_embeds", "input_ids"):
+        if kwargs.get(name) is not None:
+            return kwargs[name].shape[1]
+    return args[0].shape[1]
