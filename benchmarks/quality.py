@@ -219,8 +219,8 @@ def format_headline(path: Path) -> str:
     read, index = (100 * mean(r[name] for r in rows) for name in ("read_fraction", "index_fraction"))
     agrees, good = percent(r["agrees"] for r in rows), percent(r["agrees"] for r in rows if r["full_right"])
     return (
-        f"Measured: reading {read:.0f} % of the KV bytes per step (and an index of {index:.0f} %), the demo model gives\n"
-        f"the full cache's answer to {agrees} of {len(rows)} questions about 2 to {longest} K tokens of code, and to\n"
+        f"Measured: reading {read:.0f} % of the KV bytes per step (and an index of {index:.0f} %), the demo model\n"
+        f"gives the full cache's answer to {agrees} of {len(rows)} questions about 2 to {longest} K tokens of code, and to\n"
         f"{good} of those that the full cache answers right."
     )
 
