@@ -220,8 +220,8 @@ def format_headline(path: Path) -> str:
     agrees, good = percent(r["agrees"] for r in rows), percent(r["agrees"] for r in rows if r["full_right"])
     return (
         f"Measured: reading {read:.0f} % of the KV bytes per step (and an index of {index:.0f} %), the demo model\n"
-        f"gives the full cache's answer to {agrees} of {len(rows)} questions about 2 to {longest} K tokens of code, and to\n"
-        f"{good} of those that the full cache answers right."
+        f"gives the full cache's answer to {agrees} of {len(rows)} questions about 2 to {longest} K tokens of code,\n"
+        f"and to {good} of those that the full cache answers right."
     )
 
 
