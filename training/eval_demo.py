@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -49,7 +50,6 @@ BARS = (
     Bar("recall 4K, 30 facts", "third party", 4096, 30, 0, 0.85),
     Bar("chain of 1 hop, 2K, 20 facts", "held out", 2048, 20, 1, None),
     Bar("chain of 2 hops, 2K, 20 facts", "held out", 2048, 20, 2, None),
-    Bar("chain of 1 hop, 4K, 30 facts", "held out", 4096, 30, 1, None),
 )
 
 
@@ -61,23 +61,74 @@ def find_interval(right: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-@torch.no_grad()
-def answer_one(model, ids: list[int]) -> bool:
-    """Say whether greedy decoding writes the prompt's last four tokens."""
-    states = model.model(torch.tensor([ids[:-1]]), use_cache=False).last_hidden_state
-    guess = model.lm_head(states[0, -DIGITS:]).argmax(-1)
-    return guess.tolist() == ids[-DIGITS:]
+class Worker:
+    """One process's model and text; a task is a few prompts or a few windows."""
+
+    def __init__(self, folder: str):
+        torch.set_num_threads(1)
+        self.tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        held_out = read_stdlib(held_out=True)
+        self.fillers = {"held out": Filler(self.tokenizer, held_out)}
+        self.tokens = encode_lines(self.tokenizer, held_out)[0]
+
+    def find_filler(self, name: str) -> Filler:
+        if name not in self.fillers:
+            self.fillers[name] = Filler(self.tokenizer, read_third_party())
+        return self.fillers[name]
+
+    @torch.no_grad()
+    def ask(self, bar: Bar, seeds: list[int]) -> tuple[int, int]:
+        """Return how many prompts greedy decoding answers, and their tokens in all."""
+        right = total = 0
+        for seed in seeds:
+            ids = draw_prompt(self.find_filler(bar.filler), bar.length, bar.facts, seed, bar.hops)
+            states = self.model.model(torch.tensor([ids[:-1]]), use_cache=False).last_hidden_state
+            guess = self.model.lm_head(states[0, -DIGITS:]).argmax(-1)
+            right += guess.tolist() == ids[-DIGITS:]
+            total += len(ids)
+        return right, total
+
+    @torch.no_grad()
+    def read(self, starts: list[int], length: int) -> np.ndarray:
+        """Return the loss (window, position) on the windows that begin at `starts`."""
+        losses = np.empty((len(starts), length), np.float32)
+        for row, start in enumerate(starts):
+            ids = torch.from_numpy(self.tokens[start : start + length + 1].astype(np.int64))
+            logits = self.model(ids[None, :-1], use_cache=False).logits[0].float()
+            each = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            losses[row] = each.numpy()
+        return losses
+
+    def count_tokens(self) -> int:
+        return len(self.tokens)
 
 
-def measure_bar(model, bar: Bar, filler: Filler, n: int, seed: int) -> dict:
+def start(folder: str) -> None:
+    """Make the process's worker."""
+    global WORKER  # noqa: PLW0603
+    WORKER = Worker(folder)
+
+
+def call(name: str, *args):
+    """Run a method of the process's worker."""
+    return getattr(WORKER, name)(*args)
+
+
+def split(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def measure_bar(pool: ProcessPoolExecutor, bar: Bar, n: int, seed: int) -> dict:
     """Ask `n` prompts of one row and return its numbers."""
-    prompts = [draw_prompt(filler, bar.length, bar.facts, seed + i, bar.hops) for i in range(n)]
-    right = sum(answer_one(model, ids) for ids in prompts)
+    groups = split(list(range(seed, seed + n)), 5)
+    answers = [pool.submit(call, "ask", bar, group) for group in groups]
+    right, total = np.sum([a.result() for a in answers], axis=0).tolist()
     low, high = find_interval(right, n)
     return {
         "name": bar.name,
         "filler": bar.filler,
-        "mean_tokens": round(float(np.mean([len(p) for p in prompts]))),
+        "mean_tokens": round(total / n),
         "right": right,
         "prompts": n,
         "recall": round(right / n, 4),
@@ -87,33 +138,28 @@ def measure_bar(model, bar: Bar, filler: Filler, n: int, seed: int) -> dict:
     }
 
 
-@torch.no_grad()
-def measure_windows(model, tokens: np.ndarray, length: int, n: int) -> np.ndarray:
-    """Return the loss (window, position) on `n` evenly spaced windows of the text."""
-    starts = np.linspace(0, len(tokens) - length - 1, n).astype(int)
-    losses = np.empty((n, length), np.float32)
-    for row, start in enumerate(starts):
-        ids = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
-        logits = model(ids[None, :-1], use_cache=False).logits[0].float()
-        losses[row] = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").numpy()
-    return losses
+def measure_windows(pool: ProcessPoolExecutor, length: int, n: int) -> np.ndarray:
+    """Return the loss (window, position) on `n` evenly spaced windows of the held-out text."""
+    last = pool.submit(call, "count_tokens").result() - length - 1
+    groups = split(np.linspace(0, last, n).astype(int).tolist(), 2)
+    return np.concatenate(
+        list(pool.map(call, ["read"] * len(groups), groups, [length] * len(groups)))
+    )
 
 
-def measure_loss(model, tokens: np.ndarray, n_long: int, n_short: int) -> list[dict]:
+def measure_loss(pool: ProcessPoolExecutor, n_long: int, n_short: int) -> list[dict]:
     """Return the mean loss per position bucket; many short windows serve the buckets below 1K."""
-    short = measure_windows(model, tokens, 1024, n_short)
-    long = measure_windows(model, tokens, EDGES[-1], n_long)
+    short = measure_windows(pool, 1024, n_short)
+    long = measure_windows(pool, EDGES[-1], n_long)
     rows = []
     for low, high in pairwise(EDGES):
-        part = (short if high <= 1024 else long)[:, low:high]
-        means = part.mean(1)
-        error = means.std(ddof=1) / len(means) ** 0.5
+        means = (short if high <= 1024 else long)[:, low:high].mean(1)
         rows.append(
             {
                 "from": low,
                 "to": high,
                 "loss": round(float(means.mean()), 4),
-                "error": round(float(error), 4),
+                "error": round(float(means.std(ddof=1) / len(means) ** 0.5), 4),
                 "windows": len(means),
             }
         )
@@ -147,34 +193,33 @@ def print_bar(row: dict) -> None:
     print(what, count, share + goal, flush=True)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(PACKAGE), help="folder of the exported model")
-    parser.add_argument("--prompts", type=int, default=120, help="prompts per row")
+    parser.add_argument("--prompts", type=int, default=100, help="prompts per row")
     parser.add_argument("--long", type=int, default=40, help="windows of 8K tokens for the loss")
     parser.add_argument("--short", type=int, default=300, help="windows of 1K tokens for the loss")
     parser.add_argument("--seed", type=int, default=20_000)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--json", type=Path, help="write the numbers here")
     parser.add_argument("--png", type=Path, help="write the picture here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     began = time.time()
-    tokenizer = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json"))
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    held_out = read_stdlib(held_out=True)
-    fillers = {"held out": Filler(tokenizer, held_out)}
-    if third := read_third_party():
-        fillers["third party"] = Filler(tokenizer, third)
+    third = bool(read_third_party())
     print(f"{'':30s} {'filler':12s} tokens  right  share  95 % interval")
     bars = []
-    for bar in BARS:
-        if bar.filler in fillers:
-            bars.append(measure_bar(model, bar, fillers[bar.filler], args.prompts, args.seed))
-            print_bar(bars[-1])
-    losses = measure_loss(model, encode_lines(tokenizer, held_out)[0], args.long, args.short)
+    with ProcessPoolExecutor(args.workers, initializer=start, initargs=(args.model,)) as pool:
+        for bar in BARS:
+            if third or bar.filler != "third party":
+                bars.append(measure_bar(pool, bar, args.prompts, args.seed))
+                print_bar(bars[-1])
+        losses = measure_loss(pool, args.long, args.short)
     print("\nposition      loss    standard error (over windows)")
     for r in losses:
         print(f"{r['from']:5d}-{r['to']:5d}  {r['loss']:.4f}  {r['error']:.4f}")

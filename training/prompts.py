@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import torch
 from forward import run_model
 from samples import DIGITS, FACT
@@ -25,17 +24,16 @@ class Filler:
     def __init__(self, tokenizer: Tokenizer, files: dict[str, str]):
         self.tokenizer = tokenizer
         self.lines = [line for text in files.values() for line in text.splitlines(keepends=True)]
-        self.sizes = np.asarray([len(e.ids) for e in tokenizer.encode_batch(self.lines)])
 
     def draw(self, n_tokens: int, rng: random.Random) -> list[str]:
         """Take lines from a random place, stopping before they exceed `n_tokens`."""
         at, got, lines = rng.randrange(len(self.lines)), 0, []
         while True:
-            size = self.sizes[at % len(self.lines)]
-            if got + size > n_tokens:
+            line = self.lines[at % len(self.lines)]
+            got += len(self.tokenizer.encode(line).ids)
+            if got > n_tokens:
                 return lines
-            lines.append(self.lines[at % len(self.lines)])
-            got += size
+            lines.append(line)
             at += 1
 
 
@@ -43,10 +41,11 @@ def draw_prompt(filler: Filler, length: int, n_facts: int, seed: int, hops: int 
     """Return the tokens of one prompt of at most about `length` tokens, answer included."""
     rng = random.Random(seed)
     lines = filler.draw(length - (n_facts + hops) * (FACT + 1) - 20, rng)
-    if hops:
-        prompt = make_chain_prompt(lines, n_facts, seed, hops)
-    else:
-        prompt = make_recall_prompt(lines, n_facts, seed)
+    prompt = (
+        make_chain_prompt(lines, n_facts, seed, hops)
+        if hops
+        else make_recall_prompt(lines, n_facts, seed)
+    )
     return filler.tokenizer.encode(prompt.text + prompt.question + prompt.answer).ids
 
 

@@ -117,10 +117,10 @@ class Sampler:
         room = budget - sum(map(len, filler))
         n_facts = max(1, min(int(room / (FACT + QUESTION * (0.3 if sparse else 0.8))), 80))
         if sparse:
-            n_facts = min(n_facts, int(2 ** rng.uniform(0, 6.3)))
+            n_facts = min(n_facts, int(2 ** rng.uniform(*(0, 6.3) if length < 1024 else (2, 6.2))))
         n_questions = max(1, int((room - FACT * n_facts) / QUESTION))
         if sparse:
-            n_questions = min(n_questions, int(2 ** rng.uniform(0, 5)))
+            n_questions = min(n_questions, int(2 ** rng.uniform(0, 5 if length < 1024 else 6)))
         return filler, n_facts, n_questions
 
     def place_facts(self, names: list[str], chains: float):
