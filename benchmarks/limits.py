@@ -67,7 +67,8 @@ def main() -> None:
     parser.add_argument("--tokens", default=4096, type=int)
     args = parser.parse_args()
     model, tokenizer = load_model("demo", device="cpu")
-    filler = draw_filler(read_sources(STDLIB, held_out=True), int(3.2 * (args.tokens - 390)), 7)
+    sources = read_sources(STDLIB, held_out=True)
+    filler = draw_filler(sources, args.tokens - 440, 7, lambda line: len(tokenizer(line)["input_ids"]))
     made = make_recall_prompt(filler, 30, 7)
     prompt = build_prompt(tokenizer, made.text, made.question)
     config = model.config

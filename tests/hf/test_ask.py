@@ -71,6 +71,19 @@ def test_the_answer_is_that_of_plain_generate(loaded) -> None:
         assert receipt.context_tokens == prompt.n_tokens
 
 
+def test_verified_after_a_prefill_in_chunks(loaded) -> None:
+    model, tokenizer = loaded
+    prompt = build_prompt(tokenizer, "x = 1\n" * 60, "print(x)  # ")
+    for chunk in (2048, 50):
+        with farkv.attach(model, InfiniGen(fraction=0.1)) as far:
+            cache = far.new_cache(verify=4)
+            ask(far, tokenizer, prompt, cache=cache, decoding=Decoding(3, chunk_tokens=chunk))
+            quality = far.receipt().quality
+        assert quality is not None
+        assert quality.steps == 4
+        assert 0 < quality.mass_min <= quality.mass_mean <= 1
+
+
 def test_the_question_is_decoded_not_prefilled(loaded) -> None:
     model, tokenizer = loaded
     prompt = build_prompt(tokenizer, "x = 1\n" * 60, "print(x)  # ")

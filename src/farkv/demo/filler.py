@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -39,17 +40,23 @@ def read_sources(root: Path, *, held_out: bool | None) -> dict[str, str]:
     return files
 
 
-def draw_filler(files: dict[str, str], n_chars: int, seed: int) -> list[str]:
-    """Take consecutive lines, from a random place of random files, until they hold `n_chars`."""
+def draw_filler(files: dict[str, str], size: int, seed: int, measure: Callable[[str], int] = len) -> list[str]:
+    """Take consecutive lines, from random places of random files, until they measure about `size`.
+
+    Args:
+        files: from `read_sources`; English text is left out.
+        size: in characters, or in what `measure` counts: the last line that would pass it is not taken.
+        seed: makes the text reproducible.
+        measure: the size of one line, for example its tokens.
+    """
     rng = random.Random(seed)
     names = sorted(n for n in files if not n.startswith("pydoc_data"))
     lines: list[str] = []
     got = 0
-    while got < n_chars:
+    while True:
         file_lines = files[rng.choice(names)].splitlines(keepends=True)
         for line in file_lines[rng.randrange(len(file_lines)) :]:
+            got += measure(line)
+            if got > size:
+                return lines
             lines.append(line)
-            got += len(line)
-            if got >= n_chars:
-                break
-    return lines

@@ -115,9 +115,12 @@ class SparseRecipe:
 
     def attend(self, layer: int, step: Step, kernel: Kernel) -> object:
         """Attend to all records while T > 1 or nothing was stored before, to the chosen ones at a decode step."""
+        q = step.query.q
         if step.mask is not None:
             self.valid = step.mask[:, 0, -1]
-        q = step.query.q
+            if q.shape[2] > 1 and bool(self.valid.all()):
+                # A deliberate sync, once per prompt chunk and layer: without padding no later step needs a mask.
+                self.valid = None
         first = self.store.length(layer) == q.shape[2]
         if q.shape[2] > 1 or first or self.dense or self.reads_all(layer):
             self.pending.pop(layer, None)
@@ -167,7 +170,8 @@ class SparseRecipe:
             self.account.layer(layer).add_mass(1.0, 1.0)
             return
         keys = self.store.keys(layer)
-        visible = None if self.valid is None else self.valid[:, None].to(keys.device)
+        real = self.visible(keys.shape[2])
+        visible = None if real is None else real[:, None].to(keys.device)
         query = step.query
         weights = weigh_keys(query.q.to(keys.device), keys, visible, query.scaling, query.softcap)
         valid = None if read.valid is None else read.valid.to(keys.device)

@@ -62,6 +62,8 @@ class Profile:
         path = Path(path)
         part = path.with_name(path.name + ".part")
         save_file(self.tensors, part, metadata={"format": FORMAT, "identity": json.dumps(self.identity)})
+        # The writer makes files that only their owner can read; a profile is shared like the weights beside it.
+        part.chmod(0o644)
         part.replace(path)
 
     @classmethod
