@@ -118,3 +118,22 @@ def test_an_exception_while_verifying_leaves_a_usable_cache() -> None:
         ours = model(input_ids=ids[:, :1], past_key_values=cache).logits
     plain = model(input_ids=torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:]
     assert torch.allclose(ours, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("verify", [0, 3])
+def test_a_limit_that_admits_holds_the_verifying_pass_too(verify: int) -> None:
+    model = make_model("llama")
+    prompt = make_prompt(tokens=60)
+    ran = 0
+    for near in range(20_000, 120_000, 4_000):
+        with farkv.attach(model, InfiniGen(fraction=0.3), near=near) as far:
+            try:
+                cache = far.new_cache(tokens=70, verify=verify)
+            except farkv.FarKVError:
+                continue
+            generate(model, prompt, cache, n=8)
+            receipt = far.receipt()
+        assert receipt.kv_bytes.near_peak <= near
+        assert (receipt.quality is not None) == (verify > 0)
+        ran += 1
+    assert 0 < ran < 25

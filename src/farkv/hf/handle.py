@@ -151,6 +151,7 @@ class Handle(AbstractContextManager["Handle"]):
             raise ConfigError(f"new_cache: expected tokens >= 0 and verify >= 0, got {tokens} and {verify}")
         account = Account()
         recipe = make_recipe(self.method, self._place(account, tokens), self.profile)
+        recipe.verifying = verify > 0
         if tokens and self.managed:
             recipe.admit(self._measure_shape(batch), tokens)
         layers = [

@@ -58,6 +58,8 @@ class Recipe(Protocol):
     query_source: Source | None
     # True while a verifying pass runs: attend to everything, count nothing.
     dense: bool
+    # True where steps will be verified: their dense passes need near memory beside the buffers.
+    verifying: bool
     # True while steps are verified: measure the attention mass that the choice holds.
     measuring: bool
 

@@ -40,6 +40,7 @@ class SparseRecipe:
         self.layers = place.layers
         self.least = 1
         self.dense = False
+        self.verifying = False
         self.measuring = False
         self.valid: Bool[Tensor, "B S"] | None = None
         self.pending: dict[int, Fetch] = {}
@@ -95,7 +96,7 @@ class SparseRecipe:
             window=n_layers * 2 * (self.store.window + 1) * shape.token_bytes,
             prefill=whole if n_new > 1 else 0,
             decode=(2 * rows * shape.token_bytes if sparse else 0)
-            + (whole if self.dense or len(sparse) < n_layers else 0),
+            + (whole if self.verifying or len(sparse) < n_layers else 0),
         )
 
     def split(self, tokens: int) -> Budget:
