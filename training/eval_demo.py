@@ -142,9 +142,7 @@ def measure_windows(pool: ProcessPoolExecutor, length: int, n: int) -> np.ndarra
     """Return the loss (window, position) on `n` evenly spaced windows of the held-out text."""
     last = pool.submit(call, "count_tokens").result() - length - 1
     groups = split(np.linspace(0, last, n).astype(int).tolist(), 2)
-    return np.concatenate(
-        list(pool.map(call, ["read"] * len(groups), groups, [length] * len(groups)))
-    )
+    return np.concatenate(list(pool.map(call, ["read"] * len(groups), groups, [length] * len(groups))))
 
 
 def measure_loss(pool: ProcessPoolExecutor, n_long: int, n_short: int) -> list[dict]:
@@ -194,9 +192,7 @@ def print_bar(row: dict) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(PACKAGE), help="folder of the exported model")
     parser.add_argument("--prompts", type=int, default=100, help="prompts per row")
     parser.add_argument("--long", type=int, default=40, help="windows of 8K tokens for the loss")

@@ -37,9 +37,7 @@ def main() -> None:
     """Measure and save."""
     model, tokenizer = load_model("demo", device="cpu")
     rows = [tokenizer(text)["input_ids"] for text in make_prompts()]
-    measured = farkv.profile(
-        model, rows, on_prompt=lambda done, total: print(f"{done}/{total}", end="\r", flush=True)
-    )
+    measured = farkv.profile(model, rows, on_prompt=lambda done, total: print(f"{done}/{total}", end="\r", flush=True))
     measured.save(MODEL_PATH / "profile.safetensors")
     print(f"wrote profile.safetensors from {sum(map(len, rows)):,} tokens")
 

@@ -41,11 +41,7 @@ def draw_prompt(filler: Filler, length: int, n_facts: int, seed: int, hops: int 
     """Return the tokens of one prompt of at most about `length` tokens, answer included."""
     rng = random.Random(seed)
     lines = filler.draw(length - (n_facts + hops) * (FACT + 1) - 20, rng)
-    prompt = (
-        make_chain_prompt(lines, n_facts, seed, hops)
-        if hops
-        else make_recall_prompt(lines, n_facts, seed)
-    )
+    prompt = make_chain_prompt(lines, n_facts, seed, hops) if hops else make_recall_prompt(lines, n_facts, seed)
     return filler.tokenizer.encode(prompt.text + prompt.question + prompt.answer).ids
 
 

@@ -140,9 +140,7 @@ class Sampler:
             parts.append((place[name], [(line, TEXT)]))
         return values, place, parts
 
-    def make_recall(
-        self, length: int, *, chains: float, sparse: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def make_recall(self, length: int, *, chains: float, sparse: bool) -> tuple[np.ndarray, np.ndarray]:
         """Facts between lines of code, questions among and after them; an answer comes last."""
         rng = self.rng
         filler, n_facts, n_questions = self.plan_recall(length, sparse)
@@ -154,9 +152,7 @@ class Sampler:
             asked.append(rng.choice(names))
         asked = asked[:n_questions]
         for name in asked[1:]:
-            at = (
-                0.98 + 0.02 * rng.random() if rng.random() < late else rng.uniform(place[name], 1.0)
-            )
+            at = 0.98 + 0.02 * rng.random() if rng.random() < late else rng.uniform(place[name], 1.0)
             parts.append((at, self.ask(name, values[name])))
         for i, line in enumerate(filler):
             parts.append(((i + 0.5) / len(filler) * 0.98, line))
@@ -173,11 +169,7 @@ class Sampler:
         kinds: list[np.ndarray] = []
         for _, part in parts:
             for text, kind in [(part, TEXT)] if isinstance(part, np.ndarray) else part:
-                ids = (
-                    text
-                    if isinstance(text, np.ndarray)
-                    else np.asarray(self.encode(text), np.int32)
-                )
+                ids = text if isinstance(text, np.ndarray) else np.asarray(self.encode(text), np.int32)
                 tokens.append(ids)
                 kinds.append(np.full(len(ids), kind, np.int8))
         flat, kind = np.concatenate(tokens), np.concatenate(kinds)
@@ -191,9 +183,7 @@ class Sampler:
             kind[: int(np.argmax(kind != ANSWER))] = TEXT
         return flat, kind
 
-    def make_batch(
-        self, rows: int, length: int, mix: dict[str, float], chains: float, sparse: float
-    ):
+    def make_batch(self, rows: int, length: int, mix: dict[str, float], chains: float, sparse: float):
         """Draw `rows` samples; `mix` gives the shares of copy, recall and code."""
         tokens = np.empty((rows, length), np.int64)
         kinds = np.empty((rows, length), np.int8)

@@ -311,9 +311,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, help="folder of checkpoints and log")
     parser.add_argument("--minutes", type=float, default=90, help="wall time of the whole run")
     parser.add_argument("--muon", type=float, default=0.01, help="Muon's rate")
@@ -322,12 +320,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="start from random values only")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--port", type=int, default=29517, help="where the workers meet")
-    parser.add_argument(
-        "--every", type=float, default=30, help="seconds between reports and checkpoints"
-    )
-    parser.add_argument(
-        "--test", type=float, default=480, help="seconds between tests with prompts"
-    )
+    parser.add_argument("--every", type=float, default=30, help="seconds between reports and checkpoints")
+    parser.add_argument("--test", type=float, default=480, help="seconds between tests with prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--export", action="store_true", help="only write the package's weights")
     return parser.parse_args()
