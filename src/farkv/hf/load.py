@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
 def quiet_libraries() -> None:
     """Keep Hugging Face's own bars and warnings out of the way of ours."""
     transformers.utils.logging.set_verbosity_error()
+    # The hub's retries are its business; what comes of them is one line of ours.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
 
