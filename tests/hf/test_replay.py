@@ -53,8 +53,10 @@ def test_llama_beams(method: str, near: str | None) -> None:
     "family", ["gemma2", "gemma3", "gpt_oss", "opt", "gpt_neox", "phi3", "granite", "qwen3", "qwen3_next", "lfm2"]
 )
 def test_every_family(family: str) -> None:
-    run(make_model(family), METHODS["post_attn"], PADDED)
-    run(make_model(family), METHODS["attn"], SINGLE, "1MiB")
+    # Older releases run Gemma 2 on sdpa, which ignores its softcap; the replay's own attention does not.
+    model = make_model(family, implementation="eager") if family == "gemma2" else make_model(family)
+    run(model, METHODS["post_attn"], PADDED)
+    run(model, METHODS["attn"], SINGLE, "1MiB")
 
 
 @pytest.mark.parametrize("method", METHODS)
