@@ -72,7 +72,7 @@ def _check_counts(**counts: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """Attend to every record: the reference, and with a near limit the honest offloading baseline."""
+    """Attend to every record: the reference. With a near limit each layer is copied near, in turn, at every step."""
 
     fraction: float = 1.0
 
