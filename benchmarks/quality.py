@@ -43,6 +43,7 @@ METHODS: dict[str, Method] = {
     "no top-up, attn 0.10": InfiniGen(fraction=0.10, top_up=0.0, source="attn"),
     "paper 0.20": InfiniGen(fraction=0.20, paper=True),
     "paper, post_attn 0.20": InfiniGen(fraction=0.20, paper=True, source="post_attn"),
+    "paper 0.30 (0.20 a layer)": InfiniGen(fraction=0.30, paper=True),
     "oracle 0.10": Oracle(fraction=0.10),
     "window 0.10": Window(fraction=0.10),
     "random 0.10": Random(fraction=0.10),

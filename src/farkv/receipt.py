@@ -159,7 +159,6 @@ class Account:
     fallbacks: dict[str, int] = field(default_factory=dict)
     agreements: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
-    notes: set[str] = field(default_factory=set)
     decoding: bool = False
     paused: bool = False
 

@@ -67,8 +67,9 @@ def test_an_exception_in_the_middle(place: str, source: Any) -> None:
     with farkv.attach(model, InfiniGen(fraction=1.0, source=source)) as far:
         hook = getattr(model.model.layers[2], place).register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="stop here"):
-            generate(model, prompt, far.new_cache())
+            generate(model, prompt, cache := far.new_cache())
         hook.remove()
+        assert not any(isinstance(held, torch.nn.Module) for held in vars(cache).values())
         assert_same(generate(model, prompt, far.new_cache()), plain)
         assert_same(generate(model, prompt), plain)
     assert describe(model) == before

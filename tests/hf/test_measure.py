@@ -50,11 +50,11 @@ def test_a_profile_is_used(paper: bool) -> None:
     with farkv.attach(model, method, profile=profile) as far:
         cache = far.new_cache()
         generate(model, make_prompt(2, tokens=40), cache)
-        assert "skew from the prompt" not in cache.account.notes
+        assert "skew_from_prompt" not in cache.account.fallbacks
     with farkv.attach(model, method, profile=False) as far:
         cache = far.new_cache()
         generate(model, make_prompt(2, tokens=40), cache)
-        assert paper or "skew from the prompt" in cache.account.notes
+        assert "skew_from_prompt" in cache.account.fallbacks
 
 
 def test_a_profile_from_a_file_and_beside_the_weights(tmp_path: Path) -> None:

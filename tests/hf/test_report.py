@@ -138,3 +138,10 @@ def test_the_schema_in_the_docs_is_this_one() -> None:
     for path in documented:
         found = set(re.findall(r'"(\w+)":', path.read_text()))
         assert set(KEYS[""].split()) <= found, path
+
+
+def test_the_receipt_says_that_the_skew_is_the_prompts() -> None:
+    receipt = run(InfiniGen(fraction=0.3))
+    layers = len(receipt.layers)
+    assert receipt.fallbacks["skew_from_prompt"] >= layers
+    assert run(Window(fraction=0.3)).fallbacks == {}

@@ -88,7 +88,7 @@ def test_a_short_prompts_skew_is_fitted_again() -> None:
         assert fitted[-1] >= 64
         assert len(set(fitted)) <= 4, "it doubles, it is not fitted at every step"
         assert not cache.recipe.samples
-        assert cache.account.notes == {"skew from the prompt"}
+        assert set(cache.account.fallbacks) == {"skew_from_prompt"}
 
 
 def test_the_share_beside_a_dense_layer() -> None:

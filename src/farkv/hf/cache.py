@@ -100,18 +100,19 @@ class FarCache(_compat.Cache):
         self.recipe, self.account = recipe, account
         self.verify_steps = 0
         self._started = 0.0
-        self._outermost: object = None
+        # The identity of a module, not the module: an exception must not leave a model inside a cache.
+        self._outermost: int | None = None
 
     def begin(self, module: object, n_new: int) -> None:
         """Note that a forward pass over `n_new` tokens starts; of nested modules the outermost counts."""
-        if self._outermost in (None, module):
-            self._outermost = module
+        if self._outermost in (None, id(module)):
+            self._outermost = id(module)
             self.account.decoding = n_new == 1 and self.get_seq_length() > 0
             self._started = time.perf_counter()
 
     def end(self, module: object) -> None:
         """Count the forward pass that ends; verified steps are not timed."""
-        if self._outermost is not module:
+        if self._outermost != id(module):
             return
         self._outermost = None
         account, seconds = self.account, time.perf_counter() - self._started

@@ -67,6 +67,7 @@ class Handle(AbstractContextManager["Handle"]):
         if found is None:
             raise UnsupportedModelError(f"{name}: no list of decoder blocks with attention modules was found")
         self.decoder, self.blocks = found
+        self.block_of: dict[int, nn.Module] = dict(enumerate(self.blocks))
         self.attention = _compat.find_attention(self.blocks)
         self.layer_types, self._stock_arguments = _compat.describe_layers(_compat.text_config(model))
         self.managed = [
@@ -226,7 +227,7 @@ class Handle(AbstractContextManager["Handle"]):
                 self._flight.block = (cache, args, kwargs)
             elif source is not None and (source != "attn" or i not in self.attention):
                 # A linear-attention block has no attention output to add: its input is what there is.
-                self._speculate(cache, i + 1, dict(enumerate(self.blocks)), args, kwargs)
+                self._speculate(cache, i + 1, self.block_of, args, kwargs)
 
         return before
 
@@ -239,7 +240,7 @@ class Handle(AbstractContextManager["Handle"]):
             attention = out[0] if isinstance(out, tuple) else out
             hidden = add_attention(self.blocks[i], hidden_of(block_args, block_kwargs), attention)
             args, kwargs = with_hidden(block_args, block_kwargs, hidden)
-            self._speculate(cache, i + 1, dict(enumerate(self.blocks)), args, kwargs)
+            self._speculate(cache, i + 1, self.block_of, args, kwargs)
 
         return after
 

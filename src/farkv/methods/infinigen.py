@@ -115,10 +115,11 @@ class InfiniGenRecipe(SparseRecipe):
         self.index[layer].clear()
         self.index[layer].projection = projection
         self.fitted_tokens[layer] = keys.shape[2]
+        if self.profile is None:
+            # Once per layer and fit: the receipt says where the skew came from.
+            self.account.add_fallback("skew_from_prompt")
         if self.is_final(layer):
             self.samples.pop(layer, None)
-        elif self.profile is None:
-            self.account.notes.add("skew from the prompt")
 
     def fit_bilinear(self, layer: int, keys: Tensor, valid: Bool[Tensor, "B S"] | None, n: int) -> Projection:
         """Ours: the best rank-R score from the profile, or from this prompt's queries and keys."""
@@ -236,7 +237,9 @@ class InfiniGenRecipe(SparseRecipe):
             wanted = int(INDEX_SHARE * record_bytes * 8 / self.bits / scans)
         # Two codes share a byte.
         even = wanted - wanted % 2 if self.bits == 4 else wanted
-        return max(2 if self.bits == 4 else 1, min(even, k_dim - k_dim % 2, MAX_COLUMNS))
+        # A profile holds every column of the paper's basis, but only the leading ones of ours.
+        most = k_dim if self.config.paper else min(k_dim - k_dim % 2, MAX_COLUMNS)
+        return max(2 if self.bits == 4 else 1, min(even, most))
 
     def index_token_bytes(self, shape: LayerShape) -> int:
         """Bytes one token adds to a layer's index."""
