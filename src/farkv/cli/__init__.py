@@ -1,0 +1,58 @@
+"""The command line: `farkv run`, `farkv profile`, `farkv demo`; one file per command.
+
+In: arguments. Out: the answer (or one JSON object) on stdout, all else on stderr. A mistake of the caller's is one
+line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from farkv.cli.demo import demo
+from farkv.cli.profile import profile_model
+from farkv.cli.run import run
+from farkv.errors import FarKVError
+
+app = typer.Typer(
+    name="farkv",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Run the context that your memory cannot hold, under hard byte limits, with a receipt.",
+)
+app.command()(run)
+app.command(name="profile")(profile_model)
+app.command()(demo)
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and stop."""
+    if asked:
+        typer.echo(f"farkv {version('farkv')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take the options before the command."""
+
+
+def main() -> None:
+    """Run the command line; a FarKVError becomes one line and exit code 2."""
+    try:
+        app()
+    except FarKVError as error:
+        sys.stderr.write(f"farkv: {error}\n")
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output went away, for example `| head`.
+        sys.exit(1)

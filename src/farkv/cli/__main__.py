@@ -1,0 +1,5 @@
+"""`python -m farkv.cli`."""
+
+from farkv.cli import main
+
+main()

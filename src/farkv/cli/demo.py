@@ -1,0 +1,63 @@
+"""`farkv demo`: hide facts in code and ask for one of them."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farkv.cli.options import FractionOption, JsonOption, NearOption, err
+from farkv.cli.run import run
+
+
+def demo(
+    tokens: Annotated[int, typer.Option(min=300, max=8000, help="Length of the text, in tokens.")] = 4000,
+    facts: Annotated[int, typer.Option(min=1, help="Facts scattered in it.")] = 30,
+    seed: Annotated[int, typer.Option(help="Which text.")] = 0,
+    fraction: FractionOption = 0.1,
+    near: NearOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    r"""Hide facts in code that the demo model never saw, and ask for one of them.
+
+    Writes the text to a temporary file, prints the command and runs it.
+
+    [bold]Examples[/bold]
+
+      farkv demo
+
+      farkv demo --tokens 8000 --facts 40 --seed 3
+    """
+    from tokenizers import Tokenizer
+
+    from farkv.demo import MODEL_PATH
+    from farkv.demo.filler import STDLIB, draw_filler, read_sources
+    from farkv.demo.recall import make_recall_prompt
+
+    sources = read_sources(STDLIB, held_out=True)
+    tokenizer = Tokenizer.from_file(str(MODEL_PATH / "tokenizer.json"))
+    room = max(20, tokens - 14 * facts - 20)  # A fact's line takes about 14 tokens.
+    filler = draw_filler(sources, room, seed, lambda line: len(tokenizer.encode(line).ids))
+    prompt = make_recall_prompt(filler, facts, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "code.py"
+        path.write_text(prompt.text)
+        lines = prompt.text.count("\n")
+        flags = f"--near {near} " if near else ""
+        err.print(
+            f"{lines} lines of code, {facts} facts; line {prompt.fact_line + 1} says: {prompt.name} = {prompt.answer}",
+            highlight=False,
+        )
+        err.print(
+            f"$ farkv run --model demo --file code.py --fraction {fraction} {flags}--verify 8 --max-new-tokens 4 "
+            f'"{prompt.question}"\n',
+            highlight=False,
+            soft_wrap=True,
+        )
+        run(
+            prompt.question, model="demo", file=path, fraction=fraction, near=near,
+            max_new_tokens=4, verify=8, as_json=as_json,
+        )  # fmt: skip
+    err.print(f"expected: {prompt.answer}", highlight=False)

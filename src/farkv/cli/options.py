@@ -1,0 +1,71 @@
+"""What the commands share: options, reading text, printing a receipt."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from farkv.errors import InputError
+from farkv.show import draw_receipt
+
+if TYPE_CHECKING:
+    from farkv.receipt import Receipt
+
+err = Console(stderr=True)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a hub id.")]
+FractionOption = Annotated[
+    float | None, typer.Option(help="Hard cap on the KV bytes read per step, over all layers (default 0.1).")
+]
+NearOption = Annotated[
+    str | None, typer.Option(help="Limit of near memory, e.g. 2GiB: a GPU's, or on a CPU a counted allocation.")
+]
+HostOption = Annotated[str | None, typer.Option(help="Limit of the host pool, e.g. 24GiB.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+VerifyOption = Annotated[int, typer.Option(min=0, help="Compare this many decode steps with full attention.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout: the receipt.")]
+ProfileOption = Annotated[
+    str | None, typer.Option(help="Profile file, or none. Default: profile.safetensors beside the model, if any.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def read_text(file: Path | None) -> str:
+    """Read the text from a file, from standard input for `-`, or nothing.
+
+    Raises:
+        InputError: the file is missing, unreadable, or not UTF-8 text.
+    """
+    if file is None:
+        # Text that is piped in needs no flag; a terminal has none to give.
+        data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
+        name = "stdin"
+    elif str(file) == "-":
+        data, name = sys.stdin.buffer.read(), "stdin"
+    else:
+        name = str(file)
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise InputError(f"file {name}: cannot be read ({error.strerror}); expected a text file") from error
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"file {name}: not UTF-8 text (byte {error.start}); expected a text file") from error
+    if "\0" in text:
+        raise InputError(f"file {name}: holds NUL bytes, so it is not text; expected a text file")
+    return text
+
+
+def print_receipt(receipt: Receipt, *, as_json: bool) -> None:
+    """Print the receipt: JSON on stdout, or a table on stderr."""
+    if as_json:
+        typer.echo(json.dumps(receipt.to_dict()))
+    else:
+        err.print(draw_receipt(receipt))
