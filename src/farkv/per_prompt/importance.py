@@ -1,0 +1,299 @@
+"""How important each stored record is, seen from the layer's recent queries.
+
+In: the last queries (or their moments), keys, values. Out: scores, the layer's gain curve, and the curve of a
+selector that chooses anew at every step. Reads K and V in blocks; keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import torch
+from torch.nn.functional import avg_pool1d
+
+from farkv._axes import Bool, Float, Float32, Tensor
+from farkv.errors import CacheStateError, ConfigError
+
+Scorer = Literal["window", "expected", "value"]
+SCORERS: tuple[Scorer, ...] = ("window", "expected", "value")
+# Keys that are weighed at a time.
+BLOCK = 4096
+# The moments are of at most so many of the latest queries: the published method looks 512 positions ahead.
+MOMENT_QUERIES = 512
+# Queries whose weights over the whole context are sorted at a time.
+QUERIES_AT_ONCE = 4
+PADDING = -1.0  # below every real record
+
+
+class Observed(NamedTuple):
+    """What a layer's recent queries looked like: all that a scorer needs of them.
+
+    `window` is the last w queries after RoPE, oldest first; the moments, which only "expected" needs, are of the
+    latest queries of the last pass over more than one token.
+    """
+
+    window: Float[Tensor, "B Hq w D"]
+    mean: Float32[Tensor, "B Hq D"] | None
+    covariance: Float32[Tensor, "B Hq D D"] | None
+
+
+class Form(NamedTuple):
+    """How logits are formed: softcap(scaling * q . k)."""
+
+    scaling: float
+    softcap: float | None
+
+
+@torch.no_grad()
+def observe_queries(
+    q: Float[Tensor, "B Hq T D"],
+    window: int,
+    scorer: Scorer,
+    old: Observed | None,
+    *,
+    valid: Bool[Tensor, "B T"] | None = None,
+) -> Observed:
+    """Slide the window of the last queries on, and measure the moments where the scorer needs them.
+
+    Args:
+        q: this pass's queries, after RoPE.
+        window: queries to keep; fewer are kept while there have been fewer.
+        old: what the passes before left.
+        valid: False on padding, which then counts in no moment.
+
+    Raises:
+        ConfigError: the window holds no query.
+
+    Cost: a copy of the window; for "expected" 2 Hq min(T, 512) D^2 operations in a pass of more than one token.
+    """
+    if window < 1:
+        raise ConfigError(f"the observation window was {window} queries; it must hold 1 or more: set it to 8")
+    latest = q[:, :, -window:]
+    if old is not None:
+        latest = torch.cat((old.window, latest), 2)[:, :, -window:]
+    mean, covariance = (None, None) if old is None else (old.mean, old.covariance)
+    if scorer == "expected" and (mean is None or q.shape[2] > 1):
+        mean, covariance = _measure_moments(q, valid)
+    # A view would keep the whole prompt's queries alive.
+    return Observed(latest.clone(memory_format=torch.contiguous_format), mean, covariance)
+
+
+def _measure_moments(q: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return mean [B, Hq, D] and covariance [B, Hq, D, D], over n and not n - 1, of the latest valid queries."""
+    latest = q[:, :, -MOMENT_QUERIES:].float()
+    if valid is None:
+        mean = latest.mean(2, keepdim=True)
+        centred, n = latest - mean, latest.shape[2]
+    else:
+        padded = ~valid[:, None, -MOMENT_QUERIES:, None]
+        n = (~padded).sum(2, keepdim=True).clamp_min(1)
+        mean = latest.masked_fill(padded, 0.0).sum(2, keepdim=True) / n
+        centred = (latest - mean).masked_fill_(padded, 0.0)
+    return mean[:, :, 0], centred.mT @ centred / n
+
+
+@torch.no_grad()
+def score_records(
+    scorer: Scorer,
+    observed: Observed,
+    k: Float[Tensor, "B Hkv S D"],
+    v: Float[Tensor, "B Hkv S Dv"],
+    visible: Bool[Tensor, "B h S"] | None,
+    form: Form,
+    *,
+    pool: int = 7,
+    per_query_head: bool = False,
+) -> Float32[Tensor, "B H N"]:
+    """Score every record but the newest w, which are the window itself and are always kept.
+
+        window    s_j = pool_j( sum_i softmax_j(softcap(scaling q_i . k_j)) )   over the window's queries i
+        value     s_j |v_j| / mean |v|          over the head's visible records
+        expected  softmax_j(scaling mu . k_j + scaling^2 / 2 k_j' Sigma k_j) |v_j| / mean |v|
+
+    Each is the mean over the query group, unless `per_query_head`. A padded query adds nothing.
+
+    Args:
+        visible: False on padding; h is 1 or Hkv.
+        pool: width of the average along tokens; beyond the ends, and on padding, it averages zeros.
+        per_query_head: score for each query head, as the paper's inflated cache does.
+
+    Returns:
+        float32 [B, H, N], H = Hkv or Hq, N = max(S - w, 0): 0 or more, and exactly -1 on padding, so that every real
+        record comes before it in a top-k.
+
+    Raises:
+        ConfigError: `pool` is not odd. CacheStateError: "expected", and no moments were observed.
+
+    Cost: "window" and "value" 4 Hq w S D operations, B BLOCK max(Hq w, Hkv D) floats and the result (twice while it is
+    pooled); "expected" 2 Hq S D^2 operations and B Hq S floats.
+    Source: "window" XKV's released code (SnapKV); deviation: the mean over the query group, because KV is kept per KV
+    head. "value" CriticalKV, LAVa; deviation: the norm of v, not of W_O v, because a cache knows no output projection.
+    "expected" Expected Attention; deviations: the moments are of the last 512 queries after RoPE, in place of
+    statistics before RoPE turned ahead by 512 positions; a softcap, which leaves no closed form, is left out.
+    """
+    if pool < 1 or pool % 2 == 0:
+        raise ConfigError(f"the pooling width was {pool}; it must be odd to be centred on a record: set it to 7")
+    n = max(k.shape[2] - observed.window.shape[2], 0)
+    if n == 0:
+        heads = observed.window.shape[1] if per_query_head else k.shape[1]
+        return k.new_zeros(k.shape[0], heads, 0, dtype=torch.float32)
+    if scorer == "expected":
+        scores = _expect(observed, k[:, :, :n], visible, form, per_query_head)
+    else:
+        scores = _sum_window(observed, k, visible, form, per_query_head)
+        scores = avg_pool1d(scores.flatten(0, 2), pool, stride=1, padding=pool // 2).view_as(scores)
+    if scorer != "window":
+        scores.mul_(_measure_values(v, visible)[:, :, None, :n])
+    if visible is not None:
+        scores.masked_fill_(~visible[:, :, None, :n], PADDING)
+    return scores.flatten(1, 2)
+
+
+def sort_gains(scores: Float32[Tensor, "B H N"]) -> Float32[Tensor, "B N"]:
+    """Return the layer's gain curve: what the r-th best record of every head adds, as a share of all.
+
+        g(r) = sum_h s[h, (r)] / sum_h sum_j s[h, j]
+
+    Returns:
+        float32 [B, N], non-increasing, sum 1; zeros where all scores are 0 or less (padding counts as 0).
+
+    Cost: one sort of N per head; 16 bytes a score.
+    Source: XKV's importance distribution; its released code sorts every query head.
+    """
+    ranked = scores.clamp_min(0).sort(-1, descending=True).values
+    return _normalise(ranked.sum(1, dtype=torch.float64))
+
+
+@torch.no_grad()
+def measure_spread(
+    observed: Observed, k: Float[Tensor, "B Hkv S D"], visible: Bool[Tensor, "B h S"] | None, form: Form
+) -> Float32[Tensor, "B S"]:
+    """Return the gain curve of a selector that chooses anew at every step.
+
+    The group's mean weights of each query in the window, over the keys that it may see, are sorted, and averaged
+    over queries and KV heads. Its first c entries sum to what the best c records *of each step* hold, where
+    `sort_gains` says what one set holds for all steps.
+
+    Returns:
+        float32 [B, S], non-increasing, sum 1; zeros for a sequence without real queries.
+
+    Cost: 4 Hq w S D operations, K read w / 2 times, one sort of S per query and KV head; some 112 B Hkv S bytes.
+    """
+    n_tokens = k.shape[2]
+    window = observed.window[:, :, max(observed.window.shape[2] - n_tokens, 0) :]
+    curve = k.new_zeros(k.shape[0], n_tokens, dtype=torch.float64)
+    end = n_tokens - window.shape[2]
+    for some in window.split(QUERIES_AT_ONCE, 2):
+        end += some.shape[2]
+        seen = None if visible is None else visible[..., :end]
+        weights = k.new_empty(*k.shape[:2], some.shape[2], end, dtype=torch.float32)
+        for at, block in _walk_weights(some, k[:, :, :end], seen, form, 2):
+            weights[..., at] = block
+        curve[:, :end] += weights.sort(-1, descending=True).values.sum((1, 2), dtype=torch.float64)
+    return _normalise(curve)
+
+
+def _normalise(curve: Tensor) -> Tensor:
+    total = curve.sum(-1, keepdim=True)
+    return torch.where(total > 0, curve / total, 0.0).float()
+
+
+def _split(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _walk_weights(
+    window: Tensor, k: Tensor, visible: Tensor | None, form: Form, dim: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the softmax weights [B, Hkv, G, w, n] of the last w queries, summed over `dim`, by blocks of n keys.
+
+    Two walks over the keys, the first for the logs of the sums, and never two blocks at a time.
+    """
+    n_tokens = k.shape[2]
+    # Scaling the few queries, and not the logits, saves a walk over every block.
+    q = (window.float() * form.scaling).unflatten(1, (k.shape[1], -1))
+    padded = None if visible is None else ~visible[:, :, None, n_tokens - window.shape[2] :]
+    if padded is not None:
+        q.masked_fill_(padded[..., None], 0.0)  # what a model leaves there may be no number
+    peak = q.new_full((), torch.finfo(torch.float32).min)
+    total = torch.zeros_like(peak)
+    for at in _split(n_tokens, BLOCK):
+        logits = _form_logits(q, k, visible, form.softcap, at)
+        higher = torch.maximum(peak, logits.amax(-1))
+        total = total * (peak - higher).exp() + logits.sub_(higher[..., None]).exp_().sum(-1)
+        peak = higher
+        del logits  # or it would stay while the next is made
+    log_sum = peak + total.log()
+    if padded is not None:
+        log_sum.masked_fill_(padded, torch.inf)  # all its weights are 0; a real query sees itself at least
+    for at in _split(n_tokens, BLOCK):
+        yield at, _form_logits(q, k, visible, form.softcap, at).sub_(log_sum[..., None]).exp_().sum(dim)
+
+
+def _form_logits(q: Tensor, k: Tensor, visible: Tensor | None, softcap: float | None, at: slice) -> Tensor:
+    """Return the logits [B, Hkv, G, w, n] of the last w queries, scaled, on a block of keys; -inf where unseen."""
+    n_tokens, w = k.shape[2], q.shape[3]
+    logits = (q.flatten(2, 3) @ k[:, :, at].float().mT).unflatten(2, q.shape[2:4])
+    if softcap:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    if visible is not None:
+        logits.masked_fill_(~visible[:, :, None, None, at], -torch.inf)
+    if at.stop > n_tokens - w:
+        keys = torch.arange(at.start, at.stop, device=k.device)
+        newest = torch.arange(n_tokens - w, n_tokens, device=k.device)
+        logits.masked_fill_(keys > newest[:, None], -torch.inf)
+    return logits
+
+
+def _sum_window(observed: Observed, k: Tensor, visible: Tensor | None, form: Form, per_query_head: bool) -> Tensor:
+    """Return the window's summed weights [B, Hkv, G or 1, N] on the records before it."""
+    window = observed.window
+    batch, kv_heads = k.shape[:2]
+    n = k.shape[2] - window.shape[2]
+    groups = window.shape[1] // kv_heads if per_query_head else 1
+    scores = k.new_empty(batch, kv_heads, groups, n, dtype=torch.float32)
+    for at, weights in _walk_weights(window, k, visible, form, 3):
+        held = weights if per_query_head else weights.mean(2, keepdim=True)
+        # The last blocks reach into the window, whose columns are dropped.
+        scores[..., at] = held[..., : max(n - at.start, 0)]
+    return scores
+
+
+def _expect(observed: Observed, k: Tensor, visible: Tensor | None, form: Form, per_query_head: bool) -> Tensor:
+    """Return the weights [B, Hkv, G or 1, N] that Gaussian queries are expected to give."""
+    mean, covariance = observed.mean, observed.covariance
+    if mean is None or covariance is None:
+        raise CacheStateError(
+            'the scorer "expected" needs the moments of the queries, and none were observed: '
+            'pass scorer="expected" to observe_queries too'
+        )
+    batch, kv_heads, n, dim = k.shape
+    # One product for the whole group: its covariances side by side, [D, G D].
+    sides = covariance.view(batch, kv_heads, -1, dim, dim).transpose(2, 3).flatten(3) * (form.scaling**2 / 2)
+    shift = mean.view(batch, kv_heads, 1, -1, dim) * form.scaling
+    logs = k.new_empty(batch, kv_heads, shift.shape[3], n, dtype=torch.float32)
+    # The products are D wide where the window's logits are w: shorter blocks hold as much.
+    for at in _split(n, max(BLOCK * observed.window.shape[2] // dim, 64)):
+        keys = k[:, :, at].float()
+        product = (keys @ sides).view(batch, kv_heads, keys.shape[2], -1, dim)
+        logs[..., at] = product.add_(shift).mul_(keys[:, :, :, None]).sum(-1).mT
+    if visible is not None:
+        logs.masked_fill_(~visible[:, :, None, :n], -torch.inf)
+    floor = torch.finfo(torch.float32)
+    logs.sub_(logs.amax(-1, keepdim=True).clamp_min(floor.min)).exp_()
+    logs.div_(logs.sum(-1, keepdim=True).clamp_min(floor.tiny))
+    return logs if per_query_head else logs.mean(2, keepdim=True)
+
+
+def _measure_values(v: Tensor, visible: Tensor | None) -> Tensor:
+    """Return the norms of values over the mean of their head's visible ones, [B, Hkv, S]."""
+    norms = v.new_empty(v.shape[:3], dtype=torch.float32)
+    for at in _split(v.shape[2], BLOCK):
+        norms[..., at] = torch.linalg.vector_norm(v[:, :, at].float(), dim=-1)
+    if visible is None:
+        mean = norms.mean(-1, keepdim=True)
+    else:
+        norms.masked_fill_(~visible, 0.0)
+        mean = norms.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True).clamp_min(1)
+    return norms.div_(mean.clamp_min(torch.finfo(torch.float32).tiny))
