@@ -33,7 +33,7 @@ def predict_fetch(far: Any, prompt: Prompt, cache: Any) -> float:
     steps = range(len(prompt.text) + 1, prompt.n_tokens + NEW_TOKENS)
     per_step = []
     for tokens in steps:
-        budget = recipe.split(tokens)
+        budget = recipe.split(tokens, far.managed[0])
         per_step.append(len(far.managed) * fetched_bytes(shape, budget.early + budget.late))
     return sum(per_step) / len(per_step)
 

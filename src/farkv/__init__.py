@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from farkv.config import Full, InfiniGen
+from farkv.config import XKV, Full, InfiniGen
 from farkv.errors import FarKVError
 
 if TYPE_CHECKING:
     from farkv.hf.attach import attach
     from farkv.hf.measure import profile
     from farkv.per_model.profile import Profile
+    from farkv.per_prompt.allocate import allocate
+    from farkv.plan import Plan
 
-__all__ = ["FarKVError", "Full", "InfiniGen", "Profile", "attach", "profile"]
+__all__ = ["XKV", "FarKVError", "Full", "InfiniGen", "Plan", "Profile", "allocate", "attach", "profile"]
 
 # What needs torch and transformers is imported when it is first asked for: `farkv --help` answers at once.
-_LAZY = {"attach": "farkv.hf.attach", "profile": "farkv.hf.measure", "Profile": "farkv.per_model.profile"}
+_LAZY = {
+    "Plan": "farkv.plan",
+    "Profile": "farkv.per_model.profile",
+    "allocate": "farkv.per_prompt.allocate",
+    "attach": "farkv.hf.attach",
+    "profile": "farkv.hf.measure",
+}
 
 
 def __getattr__(name: str) -> object:

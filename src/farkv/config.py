@@ -186,4 +186,82 @@ LEAST_RECORDS = 64
 _OURS = {"fraction": 0.1, "source": "post_attn", "sinks": 4, "window": 16, "top_up": 0.25, "index_bits": 4}
 _PAPER = {"fraction": 0.2, "source": "attn", "sinks": 0, "window": 0, "top_up": 0.0, "alpha": 4.0}
 
-Method = Full | Window | Random | Oracle | InfiniGen
+# What a plan can drive: what a layer keeps after the prompt, holds near, and may fetch per step.
+Lever = Literal["keep", "near", "fetch"]
+LEVERS: tuple[Lever, ...] = ("keep", "near", "fetch")
+Rule = Literal["xkv", "maxmin", "pyramid", "uniform"]
+RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
+SCORERS = ("window", "expected", "value")
+# XKV's published average: 61.6 % fewer KV bytes.
+KEPT_FRACTION = 0.384
+
+
+@dataclass(frozen=True, kw_only=True)
+class XKV:
+    """Give every layer its own share of a cache budget; what a layer has no room for is evicted after the prompt.
+
+    Without a plan, the shares are found from each prompt: at most one of `fraction`, `retention` and `tokens` says how
+    much is kept. With one (`attach(..., plan=...)`) they are the plan's.
+
+    Args:
+        fraction: hard cap on the kept (and so the read) fraction over all layers. Left out, and with no other budget,
+            it is 0.384 but never fewer than 64 records: a short text is kept whole.
+        retention: keep as little as holds this share of the observed attention mass, mean over layers.
+        tokens: records per KV head, summed over layers, besides the window (the paper's `total_size`).
+        levers: what a plan drives: `keep` (evict), `near` (hold near), `fetch` (cap per step). `near` and `fetch` need
+            a plan and a selector beside this.
+        rule: how layers share: `xkv` (greatest mean retention), `maxmin` (PrefixKV), `pyramid` (PyramidKV), `uniform`.
+        scorer: how records are scored: `window` (the paper's), `expected`, `value`.
+        window: recent tokens that are always kept, whose queries score the others (the paper's: 8).
+        pool: width of the average over neighbouring tokens' scores (the paper's: 7).
+        sinks: first tokens that are always kept.
+        paper: as published: no sinks, and decoding never evicts, so the cache grows by every generated token.
+    """
+
+    fraction: float | None = None
+    retention: float | None = None
+    tokens: int | None = None
+    levers: tuple[Lever, ...] = ("keep",)
+    rule: Rule = "xkv"
+    scorer: Literal["window", "expected", "value"] = "window"
+    window: int = 8
+    pool: int = 7
+    sinks: int | None = None
+    paper: bool = False
+    # Records per KV head and layer that are kept however small the budget is; follows from it.
+    least_records: int = field(default=1, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("fraction", "retention", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"XKV: expected one of fraction, retention and tokens, got {' and '.join(given)}")
+        if self.fraction is not None:
+            check_fraction(self.fraction)
+        if self.retention is not None and not 0 < self.retention <= 1:
+            raise ConfigError(f"retention: expected a number in (0, 1], got {self.retention!r}")
+        object.__setattr__(self, "sinks", (0 if self.paper else 4) if self.sinks is None else self.sinks)
+        object.__setattr__(self, "least_records", 1 if given else LEAST_RECORDS)
+        object.__setattr__(self, "levers", tuple(self.levers))
+        _check_counts(tokens=self.tokens or 0, window=self.window, sinks=self.sinks or 0)
+        if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
+            raise ConfigError(f"window and pool: expected at least 1, pool odd; got {self.window} and {self.pool}")
+        for lever in self.levers:
+            _check_name("levers", lever, LEVERS)
+        _check_name("rule", self.rule, RULES)
+        _check_name("scorer", self.scorer, SCORERS)
+        if not self.levers:
+            raise ConfigError(f"levers: expected some of {', '.join(LEVERS)}, got none")
+
+    @property
+    def need_fraction(self) -> float:
+        """The kept fraction, after the default is filled in."""
+        return KEPT_FRACTION if self.fraction is None else self.fraction
+
+
+def _check_name(option: str, got: str, names: tuple[str, ...]) -> None:
+    if got not in names:
+        raise ConfigError(f"{option}: expected {', '.join(names[:-1])} or {names[-1]}, got {got!r}")
+
+
+Selector = Full | Window | Random | Oracle | InfiniGen
+Method = Selector | XKV

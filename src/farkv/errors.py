@@ -6,7 +6,8 @@
     ├── UnsupportedModelError (ValueError)  this architecture or attention cannot be managed
     ├── CapacityError (MemoryError)         a byte limit cannot hold what is asked
     ├── CacheStateError (RuntimeError)      a call does not fit the cache's state
-    └── ProfileError (ValueError)           a profile file is damaged or of another model
+    ├── ProfileError (ValueError)           a profile file is damaged or of another model
+    └── PlanError (ValueError)              a plan file is damaged, of another model, or does not drive what is asked
 
 Each text says what happened, what was expected, what was got, and the remedy.
 """
@@ -40,3 +41,7 @@ class CacheStateError(FarKVError, RuntimeError):
 
 class ProfileError(FarKVError, ValueError):
     """A profile file is damaged or belongs to another model."""
+
+
+class PlanError(FarKVError, ValueError):
+    """A plan file is damaged, belongs to another model, or does not drive what is asked of it."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from farkv.config import format_bytes
+from farkv.plan import Allocation, Plan
 from farkv.receipt import Receipt
 
 
@@ -62,6 +63,32 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
         ]
     rows.append(("kernel", receipt.kernel, ""))
     return rows
+
+
+def draw_plan(plan: Plan) -> RenderableType:
+    """Return a table per lever: every layer's share, what it holds, and what an equal share would."""
+    tables: list[RenderableType] = []
+    for name, allocation in plan.levers.items():
+        table = Table(title=f"{name}: {allocation.rule}, {describe_budget(allocation)}", title_justify="left")
+        for column in ("layer", "share", "holds", "equal holds"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("share", no_wrap=True)
+        widest = max(*allocation.shares, 1e-9)
+        rows = zip(plan.layers, allocation.shares, allocation.retention, allocation.uniform, strict=True)
+        for layer, share, held, equal in rows:
+            table.add_row(str(layer), f"{share:.1%}", f"{held:.1%}", f"{equal:.1%}", "█" * round(24 * share / widest))
+        n = len(plan.layers)
+        held, equal = sum(allocation.retention) / n, sum(allocation.uniform) / n
+        table.add_section()
+        table.add_row("mean", f"{allocation.ratio:.1%}", f"{held:.1%}", f"{equal:.1%}", "")
+        tables.append(table)
+    return Group(*tables)
+
+
+def describe_budget(allocation: Allocation) -> str:
+    """Return what was asked for, in words."""
+    asked = ", ".join(f"{name} {value:g}" for name, value in allocation.budget.items())
+    return asked + (f", and {allocation.base} records per layer" if allocation.base else "")
 
 
 @contextmanager

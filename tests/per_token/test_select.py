@@ -34,7 +34,7 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor | None, int, int]
         valid = torch.arange(n) >= torch.tensor([draw(st.integers(0, n - 1)) for _ in range(B)])[:, None]
         scores = scores.masked_fill(~valid[:, None], -math.inf)
     scores = scores.log_softmax(-1)
-    return force_sinks(scores, sinks, valid), valid, cap, sinks
+    return force_sinks(scores, sinks, None if valid is None else valid[:, None]), valid, cap, sinks
 
 
 def chosen(choice: Choice) -> list[list[int]]:

@@ -53,7 +53,7 @@ def test_pooling_is_the_groups_mean_weight() -> None:
     scores = torch.randn(B, HKV, G, S) * 3
     valid = torch.ones(B, S, dtype=torch.bool)
     valid[0, :4] = False
-    pooled = pool_group(scores, valid)
+    pooled = pool_group(scores, None if valid is None else valid[:, None])
     hidden = scores.double().masked_fill(~valid[:, None, None], -math.inf)
     expected = hidden.softmax(-1).mean(2)
     assert torch.allclose(pooled.double().exp(), expected, rtol=64 * EPS, atol=0)
@@ -64,7 +64,7 @@ def test_pooling_by_the_best_compares_with_each_querys_maximum() -> None:
     scores = torch.randn(B, HKV, G, S) * 3
     valid = torch.ones(B, S, dtype=torch.bool)
     valid[1, :5] = False
-    pooled = pool_group_by_best(scores, valid)
+    pooled = pool_group_by_best(scores, None if valid is None else valid[:, None])
     hidden = scores.masked_fill(~valid[:, None, None], -math.inf)
     assert torch.equal(pooled, (hidden - hidden.amax(-1, True)).amax(2))
     assert (pooled.amax(-1) == 0).all()

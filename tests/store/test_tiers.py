@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from farkv.errors import CapacityError
 from farkv.store.ledger import Ledger
 from farkv.store.near import Tail
+from farkv.store.records import Needs, StoreLimits
+from farkv.store.rows import gather_rows
 from farkv.store.sizes import (
     LayerShape,
     NearNeed,
@@ -18,7 +20,7 @@ from farkv.store.sizes import (
     fetched_bytes,
     grow_capacity,
 )
-from farkv.store.tiers import StoreLimits, Tiers, gather_rows
+from farkv.store.tiers import Tiers
 
 B, HKV, D, DV = 2, 2, 4, 3
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ SHAPE = LayerShape(B, HKV, D, DV, 4)
 
 
 def fill(near: int | None, tokens: int = 30, window: int = 3) -> tuple[Tiers, torch.Tensor, torch.Tensor, list[int]]:
-    store = Tiers([0, 1], StoreLimits(near), CPU, window)
+    store = Tiers([0, 1], StoreLimits(near), CPU, Needs(window))
     moved: list[int] = []
     store.on_fetch = moved.append
     k, v = torch.randn(2, B, HKV, tokens, D), torch.randn(2, B, HKV, tokens, DV)
@@ -136,13 +138,13 @@ def test_the_tail_holds_the_newest(n: int, moves: list[tuple[bool, int]]) -> Non
 
 
 def test_admit_refuses_before_anything_is_stored() -> None:
-    store = Tiers([0, 1], StoreLimits(near=500, host=2000), CPU, 1)
+    store = Tiers([0, 1], StoreLimits(near=500, host=2000), CPU, Needs(1))
     enough = NearNeed(index=100, window=100, prefill=300, decode=200)
     with pytest.raises(CapacityError, match="host limit"):
-        store.admit(SHAPE, 2000 // (2 * SHAPE.token_bytes) + 1, enough)
+        store.admit(SHAPE, dict.fromkeys((0, 1), 2000 // (2 * SHAPE.token_bytes) + 1), enough)
     with pytest.raises(CapacityError, match=r"near limit.*prefill 301"):
-        store.admit(SHAPE, 1, enough._replace(prefill=301))
-    store.admit(SHAPE, 1, enough)
+        store.admit(SHAPE, {0: 1, 1: 1}, enough._replace(prefill=301))
+    store.admit(SHAPE, {0: 1, 1: 1}, enough)
     assert store.host.used == store.near.used == 0
 
 

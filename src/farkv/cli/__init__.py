@@ -1,4 +1,4 @@
-"""The command line: `farkv run`, `farkv profile`, `farkv demo`; one file per command.
+"""The command line: `farkv run`, `farkv profile`, `farkv plan`, `farkv demo`; one file per command.
 
 In: arguments. Out: the answer (or one JSON object) on stdout, all else on stderr. A mistake of the caller's is one
 line and exit code 2.
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from farkv.cli.demo import demo
+from farkv.cli.plan import plan_layers
 from farkv.cli.profile import profile_model
 from farkv.cli.run import run
 from farkv.errors import FarKVError
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command(name="profile")(profile_model)
+app.command(name="plan")(plan_layers)
 app.command()(demo)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -24,25 +24,49 @@ from farkv.cli.options import (
     print_receipt,
     read_text,
 )
-from farkv.config import Full, InfiniGen, Method, Oracle, Random, Window, parse_bytes
+from farkv.config import LEVERS, XKV, Full, InfiniGen, Lever, Method, Oracle, Random, Window, parse_bytes
 from farkv.errors import ConfigError, InputError
 from farkv.show import show_progress
 
-METHODS = ("infinigen", "full", "window", "oracle", "random")
+METHODS = ("infinigen", "xkv", "full", "window", "oracle", "random")
 
 
-def make_method(name: str, fraction: float | None, *, paper: bool = False) -> Method:
-    """Return the method's config from its name on the command line."""
+class Ask(NamedTuple):
+    """What the command line says about the method."""
+
+    name: str
+    fraction: float | None = None
+    paper: bool = False
+    retention: float | None = None
+    plan: Path | None = None
+    levers: tuple[str, ...] = ()
+
+
+def make_methods(asked: Ask) -> list[Method]:
+    """Return the methods' configs from their name on the command line: a selector, XKV, or XKV beside a selector."""
+    name, fraction = asked.name, asked.fraction
     if name not in METHODS:
         raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
-    if paper and name != "infinigen":
-        raise ConfigError(f"--paper: belongs to --method infinigen, got --method {name}")
+    if asked.paper and name not in ("infinigen", "xkv"):
+        raise ConfigError(f"--paper: belongs to --method infinigen or xkv, got --method {name}")
+    if asked.retention is not None and name != "xkv":
+        raise ConfigError(f"--retention: belongs to --method xkv, got --method {name}")
+    if asked.levers and asked.plan is None:
+        raise ConfigError("--lever: says what a plan drives; give one with --plan")
+    for lever in asked.levers:
+        if lever not in LEVERS:
+            raise ConfigError(f"--lever: expected one of {', '.join(LEVERS)}, got {lever!r}")
+    levers: tuple[Lever, ...] = tuple(lever for lever in LEVERS if lever in asked.levers)
+    if name == "xkv":
+        retention = asked.retention
+        return [XKV(fraction=fraction, retention=retention, paper=asked.paper, levers=levers or ("keep",))]
+    xkv: list[Method] = [XKV(levers=levers)] if levers else []
     if name == "infinigen":
-        return InfiniGen(fraction=fraction, paper=paper)
+        return [InfiniGen(fraction=fraction, paper=asked.paper), *xkv]
     if name == "full":
-        return Full(fraction=1.0 if fraction is None else fraction)
+        return [Full(fraction=1.0 if fraction is None else fraction), *xkv]
     maker = {"window": Window, "oracle": Oracle, "random": Random}[name]
-    return maker() if fraction is None else maker(fraction=fraction)
+    return [maker() if fraction is None else maker(fraction=fraction), *xkv]
 
 
 def run(
@@ -52,6 +76,17 @@ def run(
     method: Annotated[str, typer.Option(help=", ".join(METHODS) + ".")] = "infinigen",
     fraction: FractionOption = None,
     paper: Annotated[bool, typer.Option("--paper", help="InfiniGen as published.")] = False,
+    retention: Annotated[
+        float | None, typer.Option(help="xkv: keep as little as holds this share of the attention mass.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file: what each layer may keep, hold near, fetch.")] = None,
+    lever: Annotated[
+        list[str] | None,
+        typer.Option(help="What of the plan is used; may be repeated (default: keep for xkv, else fetch)."),
+    ] = None,
+    query_aware: Annotated[
+        bool, typer.Option("--query-aware", help="Read the question with the text, so that eviction knows it.")
+    ] = False,
     near: NearOption = None,
     host: HostOption = None,
     profile: ProfileOption = None,
@@ -72,11 +107,15 @@ def run(
 
       farkv run -m Qwen/Qwen3-8B -f book.txt --near 2GiB --host 24GiB "Who wrote the letter?"
 
+      farkv run -m demo -f code.py --method xkv --fraction 0.3 --query-aware "print(apple_river)  # "
+
+      farkv run -m demo -f code.py --plan plan.json --lever fetch "print(apple_river)  # "
+
       cat notes.txt | farkv run -m ./my-model --verify 8 --json "What was decided?"
     """
     # What can be checked without a model is checked before one is loaded.
-    config = make_method(method, fraction, paper=paper)
-    limits = {"near": parse_bytes(near, "--near"), "host": parse_bytes(host, "--host")}
+    configs = make_methods(Ask(method, fraction, paper, retention, plan, tuple(lever or ())))
+    limits = parse_bytes(near, "--near"), parse_bytes(host, "--host")
     text = read_text(file)
     if not (text + question).strip():
         raise InputError("prompt: text and question are both empty; give --file with text, or a question")
@@ -93,7 +132,11 @@ def run(
     with err.status(f"loading {model}") if err.is_terminal else nullcontext():
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     prompt = build_prompt(tokenizer, text, question)
-    with attach(loaded, config, profile=False if profile == "none" else profile, **limits) as far:
+    if query_aware:
+        prompt = prompt.read_question()
+    near_bytes, host_bytes = limits
+    measured = False if profile == "none" else profile
+    with attach(loaded, *configs, near=near_bytes, host=host_bytes, profile=measured, plan=plan) as far:
         cache = far.new_cache(tokens=prompt.n_tokens + max_new_tokens, verify=verify)
         with show_progress(err, "reading", quiet=as_json) as on_prefill:
             write = (lambda piece: None) if as_json else _write

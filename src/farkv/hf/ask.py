@@ -21,6 +21,9 @@ from farkv.hf.handle import Handle
 _SENTINEL = "farkv-content-5d1c"
 
 
+CHUNK_TOKENS = 2048
+
+
 class Prompt(NamedTuple):
     """Token ids of the text, prefilled, and of the question, fed one by one."""
 
@@ -32,6 +35,10 @@ class Prompt(NamedTuple):
         """Tokens of both."""
         return len(self.text) + len(self.question)
 
+    def read_question(self) -> Prompt:
+        """Return the prompt with its question read densely, with the text, but for the last token."""
+        return Prompt(self.text + self.question[:-1], self.question[-1:])
+
 
 class Decoding(NamedTuple):
     """How the answer is generated; greedy unless a temperature is given."""
@@ -39,7 +46,8 @@ class Decoding(NamedTuple):
     max_new_tokens: int = 64
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
-    chunk_tokens: int = 2048
+    # Tokens of the text that are read at once; None: 2048, or all where a plan lets layers be evicted as they are read.
+    chunk_tokens: int | None = None
 
 
 class Listener(NamedTuple):
@@ -94,8 +102,12 @@ def build_prompt(tokenizer: Any, text: str, question: str) -> Prompt:
 
 
 @torch.no_grad()
-def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int, listener: Listener) -> None:
+def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int | None, listener: Listener) -> None:
     """Read the text densely into the cache, chunk by chunk, without the LM head."""
+    if chunk is None:
+        chunk = max(1, len(tokens)) if cache.recipe.wants_one_pass else CHUNK_TOKENS
+    # What evicts waits for the end of the prompt.
+    cache.recipe.prompt_tokens = len(tokens)
     for start in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[start : start + chunk]], device=handle.device)
         handle.decoder(input_ids=part, past_key_values=cache, use_cache=True)

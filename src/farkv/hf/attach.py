@@ -6,13 +6,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from farkv.config import InfiniGen, Method, parse_bytes
-from farkv.errors import CacheStateError, ConfigError
+from farkv.config import XKV, Full, InfiniGen, Method, Selector, parse_bytes
+from farkv.errors import CacheStateError, ConfigError, PlanError
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
+from farkv.methods.contract import Levers, Setting
 from farkv.per_model.profile import Profile
-from farkv.store.tiers import StoreLimits
+from farkv.plan import Plan
+from farkv.store.records import StoreLimits
+from farkv.store.sizes import Allowed
 
 PROFILE_NAME = "profile.safetensors"
 
@@ -23,33 +26,98 @@ def attach(
     near: int | str | None = None,
     host: int | str | None = None,
     profile: Profile | str | Path | bool | None = None,
+    plan: Plan | str | Path | None = None,
 ) -> Handle:
     """Let a model decode from a far KV store.
 
     Args:
         model: any decoder-only model on one device that routes attention through the attention interface.
-        methods: one method's config; InfiniGen() if none is given.
+        methods: one method's config, InfiniGen() if none is given; XKV may stand beside a selector.
         near: limit of near memory, in bytes or as text ("2GiB"): a GPU's memory, or on a CPU a counted
             allocation of its own. None on a CPU: the pool itself is near memory.
         host: limit of the host pool.
         profile: a profile or its path. None: the one beside the model's weights, if there is one; False: none,
             the skew is then estimated from each prompt.
+        plan: a plan or its path. With XKV it drives XKV's levers; without, what a selector may fetch per layer.
 
     Raises:
         UnsupportedModelError: this architecture or attention implementation cannot be managed.
         ConfigError: an option's value cannot be used.
-        ProfileError: the profile is damaged or of another model.
+        ProfileError, PlanError: the file is damaged or of another model.
     """
-    if len(methods) > 1:
-        raise ConfigError(f"attach: expected one method, got {len(methods)}")
     limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"))
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
         raise CacheStateError("attach: the model is attached already; detach it first")
-    method = methods[0] if methods else InfiniGen()
+    selector, xkv = sort_methods(methods, planned=plan is not None)
+    loaded_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    levers = make_levers(selector, xkv, loaded_plan)
     loaded = find_profile(model, profile)
     if loaded is not None:
         loaded.check(identify_model(model))
-    return Handle(model, method, limits, loaded)
+    handle = Handle(model, selector or xkv or InfiniGen(), Setting(limits, loaded, levers))
+    if loaded_plan is not None:
+        try:
+            loaded_plan.check(identify_model(model), handle.managed)
+        except PlanError:
+            handle.detach()
+            raise
+    return handle
+
+
+def sort_methods(methods: tuple[Method, ...], *, planned: bool) -> tuple[Selector | None, XKV | None]:
+    """Return the selector and XKV among what was given."""
+    xkv = [m for m in methods if isinstance(m, XKV)]
+    selectors = [m for m in methods if not isinstance(m, XKV)]
+    if len(xkv) > 1 or len(selectors) > 1:
+        names = ", ".join(type(m).__name__ for m in methods)
+        raise ConfigError(f"attach: expected one method, or XKV beside one selector; got {names}")
+    if not methods:
+        return InfiniGen(), None
+    selector = selectors[0] if selectors else None
+    if xkv and selector is None and xkv[0].levers != ("keep",):
+        raise ConfigError(
+            f"levers: {', '.join(xkv[0].levers)} without a selector; only keep works alone: add a selector, for "
+            "example attach(model, XKV(...), InfiniGen(), plan=...)"
+        )
+    if isinstance(selector, Full) and (xkv or planned):
+        raise ConfigError("Full: reads everything, so it takes no XKV and no plan; use XKV alone, or a selector")
+    return selector, xkv[0] if xkv else None
+
+
+def make_levers(selector: Selector | None, xkv: XKV | None, plan: Plan | None) -> Levers:
+    """Return what limits each layer: XKV's levers, filled in by the plan where there is one."""
+    if plan is None:
+        if xkv is not None and xkv.levers != ("keep",):
+            raise ConfigError(f"levers: {', '.join(xkv.levers)} are driven by a plan; give one: attach(..., plan=...)")
+        return Levers(keep=xkv)
+    names = xkv.levers if xkv is not None else ("fetch",)
+    allowed = None
+    if xkv is not None and "keep" in names:
+        if xkv.least_records == 1:
+            raise ConfigError("XKV: the plan says how much is kept; leave out fraction, retention and tokens")
+        keep = plan.get("keep")
+        allowed = {i: Allowed(keep.base, share) for i, share in zip(plan.layers, keep.shares, strict=True)}
+    fetch = dict(zip(plan.layers, plan.get("fetch").shares, strict=True)) if "fetch" in names else None
+    if fetch is not None:
+        check_cap(selector, plan.get("fetch").ratio)
+    near = dict(zip(plan.layers, plan.get("near").shares, strict=True)) if "near" in names else None
+    return Levers(xkv if allowed else None, allowed, near, fetch)
+
+
+def check_cap(selector: Selector | None, ratio: float) -> None:
+    """Raise ConfigError where a plan's fetch caps contradict the selector's own."""
+    own = selector.fraction if selector is not None else None
+    if isinstance(selector, InfiniGen) and selector.least_records > 1:
+        own = None  # The fraction was left out: the plan's is taken.
+    if isinstance(selector, InfiniGen) and selector.paper:
+        raise ConfigError(
+            "InfiniGen(paper=True): reads its first layer whole, so a plan cannot cap it; use the default"
+        )
+    if own is not None and own + 1e-9 < ratio:
+        raise ConfigError(
+            f"fraction: the plan fetches {ratio:.3f} of the KV per step, the cap is {own}; leave the fraction out, or "
+            f"make a plan for it: farkv plan --ratio {own} --lever fetch"
+        )
 
 
 def find_profile(model: PreTrainedModel, profile: Profile | str | Path | bool | None) -> Profile | None:

@@ -44,7 +44,7 @@ class FarLayer(_compat.DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Return the tokens seen."""
-        return self.recipe.store.length(self.layer)
+        return self.recipe.store.seen(self.layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the mask's width, over all tokens seen, and its offset."""

@@ -26,11 +26,9 @@ from farkv.hf.query import Rope, add_attention, hidden_of, probe_query, with_hid
 from farkv.hf.report import make_receipt
 from farkv.hf.verify import Verifier
 from farkv.methods import make_recipe
-from farkv.methods.contract import Place
-from farkv.per_model.profile import Profile
+from farkv.methods.contract import Place, Setting
 from farkv.receipt import Account, Receipt
 from farkv.store.sizes import LayerShape
-from farkv.store.tiers import StoreLimits
 
 log = logging.getLogger("farkv")
 BASES = ("sdpa", "eager")
@@ -39,8 +37,8 @@ BASES = ("sdpa", "eager")
 class Handle(AbstractContextManager["Handle"]):
     """An attached model. Leave the `with` block or call `detach()` to have the model as it was."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, limits: StoreLimits, profile: Profile | None):
-        self.model, self.method, self.limits, self.profile = model, method, limits, profile
+    def __init__(self, model: PreTrainedModel, method: Method, setting: Setting = Setting()):  # noqa: B008 - immutable
+        self.model, self.method, self.setting = model, method, setting
         self.rope = Rope()
         self._flight = threading.local()
         self._hooks: list[Any] = []
@@ -53,7 +51,7 @@ class Handle(AbstractContextManager["Handle"]):
                 f"attention implementation: expected one of {', '.join(BASES)}, got {self.base!r}; "
                 'load the model with attn_implementation="sdpa"'
             )
-        make_recipe(method, self._place(Account()), profile)
+        make_recipe(method, self._place(Account()), setting.profile)
         self._attach()
 
     # --- attaching ------------------------------------------------------------------------------------------
@@ -131,8 +129,8 @@ class Handle(AbstractContextManager["Handle"]):
     # --- caches and receipts --------------------------------------------------------------------------------
 
     def _place(self, account: Account, reserve_tokens: int = 0) -> Place:
-        limits = self.limits._replace(reserve_tokens=reserve_tokens)
-        return Place(self.managed, limits, self.device, account)
+        limits = self.setting.limits._replace(reserve_tokens=reserve_tokens)
+        return Place(self.managed, limits, self.device, account, self.setting.levers)
 
     def new_cache(self, *, tokens: int = 0, batch: int = 1, verify: int = 0) -> FarCache:
         """Make an empty cache for one context (or one batch of them).
@@ -151,7 +149,7 @@ class Handle(AbstractContextManager["Handle"]):
         if tokens < 0 or verify < 0:
             raise ConfigError(f"new_cache: expected tokens >= 0 and verify >= 0, got {tokens} and {verify}")
         account = Account()
-        recipe = make_recipe(self.method, self._place(account, tokens), self.profile)
+        recipe = make_recipe(self.method, self._place(account, tokens), self.setting.profile)
         recipe.verifying = verify > 0
         if tokens and self.managed:
             recipe.admit(self._measure_shape(batch), tokens)
@@ -188,7 +186,7 @@ class Handle(AbstractContextManager["Handle"]):
         if cache is None:
             raise CacheStateError("receipt: no cache was made yet; call new_cache() and generate with it")
         kernel = f"torch-{self.base}"
-        return make_receipt(self.model, self.method, self.limits, self.layer_types, kernel, cache)
+        return make_receipt(self.model, self.method, self.setting, self.layer_types, kernel, cache)
 
     # --- hooks: each returns None unless the pass runs on one of our caches ---------------------------------
 

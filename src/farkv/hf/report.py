@@ -8,23 +8,26 @@ from importlib.metadata import version
 import torch
 from transformers import PreTrainedModel
 
-from farkv.config import InfiniGen, Method
+from farkv.config import LEVERS, XKV, InfiniGen, Method
 from farkv.hf import _compat
 from farkv.hf.cache import FarCache, FarLayer
+from farkv.methods.contract import Levers, Setting
 from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times
-from farkv.store.tiers import StoreLimits
 
 
-def name_method(method: Method) -> str:
-    """Return the method's name as on the command line; the published variant says so."""
+def name_method(method: Method, levers: Levers) -> str:
+    """Return the method's name as on the command line; the published variant, and a plan's levers, are named."""
     name = type(method).__name__.lower()
-    return f"{name}-paper" if isinstance(method, InfiniGen) and method.paper else name
+    if isinstance(method, InfiniGen | XKV) and method.paper:
+        name += "-paper"
+    pulled = [] if isinstance(method, XKV) else [n for n in LEVERS if getattr(levers, n) is not None]
+    return f"{name}+xkv({','.join(pulled)})" if pulled else name
 
 
 def make_receipt(
     model: PreTrainedModel,
     method: Method,
-    limits: StoreLimits,
+    setting: Setting,
     layer_types: list[str],
     kernel: str,
     cache: FarCache,
@@ -32,11 +35,11 @@ def make_receipt(
     """Read the counters (one device sync) and fill in the receipt."""
     account, store = cache.account, cache.recipe.store
     total = sum(count_layer_bytes(layer) for layer in cache.layers)
-    near_records = store.near.peak - store.index.peak if store.far else store.host.peak
+    near_records = store.near.peak - store.index.peak if store.far or store.home is store.near else store.host.peak
     steps = max(1, account.decode_steps)
     return Receipt(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        method=name_method(method),
+        method=name_method(method, setting.levers),
         answer="",
         context_tokens=account.context_tokens,
         generated_tokens=account.generated_tokens or account.decode_steps,
@@ -47,14 +50,14 @@ def make_receipt(
             disk_peak=0,
             index_peak=store.index.peak,
         ),
-        limits=Limits(limits.near, limits.host),
+        limits=Limits(setting.limits.near, setting.limits.host),
         read_fraction=account.read_fraction(),
         index_fraction=account.index_fraction(),
         resident_fraction=min(1.0, near_records / total) if total else 0.0,
-        kept_fraction=1.0,
+        kept_fraction=sum(count_kept_bytes(layer) for layer in cache.layers) / total if total else 1.0,
         fetched_bytes_per_token=account.fetched_bytes / steps,
         disk_bytes_per_token=0.0,
-        evicted_records=0,
+        evicted_records=sum(count_evicted(layer) for layer in cache.layers),
         kernel=kernel,
         fallbacks=dict(account.fallbacks),
         quant=Quant(),
@@ -79,10 +82,25 @@ def make_times(account: Account) -> Times:
 def count_layer_bytes(layer: object) -> int:
     """Return the KV bytes that a full cache holds of a layer: as stored for ours, as held for stock ones."""
     if isinstance(layer, FarLayer):
-        pool = layer.recipe.store.pool[layer.layer]
-        return 0 if pool.data is None else pool.view().numel() * pool.data.element_size()
+        return count_kept_bytes(layer) + count_evicted(layer) * layer.recipe.account.record_bytes.get(layer.layer, 0)
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def count_kept_bytes(layer: object) -> int:
+    """Return the KV bytes that are held of a layer now; of a stock layer, all of them."""
+    if not isinstance(layer, FarLayer):
+        return count_layer_bytes(layer)
+    pool = layer.recipe.store.pool[layer.layer]
+    return 0 if pool.data is None else pool.view().numel() * pool.data.element_size()
+
+
+def count_evicted(layer: object) -> int:
+    """Return how many records of a layer were evicted, all sequences and KV heads."""
+    if not isinstance(layer, FarLayer) or not layer.recipe.store.evicted[layer.layer]:
+        return 0
+    batch, heads = layer.recipe.store.heads(layer.layer)
+    return layer.recipe.store.evicted[layer.layer] * batch * heads
 
 
 def make_row(i: int, cache: FarCache, layer_type: str) -> LayerRow:
@@ -90,7 +108,9 @@ def make_row(i: int, cache: FarCache, layer_type: str) -> LayerRow:
     managed = isinstance(cache.layers[i], FarLayer)
     count = cache.account.layer(i)
     read = count.total_read() / count.held if count.held else 0.0
+    total = count_layer_bytes(cache.layers[i])
+    kept = count_kept_bytes(cache.layers[i]) / total if total else 1.0
     why = None if managed else f"{layer_type}: left to Hugging Face's own cache layer"
     return LayerRow(
-        layer=i, managed=managed, why=why, read_fraction=read, kept_fraction=1.0, mass_mean=count.mass_mean()
+        layer=i, managed=managed, why=why, read_fraction=read, kept_fraction=kept, mass_mean=count.mass_mean()
     )

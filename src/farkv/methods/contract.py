@@ -12,10 +12,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from farkv._axes import Bool, Float, Int, Tensor
-from farkv.config import Source
+from farkv.config import XKV, Source
+from farkv.per_model.profile import Profile
 from farkv.receipt import Account
-from farkv.store.sizes import LayerShape
-from farkv.store.tiers import StoreLimits, Tiers
+from farkv.store.records import StoreLimits
+from farkv.store.sizes import Allowed, LayerShape
+from farkv.store.tiers import Tiers
 
 
 class Query(NamedTuple):
@@ -39,13 +41,35 @@ class Step(NamedTuple):
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], object]
 
 
+class Levers(NamedTuple):
+    """What limits each layer besides the method's own choice; None where nothing does.
+
+    keep: how records are scored and evicted.  allowed: how many each layer keeps; None: found from each prompt.
+    near, fetch: the share of the context that each layer holds near, and may read per step.
+    """
+
+    keep: XKV | None = None
+    allowed: dict[int, Allowed] | None = None
+    near: dict[int, float] | None = None
+    fetch: dict[int, float] | None = None
+
+
+class Setting(NamedTuple):
+    """What a user set around a method: byte limits, what was measured of the model, what a plan limits."""
+
+    limits: StoreLimits = StoreLimits()
+    profile: Profile | None = None
+    levers: Levers = Levers()
+
+
 class Place(NamedTuple):
-    """Where a recipe works: the managed layers, the limits, the device and the books."""
+    """Where a recipe works: the managed layers, the limits, the device, the books and the levers."""
 
     layers: list[int]
     limits: StoreLimits
     device: torch.device
     account: Account
+    levers: Levers = Levers()
 
 
 @runtime_checkable
@@ -62,6 +86,10 @@ class Recipe(Protocol):
     verifying: bool
     # True while steps are verified: measure the attention mass that the choice holds.
     measuring: bool
+    # Tokens of a prompt that is read in several passes; 0: any pass of more than one token may be its end.
+    prompt_tokens: int
+    # True where reading the prompt in one pass lets every layer be evicted as it is read.
+    wants_one_pass: bool
 
     def admit(self, shape: LayerShape, n_new: int) -> None:
         """Raise CapacityError unless every limit can hold `n_new` more tokens; nothing is stored."""

@@ -55,7 +55,8 @@ class InfiniGenRecipe(SparseRecipe):
             window=config.window or 0,
             top_up=config.top_up or 0.0,
         )
-        self.config, self.profile = config, profile
+        # A light profile has curves alone: the skew is then the prompt's.
+        self.config, self.profile = config, profile if profile is not None and profile.has_skew else None
         self.least = config.least_records
         # 0: the paper's partial keys are not rounded.
         self.bits = config.index_bits or 0
@@ -88,11 +89,13 @@ class InfiniGenRecipe(SparseRecipe):
     def is_final(self, layer: int) -> bool:
         """Say whether the layer's projection will not be fitted again."""
         fitted = self.fitted_tokens.get(layer, 0)
-        return fitted > 0 and (self.profile is not None or fitted >= self.fit_tokens(self.store.keys(layer)))
+        # Once records are gone, those that are left do not stand for the prompt.
+        enough = self.profile is not None or self.store.evicted[layer] > 0
+        return fitted > 0 and (enough or fitted >= self.fit_tokens(self.store.keys(layer)))
 
     def sample_queries(self, layer: int, q: Tensor) -> None:
         """Keep a thin sample of the queries seen so far, padding zeroed; a few hundred per layer."""
-        valid = self.visible(self.store.length(layer))
+        valid = self.padding.of_tokens(self.store.seen(layer))
         if valid is not None:
             q = q * valid[:, None, -q.shape[2] :, None]
         old = self.samples.get(layer)
@@ -104,7 +107,7 @@ class InfiniGenRecipe(SparseRecipe):
         """Decide how keys enter the layer's index, and clear it."""
         keys = keys.to(self.store.device)
         stride = -(-keys.shape[2] // FIT_KEYS)
-        valid = self.visible(keys.shape[2])
+        valid = self.padding.of_tokens(keys.shape[2])
         sample = keys[:, :, ::stride]
         sample_valid = None if valid is None else valid[:, ::stride]
         n_columns = self.count_columns(keys.shape[-1], self.account.record_bytes[layer])
@@ -176,20 +179,19 @@ class InfiniGenRecipe(SparseRecipe):
 
     def speculate(self, layer: int, estimate: Query) -> None:
         """1. Score the index.  2. Select.  3. Start the fetch; it travels while layer i-1 goes on."""
-        n_stored = self.store.length(layer)
-        budget = self.split(n_stored + 1)
-        chosen = self.score_and_select(layer, estimate, n_stored + 1, budget)
+        budget = self.split(self.store.seen(layer) + 1, layer)
+        chosen = self.score_and_select(layer, estimate, self.store.length(layer) + 1, budget)
         self.pending[layer] = self.store.fetch(layer, chosen.positions, chosen.valid, budget.late + budget.tail)
 
     def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
         """The first layer: its true query is known at once."""
         return self.score_and_select(layer, query, self.store.length(layer), budget)
 
-    def score_and_select(self, layer: int, query: Query, tokens: int, budget: Budget) -> Choice:
-        """Choose `budget.early` records among all but the tail of a context of `tokens`."""
-        self.catch_up(layer, tokens - 1)
-        scores = self.score(layer, query, tokens - budget.tail)
-        return self.select_records(scores, budget, self.visible(tokens - budget.tail))
+    def score_and_select(self, layer: int, query: Query, rows: int, budget: Budget) -> Choice:
+        """Choose `budget.early` of `rows` records, the newest and not yet indexed one included, but for the tail."""
+        self.catch_up(layer, rows - 1)
+        scores = self.score(layer, query, rows - budget.tail)
+        return self.select_records(scores, budget, self.visible(layer, rows - budget.tail))
 
     def score(self, layer: int, query: Query, n_old: int) -> Tensor:
         """Score the first `n_old` records of a layer with its index."""
@@ -201,7 +203,7 @@ class InfiniGenRecipe(SparseRecipe):
         projected = project_query(query.q, index.projection.query, index.projection.scale, query.scaling)
         return score_index(projected, codes, query.softcap)
 
-    def select_records(self, scores: Tensor, budget: Budget, valid: Bool[Tensor, "B S"] | None) -> Choice:
+    def select_records(self, scores: Tensor, budget: Budget, valid: Bool[Tensor, "B h S"] | None) -> Choice:
         """Apply the configured rule: the cap alone, alpha, the paper's mean count, or a share of mass."""
         config, cap = self.config, budget.early
         pool = pool_group if config.alpha is None else pool_group_by_best
@@ -218,7 +220,7 @@ class InfiniGenRecipe(SparseRecipe):
         if budget.late == 0:
             return None
         n_old = self.store.length(layer) - budget.tail
-        valid = self.visible(n_old)
+        valid = self.visible(layer, n_old)
         pooled, taken = pool_group(self.score(layer, query, n_old), valid), Choice(early.positions, early.valid)
         if valid is not None:
             return select_rest(pooled, taken, budget.late)
@@ -245,6 +247,12 @@ class InfiniGenRecipe(SparseRecipe):
         """Bytes one token adds to a layer's index."""
         bits = self.bits or 8 * shape.itemsize
         return shape.batch * shape.kv_heads * self.count_columns(shape.k_dim, shape.record_bytes) * bits // 8
+
+    def forget(self, layer: int, positions: Tensor) -> None:
+        """Follow an eviction in the index, which is brought up to date first, while all keys are there."""
+        if not self.reads_all(layer):
+            self.catch_up(layer, self.store.length(layer))
+            self.index[layer].keep(positions)
 
     def crop(self, n_tokens: int, layer: int) -> None:
         """Forget the newest tokens, in the index too."""

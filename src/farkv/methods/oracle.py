@@ -24,6 +24,6 @@ class OracleRecipe(SparseRecipe):
         keys = self.store.keys(layer)
         scores = score_keys(query.q.to(keys.device), keys[:, :, :n_old], query.scaling, query.softcap)
         self.count_index(layer, keys[:, :, :n_old].numel() * keys.element_size())
-        valid = self.visible(n_old)
+        valid = self.visible(layer, n_old)
         pooled = pool_group(scores.to(query.q.device), valid)
         return select_top(force_sinks(pooled, budget.sinks, valid), budget.early)

@@ -32,7 +32,7 @@ class RandomRecipe(SparseRecipe):
         n_old = self.store.length(layer) - budget.tail
         batch, heads = self.store.keys(layer).shape[:2]
         scores = torch.rand(batch, heads, n_old, generator=self.generator, device=query.q.device)
-        valid = self.visible(n_old)
+        valid = self.visible(layer, n_old)
         if valid is not None:
-            scores.masked_fill_(~valid[:, None], -torch.inf)
+            scores.masked_fill_(~valid, -torch.inf)
         return select_top(force_sinks(scores, budget.sinks, valid), budget.early)

@@ -13,10 +13,13 @@ import torch
 from farkv._axes import Bool, Int, Tensor
 from farkv.config import Source
 from farkv.methods.contract import Kernel, Place, Query, Step
-from farkv.per_token.attend import align_mask, measure_mass, weigh_keys
+from farkv.methods.keep import Keeper
+from farkv.methods.padding import Padding
+from farkv.per_token.attend import align_mask, align_rows, measure_mass, weigh_keys
 from farkv.per_token.select import Choice
+from farkv.store.records import Fetch, Needs, Read
 from farkv.store.sizes import LayerShape, NearNeed, count_cap, count_forced
-from farkv.store.tiers import Fetch, Read, Tiers
+from farkv.store.tiers import Tiers
 
 
 class Budget(NamedTuple):
@@ -32,17 +35,26 @@ class SparseRecipe:
     """A recipe that reads a fraction of the records at decode steps."""
 
     query_source: Source | None = None
+    # Records live in near memory: what is kept is read whole.
+    at_home = False
+    wants_one_pass = False
 
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
         self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
-        self.store = Tiers(place.layers, place.limits, place.device, window)
+        levers = place.levers
+        self.store = Tiers(
+            place.layers, place.limits, place.device, Needs(window, self.at_home, levers.keep is not None)
+        )
+        self.keeper = None if levers.keep is None else Keeper(levers.keep, levers.allowed, self.store, window)
+        self.fetch_shares = levers.fetch
         self.account = place.account
         self.layers = place.layers
         self.least = 1
         self.dense = False
         self.verifying = False
         self.measuring = False
-        self.valid: Bool[Tensor, "B S"] | None = None
+        self.prompt_tokens = 0
+        self.padding = Padding()
         self.pending: dict[int, Fetch] = {}
         self.store.on_fetch = self.count_fetch
 
@@ -67,6 +79,9 @@ class SparseRecipe:
         """Say whether this layer is left dense by design."""
         return False
 
+    def forget(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Follow an eviction: only the records at these positions stay."""
+
     # --- the frame ------------------------------------------------------------------------------------------
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -79,14 +94,29 @@ class SparseRecipe:
 
     def admit(self, shape: LayerShape, n_new: int) -> None:
         """Refuse tokens that a limit cannot hold, before any layer is touched."""
-        self.store.admit(shape, n_new, self.near_need(shape, n_new))
+        first = self.layers[0]
+        tokens = max(self.store.seen(first) + n_new, self.store.limits.reserve_tokens)
+        rows = dict.fromkeys(self.layers, max(self.store.length(first) + n_new, self.store.limits.reserve_tokens))
+        besides = 0
+        if self.keeper is not None:
+            self.keeper.prompt_tokens = self.prompt_tokens
+            rows = self.keeper.widest(tokens, n_new)
+            if max(rows.values()) < tokens:
+                self.store.reserve(rows)
+            else:
+                # A layer that is evicted stands beside its old self for a moment.
+                besides = max(self.keeper.count(i, tokens) for i in self.layers) * shape.token_bytes
+            if self.verifying:
+                self.store.remember_all()
+                besides += len(self.layers) * tokens * shape.token_bytes
+        self.store.admit(shape, rows, self.near_need(shape, n_new), besides)
 
     def near_need(self, shape: LayerShape, n_new: int) -> NearNeed:
         """Return the near bytes at the widest moments of a pass over `n_new` tokens and of the steps after it."""
         n_layers = len(self.layers)
-        tokens = max(self.store.length(self.layers[0]) + n_new, self.store.limits.reserve_tokens)
-        budget = self.split(tokens)
-        rows = budget.early + budget.late + budget.tail
+        tokens = max(self.store.seen(self.layers[0]) + n_new, self.store.limits.reserve_tokens)
+        budgets = [self.split(tokens, i) for i in self.layers]
+        rows = max(b.early + b.late + b.tail for b in budgets)
         sparse = [i for i in self.layers if not self.reads_all(i)]
         whole = tokens * shape.token_bytes
         index = self.index_token_bytes(shape) * tokens
@@ -99,12 +129,25 @@ class SparseRecipe:
             + (whole if self.verifying or len(sparse) < n_layers else 0),
         )
 
-    def split(self, tokens: int) -> Budget:
-        """Split the cap for a context of `tokens`, the newest included."""
-        cap = count_cap(self.fraction, tokens, self.least)
-        sinks, window = count_forced(cap, self.sinks, self.window, self.fraction)
+    def share_of(self, layer: int) -> float:
+        """Return the share of the context that a layer may read: the plan's, or the method's own."""
+        return self.fraction if self.fetch_shares is None else self.fetch_shares[layer]
+
+    def count_cap(self, tokens: int, layer: int) -> int:
+        """Return how many records of every KV head a layer may read of a context of `tokens`."""
+        cap = count_cap(self.share_of(layer), tokens, self.least if self.fetch_shares is None else 1)
+        if self.store.evicted[layer]:
+            # Of an evicted layer there are fewer rows than tokens.
+            cap = min(cap, self.store.length(layer) + tokens - self.store.seen(layer))
+        return cap
+
+    def split(self, tokens: int, layer: int) -> Budget:
+        """Split a layer's cap for a context of `tokens`, the newest included."""
+        share = self.share_of(layer)
+        cap = self.count_cap(tokens, layer)
+        sinks, window = count_forced(cap, self.sinks, self.window, share)
         middle = cap - window - 1
-        late = int(self.share_late * (middle - sinks)) if self.fraction < 1 else 0
+        late = int(self.share_late * (middle - sinks)) if share < 1 else 0
         return Budget(sinks, middle - late, late, window + 1)
 
     def wants_estimate(self, layer: int) -> bool:
@@ -117,12 +160,10 @@ class SparseRecipe:
     def attend(self, layer: int, step: Step, kernel: Kernel) -> object:
         """Attend to all records while T > 1 or nothing was stored before, to the chosen ones at a decode step."""
         q = step.query.q
-        if step.mask is not None:
-            self.valid = step.mask[:, 0, -1]
-            if q.shape[2] > 1 and bool(self.valid.all()):
-                # A deliberate sync, once per prompt chunk and layer: without padding no later step needs a mask.
-                self.valid = None
-        first = self.store.length(layer) == q.shape[2]
+        self.padding.note(step.mask)
+        if self.keeper is not None and not self.dense:
+            self.keeper.watch(layer, step.query, self.padding.of_tokens(self.store.seen(layer)))
+        first = self.store.seen(layer) == q.shape[2]
         if q.shape[2] > 1 or first or self.dense or self.reads_all(layer):
             self.pending.pop(layer, None)
             out = self._attend_all(layer, step, kernel)
@@ -130,23 +171,29 @@ class SparseRecipe:
             out = self._attend_chosen(layer, step, kernel)
         if not self.dense:
             self.observe(layer, step)
+            if self.keeper is not None:
+                self._keep(self.keeper, layer, step)
         return out
 
     def _attend_all(self, layer: int, step: Step, kernel: Kernel) -> object:
         q, k, v = step.query.q, step.k, step.v
-        total = self.store.length(layer)
+        total = self.store.seen(layer)
         if q.shape[2] == 1 and total > 1 and not self.dense:
-            self.count_read(layer, k.shape[0] * k.shape[1] * total, k)
+            self.count_read(layer, k.shape[0] * k.shape[1] * self.store.length(layer), k)
             self._measure(layer, step, None)
         if total == k.shape[2]:
             with self.store.hold((k.numel() + v.numel()) * k.element_size()):
                 return kernel(q, k, v, step.mask)
-        with self.store.read_all(layer) as (all_k, all_v):
-            return kernel(q, all_k, all_v, step.mask)
+        with self.store.read_all(layer, whole=self.dense) as (all_k, all_v):
+            mask = step.mask
+            if mask is not None and all_k.shape[2] < total:
+                rows = torch.arange(all_k.shape[2], device=mask.device).expand(*k.shape[:2], -1)
+                mask = align_rows(mask, self.store.locate(layer, rows), q.shape[1] // k.shape[1])
+            return kernel(q, all_k, all_v, mask)
 
     def _attend_chosen(self, layer: int, step: Step, kernel: Kernel) -> object:
         q, k = step.query.q, step.k
-        budget = self.split(self.store.length(layer))
+        budget = self.split(self.store.seen(layer), layer)
         early = self.pending.pop(layer, None)
         late = None
         if early is None:
@@ -160,31 +207,55 @@ class SparseRecipe:
         n_read = read.valid.sum() if read.valid is not None else read.positions.numel()
         self.count_read(layer, n_read, k)
         self._measure(layer, step, read)
-        mask = align_mask(step.mask, read.positions, read.valid, q.shape[1] // k.shape[1])
+        mask = step.mask
+        if mask is not None or read.valid is not None:
+            where = self.store.locate(layer, read.positions)
+            mask = align_mask(mask, where, read.valid, q.shape[1] // k.shape[1])
         return kernel(q, read.k, read.v, mask)
 
     def _measure(self, layer: int, step: Step, read: Read | None) -> None:
         """Measure the true attention mass of a choice, beside the pool, on verified steps only."""
         if not self.measuring:
             return
-        if read is None:
+        keys = self.store.all_keys(layer)
+        if read is None and self.store.length(layer) == keys.shape[2]:
             self.account.layer(layer).add_mass(1.0, 1.0)
             return
-        keys = self.store.keys(layer)
-        real = self.visible(keys.shape[2])
+        heads = step.k.shape[:2]
+        rows = torch.arange(self.store.length(layer), device=keys.device).expand(*heads, -1)
+        positions = self.store.locate(layer, (rows if read is None else read.positions).to(keys.device))
+        real = self.padding.of_tokens(keys.shape[2])
         visible = None if real is None else real[:, None].to(keys.device)
         query = step.query
         weights = weigh_keys(query.q.to(keys.device), keys, visible, query.scaling, query.softcap)
-        valid = None if read.valid is None else read.valid.to(keys.device)
-        mass = measure_mass(weights, read.positions.to(keys.device), valid)
+        valid = None if read is None or read.valid is None else read.valid.to(keys.device)
+        mass = measure_mass(weights, positions, valid)
         # A deliberate sync: verified steps are not timed.
         self.account.layer(layer).add_mass(float(mass.mean()), float(mass.min()))
+
+    # --- the keep lever -------------------------------------------------------------------------------------
+
+    def _keep(self, keeper: Keeper, layer: int, step: Step) -> None:
+        """Evict at the end of the prompt, and where a decoded token leaves no room for the next."""
+        if step.k.shape[2] > 1 or 0 < self.store.seen(layer) <= self.prompt_tokens:
+            for i in keeper.end_pass(layer, self.visible(layer, self.store.length(layer))):
+                self._evict(keeper, i, room=0)
+        elif keeper.is_over(layer):
+            keeper.mark(layer, self.visible(layer, self.store.length(layer)))
+            self._evict(keeper, layer, room=keeper.slack(layer))
+
+    def _evict(self, keeper: Keeper, layer: int, room: int) -> None:
+        """Drop the least of what was scored just now."""
+        kept = keeper.choose_stored(layer, self.visible(layer, self.store.length(layer)), room)
+        if kept is not None:
+            self.forget(layer, kept.positions)
+            self.store.evict(layer, kept)
 
     # --- the books ------------------------------------------------------------------------------------------
 
     def count_read(self, layer: int, n_records: int | Tensor, k: Tensor) -> None:
         """Count one decode step's records of a layer."""
-        held = k.shape[0] * k.shape[1] * self.store.length(layer)
+        held = k.shape[0] * k.shape[1] * self.store.seen(layer)
         self.account.layer(layer).add_read(n_records, held)
 
     def count_index(self, layer: int, n_bytes: float) -> None:
@@ -202,26 +273,25 @@ class SparseRecipe:
         """Forget the newest tokens of a layer, and whatever was speculated."""
         self.pending.clear()
         self.store.crop(layer, n_tokens)
-        if self.valid is not None:
-            self.valid = self.valid[:, : self.store.length(layer)]
+        self.padding.crop(self.store.seen(layer))
 
     def select(self, sequences: Int[Tensor, " N"], layer: int) -> None:
         """Keep these sequences of the batch, in this order."""
         self.pending.clear()
         self.store.select(layer, sequences)
-        if self.valid is not None and layer == self.layers[0]:
-            valid = self.valid if self.valid.shape[0] > 1 else self.valid.expand(int(sequences.max()) + 1, -1)
-            self.valid = valid.index_select(0, sequences.to(self.valid.device))
+        if self.keeper is not None:
+            self.keeper.select(sequences, layer)
+        if layer == self.layers[0]:
+            self.padding.select(sequences)
 
     def clear(self, layer: int) -> None:
         """Forget everything of a layer."""
         self.pending.clear()
         self.store.clear(layer)
-        self.valid = None
+        if self.keeper is not None:
+            self.keeper.clear(layer)
+        self.padding = Padding()
 
-    def visible(self, n_tokens: int) -> Bool[Tensor, "B S"] | None:
-        """Return which of the first `n_tokens` are real; tokens younger than the last mask are."""
-        if self.valid is None:
-            return None
-        known = self.valid[:, :n_tokens]
-        return torch.nn.functional.pad(known, (0, n_tokens - known.shape[1]), value=True)
+    def visible(self, layer: int, n_rows: int) -> Bool[Tensor, "B h S"] | None:
+        """Return which of a layer's first `n_rows` stored records are real, None where all are."""
+        return self.padding.of_rows(self.store, layer, n_rows)

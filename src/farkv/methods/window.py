@@ -11,7 +11,6 @@ from farkv.config import Window
 from farkv.methods.contract import Place, Query
 from farkv.methods.sparse import Budget, SparseRecipe
 from farkv.per_token.select import Choice, force_sinks, select_top
-from farkv.store.sizes import count_cap
 
 
 class WindowRecipe(SparseRecipe):
@@ -20,9 +19,9 @@ class WindowRecipe(SparseRecipe):
     def __init__(self, place: Place, config: Window):
         super().__init__(place, fraction=config.fraction, sinks=config.sinks, window=0)
 
-    def split(self, tokens: int) -> Budget:
+    def split(self, tokens: int, layer: int) -> Budget:
         """All but the sinks is window."""
-        cap = count_cap(self.fraction, tokens)
+        cap = self.count_cap(tokens, layer)
         sinks = min(self.sinks, cap // 4)
         return Budget(sinks, cap - 1, 0, 1)
 
@@ -32,4 +31,4 @@ class WindowRecipe(SparseRecipe):
         batch, heads = self.store.keys(layer).shape[:2]
         age = torch.arange(n_old, device=query.q.device, dtype=torch.float32)
         scores = age.repeat(batch, heads, 1)
-        return select_top(force_sinks(scores, budget.sinks, self.visible(n_old)), budget.early)
+        return select_top(force_sinks(scores, budget.sinks, self.visible(layer, n_old)), budget.early)

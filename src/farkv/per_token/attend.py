@@ -61,3 +61,16 @@ def align_mask(
     if valid is not None:
         seen = seen & valid
     return seen[:, :, None, None].expand(batch, heads, n_groups, 1, n).reshape(batch, heads * n_groups, 1, n)
+
+
+def align_rows(
+    mask: Bool[Tensor, "b 1 T S"], places: Int[Tensor, "B Hkv K"], n_groups: int
+) -> Bool[Tensor, "B Hq T K"]:
+    """Turn the mask over the context into one over the rows that an evicted layer still holds.
+
+    Cost: B Hq T K flags.
+    """
+    batch, heads, n = places.shape
+    n_new = mask.shape[2]
+    seen = mask.expand(batch, heads, -1, -1).gather(-1, places[:, :, None].expand(-1, -1, n_new, -1))
+    return seen[:, :, None].expand(-1, -1, n_groups, -1, -1).reshape(batch, heads * n_groups, n_new, n)

@@ -21,7 +21,7 @@ class Choice(NamedTuple):
 
 
 def force_sinks(
-    scores: Float32[Tensor, "B Hkv S"], n_sinks: int, valid: Bool[Tensor, "B S"] | None
+    scores: Float32[Tensor, "B Hkv S"], n_sinks: int, valid: Bool[Tensor, "B h S"] | None
 ) -> Float32[Tensor, "B Hkv S"]:
     """Give the first `n_sinks` real tokens of every sequence the best score, in place."""
     if n_sinks == 0:
@@ -30,7 +30,7 @@ def force_sinks(
         scores[..., :n_sinks] = torch.inf
         return scores
     first = valid & (valid.cumsum(-1) <= n_sinks)
-    return scores.masked_fill_(first[:, None], torch.inf)
+    return scores.masked_fill_(first, torch.inf)
 
 
 def select_top(scores: Float32[Tensor, "B Hkv S"], cap: int) -> Choice:

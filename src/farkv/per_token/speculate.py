@@ -41,14 +41,14 @@ def unpack_codes(packed: Int8[Tensor, "B Hkv S R2"]) -> Int8[Tensor, "B Hkv S R"
     return torch.cat([(packed << 4) >> 4, packed >> 4], -1)
 
 
-def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B S"] | None) -> Float32[Tensor, "B Hkv S"]:
+def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"] | None) -> Float32[Tensor, "B Hkv S"]:
     """Join the queries of one KV head: log of the mean attention weight that the group gives a record.
 
     A record's worth to the group is the weight it would get, so choosing the largest keeps the most mass.
     Padding gets -inf.
     """
     if valid is not None:
-        scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+        scores = scores.masked_fill(~valid[:, :, None], -torch.inf)
     group = scores.shape[2]
     logs = scores.log_softmax(-1)
     pooled = logs[:, :, 0] if group == 1 else logs.logsumexp(2) - torch.log(torch.tensor(float(group)))
@@ -57,14 +57,14 @@ def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B S"] 
 
 
 def pool_group_by_best(
-    scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B S"] | None
+    scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"] | None
 ) -> Float32[Tensor, "B Hkv S"]:
     """Join the queries of one KV head by the best logit below each query's maximum, as alpha compares them.
 
     Source: InfiniGen §4.3, s > max(s) - alpha; with one query per KV head it is the paper's rule.
     """
     if valid is not None:
-        scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+        scores = scores.masked_fill(~valid[:, :, None], -torch.inf)
     best = scores.amax(-1, keepdim=True)
     return (scores - best).amax(2).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 

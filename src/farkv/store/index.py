@@ -47,6 +47,10 @@ class LayerIndex:
         """Return all codes in place, [B, Hkv, S, R]."""
         return self.rows.view()
 
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Keep the codes at these positions."""
+        self.rows.keep(positions.to(self.rows.device))
+
     def crop(self, n_tokens: int) -> None:
         """Forget the newest tokens."""
         self.rows.crop(n_tokens)

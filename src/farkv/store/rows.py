@@ -13,6 +13,8 @@ from farkv.store.sizes import grow_capacity
 
 # Tokens that a reordering moves at once: its scratch memory, which no ledger counts.
 REORDER_TOKENS = 64
+# Rows that an eviction moves at once, likewise.
+MOVE_ROWS = 512
 
 
 class Rows:
@@ -69,6 +71,33 @@ class Rows:
             self.ledger.release(self.n_bytes)
         self.data = grown
 
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Keep the rows at ascending `positions` of every sequence and head, and free what they no longer need.
+
+        Where the allocation stays (its reserve is that small, or nothing larger may be charged) rows move within it.
+
+        Cost: K rows of every head read and written.
+        """
+        assert self.data is not None
+        n = positions.shape[-1]
+        batch, heads, capacity, width = self.data.shape
+        wanted = max(n, min(self.reserve, capacity))
+        row_bytes = batch * heads * width * self.data.element_size()
+        if wanted == capacity or not self.ledger.has_room(wanted * row_bytes):
+            # In place is safe in ascending order: row j moves to a place no later than its own.
+            for start in range(0, n, MOVE_ROWS):
+                piece = gather_rows(self.data, positions[..., start : start + MOVE_ROWS])
+                self.data[:, :, start : start + piece.shape[2]].copy_(piece)
+            self.length = n
+            return
+        self.ledger.charge(wanted * row_bytes)
+        kept = torch.empty(batch, heads, wanted, width, dtype=self.data.dtype, device=self.device, pin_memory=self.pin)
+        for start in range(0, n, MOVE_ROWS):
+            piece = gather_rows(self.data, positions[..., start : start + MOVE_ROWS])
+            kept[:, :, start : start + piece.shape[2]].copy_(piece)
+        self.ledger.release(self.n_bytes)
+        self.data, self.length = kept, n
+
     def crop(self, n_tokens: int) -> None:
         """Forget the `n_tokens` newest rows."""
         self.length = max(0, self.length - n_tokens)
@@ -99,3 +128,14 @@ class Rows:
         """Free everything."""
         self.ledger.release(self.n_bytes)
         self.data, self.length = None, 0
+
+
+def gather_rows(rows: Tensor, positions: Int[Tensor, "B Hkv K"]) -> Tensor:
+    """Gather rows per sequence and head: out[b, h, j] = rows[b, h, positions[b, h, j]].
+
+    Cost: B * Hkv * K * W elements read and written.
+    """
+    batch, heads, capacity, width = rows.shape
+    base = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * capacity
+    flat = (positions + base).reshape(-1)
+    return rows.view(-1, width).index_select(0, flat).view(batch, heads, -1, width)

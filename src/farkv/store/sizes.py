@@ -46,6 +46,36 @@ def count_forced(cap: int, sinks: int, window: int, fraction: float) -> tuple[in
     return sinks, min(window, room - sinks)
 
 
+class Allowed(NamedTuple):
+    """How many records a layer may keep of a context of t tokens, per KV head: base + share * t."""
+
+    base: int
+    share: float
+
+    def count(self, tokens: int) -> int:
+        """Return the records, at most all of them."""
+        return min(tokens, self.base + int(self.share * tokens + 1e-9))
+
+
+def share_out(wanted: list[int], least: int, total: int) -> list[int]:
+    """Raise every count to `least`, at the cost of the largest ones, so that they sum to no more than `total`.
+
+    Where even `least` of each is more than that, all get `least`: what is always kept is not given up.
+    """
+    counts = [max(least, n) for n in wanted]
+    excess = sum(counts) - max(total, least * len(counts))
+    while excess > 0:
+        top = max(counts)
+        largest = [i for i, n in enumerate(counts) if n == top]
+        below = max((n for n in counts if n < top), default=least)
+        step = max(1, min(top - max(below, least), excess // len(largest)))
+        for i in largest[: max(1, excess)]:
+            taken = min(step, excess)
+            counts[i] -= taken
+            excess -= taken
+    return counts
+
+
 def fetched_bytes(shape: LayerShape, rows: int) -> int:
     """Return the bytes that cross the link when `rows` records of every KV head are fetched."""
     return shape.batch * shape.kv_heads * rows * shape.record_bytes

@@ -9,114 +9,169 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 
 from farkv._axes import Bool, Int, Tensor
+from farkv.store.kept import ROW_BYTES, Kept
 from farkv.store.ledger import Ledger
 from farkv.store.near import Buffers, Tail
-from farkv.store.rows import Rows
+from farkv.store.records import Fetch, Keep, Needs, Read, StoreLimits
+from farkv.store.rows import Rows, gather_rows
 from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
-from farkv.store.transfer import Link, Ticket
-
-
-class StoreLimits(NamedTuple):
-    """Byte limits and the context to make room for; None and 0 where nothing is said."""
-
-    near: int | None = None
-    host: int | None = None
-    reserve_tokens: int = 0
-
-
-class Fetch(NamedTuple):
-    """Records asked for: where they are, which are real, and the ticket where they travel."""
-
-    positions: Int[Tensor, "B Hkv K"]
-    valid: Bool[Tensor, "B Hkv K"] | None
-    ticket: Ticket | None
-    buffer: Tensor | None
-
-
-class Read(NamedTuple):
-    """What attention reads at one decode step; `positions` are the records' places in the context."""
-
-    k: Tensor
-    v: Tensor
-    positions: Int[Tensor, "B Hkv K"]
-    valid: Bool[Tensor, "B Hkv K"] | None
+from farkv.store.transfer import Link
 
 
 class Tiers:
     """Pool and near memory of all managed layers of one cache."""
 
-    def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, window: int):
-        self.limits, self.device = limits, device
-        self.far = limits.near is not None or device.type == "cuda"
+    def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, form: Needs):
+        self.limits, self.device, self.window = limits, device, form.window
+        on_gpu = device.type == "cuda"
+        near_is_counted = limits.near is not None or on_gpu
+        self.far = near_is_counted and not form.at_home
         self.host = Ledger("host", limits.host)
         self.near = Ledger("near", limits.near)
         self.index = Ledger("index", None, self.near)
-        on_gpu = device.type == "cuda"
-        place = torch.device("cpu") if on_gpu else device
+        # Where records live: near memory for a method that keeps them there, the host pool for all others.
+        self.home = self.near if form.at_home and near_is_counted else self.host
+        place = torch.device("cpu") if on_gpu and self.far else device
         self.order = {layer: i for i, layer in enumerate(layers)}
         self.pool = {
-            layer: Rows(self.host, device=place, pin=on_gpu, reserve=limits.reserve_tokens) for layer in layers
+            layer: Rows(self.home, device=place, pin=on_gpu and self.far, reserve=limits.reserve_tokens)
+            for layer in layers
         }
-        self.window = window
-        self.tails = {layer: Tail(self.near, device, window + 1) for layer in layers} if self.far else {}
+        self.kept = {layer: Kept(self.home, place) for layer in layers} if form.evicts else {}
+        self.evicted = dict.fromkeys(layers, 0)
+        # While steps of an evicting method are verified: every record, to compare with.
+        self.shadow: dict[int, Rows] = {}
+        self.tails = {layer: Tail(self.near, device, form.window + 1) for layer in layers} if self.far else {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device)
         self.k_dims: dict[int, int] = {}
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
 
     def length(self, layer: int) -> int:
-        """Return the tokens stored of a layer."""
+        """Return the rows stored of a layer."""
         return self.pool[layer].length
+
+    def seen(self, layer: int) -> int:
+        """Return the tokens a layer was given, evicted ones included."""
+        return self.pool[layer].length + self.evicted[layer]
 
     def batch(self, layer: int) -> int:
         """Return the number of sequences."""
         data = self.pool[layer].data
         return 0 if data is None else data.shape[0]
 
-    def admit(self, shape: LayerShape, n_new: int, need: NearNeed) -> None:
-        """Refuse, before any layer is touched, `n_new` tokens that some limit cannot hold.
+    def heads(self, layer: int) -> tuple[int, int]:
+        """Return the number of sequences and of KV heads."""
+        data = self.pool[layer].data
+        assert data is not None
+        return data.shape[0], data.shape[1]
+
+    def reserve(self, rows: dict[int, int]) -> None:
+        """Make every layer's first allocation this many rows."""
+        for layer, n in rows.items():
+            self.pool[layer].reserve = n
+            if layer in self.kept:
+                self.kept[layer].places.reserve = self.kept[layer].marks.reserve = n
+
+    def admit(self, shape: LayerShape, rows: dict[int, int], need: NearNeed, besides: int = 0) -> None:
+        """Refuse, before any layer is touched, what some limit cannot hold.
 
         Args:
             shape: of every managed layer.
-            n_new: tokens of this forward pass.
+            rows: rows that each layer holds when this forward pass, or the reserved context, is at its widest.
             need: near bytes of this pass at its widest moment; ignored where the pool is near memory.
+            besides: bytes that are counted with the records, for verification or while a layer is evicted.
 
         Raises:
             CapacityError: with the bytes needed, the limit and the remedy.
         """
-        first = next(iter(self.pool))
-        total = max(self.length(first) + n_new, self.limits.reserve_tokens)
-        room = grow_capacity(0, total)
-        grow = [r for r in self.pool.values() if r.data is None or r.data.shape[2] < total]
-        if self.host.limit is not None and grow:
-            kept = sum(r.n_bytes for r in self.pool.values() if r not in grow)
+        total = max(rows.values(), default=0)
+        token_bytes = shape.token_bytes + (ROW_BYTES * shape.batch * shape.kv_heads if self.kept else 0)
+        grow = [layer for layer, n in rows.items() if (d := self.pool[layer].data) is None or d.shape[2] < n]
+        if self.home.limit is not None and grow:
+            held = {layer: self._count_held(layer) for layer in rows}
             # While a layer grows, its old rows are still there.
-            kept += max(r.n_bytes for r in grow)
-            end = kept + len(grow) * total * shape.token_bytes
-            if end > self.host.limit:
-                raise self.host.refuse(end - self.host.used, f"the KV of {total} tokens")
-            self.host.roomy = kept + len(grow) * room * shape.token_bytes <= self.host.limit
+            kept = sum(n for layer, n in held.items() if layer not in grow) + max(held[layer] for layer in grow)
+            end = kept + besides + sum(rows[layer] for layer in grow) * token_bytes
+            if end > self.home.limit:
+                raise self.home.refuse(end - self.home.used, f"the KV of {total} tokens")
+            room = sum(grow_capacity(0, rows[layer]) for layer in grow)
+            self.home.roomy = kept + besides + room * token_bytes <= self.home.limit
         if self.far and self.near.limit is not None:
             if need.total > self.near.limit:
                 parts = ", ".join(f"{name} {size:,}" for name, size in need._asdict().items())
                 raise self.near.refuse(need.total - self.near.used, f"a context of {total} tokens ({parts})")
+            room = grow_capacity(0, total)
             self.index.roomy = need.total + need.index * (room - total) // total <= self.near.limit
+
+    def _count_held(self, layer: int) -> int:
+        kept = self.kept.get(layer)
+        return self.pool[layer].n_bytes + (kept.places.n_bytes + kept.marks.n_bytes if kept else 0)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens' records."""
         self.k_dims[layer] = k.shape[-1]
+        if layer in self.shadow:
+            self.shadow[layer].append(k, v)
+        if layer in self.kept:
+            self.kept[layer].append(k, self.seen(layer))
         self.pool[layer].append(k, v)
         if self.far:
             self.tails[layer].push(k, v)
 
+    def pass_by(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Count new tokens whose records are stored by `put` once it is known which stay."""
+        self.k_dims[layer] = k.shape[-1]
+        if layer in self.shadow:
+            self.shadow[layer].append(k, v)
+        self.evicted[layer] += k.shape[2]
+
+    def put(self, layer: int, k: Tensor, v: Tensor, kept: Keep) -> None:
+        """Store those of the passing tokens' records that stay: k and v are of all of them."""
+        assert self.pool[layer].length == 0
+        positions = kept.positions
+        at = positions[..., None].to(k.device)
+        # One part at a time, so that no more than what stays is ever copied.
+        self.pool[layer].append(*(t.gather(2, at.expand(-1, -1, -1, t.shape[-1])) for t in (k, v)))
+        self.kept[layer].put(positions, kept.marks, kept.gapless)
+        self.evicted[layer] -= positions.shape[-1]
+
+    def evict(self, layer: int, kept: Keep) -> None:
+        """Drop every record of a layer but those at the kept positions, and free their memory."""
+        before = self.length(layer)
+        at = kept.positions.to(self.pool[layer].device)
+        self.pool[layer].keep(at)
+        self.kept[layer].keep(at, kept.marks.to(at.device), kept.gapless)
+        self.evicted[layer] += before - self.length(layer)
+
+    def locate(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, "B Hkv K"]:
+        """Return the tokens, counted from the context's begin, of the rows at `positions`."""
+        if not self.evicted[layer]:
+            return positions
+        return self.kept[layer].places.view()[..., 0].to(positions.device).gather(-1, positions).long()
+
+    def remember_all(self) -> None:
+        """Keep every record besides, to verify against; counted against the same limit."""
+        if self.kept and not self.shadow:
+            self.shadow = {layer: Rows(self.home, device=rows.device) for layer, rows in self.pool.items()}
+
+    def all_keys(self, layer: int) -> Tensor:
+        """Return the keys of every token, evicted ones too where steps are verified."""
+        rows = self.shadow.get(layer, self.pool[layer])
+        return rows.view()[..., : self.k_dims[layer]]
+
     def keys(self, layer: int) -> Tensor:
         """Return all keys in place, [B, Hkv, S, Dk], in the pool's memory."""
         return self.pool[layer].view()[..., : self.k_dims[layer]]
+
+    def records(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return all K and V of a layer in place, in the pool's memory."""
+        rows, k_dim = self.pool[layer].view(), self.k_dims[layer]
+        return rows[..., :k_dim], rows[..., k_dim:]
 
     @contextmanager
     def hold(self, n_bytes: int) -> Iterator[None]:
@@ -128,9 +183,14 @@ class Tiers:
             self.near.release(n_bytes if self.far else 0)
 
     @contextmanager
-    def read_all(self, layer: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give all K and V of a layer for the time of one attention: in place, or as a counted near copy."""
-        rows, k_dim = self.pool[layer].view(), self.k_dims[layer]
+    def read_all(self, layer: int, *, whole: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give all K and V of a layer for the time of one attention: in place, or as a counted near copy.
+
+        Args:
+            whole: evicted records too, where they are remembered.
+        """
+        held, k_dim = self.shadow.get(layer, self.pool[layer]) if whole else self.pool[layer], self.k_dims[layer]
+        rows = held.view()
         if not self.far:
             yield rows[..., :k_dim], rows[..., k_dim:]
             return
@@ -209,32 +269,36 @@ class Tiers:
         return moved
 
     def crop(self, layer: int, n_tokens: int) -> None:
-        """Forget the newest tokens of a layer."""
+        """Forget the newest tokens of a layer.
+
+        Raises:
+            CacheStateError: what came before them is evicted.
+        """
+        if layer in self.kept:
+            self.kept[layer].crop(n_tokens, self.evicted[layer])
         self.pool[layer].crop(n_tokens)
+        if layer in self.shadow:
+            self.shadow[layer].crop(n_tokens)
         if self.far:
             self.tails[layer].crop(n_tokens)
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
-        self.pool[layer].select(sequences)
+        for held in self._of_layer(layer):
+            held.select(sequences)
         if self.far:
             self.tails[layer].clear()
             self.buffers.clear()
 
     def clear(self, layer: int) -> None:
         """Free a layer."""
-        self.pool[layer].clear()
+        for held in self._of_layer(layer):
+            held.clear()
+        self.evicted[layer] = 0
         if self.far:
             self.tails[layer].clear()
             self.buffers.clear()
 
-
-def gather_rows(rows: Tensor, positions: Int[Tensor, "B Hkv K"]) -> Tensor:
-    """Gather rows per sequence and head: out[b, h, j] = rows[b, h, positions[b, h, j]].
-
-    Cost: B * Hkv * K * W elements read and written.
-    """
-    batch, heads, capacity, width = rows.shape
-    base = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * capacity
-    flat = (positions + base).reshape(-1)
-    return rows.view(-1, width).index_select(0, flat).view(batch, heads, -1, width)
+    def _of_layer(self, layer: int) -> list[Rows | Kept]:
+        found = [self.pool[layer], self.kept.get(layer), self.shadow.get(layer)]
+        return [held for held in found if held is not None]

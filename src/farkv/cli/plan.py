@@ -1,0 +1,100 @@
+"""`farkv plan`: share a budget over the layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farkv.cli.options import JsonOption, ModelOption, err
+from farkv.config import LEVERS, Lever, parse_bytes
+from farkv.errors import ConfigError
+from farkv.show import draw_plan
+
+RULES = ("xkv", "maxmin", "pyramid", "uniform", "paper")
+
+
+def plan_layers(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    profile: Annotated[str | None, typer.Option(help="Profile with curves. Default: the one beside the model.")] = None,
+    model: ModelOption = "demo",
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Records per KV head, summed over layers, besides the window.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of the whole KV, e.g. 0.3.")] = None,
+    size: Annotated[str | None, typer.Option("--bytes", help="KV bytes of one sequence, e.g. 512MiB.")] = None,
+    retention: Annotated[float | None, typer.Option(help="Attention mass to hold, mean over layers, e.g. 0.9.")] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0.0, max=0.999, help="On how many unseen prompts the retention holds; 0: on the mean.")
+    ] = 0.9,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that --tokens or --bytes is meant for (default: the profile's).")
+    ] = None,
+    lever: Annotated[
+        list[str] | None,
+        typer.Option(help="What this drives: keep, near, fetch; may be repeated. Default: all."),
+    ] = None,
+    rule: Annotated[str, typer.Option(help=", ".join(RULES) + ".")] = "xkv",
+    floor: Annotated[float, typer.Option(min=0.0, help="Least share of every layer.")] = 0.0,
+    base: Annotated[Path | None, typer.Option(help="A plan whose other levers are taken over.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw curves and shares, e.g. plan.png.")] = None,
+    kvpress: Annotated[
+        Path | None, typer.Option(help="Write the keep lever as kvpress's PerLayerCompressionPress takes it.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    r"""Share a budget over the layers, from the curves that `farkv profile` measured.
+
+    [bold]Examples[/bold]
+
+      farkv plan --ratio 0.3 -o plan.json --plot plan.png
+
+      farkv plan --profile qwen3.safetensors --retention 0.95 --lever keep
+
+      farkv plan --ratio 0.1 --lever fetch --base plan.json -o both.json
+    """
+    levers = tuple(lever) if lever else LEVERS
+    for name in levers:
+        if name not in LEVERS:
+            raise ConfigError(f"--lever: expected one of {', '.join(LEVERS)}, got {name!r}")
+    if rule not in RULES:
+        raise ConfigError(f"--rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if kvpress is not None and "keep" not in levers and base is None:
+        raise ConfigError("--kvpress: writes the keep lever, which this plan does not drive; add --lever keep")
+    n_bytes = parse_bytes(size, "--bytes")
+    from farkv.methods.planning import Budget, Choice, make_plan
+    from farkv.per_model.profile import Profile
+    from farkv.plan import Plan
+
+    loaded = Profile.load(profile or find_profile_of(model))
+    budget = Budget(tokens, ratio, n_bytes, retention, confidence, context)
+    names: tuple[Lever, ...] = tuple(name for name in LEVERS if name in levers)
+    made = make_plan(loaded, budget, names, Choice(rule, None, floor), Plan.load(base) if base else None)
+    made.save(out)
+    if plot is not None:
+        from farkv.plot import plot_plan
+
+        plot_plan(made, loaded.curves(), plot)
+    if kvpress is not None:
+        kvpress.write_text(json.dumps({"compression_ratios": made.to_kvpress()}) + "\n")
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), **made.to_dict()}))
+    else:
+        err.print(draw_plan(made))
+        err.print(f"wrote {', '.join(str(p) for p in (out, plot, kvpress) if p)}", highlight=False)
+
+
+def find_profile_of(model: str) -> Path:
+    """Return the profile beside a model's weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from farkv.demo import MODEL_PATH
+
+    path = (MODEL_PATH if model == "demo" else Path(model)) / "profile.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"--profile: there is none beside {model}; make one: farkv profile --model {model}")
+    return path

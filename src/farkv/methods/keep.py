@@ -1,0 +1,214 @@
+"""The keep lever: what each layer keeps of the prompt, and of what is decoded after it.
+
+The steps, in XKV's order (docs/papers/xkv.md has equation, function and deviation):
+  every pass       watch: the last queries of every layer                       (`per_prompt.importance`)
+  end of prompt    score every record by them                                   (`per_prompt.importance`)
+                   allocate: how many each layer keeps, unless a plan says so   (`per_prompt.allocate`)
+                   evict: the best of every head stay, memory is freed          (`per_prompt.evict`, `store.tiers`)
+  every few steps  score and evict again, so that decoding stays within the budget (not in the paper)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from farkv._axes import Bool, Tensor
+from farkv.config import XKV
+from farkv.methods.contract import Query
+from farkv.per_prompt.allocate import allocate
+from farkv.per_prompt.evict import choose_kept, join_marks
+from farkv.per_prompt.importance import Form, Observed, observe_queries, score_records, sort_gains
+from farkv.per_token.select import force_sinks
+from farkv.store.records import Keep
+from farkv.store.sizes import Allowed, count_cap, share_out
+from farkv.store.tiers import Tiers
+
+# Decoding evicts this share of a layer's records at once, so that it scores only now and then.
+SLACK = 1 / 16
+MOST_SLACK = 32
+
+
+class Keeper:
+    """What may be kept of one cache, and the scores that decide it."""
+
+    def __init__(self, config: XKV, allowed: dict[int, Allowed] | None, store: Tiers, window: int):
+        self.config, self.store = config, store
+        self.layers = list(store.order)
+        self.recent = max(config.window, window + 1)
+        self.planned = allowed is not None
+        self.allowed = allowed
+        self.observed: dict[int, Observed] = {}
+        self.forms: dict[int, Form] = {}
+        # One curve per layer, of the prompt that is being read.
+        self.gains: dict[int, Any] = {}
+        # Tokens of the prompt where it is read in chunks; 0: every pass of more than one token may be its end.
+        self.prompt_tokens = 0
+        self._counted: tuple[int, dict[int, int]] = (-1, {})
+
+    @property
+    def least(self) -> int:
+        """Records that every layer keeps, whatever its share."""
+        forced = self.recent + (self.config.sinks or 0)
+        # A plan says what is kept; the default's floor is for prompts that are allocated on their own.
+        return forced if self.planned else max(forced, self.config.least_records)
+
+    def watch(self, layer: int, query: Query, valid: Bool[Tensor, "B S"] | None) -> None:
+        """Slide the layer's window of queries."""
+        config = self.config
+        seen = None if valid is None else valid[:, -query.q.shape[2] :].expand(query.q.shape[0], -1)
+        self.observed[layer] = observe_queries(
+            query.q, config.window, config.scorer, self.observed.get(layer), valid=seen
+        )
+        self.forms[layer] = Form(query.scaling, query.softcap)
+
+    # --- how many -------------------------------------------------------------------------------------------
+
+    def count(self, layer: int, tokens: int) -> int:
+        """Return the records per KV head that a layer may keep of a context of `tokens`."""
+        if self.allowed is None:
+            return tokens
+        if self._counted[0] != tokens:
+            wanted = [self.allowed[i].count(tokens) for i in self.layers]
+            # An absolute or retention budget is what the layers got; a fraction is a cap on all of them together.
+            is_cap = all(a.base == 0 for a in self.allowed.values())
+            total = sum(a.share for a in self.allowed.values()) * tokens if is_cap else sum(wanted)
+            least = min(tokens, self.least)
+            self._counted = (tokens, dict(zip(self.layers, share_out(wanted, least, int(total + 1e-9)), strict=True)))
+        return self._counted[1][layer]
+
+    def widest(self, tokens: int, n_new: int) -> dict[int, int]:
+        """Return the rows that every layer holds when a context of `tokens` is at its widest."""
+        if self.keeps_at_once(n_new):
+            return {i: self.count(i, tokens) for i in self.layers}
+        if self.store.evicted[self.layers[0]]:
+            return {i: self.store.length(i) + n_new for i in self.layers}
+        return dict.fromkeys(self.layers, tokens)
+
+    def keeps_at_once(self, n_new: int) -> bool:
+        """Say whether this pass is a whole prompt of which a plan says how much each layer keeps."""
+        fresh = self.store.seen(self.layers[0]) == 0
+        return self.planned and fresh and n_new > 1 and n_new >= self.prompt_tokens
+
+    def allocate(self) -> None:
+        """Find the layers' shares from this prompt's own curves."""
+        import numpy as np
+
+        config, tokens = self.config, self.store.seen(self.layers[0])
+        gains = np.stack([self.gains[i] for i in self.layers])
+        self.gains, self._counted = {}, (-1, {})
+        if gains.shape[1] == 0:
+            self.allow_evenly()
+            return
+        n_layers, n_old = gains.shape
+        if config.retention is not None:
+            counts = allocate(gains, retention=config.retention, rule=config.rule)
+            self.allowed = {i: Allowed(self.recent + 1, n / tokens) for i, n in zip(self.layers, counts, strict=True)}
+        elif config.tokens is not None:
+            counts = allocate(gains, tokens=min(config.tokens, n_layers * n_old), rule=config.rule)
+            self.allowed = {i: Allowed(self.recent + int(n), 0.0) for i, n in zip(self.layers, counts, strict=True)}
+        else:
+            cap = count_cap(config.need_fraction, tokens, config.least_records)
+            budget = max(0, cap * n_layers - self.recent * n_layers)
+            counts = allocate(gains, tokens=min(budget, n_layers * n_old), rule=config.rule)
+            self.allowed = {i: Allowed(0, (n + self.recent) / tokens) for i, n in zip(self.layers, counts, strict=True)}
+
+    def allow_evenly(self) -> None:
+        """Give every layer the same: there was no prompt to tell them apart."""
+        config = self.config
+        if config.retention is not None:
+            share = Allowed(0, 1.0)
+        elif config.tokens is not None:
+            share = Allowed(self.recent + config.tokens // len(self.layers), 0.0)
+        else:
+            share = Allowed(0, config.need_fraction)
+        self.allowed = dict.fromkeys(self.layers, share)
+
+    # --- which ----------------------------------------------------------------------------------------------
+
+    def end_pass(self, layer: int, visible: Bool[Tensor, "B h S"] | None) -> list[int]:
+        """Score a layer after a pass of more than one token; return the layers that can be evicted now."""
+        if self.store.seen(layer) < self.prompt_tokens:
+            return []
+        if self.allowed is not None:
+            self.mark(layer, visible)
+            return [layer]
+        self.mark(layer, visible, curve=True)
+        if layer != self.layers[-1]:
+            return []
+        self.allocate()
+        return self.layers
+
+    def score(self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None) -> Tensor:
+        """Score records, all but the window's."""
+        observed, form = self.observed[layer], self.forms[layer]
+        # A deliberate copy where records are in host memory: a few queries go to them, not they near.
+        observed = map_tensors(observed, lambda t: t.to(k.device))
+        return score_records(self.config.scorer, observed, k, v, visible, form, pool=self.config.pool)
+
+    def mark(self, layer: int, visible: Bool[Tensor, "B h S"] | None, *, curve: bool = False) -> None:
+        """Score a layer's stored records, where they are, and note the scores as marks."""
+        k, v = self.store.records(layer)
+        scores = self.score(layer, k, v, None if visible is None else visible.to(k.device))
+        marks = self.store.kept[layer].marks.view()[..., 0]
+        marks[..., : scores.shape[-1]] = join_marks(scores.to(marks.device), marks)
+        if curve:
+            n_old = max(0, k.shape[2] - self.recent)
+            # A deliberate copy to the host: one curve per layer and prompt.
+            self.gains[layer] = sort_gains(scores[..., :n_old]).mean(0).cpu().numpy()
+
+    def choose(self, layer: int, scores: Tensor, n_rows: int, visible: Bool[Tensor, "B h S"] | None, room: int) -> Keep:
+        """Choose what stays of `n_rows` records: sinks, the newest, the best by score; `room` fewer than may."""
+        n_keep = max(self.count(layer, self.store.seen(layer)) - room, min(n_rows, self.least))
+        n_old = n_rows - min(self.recent, n_rows)
+        seen = None if visible is None else visible[..., :n_old]
+        scores = force_sinks(scores[..., :n_old].clone(), min(self.config.sinks or 0, n_old), seen)
+        positions, marks = choose_kept(scores, n_rows, n_keep, self.recent)
+        return Keep(positions, marks, min(self.recent, n_rows))
+
+    def choose_stored(self, layer: int, visible: Bool[Tensor, "B h S"] | None, room: int = 0) -> Keep | None:
+        """Choose by the marks of stored records; None where all may stay."""
+        n_rows = self.store.length(layer)
+        if n_rows <= max(self.count(layer, self.store.seen(layer)), self.least):
+            return None
+        marks = self.store.kept[layer].marks.view()[..., 0].float()
+        return self.choose(layer, marks.to(self.store.device), n_rows, visible, room)
+
+    def is_over(self, layer: int) -> bool:
+        """Say whether the next decoded token would take the layer over what it may keep."""
+        if self.config.paper:
+            return False
+        if self.allowed is None:
+            self.allow_evenly()
+        next_count = self.count(layer, self.store.seen(layer) + 1)
+        return self.store.length(layer) + 1 > max(next_count, self.least + 1)
+
+    def slack(self, layer: int) -> int:
+        """Return how many records decoding evicts at once."""
+        return max(1, min(MOST_SLACK, int(SLACK * self.count(layer, self.store.seen(layer)))))
+
+    # --- the batch ------------------------------------------------------------------------------------------
+
+    def select(self, sequences: Tensor, layer: int) -> None:
+        """Keep these sequences' queries."""
+        old = self.observed.get(layer)
+        if old is not None:
+            at = sequences.to(old.window.device)
+            self.observed[layer] = map_tensors(old, lambda t: t.index_select(0, at))
+
+    def clear(self, layer: int) -> None:
+        """Forget a layer's queries; without a plan, the shares too."""
+        self.observed.pop(layer, None)
+        self._counted = (-1, {})
+        if not self.planned:
+            self.allowed = None
+
+
+def map_tensors(observed: Observed, change: Callable[[Tensor], Tensor]) -> Observed:
+    """Change every tensor that is there."""
+    mean, covariance = observed.mean, observed.covariance
+    return Observed(
+        change(observed.window),
+        None if mean is None else change(mean),
+        None if covariance is None else change(covariance),
+    )

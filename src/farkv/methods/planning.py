@@ -1,0 +1,153 @@
+"""Make a plan: join the curves that a profile holds with the allocator.
+
+In: a profile, one budget, the levers it is for. Out: a `Plan`. What a layer keeps or holds near is one choice of
+records for all steps, so those levers are planned on the `keep` curves; what it may fetch is chosen anew at every step,
+so that lever is planned on the `spread` curves.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from farkv.config import Lever
+from farkv.errors import ConfigError, ProfileError
+from farkv.per_model.curves import GRID, Curves, Kind
+from farkv.per_model.profile import Profile
+from farkv.per_prompt.allocate import allocate, measure_layer_retention
+from farkv.per_prompt.promise import allocate_promise, average_allocations
+from farkv.plan import Allocation, Plan
+
+CURVE_OF: dict[Lever, Kind] = {"keep": "keep", "near": "keep", "fetch": "spread"}
+
+
+class Budget(NamedTuple):
+    """What is to be shared; exactly one of the first four is given.
+
+    tokens: records per KV head, summed over layers, besides the window.  ratio: the share of the whole KV.  n_bytes: of
+    one sequence's KV.  retention: the share of attention mass to hold, in mean over layers, on an unseen prompt with
+    probability `confidence` (0: on the mean of the profile's prompts).  context: tokens that absolute budgets are
+    meant for; the profile's mean prompt where it is left out.
+    """
+
+    tokens: int | None = None
+    ratio: float | None = None
+    n_bytes: int | None = None
+    retention: float | None = None
+    confidence: float = 0.9
+    context: int | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what was given."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        if self.retention is None:
+            del given["confidence"]
+        return given
+
+
+class Choice(NamedTuple):
+    """How layers share: the rule (`xkv`, `maxmin`, `pyramid`, `uniform`, `paper`), weights and least share."""
+
+    rule: str = "xkv"
+    weights: tuple[float, ...] | None = None
+    floor: float = 0.0
+
+
+def make_plan(
+    profile: Profile,
+    budget: Budget,
+    levers: tuple[Lever, ...] = ("keep", "near", "fetch"),
+    choice: Choice | None = None,
+    base: Plan | None = None,
+) -> Plan:
+    """Allocate one budget for the given levers.
+
+    Args:
+        profile: with curves.
+        base: a plan whose other levers are taken over, so that one file drives several at different budgets.
+
+    Raises:
+        ProfileError: the profile has no curves. ConfigError: the budget cannot be used.
+    """
+    curves = profile.curves()
+    made: dict[Lever, Allocation] = {
+        lever: allocate_lever(curves, budget, CURVE_OF[lever], choice or Choice()) for lever in levers
+    }
+    if base is not None:
+        base.check(profile.identity, list(curves.layers))
+        made = {**base.levers, **made}
+    return Plan(profile.identity, curves.layers, made)
+
+
+def allocate_lever(curves: Curves, budget: Budget, kind: Kind, choice: Choice) -> Allocation:
+    """Share a budget over the layers, on the grid."""
+    if not 0 <= choice.floor < 1:
+        raise ConfigError(f"floor: expected a share in [0, 1), got {choice.floor!r}")
+    mean = curves.mean(kind).numpy()
+    options = {"weights": choice.weights, "floor": round(choice.floor * GRID)}
+    window = int(curves.settings.get("window", 0))
+    if budget.retention is not None and budget.confidence > 0 and choice.rule == "xkv":
+        cells = promise_cells(curves, budget, kind, options)
+    else:
+        cells = share_cells(curves, budget, kind, choice, options)
+    # A budget in bytes or as a ratio counts every record; the others come beside the window, as the curves do. One
+    # record more rounds what a share of a context leaves over up.
+    on_top = {"tokens": window, "retention": window + 1}
+    extra = next((n for name, n in on_top.items() if getattr(budget, name) is not None), 0)
+    total = int(cells.sum())
+    uniform = allocate(mean, tokens=total, rule="uniform")
+    return Allocation(
+        shares=tuple(float(c) / GRID for c in cells),
+        base=extra if kind == "keep" else 0,
+        rule=choice.rule,
+        budget=budget.to_dict(),
+        retention=tuple(float(r) for r in measure_layer_retention(mean, cells)),
+        uniform=tuple(float(r) for r in measure_layer_retention(mean, uniform)),
+    )
+
+
+def share_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice, options: dict[str, Any]) -> np.ndarray:
+    """Allocate the mean curve's cells; `paper` allocates every sample alone and takes the mean."""
+    limit = limit_cells(curves, budget)
+    if choice.rule == "paper":
+        rows = curves.keep if kind == "keep" else curves.spread
+        return average_allocations(rows.numpy(), **limit)
+    if choice.rule != "xkv":
+        options = {**options, "weights": None}
+    return allocate(curves.mean(kind).numpy(), rule=choice.rule, **limit, **options)
+
+
+def limit_cells(curves: Curves, budget: Budget) -> dict[str, Any]:
+    """Turn a budget into the allocator's, in cells of the grid.
+
+    Raises:
+        ConfigError: not exactly one budget is given, or the profile does not know the bytes of a token.
+    """
+    given = [name for name in ("tokens", "ratio", "n_bytes", "retention") if getattr(budget, name) is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"budget: expected one of tokens, ratio, bytes and retention, got {' and '.join(given) or 'none'}"
+        )
+    context = budget.context or round(float(curves.tokens.float().mean()))
+    if context < 1:
+        raise ConfigError(f"context: expected at least 1 token, got {context}")
+    n_layers = len(curves.layers)
+    if budget.tokens is not None:
+        return {"tokens": min(n_layers * GRID, int(budget.tokens * GRID / context))}
+    if budget.n_bytes is not None:
+        token_bytes = curves.settings.get("token_bytes")
+        if token_bytes is None:
+            raise ProfileError("profile: does not know the bytes of a token; make it anew: farkv profile")
+        return {"n_bytes": int(budget.n_bytes * GRID / context), "token_bytes": token_bytes}
+    if budget.ratio is not None:
+        return {"ratio": budget.ratio}
+    return {"retention": budget.retention}
+
+
+def promise_cells(curves: Curves, budget: Budget, kind: Kind, options: dict[str, Any]) -> np.ndarray:
+    """Allocate so that an unseen prompt keeps its retention: fit on one half of the prompts, calibrate on the other."""
+    fit, calibration = curves.split(0.5)
+    rows = [c.keep.numpy() if kind == "keep" else c.spread.numpy() for c in (fit, calibration)]
+    assert budget.retention is not None
+    return allocate_promise(*rows, retention=budget.retention, confidence=budget.confidence, **options).tokens

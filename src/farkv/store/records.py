@@ -1,0 +1,51 @@
+"""What goes into the store and comes out of it: limits, fetches, reads, and which records stay."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from farkv._axes import Bool, Float32, Int, Tensor
+from farkv.store.transfer import Ticket
+
+
+class StoreLimits(NamedTuple):
+    """Byte limits and the context to make room for; None and 0 where nothing is said."""
+
+    near: int | None = None
+    host: int | None = None
+    reserve_tokens: int = 0
+
+
+class Needs(NamedTuple):
+    """What a recipe asks of its store: rows kept near as a window, whether records live near, whether they may go."""
+
+    window: int = 0
+    # Near memory holds the records themselves: what is kept is all there is to read.
+    at_home: bool = False
+    evicts: bool = False
+
+
+class Fetch(NamedTuple):
+    """Records asked for: where they are, which are real, and the ticket where they travel."""
+
+    positions: Int[Tensor, "B Hkv K"]
+    valid: Bool[Tensor, "B Hkv K"] | None
+    ticket: Ticket | None
+    buffer: Tensor | None
+
+
+class Keep(NamedTuple):
+    """Records that stay when a layer is evicted, ascending; the newest `gapless` of them are the newest tokens."""
+
+    positions: Int[Tensor, "B Hkv K"]
+    marks: Float32[Tensor, "B Hkv K"]
+    gapless: int
+
+
+class Read(NamedTuple):
+    """What attention reads at one decode step; `positions` are the records' places in the context."""
+
+    k: Tensor
+    v: Tensor
+    positions: Int[Tensor, "B Hkv K"]
+    valid: Bool[Tensor, "B Hkv K"] | None
