@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import farkv
-from farkv.errors import InputError, ProfileError
+from farkv.errors import ConfigError, InputError, ProfileError, UnsupportedModelError
+from farkv.hf.mini import Light
 from farkv.methods import InfiniGen
 from tests.models import assert_same, generate, make_model, make_prompt
 
@@ -93,3 +95,65 @@ def test_no_prompt_is_an_input_error() -> None:
     for prompts in ([], [[5]]):
         with pytest.raises(InputError, match="at least one prompt"):
             farkv.profile(make_model("llama"), prompts)
+
+
+def test_a_profile_has_curves_unless_told_otherwise(tmp_path: Path) -> None:
+    model = make_model("gemma3")
+    farkv.profile(model, PROMPTS, window=4, pool=3, scorer="value").save(tmp_path / "p")
+    curves = farkv.Profile.load(tmp_path / "p").curves()
+    assert curves.keep.shape == curves.spread.shape == (2, 2, 1000)
+    assert (curves.layers, curves.tokens.tolist()) == ((1, 3), [30, 50])
+    assert curves.settings == {"scorer": "value", "window": 4, "pool": 3}
+    with pytest.raises(ProfileError, match="gain curves"):
+        farkv.profile(model, PROMPTS, curves=False).curves()
+
+
+def test_short_prompts_count_for_the_skew_alone() -> None:
+    model = make_model("llama")
+    short = make_prompt(1, tokens=8, seed=5)["input_ids"][0]
+    both = farkv.profile(model, [short, *PROMPTS])
+    assert both.curves().tokens.tolist() == [30, 50]
+    assert not torch.equal(both.svd(0), farkv.profile(model, PROMPTS).svd(0))
+    with pytest.raises(ProfileError, match="longer than the observation window"):
+        farkv.profile(model, [short]).curves()
+    with pytest.raises(InputError, match="more than 8 tokens"):
+        farkv.profile(model, [short], light=Light())
+
+
+def test_one_token_more_than_the_window_is_a_curve() -> None:
+    curves = farkv.profile(make_model("llama"), [PROMPTS[0][:9]]).curves()
+    assert torch.allclose(curves.keep, torch.full_like(curves.keep, 1e-3))
+
+
+@pytest.mark.parametrize("paper", [False, True])
+def test_infinigen_runs_with_a_profile_that_has_no_skew(paper: bool) -> None:
+    model, method = make_model("llama"), InfiniGen(fraction=0.4, paper=paper)
+    profile = farkv.profile(model, PROMPTS, light=Light())
+    assert not profile.has_skew
+    prompt = make_prompt(2, tokens=40)
+    with farkv.attach(model, method, profile=profile) as far:
+        cache = far.new_cache()
+        ours = generate(model, prompt, cache)
+        assert "skew_from_prompt" in cache.account.fallbacks
+    with farkv.attach(model, method, profile=False) as far:
+        assert_same(ours, generate(model, prompt, far.new_cache()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"window": 0}, "window >= 1"),
+        ({"pool": 4}, "odd pool"),
+        ({"light": Light(0.0, 1)}, "0 < tokens"),
+        ({"light": Light(0.5, 0)}, "layers >= 1"),
+        ({"light": Light(), "curves": False}, "only one of both"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        farkv.profile(make_model("llama"), PROMPTS, **settings)
+
+
+def test_a_model_without_full_attention_is_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="nothing to measure"):
+        farkv.profile(make_model("mistral_sliding"), PROMPTS)

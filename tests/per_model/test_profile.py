@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import farkv
 from farkv.errors import ProfileError
 from farkv.per_model.profile import Profile, make_profile
 from farkv.per_model.skew import measure_gram
+from tests.per_model.test_curves import make_curves
 
 WHO = {"model_type": "tiny", "layers": "2", "weights": "abc"}
 
@@ -33,6 +34,43 @@ def test_a_saved_profile_comes_back(made: Profile, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["profile.safetensors"]
     assert [t.shape for t in loaded.bilinear(3)] == [(1, 2, 8, 8), (1, 2, 8, 8), (1, 2, 1, 8)]
     assert loaded.svd(0).shape == (1, 2, 8, 8)
+
+
+@pytest.mark.parametrize("skew", [True, False])
+def test_curves_come_back(made: Profile, tmp_path: Path, skew: bool) -> None:
+    path, curves = tmp_path / "profile.safetensors", make_curves()
+    profile = Profile(WHO, made.tensors if skew else {}, measured=curves)
+    profile.save(path)
+    loaded = Profile.load(path)
+    assert loaded.has_skew is skew
+    assert loaded.tensors.keys() == profile.tensors.keys()
+    again = loaded.curves()
+    assert (again.layers, again.settings) == (curves.layers, curves.settings)
+    assert torch.allclose(again.keep, curves.keep, atol=1e-4)
+    assert torch.allclose(again.mean("spread"), curves.mean("spread"), atol=1e-4)
+    loaded.save(tmp_path / "second")
+    assert torch.allclose(Profile.load(tmp_path / "second").curves().keep, again.keep, atol=1e-4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["profile.safetensors", "second"]
+
+
+def test_a_profile_without_curves_says_so(made: Profile, tmp_path: Path) -> None:
+    made.save(tmp_path / "old")
+    with pytest.raises(ProfileError, match="make it anew"):
+        Profile.load(tmp_path / "old").curves()
+    assert made.has_skew
+
+
+def test_curves_that_do_not_fit_are_refused(made: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "profile.safetensors"
+    Profile(WHO, made.tensors, measured=make_curves()).save(path)
+    metadata = {"format": "farkv-profile-1", "identity": "{}"}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(ProfileError, match=r"profile\.safetensors: curves"):
+        Profile.load(path)
+    notes = make_curves(layers=2).notes
+    save_file(load_file(path), path, metadata={**metadata, "curves": notes})
+    with pytest.raises(ProfileError, match="expected finite gains"):
+        Profile.load(path)
 
 
 def test_missing_layers_and_other_models_are_named(made: Profile) -> None:

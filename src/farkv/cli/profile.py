@@ -3,57 +3,171 @@
 from __future__ import annotations
 
 import json
+import random
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, err, read_text
-from farkv.errors import InputError
+from farkv.errors import ConfigError, InputError
 from farkv.show import show_progress
+
+if TYPE_CHECKING:
+    from farkv.per_model.profile import Profile
+    from farkv.per_prompt.importance import Scorer
+
+# Tokenised prompts come from here: a text, or a text and the question about it.
+Encode = Callable[[str, str | None], list[int]]
+EXPECTED = 'expected an object with "prompt", or with "text" and "question"'
 
 
 def profile_model(
     prompts: Annotated[
-        list[Path] | None, typer.Option("--prompts", "-p", help="Text files to calibrate on; may be repeated.")
+        list[Path] | None,
+        typer.Option("--prompts", "-p", help="Text file, or .jsonl with one prompt a line; may be repeated."),
     ] = None,
     model: ModelOption = "demo",
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("profile.safetensors"),
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens per prompt.")] = 2048,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 16,
+    tokens: Annotated[int, typer.Option(min=16, help="Texts are cut in runs of so many tokens.")] = 2048,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts at most, taken from all over.")] = 16,
+    seed: Annotated[int, typer.Option(help="Which prompts are taken where there are more.")] = 0,
+    scorer: Annotated[str, typer.Option(help="Of the curves: window, expected or value.")] = "window",
+    light: Annotated[
+        bool, typer.Option("--light", help="Run a quarter of the tokens and half of the layers: curves, no skew.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    r"""Measure a model once: the skew of every layer, written to a profile file.
+    r"""Measure a model once: every layer's skew and gain curves, in one file.
 
-    Calibrate on text like what you will ask about, and unlike what you test on.
+    The curves say how unevenly layers depend on their cache. Calibrate on
+    prompts like those you will ask, and unlike those you test on. An
+    interrupted run leaves OUT.part; the same command goes on from there.
+
+    A .jsonl file holds {"prompt": ...}, or {"text": ..., "question": ...},
+    on every line; such prompts are used whole.
 
     [bold]Examples[/bold]
 
       farkv profile --model Qwen/Qwen3-8B --prompts book.txt --out qwen3.safetensors
 
-      farkv profile --model demo --prompts a.py --prompts b.py --limit 8
+      farkv profile -m Qwen/Qwen3-8B -p asked.jsonl --limit 64
+
+      farkv profile --model demo -p a.py -p b.py --limit 8 --light
     """
+    from farkv.hf.ask import build_prompt
     from farkv.hf.load import load_model, quiet_libraries
     from farkv.hf.measure import profile
+    from farkv.hf.mini import Light
+    from farkv.per_prompt.importance import SCORERS
 
-    texts = [read_text(path) for path in prompts or []]
-    if not any(text.strip() for text in texts):
+    if scorer not in SCORERS:
+        raise ConfigError(f"--scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    files = [(path, read_prompts(path)) for path in prompts or []]
+    if not any(found for _, found in files):
         raise InputError("--prompts: expected at least one text file with text in it, got none")
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    rows: list[list[int]] = []
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        rows += [ids[i : i + tokens] for i in range(0, len(ids), tokens)]
-    # Of a long text, runs from all over it.
-    stride = max(1, len(rows) // limit)
-    with show_progress(err, "measuring", quiet=as_json) as on_prompt:
-        measured = profile(loaded, rows[::stride][:limit], on_prompt=on_prompt)
+
+    def encode(text: str, question: str | None) -> list[int]:
+        if question is None:
+            return tokenizer(text)["input_ids"]
+        prompt = build_prompt(tokenizer, text, question)
+        return prompt.text + prompt.question
+
+    rows = draw_rows([row for path, found in files for row in cut_rows(path, found, encode, tokens)], limit, seed)
+    part, started = out.with_name(out.name + ".part"), time.perf_counter()
+    going_on = part.is_file()
+    with show_progress(err, "measuring", quiet=as_json) as show:
+
+        def on_prompt(done: int, total: int) -> None:
+            nonlocal going_on
+            if going_on:
+                err.print(f"going on from {part}: {done} of {total} prompts are done", soft_wrap=True)
+            going_on = False
+            show(done, total)
+
+        measured = profile(
+            loaded,
+            rows,
+            on_prompt=on_prompt,
+            scorer=cast("Scorer", scorer),
+            resume=part,
+            light=Light() if light else None,
+        )
     measured.save(out)
-    summary = {"out": str(out), "bytes": out.stat().st_size, "tensors": len(measured.tensors), **measured.identity}
+    report(measured, out, {"tokens": sum(map(len, rows)), "prompts": len(rows)}, started, as_json=as_json)
+
+
+def report(measured: Profile, out: Path, counts: dict[str, int], started: float, *, as_json: bool) -> None:
+    """Print what was written: JSON on stdout, or a line on stderr."""
+    n_curves = 0 if measured.measured is None else len(measured.measured)
+    summary = {
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "tensors": len(measured.tensors),
+        **counts,
+        "curves": n_curves,
+        "skew": measured.has_skew,
+        "seconds": round(time.perf_counter() - started, 3),
+        **measured.identity,
+    }
     if as_json:
         typer.echo(json.dumps(summary))
-    else:
-        err.print(f"wrote {out} ({summary['bytes']:,} bytes)")
+        return
+    what = "skew and curves" if measured.has_skew else "curves and no skew, which each prompt then gives itself:"
+    err.print(f"wrote {out} ({summary['bytes']:,} bytes): {what} of {n_curves} prompts", soft_wrap=True)
+
+
+def read_prompts(path: Path) -> list[tuple[str, str | None]]:
+    """Read a file's prompts: (text, None), or (text, question).
+
+    Raises:
+        InputError: the file cannot be read, or a line of a .jsonl file is no prompt.
+    """
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        return [(text, None)] if text.strip() else []
+    # Not splitlines: a JSON string may hold the other line ends as they are.
+    lines = enumerate(text.split("\n"), start=1)
+    return [read_line(f"{path}:{number}", line) for number, line in lines if line.strip()]
+
+
+def read_line(where: str, line: str) -> tuple[str, str | None]:
+    """Read one line of a .jsonl file; `where` is its file and number."""
+    try:
+        found: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}); {EXPECTED}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: {EXPECTED}, got {type(found).__name__}")
+    names = ("prompt",) if "prompt" in found else ("text", "question")
+    values: list[Any] = [found.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if not isinstance(value, str) or not value.strip():
+            got = "none" if value is None else "an empty one" if value == "" else repr(value)[:40]
+            raise InputError(f"{where}: {EXPECTED}, each a text; {name!r} is {got}")
+    return values[0], values[1] if len(values) > 1 else None
+
+
+def cut_rows(path: Path, found: list[tuple[str, str | None]], encode: Encode, size: int) -> list[list[int]]:
+    """Tokenise a file's prompts; a text is cut in runs, and a short rest of it is left out."""
+    rows = [encode(text, question) for text, question in found]
+    if path.suffix == ".jsonl" or not rows:
+        return rows
+    runs = [rows[0][i : i + size] for i in range(0, len(rows[0]), size)]
+    return runs[:-1] if len(runs) > 1 and 2 * len(runs[-1]) < size else runs
+
+
+def draw_rows(rows: list[list[int]], limit: int, seed: int) -> list[list[int]]:
+    """Take `limit` prompts at random, one from each of as many equal stretches, in order."""
+    if len(rows) <= limit:
+        return rows
+    rng, n = random.Random(seed), len(rows)
+    return [rows[rng.randrange(i * n // limit, (i + 1) * n // limit)] for i in range(limit)]

@@ -1,7 +1,8 @@
 """The profile file: what was measured once per model, in one safetensors file.
 
-In: Gram sums per layer. Out: `Profile`, which `save`s and `load`s. Holds, per managed layer, the bilinear skew's
-leading columns, the keys' mean and the paper's orthogonal skew; in the metadata the model's identity. No pickle.
+In: Gram sums per layer, gain curves. Out: `Profile`, which `save`s and `load`s. Holds, per managed layer, the
+bilinear skew's leading columns, the keys' mean and the paper's orthogonal skew; the gain curves of every prompt; in
+the metadata the model's identity. Either half may be missing. No pickle.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 
 from farkv._axes import Tensor
 from farkv.errors import ProfileError
+from farkv.per_model.curves import Curves
 from farkv.per_model.skew import Gram, solve_bilinear, solve_svd
 
 FORMAT = "farkv-profile-1"
@@ -25,14 +27,34 @@ MAX_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Profile:
-    """Skews of every profiled layer, float32 on the CPU, batch axis 1.
+    """Skews of every profiled layer, float32 on the CPU, batch axis 1, and gain curves.
 
-    `identity` names the model it was measured on: family, shape and a digest of some weights.
+    `identity` names the model it was measured on: family, shape and a digest of some weights. `measured` are the
+    curves, where there are any.
     """
 
     identity: dict[str, str]
     tensors: dict[str, Tensor] = field(repr=False)
     path: str | None = None
+    measured: Curves | None = field(default=None, repr=False)
+
+    @property
+    def has_skew(self) -> bool:
+        """Say whether there are skews; a light profile has curves alone."""
+        return bool(self.tensors)
+
+    def curves(self) -> Curves:
+        """Return the gain curves of the prompts it was measured on.
+
+        Raises:
+            ProfileError: there are none: an older file, or every prompt was too short.
+        """
+        if self.measured is None:
+            raise ProfileError(
+                f"profile {self.path or ''}: expected gain curves, has none; make it anew, with prompts longer than "
+                "the observation window: farkv profile"
+            )
+        return self.measured
 
     def bilinear(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return A_q, A_k ([1, Hkv, D, up to 64]) and the key mean ([1, Hkv, 1, D])."""
@@ -60,8 +82,13 @@ class Profile:
     def save(self, path: str | Path) -> None:
         """Write the profile; a reader sees the old file or the whole new one."""
         path = Path(path)
-        part = path.with_name(path.name + ".part")
-        save_file(self.tensors, part, metadata={"format": FORMAT, "identity": json.dumps(self.identity)})
+        # Not ".part": that is where an unfinished measurement of this file is kept.
+        part = path.with_name(path.name + ".new")
+        tensors, metadata = self.tensors, {"format": FORMAT, "identity": json.dumps(self.identity)}
+        if self.measured is not None:
+            tensors = tensors | self.measured.to_tensors()
+            metadata["curves"] = self.measured.notes
+        save_file(tensors, part, metadata=metadata)
         # The writer makes files that only their owner can read; a profile is shared like the weights beside it.
         part.chmod(0o644)
         part.replace(path)
@@ -82,11 +109,18 @@ class Profile:
                 identity = json.loads(metadata["identity"])
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ProfileError(f"profile {path}: cannot be read ({error}); make it anew: farkv profile") from error
-        return cls(identity, tensors, str(path))
+        skews = {name: tensor for name, tensor in tensors.items() if not name.startswith("curves.")}
+        measured = None
+        if len(skews) < len(tensors):
+            try:
+                measured = Curves.from_tensors(tensors, metadata.get("curves", ""))
+            except ProfileError as error:
+                raise ProfileError(f"profile {path}: {error}") from error
+        return cls(identity, skews, str(path), measured)
 
 
-def make_profile(grams: dict[int, Gram], identity: dict[str, str]) -> Profile:
-    """Solve the skews of every layer from its summed moments.
+def make_profile(grams: dict[int, Gram], identity: dict[str, str], curves: Curves | None = None) -> Profile:
+    """Solve the skews of every layer from its summed moments; curves are taken as they are.
 
     Cost: per KV head two Cholesky factorisations, an SVD and an eigenproblem of D x D.
     """
@@ -99,4 +133,4 @@ def make_profile(grams: dict[int, Gram], identity: dict[str, str]) -> Profile:
             if not bool(torch.isfinite(tensor).all()):
                 raise ProfileError(f"layer {layer}: the skew is not finite; give longer or more varied prompts")
             tensors[f"layer.{layer}.{name}"] = tensor.contiguous()
-    return Profile(identity, tensors)
+    return Profile(identity, tensors, measured=curves)
