@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -13,55 +12,9 @@ from hypothesis import strategies as st
 
 from farkv.errors import ConfigError
 from farkv.per_prompt.allocate import BETA, RULES, allocate, measure_layer_retention, measure_retention
+from tests.per_prompt.test_knapsack import count_pages, draw, draw_box, list_all, try_all
 
 seeds = st.integers(0, 10**6)
-
-
-def draw(seed: int, layers: int, tokens: int, tied: bool = False, rising: bool = False) -> np.ndarray:
-    """Return gains [L, N]. Tied ones are small whole numbers in rows that sum to 64: all arithmetic is exact."""
-    rng = np.random.default_rng(seed)
-    if tied:
-        gains = rng.multinomial(64, rng.dirichlet(np.ones(tokens)), layers).astype(float)
-        gains[rng.random(layers) < 0.1] = 0
-    else:
-        gains = rng.random((layers, tokens)) ** rng.integers(1, 6, (layers, 1))
-    return gains if rising else -np.sort(-gains, 1)
-
-
-def draw_box(seed: int, layers: int, tokens: int, unit: int) -> dict[str, Any]:
-    """Return floor and cap that leave room in pages."""
-    rng = np.random.default_rng(seed + 1)
-    n_pages = -(-tokens // unit)
-    low = rng.integers(0, n_pages // 2 + 1, layers)
-    high = np.maximum(low, rng.integers(0, n_pages + 2, layers))
-    floor = np.maximum(low * unit - rng.integers(0, unit, layers), 0)
-    return {"floor": floor, "cap": high * unit + rng.integers(0, unit, layers), "unit": unit}
-
-
-def count_pages(tokens: np.ndarray, unit: int) -> np.ndarray:
-    return -(-tokens // unit)
-
-
-def list_all(
-    gains: np.ndarray, floor: Any = 0, cap: Any = None, unit: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return pages [M, L], tokens [M, L] and layer retention [M, L] of all allocations in the box."""
-    layers, tokens = gains.shape
-    most = -(-tokens // unit)
-    low = np.broadcast_to(-(-np.asarray(floor) // unit), layers)
-    high = np.broadcast_to(most if cap is None else np.minimum(np.asarray(cap) // unit, most), layers)
-    pages = np.array(list(itertools.product(*(range(a, b + 1) for a, b in zip(low, high, strict=True)))))
-    counts = np.minimum(pages * unit, tokens)
-    kept = np.stack([measure_layer_retention(gains, n) for n in range(tokens + 1)])
-    return pages, counts, kept[counts, np.arange(layers)]
-
-
-def try_all(gains: np.ndarray, weights: Any = None, **box: Any) -> dict[int, float]:
-    """Return the best weighted retention of every number of pages, over all allocations in the box."""
-    weight = np.ones(len(gains)) if weights is None else np.asarray(weights)
-    pages, _, kept = list_all(gains, **box)
-    totals, means = pages.sum(1), (kept * weight).sum(1) / weight.sum()
-    return {int(n): float(means[totals == n].max()) for n in np.unique(totals)}
 
 
 def sort_all(gains: np.ndarray, tokens: int) -> np.ndarray:
@@ -209,48 +162,7 @@ def test_budgets_in_every_unit() -> None:
     assert allocate(gains, ratio=1.0).tolist() == [50] * 4
 
 
-@given(seeds, st.integers(2, 3), st.integers(1, 6), st.integers(1, 2), st.integers(0, 60))
-def test_unequal_bytes_are_spent_as_if_all_were_tried(
-    seed: int, layers: int, tokens: int, unit: int, more: int
-) -> None:
-    gains, box = draw(seed, layers, tokens), draw_box(seed, layers, tokens, unit)
-    sizes = np.array([2, 3, 6][:layers]) * 128
-    pages, _, kept = list_all(gains, **box)
-    spent = (pages * unit * sizes).sum(1)
-    n_bytes = int(spent.min()) + more * 100
-    for rule in ("xkv", "knapsack"):
-        got = allocate(gains, n_bytes=n_bytes, token_bytes=sizes, rule=rule, **box)
-        assert (count_pages(got, unit) * unit * sizes).sum() <= n_bytes
-        best = kept.mean(1)[spent <= n_bytes].max()
-        assert measure_retention(gains, got) == pytest.approx(best, abs=1e-12)
-
-
-@given(seeds, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.booleans())
-def test_gains_in_any_order_are_solved_as_if_all_were_tried(
-    seed: int, layers: int, tokens: int, unit: int, tied: bool
-) -> None:
-    gains, box = draw(seed, layers, tokens, tied, rising=True), draw_box(seed, layers, tokens, unit)
-    best = try_all(gains, **box)
-    for pages in best:
-        got = allocate(gains, tokens=pages * unit, rule="knapsack", **box)
-        assert count_pages(got, unit).sum() == pages
-        assert measure_retention(gains, got) == pytest.approx(max(r for n, r in best.items() if n <= pages), abs=1e-12)
-    rho = max(best.values()) * (1 - (seed % 10) / 10)
-    if rho > 0:
-        got = allocate(gains, retention=rho, rule="knapsack", **box)
-        assert measure_retention(gains, got) >= rho
-        assert count_pages(got, unit).sum() == min(n for n, r in best.items() if r >= rho)
-
-
-def test_greedy_is_not_enough_where_gains_rise() -> None:
-    gains = np.array([[0.5, 0.5], [0.0, 1.0]])
-    assert measure_retention(gains, allocate(gains, tokens=2, rule="knapsack")) == 0.5
-    assert allocate(gains, tokens=2, rule="knapsack", weights=[1, 2]).tolist() == [0, 2]
-    with pytest.raises(ConfigError, match="knapsack"):
-        allocate(gains, tokens=2)
-
-
-@given(seeds, st.integers(1, 4), st.integers(1, 5))
+@given(seeds, st.integers(1, 3), st.integers(1, 6))
 def test_maxmin_raises_the_smallest_retention(seed: int, layers: int, tokens: int) -> None:
     gains = draw(seed, layers, tokens)
     pages, _, kept = list_all(gains)
