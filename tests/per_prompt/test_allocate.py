@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farkv.errors import ConfigError
@@ -126,6 +126,7 @@ def test_millions_of_ties_take_no_longer_than_none() -> None:
     assert allocate(gains, tokens=1_500_000).tolist() == [250_000, 250_000, 500_000, 500_000]
 
 
+@settings(max_examples=15)
 @given(seeds, st.integers(1, 5), st.integers(1, 8), st.integers(1, 3))
 def test_retention_one_keeps_every_positive_gain_and_no_other(seed: int, layers: int, tokens: int, unit: int) -> None:
     gains = draw(seed, layers, tokens)
@@ -162,6 +163,7 @@ def test_budgets_in_every_unit() -> None:
     assert allocate(gains, ratio=1.0).tolist() == [50] * 4
 
 
+@settings(max_examples=15)
 @given(seeds, st.integers(1, 3), st.integers(1, 6))
 def test_maxmin_raises_the_smallest_retention(seed: int, layers: int, tokens: int) -> None:
     gains = draw(seed, layers, tokens)
