@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CapacityError
+from farkv.store.admission import admit
 from farkv.store.ledger import Ledger
 from farkv.store.near import Tail
 from farkv.store.records import Needs, StoreLimits
@@ -141,10 +142,10 @@ def test_admit_refuses_before_anything_is_stored() -> None:
     store = Tiers([0, 1], StoreLimits(near=500, host=2000), CPU, Needs(1))
     enough = NearNeed(index=100, window=100, prefill=300, decode=200)
     with pytest.raises(CapacityError, match="host limit"):
-        store.admit(SHAPE, dict.fromkeys((0, 1), 2000 // (2 * SHAPE.token_bytes) + 1), enough)
+        admit(store, SHAPE, dict.fromkeys((0, 1), 2000 // (2 * SHAPE.token_bytes) + 1), enough)
     with pytest.raises(CapacityError, match=r"near limit.*prefill 301"):
-        store.admit(SHAPE, {0: 1, 1: 1}, enough._replace(prefill=301))
-    store.admit(SHAPE, {0: 1, 1: 1}, enough)
+        admit(store, SHAPE, {0: 1, 1: 1}, enough._replace(prefill=301))
+    admit(store, SHAPE, {0: 1, 1: 1}, enough)
     assert store.host.used == store.near.used == 0
 
 

@@ -89,7 +89,7 @@ def make_levers(selector: Selector | None, xkv: XKV | None, plan: Plan | None) -
     if plan is None:
         if xkv is not None and xkv.levers != ("keep",):
             raise ConfigError(f"levers: {', '.join(xkv.levers)} are driven by a plan; give one: attach(..., plan=...)")
-        return Levers(keep=xkv)
+        return Levers(xkv, keep=xkv is not None)
     names = xkv.levers if xkv is not None else ("fetch",)
     allowed = None
     if xkv is not None and "keep" in names:
@@ -101,7 +101,7 @@ def make_levers(selector: Selector | None, xkv: XKV | None, plan: Plan | None) -
     if fetch is not None:
         check_cap(selector, plan.get("fetch").ratio)
     near = dict(zip(plan.layers, plan.get("near").shares, strict=True)) if "near" in names else None
-    return Levers(xkv if allowed else None, allowed, near, fetch)
+    return Levers(xkv, allowed is not None, allowed, near, fetch)
 
 
 def check_cap(selector: Selector | None, ratio: float) -> None:

@@ -20,7 +20,7 @@ def name_method(method: Method, levers: Levers) -> str:
     name = type(method).__name__.lower()
     if isinstance(method, InfiniGen | XKV) and method.paper:
         name += "-paper"
-    pulled = [] if isinstance(method, XKV) else [n for n in LEVERS if getattr(levers, n) is not None]
+    pulled = [] if isinstance(method, XKV) else [n for n in LEVERS if getattr(levers, n)]
     return f"{name}+xkv({','.join(pulled)})" if pulled else name
 
 

@@ -44,11 +44,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], object]
 class Levers(NamedTuple):
     """What limits each layer besides the method's own choice; None where nothing does.
 
-    keep: how records are scored and evicted.  allowed: how many each layer keeps; None: found from each prompt.
+    xkv: how records are scored.  keep: evict.  allowed: how many each layer keeps; None: found from each prompt.
     near, fetch: the share of the context that each layer holds near, and may read per step.
     """
 
-    keep: XKV | None = None
+    xkv: XKV | None = None
+    keep: bool = False
     allowed: dict[int, Allowed] | None = None
     near: dict[int, float] | None = None
     fetch: dict[int, float] | None = None

@@ -1,7 +1,7 @@
 """The keep lever: what each layer keeps of the prompt, and of what is decoded after it.
 
 The steps, in XKV's order (docs/papers/xkv.md has equation, function and deviation):
-  every pass       watch: the last queries of every layer                       (`per_prompt.importance`)
+  every pass       watch: the last queries of every layer                       (`methods.watch`)
   end of prompt    score every record by them                                   (`per_prompt.importance`)
                    allocate: how many each layer keeps, unless a plan says so   (`per_prompt.allocate`)
                    evict: the best of every head stay, memory is freed          (`per_prompt.evict`, `store.tiers`)
@@ -10,18 +10,16 @@ The steps, in XKV's order (docs/papers/xkv.md has equation, function and deviati
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from farkv._axes import Bool, Tensor
-from farkv.config import XKV
-from farkv.methods.contract import Query
+from farkv.methods.watch import Watcher
 from farkv.per_prompt.allocate import allocate
 from farkv.per_prompt.evict import choose_kept, join_marks
-from farkv.per_prompt.importance import Form, Observed, observe_queries, score_records, sort_gains
+from farkv.per_prompt.importance import sort_gains
 from farkv.per_token.select import force_sinks
 from farkv.store.records import Keep
-from farkv.store.sizes import Allowed, count_cap, share_out
+from farkv.store.sizes import Allowed, LayerShape, count_cap, share_out
 from farkv.store.tiers import Tiers
 
 # Decoding evicts this share of a layer's records at once, so that it scores only now and then.
@@ -32,14 +30,12 @@ MOST_SLACK = 32
 class Keeper:
     """What may be kept of one cache, and the scores that decide it."""
 
-    def __init__(self, config: XKV, allowed: dict[int, Allowed] | None, store: Tiers, window: int):
-        self.config, self.store = config, store
+    def __init__(self, watcher: Watcher, allowed: dict[int, Allowed] | None, store: Tiers, window: int):
+        self.watcher, self.config, self.store = watcher, watcher.config, store
         self.layers = list(store.order)
-        self.recent = max(config.window, window + 1)
+        self.recent = max(self.config.window, window + 1)
         self.planned = allowed is not None
         self.allowed = allowed
-        self.observed: dict[int, Observed] = {}
-        self.forms: dict[int, Form] = {}
         # One curve per layer, of the prompt that is being read.
         self.gains: dict[int, Any] = {}
         # Tokens of the prompt where it is read in chunks; 0: every pass of more than one token may be its end.
@@ -52,15 +48,6 @@ class Keeper:
         forced = self.recent + (self.config.sinks or 0)
         # A plan says what is kept; the default's floor is for prompts that are allocated on their own.
         return forced if self.planned else max(forced, self.config.least_records)
-
-    def watch(self, layer: int, query: Query, valid: Bool[Tensor, "B S"] | None) -> None:
-        """Slide the layer's window of queries."""
-        config = self.config
-        seen = None if valid is None else valid[:, -query.q.shape[2] :].expand(query.q.shape[0], -1)
-        self.observed[layer] = observe_queries(
-            query.q, config.window, config.scorer, self.observed.get(layer), valid=seen
-        )
-        self.forms[layer] = Form(query.scaling, query.softcap)
 
     # --- how many -------------------------------------------------------------------------------------------
 
@@ -84,6 +71,16 @@ class Keeper:
         if self.store.evicted[self.layers[0]]:
             return {i: self.store.length(i) + n_new for i in self.layers}
         return dict.fromkeys(self.layers, tokens)
+
+    def count_besides(self, shape: LayerShape, tokens: int, rows: dict[int, int]) -> int:
+        """Reserve what will be kept, where less than all is ever stored; else return the bytes an eviction needs.
+
+        A layer that is evicted stands beside its old self for a moment.
+        """
+        if max(rows.values()) < tokens:
+            self.store.reserve(rows)
+            return 0
+        return max(self.count(i, tokens) for i in self.layers) * shape.token_bytes
 
     def keeps_at_once(self, n_new: int) -> bool:
         """Say whether this pass is a whole prompt of which a plan says how much each layer keeps."""
@@ -126,10 +123,8 @@ class Keeper:
 
     # --- which ----------------------------------------------------------------------------------------------
 
-    def end_pass(self, layer: int, visible: Bool[Tensor, "B h S"] | None) -> list[int]:
-        """Score a layer after a pass of more than one token; return the layers that can be evicted now."""
-        if self.store.seen(layer) < self.prompt_tokens:
-            return []
+    def end_prompt(self, layer: int, visible: Bool[Tensor, "B h S"] | None) -> list[int]:
+        """Score a layer when the prompt has gone through it; return the layers that can be evicted now."""
         if self.allowed is not None:
             self.mark(layer, visible)
             return [layer]
@@ -139,17 +134,10 @@ class Keeper:
         self.allocate()
         return self.layers
 
-    def score(self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None) -> Tensor:
-        """Score records, all but the window's."""
-        observed, form = self.observed[layer], self.forms[layer]
-        # A deliberate copy where records are in host memory: a few queries go to them, not they near.
-        observed = map_tensors(observed, lambda t: t.to(k.device))
-        return score_records(self.config.scorer, observed, k, v, visible, form, pool=self.config.pool)
-
     def mark(self, layer: int, visible: Bool[Tensor, "B h S"] | None, *, curve: bool = False) -> None:
         """Score a layer's stored records, where they are, and note the scores as marks."""
         k, v = self.store.records(layer)
-        scores = self.score(layer, k, v, None if visible is None else visible.to(k.device))
+        scores = self.watcher.score(layer, k, v, None if visible is None else visible.to(k.device))
         marks = self.store.kept[layer].marks.view()[..., 0]
         marks[..., : scores.shape[-1]] = join_marks(scores.to(marks.device), marks)
         if curve:
@@ -187,28 +175,8 @@ class Keeper:
         """Return how many records decoding evicts at once."""
         return max(1, min(MOST_SLACK, int(SLACK * self.count(layer, self.store.seen(layer)))))
 
-    # --- the batch ------------------------------------------------------------------------------------------
-
-    def select(self, sequences: Tensor, layer: int) -> None:
-        """Keep these sequences' queries."""
-        old = self.observed.get(layer)
-        if old is not None:
-            at = sequences.to(old.window.device)
-            self.observed[layer] = map_tensors(old, lambda t: t.index_select(0, at))
-
     def clear(self, layer: int) -> None:
-        """Forget a layer's queries; without a plan, the shares too."""
-        self.observed.pop(layer, None)
+        """Forget what was counted; without a plan, the shares too."""
         self._counted = (-1, {})
         if not self.planned:
             self.allowed = None
-
-
-def map_tensors(observed: Observed, change: Callable[[Tensor], Tensor]) -> Observed:
-    """Change every tensor that is there."""
-    mean, covariance = observed.mean, observed.covariance
-    return Observed(
-        change(observed.window),
-        None if mean is None else change(mean),
-        None if covariance is None else change(covariance),
-    )

@@ -13,10 +13,14 @@ import torch
 from farkv._axes import Bool, Int, Tensor
 from farkv.config import Source
 from farkv.methods.contract import Kernel, Place, Query, Step
+from farkv.methods.hold import Holder
 from farkv.methods.keep import Keeper
+from farkv.methods.mass import measure_found
 from farkv.methods.padding import Padding
-from farkv.per_token.attend import align_mask, align_rows, measure_mass, weigh_keys
+from farkv.methods.watch import Watcher
+from farkv.per_token.attend import align_mask, align_rows
 from farkv.per_token.select import Choice
+from farkv.store.admission import admit
 from farkv.store.records import Fetch, Needs, Read
 from farkv.store.sizes import LayerShape, NearNeed, count_cap, count_forced
 from farkv.store.tiers import Tiers
@@ -42,10 +46,11 @@ class SparseRecipe:
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
         self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
         levers = place.levers
-        self.store = Tiers(
-            place.layers, place.limits, place.device, Needs(window, self.at_home, levers.keep is not None)
-        )
-        self.keeper = None if levers.keep is None else Keeper(levers.keep, levers.allowed, self.store, window)
+        self.store = Tiers(place.layers, place.limits, place.device, Needs(window, self.at_home, levers.keep))
+        scored = levers.xkv is not None and (levers.keep or levers.near is not None)
+        self.watcher = Watcher(levers.xkv) if scored and levers.xkv else None
+        self.keeper = Keeper(self.watcher, levers.allowed, self.store, window) if self.watcher and levers.keep else None
+        self.holder = Holder(self.watcher, levers.near, self.store) if self.watcher and levers.near else None
         self.fetch_shares = levers.fetch
         self.account = place.account
         self.layers = place.layers
@@ -101,15 +106,11 @@ class SparseRecipe:
         if self.keeper is not None:
             self.keeper.prompt_tokens = self.prompt_tokens
             rows = self.keeper.widest(tokens, n_new)
-            if max(rows.values()) < tokens:
-                self.store.reserve(rows)
-            else:
-                # A layer that is evicted stands beside its old self for a moment.
-                besides = max(self.keeper.count(i, tokens) for i in self.layers) * shape.token_bytes
-            if self.verifying:
-                self.store.remember_all()
-                besides += len(self.layers) * tokens * shape.token_bytes
-        self.store.admit(shape, rows, self.near_need(shape, n_new), besides)
+            besides = self.keeper.count_besides(shape, tokens, rows)
+        if self.keeper is not None and self.verifying:
+            self.store.remember_all()
+            besides += len(self.layers) * tokens * shape.token_bytes
+        admit(self.store, shape, rows, self.near_need(shape, n_new), besides)
 
     def near_need(self, shape: LayerShape, n_new: int) -> NearNeed:
         """Return the near bytes at the widest moments of a pass over `n_new` tokens and of the steps after it."""
@@ -127,6 +128,7 @@ class SparseRecipe:
             prefill=whole if n_new > 1 else 0,
             decode=(2 * rows * shape.token_bytes if sparse else 0)
             + (whole if self.verifying or len(sparse) < n_layers else 0),
+            held=0 if self.holder is None else self.holder.count_bytes(shape, tokens),
         )
 
     def share_of(self, layer: int) -> float:
@@ -161,8 +163,8 @@ class SparseRecipe:
         """Attend to all records while T > 1 or nothing was stored before, to the chosen ones at a decode step."""
         q = step.query.q
         self.padding.note(step.mask)
-        if self.keeper is not None and not self.dense:
-            self.keeper.watch(layer, step.query, self.padding.of_tokens(self.store.seen(layer)))
+        if self.watcher is not None and not self.dense:
+            self.watcher.watch(layer, step.query, self.padding.of_tokens(self.store.seen(layer)))
         first = self.store.seen(layer) == q.shape[2]
         if q.shape[2] > 1 or first or self.dense or self.reads_all(layer):
             self.pending.pop(layer, None)
@@ -171,8 +173,7 @@ class SparseRecipe:
             out = self._attend_chosen(layer, step, kernel)
         if not self.dense:
             self.observe(layer, step)
-            if self.keeper is not None:
-                self._keep(self.keeper, layer, step)
+            self._pull_levers(layer, step)
         return out
 
     def _attend_all(self, layer: int, step: Step, kernel: Kernel) -> object:
@@ -214,39 +215,38 @@ class SparseRecipe:
         return kernel(q, read.k, read.v, mask)
 
     def _measure(self, layer: int, step: Step, read: Read | None) -> None:
-        """Measure the true attention mass of a choice, beside the pool, on verified steps only."""
-        if not self.measuring:
-            return
-        keys = self.store.all_keys(layer)
-        if read is None and self.store.length(layer) == keys.shape[2]:
-            self.account.layer(layer).add_mass(1.0, 1.0)
-            return
-        heads = step.k.shape[:2]
-        rows = torch.arange(self.store.length(layer), device=keys.device).expand(*heads, -1)
-        positions = self.store.locate(layer, (rows if read is None else read.positions).to(keys.device))
-        real = self.padding.of_tokens(keys.shape[2])
-        visible = None if real is None else real[:, None].to(keys.device)
-        query = step.query
-        weights = weigh_keys(query.q.to(keys.device), keys, visible, query.scaling, query.softcap)
-        valid = None if read is None or read.valid is None else read.valid.to(keys.device)
-        mass = measure_mass(weights, positions, valid)
-        # A deliberate sync: verified steps are not timed.
-        self.account.layer(layer).add_mass(float(mass.mean()), float(mass.min()))
+        """Measure the true attention mass of a choice, on verified steps only."""
+        if self.measuring:
+            real = self.padding.of_tokens(self.store.seen(layer))
+            self.account.layer(layer).add_mass(*measure_found(self.store, layer, step, read, real))
 
-    # --- the keep lever -------------------------------------------------------------------------------------
+    # --- the levers -----------------------------------------------------------------------------------------
 
-    def _keep(self, keeper: Keeper, layer: int, step: Step) -> None:
-        """Evict at the end of the prompt, and where a decoded token leaves no room for the next."""
-        if step.k.shape[2] > 1 or 0 < self.store.seen(layer) <= self.prompt_tokens:
-            for i in keeper.end_pass(layer, self.visible(layer, self.store.length(layer))):
-                self._evict(keeper, i, room=0)
-        elif keeper.is_over(layer):
+    def _pull_levers(self, layer: int, step: Step) -> None:
+        """At the end of the prompt evict and hold near; later evict where the next token would find no room."""
+        keeper, seen = self.keeper, self.store.seen(layer)
+        if step.k.shape[2] > 1 or seen <= self.prompt_tokens:
+            if seen < self.prompt_tokens:
+                return
+            ready = (
+                [layer] if keeper is None else keeper.end_prompt(layer, self.visible(layer, self.store.length(layer)))
+            )
+            for i in ready:
+                self._evict(i, room=0)
+                if self.holder is not None:
+                    self.holder.end_prompt(i, self.visible(i, self.store.length(i)))
+        elif keeper is not None and keeper.is_over(layer):
             keeper.mark(layer, self.visible(layer, self.store.length(layer)))
-            self._evict(keeper, layer, room=keeper.slack(layer))
+            self._evict(layer, room=keeper.slack(layer))
 
-    def _evict(self, keeper: Keeper, layer: int, room: int) -> None:
+    def _evict(self, layer: int, room: int) -> None:
         """Drop the least of what was scored just now."""
-        kept = keeper.choose_stored(layer, self.visible(layer, self.store.length(layer)), room)
+        if self.keeper is None:
+            return
+        # What is freed is what no later step will need.
+        final = max(self.store.seen(layer), self.store.limits.reserve_tokens)
+        self.store.reserve({layer: self.keeper.count(layer, final)})
+        kept = self.keeper.choose_stored(layer, self.visible(layer, self.store.length(layer)), room)
         if kept is not None:
             self.forget(layer, kept.positions)
             self.store.evict(layer, kept)
@@ -279,8 +279,8 @@ class SparseRecipe:
         """Keep these sequences of the batch, in this order."""
         self.pending.clear()
         self.store.select(layer, sequences)
-        if self.keeper is not None:
-            self.keeper.select(sequences, layer)
+        if self.watcher is not None:
+            self.watcher.select(sequences, layer)
         if layer == self.layers[0]:
             self.padding.select(sequences)
 
@@ -288,6 +288,8 @@ class SparseRecipe:
         """Forget everything of a layer."""
         self.pending.clear()
         self.store.clear(layer)
+        if self.watcher is not None:
+            self.watcher.clear(layer)
         if self.keeper is not None:
             self.keeper.clear(layer)
         self.padding = Padding()

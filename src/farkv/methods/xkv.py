@@ -19,7 +19,7 @@ class XKVRecipe(SparseRecipe):
     at_home = True
 
     def __init__(self, place: Place, config: XKV):
-        levers = place.levers._replace(keep=config)
+        levers = place.levers._replace(xkv=config, keep=True)
         super().__init__(place._replace(levers=levers), fraction=1.0, sinks=0, window=0)
         assert self.keeper is not None
         self.wants_one_pass = self.keeper.planned
@@ -53,9 +53,11 @@ class XKVRecipe(SparseRecipe):
         self.padding.note(step.mask)
         n = step.k.shape[2]
         real = self.padding.of_tokens(n)
-        keeper.watch(layer, step.query, real)
+        watcher = self.watcher
+        assert watcher is not None
+        watcher.watch(layer, step.query, real)
         out = kernel(step.query.q, step.k, step.v, step.mask)
         visible = None if real is None else real[:, None]
-        scores = keeper.score(layer, step.k, step.v, visible)
+        scores = watcher.score(layer, step.k, step.v, visible)
         self.store.put(layer, step.k, step.v, keeper.choose(layer, scores, n, visible, 0))
         return out

@@ -1,14 +1,16 @@
-"""Near memory where it is a tier of its own: two fetch buffers in turn, and each layer's recent window.
+"""Near memory where it is a tier of its own: two fetch buffers in turn, each layer's recent window, and held records.
 
-In: rows. Out: places to fetch into, and the window's rows. Everything is charged to the near ledger.
+In: rows. Out: places to fetch into, the window's rows, and which records need not be fetched. Everything is charged
+to the near ledger; where a held record stands, to the pool's.
 """
 
 from __future__ import annotations
 
 import torch
 
-from farkv._axes import Tensor
+from farkv._axes import Int, Tensor
 from farkv.store.ledger import Ledger
+from farkv.store.rows import Rows, gather_rows
 
 
 class Buffers:
@@ -80,3 +82,54 @@ class Tail:
         if self.data is not None:
             self.ledger.release(self.data.numel() * self.data.element_size())
         self.data, self.length = None, 0
+
+
+class Held:
+    """Records of one layer that stay near: their rows, and for every pool row the place of its copy, -1 without one."""
+
+    def __init__(self, near: Ledger, device: torch.device, home: Ledger, home_device: torch.device):
+        self.rows = Rows(near, device=device)
+        self.slots = Rows(home, device=home_device)
+
+    def hold(self, pool: Tensor, positions: Int[Tensor, "B Hkv K"], n_rows: int) -> None:
+        """Copy the rows at `positions` near; they replace what was held before."""
+        self.clear()
+        batch, heads, n = positions.shape
+        at = positions.to(pool.device)
+        self.rows.reserve = n
+        # A deliberate copy over the link, once per prompt and layer.
+        self.rows.append(gather_rows(pool, at))
+        slots = torch.full((batch, heads, n_rows), -1, dtype=torch.int32, device=pool.device)
+        slots.scatter_(-1, at, torch.arange(n, dtype=torch.int32, device=pool.device).expand(batch, heads, n))
+        self.slots.append(slots[..., None])
+
+    def append(self, n: int) -> None:
+        """Note `n` new pool rows, none of them held."""
+        if self.slots.data is not None:
+            batch, heads = self.slots.data.shape[:2]
+            self.slots.append(torch.full((batch, heads, n, 1), -1, dtype=torch.int32, device=self.slots.device))
+
+    def find(self, positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, "B Hkv K"] | None:
+        """Return where the records at `positions` are held, -1 where they are not; None where nothing is."""
+        if self.slots.data is None:
+            return None
+        return self.slots.view()[..., 0].gather(-1, positions).long()
+
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Follow an eviction from the pool; a held copy of an evicted record is never asked for again."""
+        if self.slots.data is not None:
+            self.slots.keep(positions)
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget the newest pool rows."""
+        self.slots.crop(n_tokens)
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self.rows.select(sequences)
+        self.slots.select(sequences)
+
+    def clear(self) -> None:
+        """Free both."""
+        self.rows.clear()
+        self.slots.clear()

@@ -88,11 +88,12 @@ class NearNeed(NamedTuple):
     window: int
     prefill: int
     decode: int
+    held: int = 0
 
     @property
     def total(self) -> int:
         """Return the bytes of the widest moment."""
-        return self.index + self.window + max(self.prefill, self.decode)
+        return self.index + self.window + self.held + max(self.prefill, self.decode)
 
 
 def grow_capacity(capacity: int, need: int) -> int:

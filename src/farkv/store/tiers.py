@@ -13,12 +13,11 @@ from contextlib import contextmanager
 import torch
 
 from farkv._axes import Bool, Int, Tensor
-from farkv.store.kept import ROW_BYTES, Kept
+from farkv.store.kept import Kept
 from farkv.store.ledger import Ledger
-from farkv.store.near import Buffers, Tail
+from farkv.store.near import Buffers, Held, Tail
 from farkv.store.records import Fetch, Keep, Needs, Read, StoreLimits
 from farkv.store.rows import Rows, gather_rows
-from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
 from farkv.store.transfer import Link
 
 
@@ -46,6 +45,7 @@ class Tiers:
         # While steps of an evicting method are verified: every record, to compare with.
         self.shadow: dict[int, Rows] = {}
         self.tails = {layer: Tail(self.near, device, form.window + 1) for layer in layers} if self.far else {}
+        self.held: dict[int, Held] = {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device)
         self.k_dims: dict[int, int] = {}
@@ -77,41 +77,6 @@ class Tiers:
             if layer in self.kept:
                 self.kept[layer].places.reserve = self.kept[layer].marks.reserve = n
 
-    def admit(self, shape: LayerShape, rows: dict[int, int], need: NearNeed, besides: int = 0) -> None:
-        """Refuse, before any layer is touched, what some limit cannot hold.
-
-        Args:
-            shape: of every managed layer.
-            rows: rows that each layer holds when this forward pass, or the reserved context, is at its widest.
-            need: near bytes of this pass at its widest moment; ignored where the pool is near memory.
-            besides: bytes that are counted with the records, for verification or while a layer is evicted.
-
-        Raises:
-            CapacityError: with the bytes needed, the limit and the remedy.
-        """
-        total = max(rows.values(), default=0)
-        token_bytes = shape.token_bytes + (ROW_BYTES * shape.batch * shape.kv_heads if self.kept else 0)
-        grow = [layer for layer, n in rows.items() if (d := self.pool[layer].data) is None or d.shape[2] < n]
-        if self.home.limit is not None and grow:
-            held = {layer: self._count_held(layer) for layer in rows}
-            # While a layer grows, its old rows are still there.
-            kept = sum(n for layer, n in held.items() if layer not in grow) + max(held[layer] for layer in grow)
-            end = kept + besides + sum(rows[layer] for layer in grow) * token_bytes
-            if end > self.home.limit:
-                raise self.home.refuse(end - self.home.used, f"the KV of {total} tokens")
-            room = sum(grow_capacity(0, rows[layer]) for layer in grow)
-            self.home.roomy = kept + besides + room * token_bytes <= self.home.limit
-        if self.far and self.near.limit is not None:
-            if need.total > self.near.limit:
-                parts = ", ".join(f"{name} {size:,}" for name, size in need._asdict().items())
-                raise self.near.refuse(need.total - self.near.used, f"a context of {total} tokens ({parts})")
-            room = grow_capacity(0, total)
-            self.index.roomy = need.total + need.index * (room - total) // total <= self.near.limit
-
-    def _count_held(self, layer: int) -> int:
-        kept = self.kept.get(layer)
-        return self.pool[layer].n_bytes + (kept.places.n_bytes + kept.marks.n_bytes if kept else 0)
-
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens' records."""
         self.k_dims[layer] = k.shape[-1]
@@ -120,6 +85,8 @@ class Tiers:
         if layer in self.kept:
             self.kept[layer].append(k, self.seen(layer))
         self.pool[layer].append(k, v)
+        if layer in self.held:
+            self.held[layer].append(k.shape[2])
         if self.far:
             self.tails[layer].push(k, v)
 
@@ -146,7 +113,18 @@ class Tiers:
         at = kept.positions.to(self.pool[layer].device)
         self.pool[layer].keep(at)
         self.kept[layer].keep(at, kept.marks.to(at.device), kept.gapless)
+        if layer in self.held:
+            self.held[layer].keep(at)
         self.evicted[layer] += before - self.length(layer)
+
+    def hold_near(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Hold these records near from now on; fetches bring only the others. Nothing to do where the pool is near."""
+        if not self.far:
+            return
+        pool = self.pool[layer]
+        assert pool.data is not None
+        held = self.held.setdefault(layer, Held(self.near, self.device, self.host, pool.device))
+        held.hold(pool.data, positions, pool.length)
 
     def locate(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, "B Hkv K"]:
         """Return the tokens, counted from the context's begin, of the rows at `positions`."""
@@ -216,7 +194,7 @@ class Tiers:
         n = positions.shape[-1]
         shape = (rows.shape[0], rows.shape[1], n + spare, rows.shape[3])
         buffer = self.buffers.take(self.order[layer] % 2, shape, rows.dtype)
-        ticket = self.link.fetch(rows, positions, valid, buffer, self.on_fetch) if n else None
+        ticket = self.link.fetch(rows, positions, valid, buffer, self.on_fetch, self.held.get(layer)) if n else None
         return Fetch(positions, valid, ticket, buffer)
 
     def read(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Read:
@@ -249,7 +227,8 @@ class Tiers:
         at = parts[0].positions.shape[-1]
         for part in parts[1:]:
             n = part.positions.shape[-1]
-            self.link.fetch(pool.data, part.positions, part.valid, buffer[:, :, at : at + n], self.on_fetch).wait()
+            place = buffer[:, :, at : at + n]
+            self.link.fetch(pool.data, part.positions, part.valid, place, self.on_fetch, self.held.get(layer)).wait()
             at += n
         buffer[:, :, at : at + n_tail].copy_(self._newest(layer, n_tail))
         if parts[0].ticket is not None:
@@ -279,6 +258,8 @@ class Tiers:
         self.pool[layer].crop(n_tokens)
         if layer in self.shadow:
             self.shadow[layer].crop(n_tokens)
+        if layer in self.held:
+            self.held[layer].crop(n_tokens)
         if self.far:
             self.tails[layer].crop(n_tokens)
 
@@ -299,6 +280,6 @@ class Tiers:
             self.tails[layer].clear()
             self.buffers.clear()
 
-    def _of_layer(self, layer: int) -> list[Rows | Kept]:
-        found = [self.pool[layer], self.kept.get(layer), self.shadow.get(layer)]
+    def _of_layer(self, layer: int) -> list[Rows | Kept | Held]:
+        found = [self.pool[layer], self.kept.get(layer), self.shadow.get(layer), self.held.get(layer)]
         return [held for held in found if held is not None]

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from farkv._axes import Bool, Int, Tensor
+from farkv.store.near import Held
 
 
 class Ticket:
@@ -27,6 +28,17 @@ class Ticket:
         event = self._work.result()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
+
+
+class Job(NamedTuple):
+    """One fetch, as `Link.fetch` was asked for it."""
+
+    rows: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    out: Tensor
+    report: Callable[[int], None]
+    held: Held | None
 
 
 class Link:
@@ -54,6 +66,7 @@ class Link:
         valid: Bool[Tensor, "B Hkv K"] | None,
         out: Tensor,
         count: Callable[[int], None],
+        held: Held | None = None,
     ) -> Ticket:
         """Copy the rows at `positions` into `out` ([B, Hkv, >= K, W], near).
 
@@ -62,19 +75,26 @@ class Link:
         Args:
             rows: the layer's pool, [B, Hkv, C, W], in host memory.
             count: is told the bytes that crossed, from the worker.
+            held: records that are near already, and need not cross.
 
         Cost: B * Hkv * n * W elements read from the pool and written near, n the longest valid run.
         """
+        job = Job(rows, positions, valid, out, count, held)
         if self.device.type != "cuda":
-            return self.submit(lambda: self._copy(rows, positions, valid, out, count))
+            return self.submit(lambda: self._copy(job))
         ready = torch.cuda.Event()
         ready.record()
-        return self.submit(lambda: self._copy_to_gpu(rows, positions, valid, out, count, ready))
+        return self.submit(lambda: self._copy_to_gpu(job, ready))
 
-    def _copy(self, rows, positions, valid, out, count) -> None:
+    def _copy(self, job: Job) -> None:
+        rows, positions, valid, out, count, held = job
         # `positions` is in host memory here: reading its counts waits for nothing.
         n = positions.shape[-1] if valid is None else int(valid.sum(-1).max())
         if n == 0:
+            return
+        slots = None if held is None else held.find(positions[..., :n])
+        if held is not None and slots is not None:
+            self._copy_missing(job._replace(positions=positions[..., :n]), held.rows.view(), slots)
             return
         batch, heads, capacity, width = rows.shape
         base = torch.arange(batch * heads).view(batch, heads, 1) * capacity
@@ -85,15 +105,31 @@ class Link:
         out[:, :, :n].copy_(staged.view(batch, heads, n, width), non_blocking=True)
         count(staged.numel() * staged.element_size())
 
-    def _copy_to_gpu(self, rows, positions, valid, out, count, ready) -> Any:
+    def _copy_missing(self, job: Job, near: Tensor, slots: Tensor) -> None:
+        """Bring only what is not held; the held copies go near to near."""
+        rows, positions, _, out, count, _ = job
+        here = slots >= 0
+        batch, head, place = here.logical_not().nonzero(as_tuple=True)
+        if len(place):
+            flat = (batch * rows.shape[1] + head) * rows.shape[2] + positions[batch, head, place]
+            staged = self._stage(len(place), rows.shape[3], rows)
+            torch.index_select(rows.view(-1, rows.shape[3]), 0, flat, out=staged)
+            # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
+            at = tuple(i.to(out.device) for i in (batch, head, place))
+            out.index_put_(at, staged.to(out.device, non_blocking=True))
+            count(staged.numel() * staged.element_size())
+        batch, head, place = here.nonzero(as_tuple=True)
+        at = tuple(i.to(out.device) for i in (batch, head, place))
+        out.index_put_(at, near[at[0], at[1], slots[batch, head, place].to(out.device)])
+
+    def _copy_to_gpu(self, job: Job, ready: torch.cuda.Event) -> Any:
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(ready)
             # The worker, not the decoding thread, waits for the positions: a host gather must know them.
-            host = positions.to("cpu")
-            host_valid = None if valid is None else valid.to("cpu")
-            self._copy(rows, host, host_valid, out, count)
+            valid = None if job.valid is None else job.valid.to("cpu")
+            self._copy(job._replace(positions=job.positions.to("cpu"), valid=valid))
             done = torch.cuda.Event()
             done.record(self._stream)
         return done
