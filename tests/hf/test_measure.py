@@ -64,12 +64,12 @@ def test_a_profile_from_a_file_and_beside_the_weights(tmp_path: Path) -> None:
     path = tmp_path / "profile.safetensors"
     farkv.profile(model, PROMPTS).save(path)
     with farkv.attach(model, profile=path) as far:
-        assert far.profile is not None
+        assert far.setting.profile is not None
     model.config._name_or_path = str(tmp_path)
     with farkv.attach(model) as far:
-        assert far.profile is not None
+        assert far.setting.profile is not None
     with farkv.attach(model, profile=False) as far:
-        assert far.profile is None
+        assert far.setting.profile is None
 
 
 def test_the_same_checkpoint_in_another_dtype_is_the_same_model() -> None:
