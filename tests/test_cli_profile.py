@@ -1,22 +1,24 @@
-"""`farkv profile` as a user meets it: files in, one profile out, mistakes in one line, interruptions survived."""
+"""`farkv profile` as a user meets it: files in, one profile out, mistakes in one line, interruptions survived.
+
+Inside this process, where the libraries are loaded already; tests/test_cli.py starts the command for real.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import typer
 from safetensors.torch import load_file
 
 import farkv
+from farkv.cli.profile import profile_model
+from farkv.errors import FarKVError
+from farkv.hf import measure as hf_measure
 from tests.test_cli import FACTS, QUESTION
-from tests.test_cli import farkv as run_cli
 
 CODE = FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20
 
@@ -32,15 +34,47 @@ def asked(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "asked.jsonl", rows)
 
 
-def measure(*arguments: str) -> dict[str, Any]:
-    done = run_cli("profile", "--json", *arguments)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+class Done(NamedTuple):
+    returncode: Any
+    stdout: str
+    stderr: str
 
 
-def test_prompts_of_a_jsonl_file_are_used_whole(asked: str, tmp_path: Path) -> None:
+class Command:
+    """`farkv profile` with what it printed; an error counts as the line that `main` makes of it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]):
+        self.capture = capture
+        self.app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        self.app.command()(profile_model)
+        # What it quiets would stay quiet for the tests after these.
+        patch.setattr("farkv.hf.load.quiet_libraries", lambda: None)
+
+    def __call__(self, *arguments: str) -> Done:
+        self.capture.readouterr()
+        try:
+            self.app(arguments)
+        except SystemExit as end:
+            code = end.code
+        except FarKVError as error:
+            sys.stderr.write(f"farkv: {error}\n")
+            code = 2
+        return Done(code, *self.capture.readouterr())
+
+    def measure(self, *arguments: str) -> dict[str, Any]:
+        done = self("--json", *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    return Command(monkeypatch, capsys)
+
+
+def test_prompts_of_a_jsonl_file_are_used_whole(run: Command, asked: str, tmp_path: Path) -> None:
     out = tmp_path / "p.safetensors"
-    said = measure("-p", asked, "-o", str(out), "--tokens", "16", "--scorer", "value")
+    said = run.measure("-p", asked, "-o", str(out), "--tokens", "16", "--scorer", "value")
     curves = farkv.Profile.load(out).curves()
     assert (said["prompts"], said["curves"], said["skew"]) == (2, 2, True)
     assert said["bytes"] == out.stat().st_size
@@ -52,23 +86,23 @@ def test_prompts_of_a_jsonl_file_are_used_whole(asked: str, tmp_path: Path) -> N
     assert sorted(p.name for p in tmp_path.iterdir()) == ["asked.jsonl", "p.safetensors"]
 
 
-def test_runs_of_a_text_are_drawn_by_seed(tmp_path: Path) -> None:
+def test_runs_of_a_text_are_drawn_by_seed(run: Command, tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(CODE * 3)
     common = ("-p", str(tmp_path / "a.py"), "--tokens", "100", "--limit", "4")
     curves = []
     for seed in ("0", "1", "0"):
-        said = measure(*common, "--seed", seed, "-o", str(tmp_path / "p"))
+        said = run.measure(*common, "--seed", seed, "-o", str(tmp_path / "p"))
         assert (said["prompts"], said["tokens"], said["curves"]) == (4, 400, 4)
         curves.append(farkv.Profile.load(tmp_path / "p").curves().keep)
     assert curves[0].equal(curves[2])
     assert not curves[0].equal(curves[1])
 
 
-def test_light_has_no_skew_and_says_so(asked: str, tmp_path: Path) -> None:
+def test_light_has_no_skew_and_says_so(run: Command, asked: str, tmp_path: Path) -> None:
     out = str(tmp_path / "p.safetensors")
-    said = measure("-p", asked, "-o", out, "--light")
+    said = run.measure("-p", asked, "-o", out, "--light")
     assert (said["skew"], said["tensors"], said["curves"]) == (False, 0, 2)
-    assert "no skew" in run_cli("profile", "-p", asked, "-o", out, "--light").stderr
+    assert "no skew" in run("-p", asked, "-o", out, "--light").stderr
 
 
 @pytest.mark.parametrize(
@@ -82,10 +116,10 @@ def test_light_has_no_skew_and_says_so(asked: str, tmp_path: Path) -> None:
         ('{"prompt": ""}', "'prompt' is an empty one"),
     ],
 )
-def test_a_bad_line_is_named(line: str, says: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_named(run: Command, line: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "good"}\n\n' + line + "\n")
-    done = run_cli("profile", "-p", str(path), "-o", str(tmp_path / "p"))
+    done = run("-p", str(path), "-o", str(tmp_path / "p"))
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{path}:3: " in done.stderr
     assert says in done.stderr
@@ -101,38 +135,36 @@ def test_a_bad_line_is_named(line: str, says: str, tmp_path: Path) -> None:
         (["-p", __file__, "--out", "/no/such/folder/p"], "make it first"),
     ],
 )
-def test_other_mistakes_are_one_line(arguments: list[str], says: str) -> None:
-    done = run_cli("profile", *arguments)
+def test_other_mistakes_are_one_line(run: Command, arguments: list[str], says: str) -> None:
+    done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": CODE[i:] * 6 + QUESTION} for i in range(24)])
+def test_an_interrupted_run_goes_on(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": CODE[i:] + QUESTION} for i in range(4)])
     out, part = tmp_path / "p.safetensors", tmp_path / "p.safetensors.part"
-    whole = measure("-p", asked, "-o", str(tmp_path / "whole"), "--limit", "24")
-    command = [sys.executable, "-m", "farkv.cli", "profile", "-p", asked, "-o", str(out), "--limit", "24", "--json"]
-    # One write as soon as there is something, so that the test need not wait for the clock.
-    slow = "import farkv.hf.measure as m; m.SECONDS_BETWEEN_WRITES = 0.0; from farkv.cli import main; main()"
-    command[1:3] = ["-c", slow]
-    process = subprocess.Popen(
-        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    while not part.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    whole = run.measure("-p", asked, "-o", str(tmp_path / "whole"))
+    run_mini, calls = hf_measure.run_mini, []
+
+    def interrupt(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_mini(*arguments)
+
+    monkeypatch.setattr(hf_measure, "run_mini", interrupt)
+    assert run("-p", asked, "-o", str(out)).returncode != 0
     assert part.exists()
     assert not out.exists()
-    other = run_cli("profile", "-p", asked, "-o", str(out), "--limit", "23")
+    other = run("-p", asked, "-o", str(out), "--limit", "3")
     assert other.returncode == 2
     assert "delete it" in other.stderr
-    done = run_cli("profile", "-p", asked, "-o", str(out), "--limit", "24", "--json")
-    assert "going on from" in done.stderr
-    assert json.loads(done.stdout)["curves"] == whole["curves"] == 24
+    done = run("-p", asked, "-o", str(out), "--json")
+    assert f"going on from {part}: 2 of 4 prompts are done" in done.stderr
+    assert json.loads(done.stdout)["curves"] == whole["curves"] == 4
+    assert len(calls) == 5
     resumed, plain = load_file(out), load_file(tmp_path / "whole")
     assert resumed.keys() == plain.keys()
     assert all(resumed[name].equal(plain[name]) for name in plain)
