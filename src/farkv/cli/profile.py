@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -59,7 +60,6 @@ def profile_model(
 
       farkv profile --model demo -p a.py -p b.py --limit 8 --light
     """
-    from farkv.hf.ask import build_prompt
     from farkv.hf.load import load_model, quiet_libraries
     from farkv.hf.measure import profile
     from farkv.hf.mini import Light
@@ -74,35 +74,34 @@ def profile_model(
         raise InputError("--prompts: expected at least one text file with text in it, got none")
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-
-    def encode(text: str, question: str | None) -> list[int]:
-        if question is None:
-            return tokenizer(text)["input_ids"]
-        prompt = build_prompt(tokenizer, text, question)
-        return prompt.text + prompt.question
-
+    encode = partial(encode_prompt, tokenizer)
     rows = draw_rows([row for path, found in files for row in cut_rows(path, found, encode, tokens)], limit, seed)
     part, started = out.with_name(out.name + ".part"), time.perf_counter()
-    going_on = part.is_file()
     with show_progress(err, "measuring", quiet=as_json) as show:
-
-        def on_prompt(done: int, total: int) -> None:
-            nonlocal going_on
-            if going_on:
-                err.print(f"going on from {part}: {done} of {total} prompts are done", soft_wrap=True)
-            going_on = False
-            show(done, total)
-
         measured = profile(
             loaded,
             rows,
-            on_prompt=on_prompt,
+            on_prompt=tell_once(part, show) if part.is_file() else show,
             scorer=cast("Scorer", scorer),
             resume=part,
             light=Light() if light else None,
         )
     measured.save(out)
     report(measured, out, {"tokens": sum(map(len, rows)), "prompts": len(rows)}, started, as_json=as_json)
+
+
+def tell_once(part: Path, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Return `show`, saying at its first call that an unfinished measurement goes on."""
+    told = False
+
+    def on_prompt(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            err.print(f"going on from {part}: {done} of {total} prompts are done", soft_wrap=True)
+        told = True
+        show(done, total)
+
+    return on_prompt
 
 
 def report(measured: Profile, out: Path, counts: dict[str, int], started: float, *, as_json: bool) -> None:
@@ -154,6 +153,16 @@ def read_line(where: str, line: str) -> tuple[str, str | None]:
             got = "none" if value is None else "an empty one" if value == "" else repr(value)[:40]
             raise InputError(f"{where}: {EXPECTED}, each a text; {name!r} is {got}")
     return values[0], values[1] if len(values) > 1 else None
+
+
+def encode_prompt(tokenizer: Any, text: str, question: str | None) -> list[int]:
+    """Tokenise a prompt; with a question, as `farkv run` does."""
+    from farkv.hf.ask import build_prompt
+
+    if question is None:
+        return tokenizer(text)["input_ids"]
+    prompt = build_prompt(tokenizer, text, question)
+    return prompt.text + prompt.question
 
 
 def cut_rows(path: Path, found: list[tuple[str, str | None]], encode: Encode, size: int) -> list[list[int]]:
