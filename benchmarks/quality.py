@@ -76,9 +76,9 @@ def prefill_once(model: Any, tokens: list[int]) -> Prefilled:
     return Prefilled(steps, len(tokens))
 
 
-def fill_cache(far: Handle, prefilled: Prefilled) -> FarCache:
+def fill_cache(far: Handle, prefilled: Prefilled, verify: int = 0) -> FarCache:
     """Make a cache that holds a prefilled text, as if this method had read it."""
-    cache = far.new_cache(tokens=prefilled.n_tokens + 256)
+    cache = far.new_cache(tokens=prefilled.n_tokens + 256, verify=verify)
     for i, step in prefilled.steps.items():
         cache.layers[i].update(step.k, step.v)
         cache.recipe.attend(i, step, lambda q, k, v, mask: None)

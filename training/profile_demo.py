@@ -21,6 +21,8 @@ from farkv.demo.recall import make_recall_prompt
 from farkv.hf.load import load_model
 
 PROMPTS, SHORTEST, LONGEST, FACTS = 64, 1024, 6144, 30
+# Prompts on which the losses of limited layers are measured.
+LOSSES = 16
 # Tokens of a fact and of the question, about.
 FACT_TOKENS = 14
 
@@ -53,6 +55,7 @@ def main() -> None:
         rows,
         on_prompt=lambda done, total: print(f"{done}/{total}", end="\r", flush=True),
         resume=Path("profile_demo.part"),
+        losses=LOSSES,
     )
     measured.save(MODEL_PATH / "profile.safetensors")
     lengths = sorted(map(len, rows))

@@ -13,7 +13,7 @@ from farkv.config import LEVERS, Lever, parse_bytes
 from farkv.errors import ConfigError
 from farkv.show import draw_plan
 
-RULES = ("xkv", "maxmin", "pyramid", "uniform", "paper")
+RULES = ("xkv", "loss", "maxmin", "pyramid", "uniform", "paper")
 
 
 def plan_layers(
@@ -52,6 +52,8 @@ def plan_layers(
       farkv plan --ratio 0.3 -o plan.json --plot plan.png
 
       farkv plan --profile qwen3.safetensors --retention 0.95 --lever keep
+
+      farkv plan --ratio 0.3 --rule loss   (profile made with --losses)
 
       farkv plan --ratio 0.1 --lever fetch --base plan.json -o both.json
     """

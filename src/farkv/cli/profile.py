@@ -36,9 +36,11 @@ def profile_model(
     limit: Annotated[int, typer.Option(min=1, help="Prompts at most, taken from all over.")] = 16,
     seed: Annotated[int, typer.Option(help="Which prompts are taken where there are more.")] = 0,
     scorer: Annotated[str, typer.Option(help="Of the curves: window, expected or value.")] = "window",
-    light: Annotated[
-        bool, typer.Option("--light", help="Run a quarter of the tokens and half of the layers: curves, no skew.")
-    ] = False,
+    light: Annotated[bool, typer.Option("--light", help="Run half of the tokens: curves, no skew.")] = False,
+    losses: Annotated[
+        int,
+        typer.Option(min=0, help="Prompts to measure on what limiting each layer costs (slow; for plan --rule loss)."),
+    ] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -59,6 +61,8 @@ def profile_model(
       farkv profile -m Qwen/Qwen3-8B -p asked.jsonl --limit 64
 
       farkv profile --model demo -p a.py -p b.py --limit 8 --light
+
+      farkv profile -m Qwen/Qwen3-8B -p asked.jsonl --losses 8
     """
     from farkv.hf.load import load_model, quiet_libraries
     from farkv.hf.measure import profile
@@ -85,6 +89,7 @@ def profile_model(
             scorer=cast("Scorer", scorer),
             resume=part,
             light=Light() if light else None,
+            losses=losses,
         )
     measured.save(out)
     report(measured, out, {"tokens": sum(map(len, rows)), "prompts": len(rows)}, started, as_json=as_json)

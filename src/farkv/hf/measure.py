@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from transformers import PreTrainedModel
 from farkv._axes import Tensor
 from farkv.errors import ConfigError, InputError, ProfileError, UnsupportedModelError
 from farkv.hf.attach import attach
+from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
+from farkv.hf.losses import LEAST_TOKENS, measure_losses
 from farkv.hf.mini import Light, Look, Sample, draw_runs, run_mini, thin_blocks
 from farkv.methods import Full
 from farkv.per_model.curves import Curves, fill_layers
@@ -48,6 +51,7 @@ def profile(
     curves: bool = True,
     resume: str | Path | None = None,
     light: Light | None = None,
+    losses: int = 0,
 ) -> Profile:
     """Measure the skews and the gain curves of every full-attention layer.
 
@@ -63,6 +67,7 @@ def profile(
         resume: where an unfinished measurement is kept; a later call with the same prompts and settings goes on from
             there, to the same result bit for bit. Deleted at the end.
         light: run less of the model and of the prompts. The profile then has curves and no skew.
+        losses: measure on so many of the prompts what limiting each layer costs (`hf.losses`); not with `light`.
 
     Raises:
         InputError: there is no prompt of at least two tokens.
@@ -73,18 +78,39 @@ def profile(
     Cost: one pass per prompt (`run_mini`), and 2 (Hq + Hkv) D^2 operations per token and layer for the skew.
     """
     look = check_settings(Look(scorer, window, pool, curves, light is None), light)
+    if losses < 0 or (losses and light is not None):
+        raise ConfigError(f"losses: expected 0 or more prompts, and none with light, got {losses}")
     rows = [torch.as_tensor(p, dtype=torch.long).reshape(-1).to("cpu") for p in prompts]
     rows = [r for r in rows if r.shape[0] > 1]
     if not rows:
         raise InputError("profile: expected at least one prompt of two or more tokens, got none")
-    identity = identify_model(model)
-    with (
-        attach(model, Full(), profile=False) as handle,
-        thin_blocks(handle, light.layers if light else 1) as layers,
-    ):
-        if not layers:
+    identity, total = identify_model(model), len(rows) + (len(pick_long(rows, losses)) if losses else 0)
+    with attach(model, Full(), profile=False) as handle:
+        if not handle.managed:
             raise UnsupportedModelError(f"{type(model).__name__}: has no full-attention layer, so nothing to measure")
         part = Part(resume, digest_task(rows, look, light, {**identity, "dtype": str(model.dtype)}))
+        sums = sum_prompts(handle, rows, part, look, light, on_prompt=lambda done, _: on_prompt(done, total))
+        curves_made = make_curves(sums, handle, look, light)
+        made = make_profile(dict(sorted(sums.grams.items())), identity, curves_made)
+        if losses:
+            some = pick_long(rows, losses)
+            lost = measure_losses(handle, some, lambda done, _: on_prompt(len(rows) + done, total))
+            made = replace(made, limited=lost)
+        part.delete()
+    return made
+
+
+def sum_prompts(
+    handle: Handle,
+    rows: list[Tensor],
+    part: Part,
+    look: Look,
+    light: Light | None,
+    *,
+    on_prompt: Callable[[int, int], None],
+) -> Sums:
+    """Run every prompt that is not in the unfinished measurement yet, and add what it showed."""
+    with thin_blocks(handle, light.layers if light else 1) as layers:
         sums = part.load()
         if sums.n_done:
             on_prompt(sums.n_done, len(rows))
@@ -97,9 +123,19 @@ def profile(
         except BaseException:
             part.write(sums)
             raise
-        made = make_profile(dict(sorted(sums.grams.items())), identity, make_curves(sums, handle.managed, look, light))
-    part.delete()
-    return made
+    return sums
+
+
+def pick_long(rows: list[Tensor], n: int) -> list[Tensor]:
+    """Return `n` of the prompts that losses can be measured on, from all over.
+
+    Raises:
+        InputError: none is long enough.
+    """
+    long = [row for row in rows if row.shape[0] > LEAST_TOKENS]
+    if not long:
+        raise InputError(f"losses: expected a prompt of more than {LEAST_TOKENS} tokens, got none")
+    return long[:: max(1, len(long) // n)][:n]
 
 
 def check_settings(look: Look, light: Light | None) -> Look:
@@ -146,7 +182,7 @@ def add_sample(sums: Sums, sample: Sample, n_tokens: int, layers: list[int]) -> 
     return Sums(sums.n_done + 1, {**old, **grams}, keep, spread, tokens)
 
 
-def make_curves(sums: Sums, layers: list[int], look: Look, light: Light | None) -> Curves | None:
+def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> Curves | None:
     """Return the curves of all prompts, or None if there are none.
 
     Raises:
@@ -157,10 +193,11 @@ def make_curves(sums: Sums, layers: list[int], look: Look, light: Light | None) 
             raise InputError(f"light: expected a prompt of more than {look.window} tokens, got none; give longer ones")
         return None
     settings: dict[str, Any] = {"scorer": look.scorer, "window": look.window, "pool": look.pool}
+    settings["token_bytes"] = [shape.token_bytes for shape in handle.measure_shapes()]
     if light is not None:
         settings["light"] = light._asdict()
     keep, spread = torch.stack(sums.keep), torch.stack(sums.spread)
-    return Curves(keep, spread, torch.tensor(sums.tokens), tuple(layers), settings)
+    return Curves(keep, spread, torch.tensor(sums.tokens), tuple(handle.managed), settings)
 
 
 def digest_task(rows: list[Tensor], look: Look, light: Light | None, identity: dict[str, str]) -> str:

@@ -38,8 +38,8 @@ class Light(NamedTuple):
     with fewer blocks the curves lead to no better plan than an equal split (benchmarks/results/xkv_light.jsonl).
     """
 
-    tokens: float = 0.25
-    layers: int = 2
+    tokens: float = 0.5
+    layers: int = 1
 
 
 class Look(NamedTuple):

@@ -14,11 +14,15 @@ import numpy as np
 from farkv.config import Lever
 from farkv.errors import ConfigError, ProfileError
 from farkv.per_model.curves import GRID, Curves, Kind
+from farkv.per_model.losses import Losses
 from farkv.per_model.profile import Profile
 from farkv.per_prompt.allocate import allocate, measure_layer_retention
+from farkv.per_prompt.knapsack import choose_levels
 from farkv.per_prompt.promise import allocate_promise, average_allocations
 from farkv.plan import Allocation, Plan
 
+# Shares that the knapsack chooses from.
+LEVELS = 72
 CURVE_OF: dict[Lever, Kind] = {"keep": "keep", "near": "keep", "fetch": "spread"}
 
 
@@ -47,7 +51,11 @@ class Budget(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How layers share: the rule (`xkv`, `maxmin`, `pyramid`, `uniform`, `paper`), weights and least share."""
+    """How layers share: the rule, weights and least share.
+
+    `xkv`: greatest mean retention.  `loss`: least measured loss, by an exact knapsack.  `paper`: the mean of the
+    samples' own allocations.  `maxmin`, `pyramid`, `uniform`: as in `allocate`.
+    """
 
     rule: str = "xkv"
     weights: tuple[float, ...] | None = None
@@ -71,26 +79,35 @@ def make_plan(
         ProfileError: the profile has no curves. ConfigError: the budget cannot be used.
     """
     curves = profile.curves()
-    made: dict[Lever, Allocation] = {
-        lever: allocate_lever(curves, budget, CURVE_OF[lever], choice or Choice()) for lever in levers
-    }
+    choice = choice or Choice()
+    made: dict[Lever, Allocation] = {}
+    for lever in levers:
+        kind = CURVE_OF[lever]
+        if choice.rule == "loss":
+            cells = lose_cells(profile.losses(), curves, budget, kind)
+        else:
+            cells = find_cells(curves, budget, kind, choice)
+        made[lever] = describe(curves, budget, kind, choice, cells)
     if base is not None:
         base.check(profile.identity, list(curves.layers))
         made = {**base.levers, **made}
     return Plan(profile.identity, curves.layers, made)
 
 
-def allocate_lever(curves: Curves, budget: Budget, kind: Kind, choice: Choice) -> Allocation:
+def find_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice) -> np.ndarray:
     """Share a budget over the layers, on the grid."""
     if not 0 <= choice.floor < 1:
         raise ConfigError(f"floor: expected a share in [0, 1), got {choice.floor!r}")
-    mean = curves.mean(kind).numpy()
     options = {"weights": choice.weights, "floor": round(choice.floor * GRID)}
-    window = int(curves.settings.get("window", 0))
     if budget.retention is not None and budget.confidence > 0 and choice.rule == "xkv":
-        cells = promise_cells(curves, budget, kind, options)
-    else:
-        cells = share_cells(curves, budget, kind, choice, options)
+        return promise_cells(curves, budget, kind, options)
+    return share_cells(curves, budget, kind, choice, options)
+
+
+def describe(curves: Curves, budget: Budget, kind: Kind, choice: Choice, cells: np.ndarray) -> Allocation:
+    """Return an allocation of the grid's cells, with what it and equal shares hold of the profile's attention mass."""
+    mean = curves.mean(kind).numpy()
+    window = int(curves.settings.get("window", 0))
     # A budget in bytes or as a ratio counts every record; the others come beside the window, as the curves do. One
     # record more rounds what a share of a context leaves over up.
     on_top = {"tokens": window, "retention": window + 1}
@@ -151,3 +168,28 @@ def promise_cells(curves: Curves, budget: Budget, kind: Kind, options: dict[str,
     rows = [c.keep.numpy() if kind == "keep" else c.spread.numpy() for c in (fit, calibration)]
     assert budget.retention is not None
     return allocate_promise(*rows, retention=budget.retention, confidence=budget.confidence, **options).tokens
+
+
+def lose_cells(losses: Losses, curves: Curves, budget: Budget, kind: Kind) -> np.ndarray:
+    """Choose a share per layer so that the measured losses sum to the least: one level each, by dynamic programming.
+
+    It takes losses to add up over layers, which a joint run may not bear out (docs/papers/xkv.md).
+
+    Raises:
+        ConfigError: the budget is a retention, which this rule does not promise, or too small.
+    """
+    if budget.retention is not None:
+        raise ConfigError("rule loss: promises no retention; give tokens, ratio or bytes, or use the rule xkv")
+    limit = limit_cells(curves, budget)
+    n_layers = len(curves.layers)
+    if len(set(limit.get("token_bytes", [1]))) > 1:
+        raise ConfigError("rule loss: expected layers of equal bytes; use the rule xkv")
+    if "n_bytes" in limit:
+        total = int(limit["n_bytes"] // limit["token_bytes"][0])
+    else:
+        total = int(limit["tokens"] if "tokens" in limit else limit["ratio"] * n_layers * GRID + 1e-9)
+    least = max(1, round(losses.shares[0] * GRID))
+    levels = np.unique(np.round(np.geomspace(least, GRID, LEVELS)).astype(np.int64))
+    lost = losses.interpolate("keep" if kind == "keep" else "fetch", levels, GRID)
+    chosen = choose_levels(-lost, np.broadcast_to(levels, lost.shape), total)
+    return levels[chosen]

@@ -9,6 +9,7 @@ Source: XKV §1.3; it averages allocations in tokens, we average curves (docs/pa
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -106,10 +107,11 @@ class Curves:
             )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         first = min(max(round(fraction * n), 1), n - 1)
-        return self._take(order[:first]), self._take(order[first:])
+        return self.take(order[:first].sort().values.tolist()), self.take(order[first:].sort().values.tolist())
 
-    def _take(self, chosen: Tensor) -> Curves:
-        chosen = chosen.sort().values
+    def take(self, prompts: Sequence[int]) -> Curves:
+        """Return the curves of these prompts, in this order."""
+        chosen = torch.tensor(list(prompts), dtype=torch.long)
         return replace(self, keep=self.keep[chosen], spread=self.spread[chosen], tokens=self.tokens[chosen])
 
     def to_tensors(self) -> dict[str, Tensor]:

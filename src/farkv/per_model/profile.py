@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from farkv._axes import Tensor
 from farkv.errors import ProfileError
 from farkv.per_model.curves import Curves
+from farkv.per_model.losses import Losses
 from farkv.per_model.skew import Gram, solve_bilinear, solve_svd
 
 FORMAT = "farkv-profile-1"
@@ -30,13 +31,14 @@ class Profile:
     """Skews of every profiled layer, float32 on the CPU, batch axis 1, and gain curves.
 
     `identity` names the model it was measured on: family, shape and a digest of some weights. `measured` are the
-    curves, where there are any.
+    curves, `limited` the losses of limited layers, where there are any.
     """
 
     identity: dict[str, str]
     tensors: dict[str, Tensor] = field(repr=False)
     path: str | None = None
     measured: Curves | None = field(default=None, repr=False)
+    limited: Losses | None = field(default=None, repr=False)
 
     @property
     def has_skew(self) -> bool:
@@ -55,6 +57,18 @@ class Profile:
                 "the observation window: farkv profile"
             )
         return self.measured
+
+    def losses(self) -> Losses:
+        """Return what limiting each layer costs.
+
+        Raises:
+            ProfileError: it was not measured.
+        """
+        if self.limited is None:
+            raise ProfileError(
+                f"profile {self.path or ''}: expected measured losses, has none; make it anew: farkv profile --losses 8"
+            )
+        return self.limited
 
     def bilinear(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return A_q, A_k ([1, Hkv, D, up to 64]) and the key mean ([1, Hkv, 1, D])."""
@@ -88,6 +102,9 @@ class Profile:
         if self.measured is not None:
             tensors = tensors | self.measured.to_tensors()
             metadata["curves"] = self.measured.notes
+        if self.limited is not None:
+            tensors = tensors | self.limited.to_tensors()
+            metadata["losses"] = self.limited.notes
         save_file(tensors, part, metadata=metadata)
         # The writer makes files that only their owner can read; a profile is shared like the weights beside it.
         part.chmod(0o644)
@@ -109,14 +126,13 @@ class Profile:
                 identity = json.loads(metadata["identity"])
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ProfileError(f"profile {path}: cannot be read ({error}); make it anew: farkv profile") from error
-        skews = {name: tensor for name, tensor in tensors.items() if not name.startswith("curves.")}
-        measured = None
-        if len(skews) < len(tensors):
-            try:
-                measured = Curves.from_tensors(tensors, metadata.get("curves", ""))
-            except ProfileError as error:
-                raise ProfileError(f"profile {path}: {error}") from error
-        return cls(identity, skews, str(path), measured)
+        skews = {name: tensor for name, tensor in tensors.items() if not name.startswith(("curves.", "losses."))}
+        try:
+            measured = Curves.from_tensors(tensors, metadata["curves"]) if "curves" in metadata else None
+            limited = Losses.from_tensors(tensors, metadata["losses"]) if "losses" in metadata else None
+        except ProfileError as error:
+            raise ProfileError(f"profile {path}: {error}") from error
+        return cls(identity, skews, str(path), measured, limited)
 
 
 def make_profile(grams: dict[int, Gram], identity: dict[str, str], curves: Curves | None = None) -> Profile:
