@@ -61,6 +61,11 @@ class Plan:
                     f"plan {self.path or ''}: lever {lever}: expected {len(self.layers)} shares, one per layer, "
                     f"got {len(allocation.shares)}; make it anew: farkv plan"
                 )
+            if not len(allocation.retention) == len(allocation.uniform) == len(self.layers):
+                raise PlanError(
+                    f"plan {self.path or ''}: lever {lever}: expected {len(self.layers)} numbers in retention and "
+                    "uniform, one per layer; make it anew: farkv plan"
+                )
             if not all(0 <= share <= 1 for share in allocation.shares) or allocation.base < 0:
                 raise PlanError(
                     f"plan {self.path or ''}: lever {lever}: expected shares in [0, 1] and a base of 0 or more"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +12,7 @@ import typer
 
 from farkv.cli.options import JsonOption, ModelOption, err
 from farkv.config import LEVERS, Lever, parse_bytes
-from farkv.errors import ConfigError
+from farkv.errors import ConfigError, InputError
 from farkv.show import draw_plan
 
 RULES = ("xkv", "loss", "maxmin", "pyramid", "uniform", "paper")
@@ -74,18 +76,33 @@ def plan_layers(
     budget = Budget(tokens, ratio, n_bytes, retention, confidence, context)
     names: tuple[Lever, ...] = tuple(name for name in LEVERS if name in levers)
     made = make_plan(loaded, budget, names, Choice(rule, None, floor), Plan.load(base) if base else None)
-    made.save(out)
+    with naming_files(out):
+        made.save(out)
     if plot is not None:
         from farkv.plot import plot_plan
 
         plot_plan(made, loaded.curves(), plot)
     if kvpress is not None:
-        kvpress.write_text(json.dumps({"compression_ratios": made.to_kvpress()}) + "\n")
+        with naming_files(kvpress):
+            kvpress.write_text(json.dumps({"compression_ratios": made.to_kvpress()}) + "\n")
     if as_json:
         typer.echo(json.dumps({"out": str(out), **made.to_dict()}))
     else:
         err.print(draw_plan(made))
         err.print(f"wrote {', '.join(str(p) for p in (out, plot, kvpress) if p)}", highlight=False)
+
+
+@contextmanager
+def naming_files(path: Path) -> Iterator[None]:
+    """Turn a file that cannot be written into an error of one line.
+
+    Raises:
+        InputError: there is no such folder, or it cannot be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"file {path}: cannot be written ({error.strerror}); expected a folder that exists") from error
 
 
 def find_profile_of(model: str) -> Path:

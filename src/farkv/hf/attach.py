@@ -92,9 +92,11 @@ def make_levers(selector: Selector | None, xkv: XKV | None, plan: Plan | None) -
         return Levers(xkv, keep=xkv is not None)
     names = xkv.levers if xkv is not None else ("fetch",)
     allowed = None
+    if xkv is not None and (xkv.least_records == 1 or xkv.rule != "xkv"):
+        raise ConfigError(
+            "XKV: the plan says how much each layer keeps; leave out fraction, retention, tokens and rule"
+        )
     if xkv is not None and "keep" in names:
-        if xkv.least_records == 1:
-            raise ConfigError("XKV: the plan says how much is kept; leave out fraction, retention and tokens")
         keep = plan.get("keep")
         allowed = {i: Allowed(keep.base, share) for i, share in zip(plan.layers, keep.shares, strict=True)}
     fetch = dict(zip(plan.layers, plan.get("fetch").shares, strict=True)) if "fetch" in names else None

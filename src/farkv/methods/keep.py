@@ -16,8 +16,9 @@ from farkv._axes import Bool, Tensor
 from farkv.methods.watch import Watcher
 from farkv.per_prompt.allocate import allocate
 from farkv.per_prompt.evict import choose_kept, join_marks
-from farkv.per_prompt.importance import sort_gains
+from farkv.per_prompt.importance import PADDING, sort_gains
 from farkv.per_token.select import force_sinks
+from farkv.store.kept import ROW_BYTES
 from farkv.store.records import Keep
 from farkv.store.sizes import Allowed, LayerShape, count_cap, share_out
 from farkv.store.tiers import Tiers
@@ -40,6 +41,8 @@ class Keeper:
         self.gains: dict[int, Any] = {}
         # Tokens of the prompt where it is read in chunks; 0: every pass of more than one token may be its end.
         self.prompt_tokens = 0
+        # True where a prompt whose shares are planned is attended to before any of it is stored.
+        self.passes_by = False
         self._counted: tuple[int, dict[int, int]] = (-1, {})
 
     @property
@@ -68,19 +71,21 @@ class Keeper:
         """Return the rows that every layer holds when a context of `tokens` is at its widest."""
         if self.keeps_at_once(n_new):
             return {i: self.count(i, tokens) for i in self.layers}
-        if self.store.evicted[self.layers[0]]:
+        if any(self.store.evicted.values()):
             return {i: self.store.length(i) + n_new for i in self.layers}
         return dict.fromkeys(self.layers, tokens)
 
-    def count_besides(self, shape: LayerShape, tokens: int, rows: dict[int, int]) -> int:
+    def count_besides(self, shape: LayerShape, tokens: int, n_new: int, rows: dict[int, int]) -> int:
         """Reserve what will be kept, where less than all is ever stored; else return the bytes an eviction needs.
 
         A layer that is evicted stands beside its old self for a moment.
         """
+        row_bytes = shape.token_bytes + ROW_BYTES * shape.batch * shape.kv_heads
         if max(rows.values()) < tokens:
             self.store.reserve(rows)
-            return 0
-        return max(self.count(i, tokens) for i in self.layers) * shape.token_bytes
+            # Beside a selector a layer's prompt is stored whole before what stays of it is known.
+            return tokens * row_bytes if self.keeps_at_once(n_new) and not self.passes_by else 0
+        return max(self.count(i, tokens) for i in self.layers) * row_bytes
 
     def keeps_at_once(self, n_new: int) -> bool:
         """Say whether this pass is a whole prompt of which a plan says how much each layer keeps."""
@@ -108,7 +113,10 @@ class Keeper:
             cap = count_cap(config.need_fraction, tokens, config.least_records)
             budget = max(0, cap * n_layers - self.recent * n_layers)
             counts = allocate(gains, tokens=min(budget, n_layers * n_old), rule=config.rule)
-            self.allowed = {i: Allowed(0, (n + self.recent) / tokens) for i, n in zip(self.layers, counts, strict=True)}
+            shares = [(int(n) + self.recent) / tokens for n in counts]
+            # What a short prompt keeps besides its share (the window, the least) is no share of a longer context.
+            scale = min(1.0, config.need_fraction * n_layers / sum(shares))
+            self.allowed = {i: Allowed(0, share * scale) for i, share in zip(self.layers, shares, strict=True)}
 
     def allow_evenly(self) -> None:
         """Give every layer the same: there was no prompt to tell them apart."""
@@ -151,13 +159,16 @@ class Keeper:
         n_old = n_rows - min(self.recent, n_rows)
         seen = None if visible is None else visible[..., :n_old]
         scores = force_sinks(scores[..., :n_old].clone(), min(self.config.sinks or 0, n_old), seen)
+        if seen is not None:
+            # A mark is never below 0: without this, padding would tie with real records of no weight.
+            scores.masked_fill_(~seen, PADDING)
         positions, marks = choose_kept(scores, n_rows, n_keep, self.recent)
         return Keep(positions, marks, min(self.recent, n_rows))
 
     def choose_stored(self, layer: int, visible: Bool[Tensor, "B h S"] | None, room: int = 0) -> Keep | None:
         """Choose by the marks of stored records; None where all may stay."""
         n_rows = self.store.length(layer)
-        if n_rows <= max(self.count(layer, self.store.seen(layer)), self.least):
+        if n_rows <= max(self.count(layer, self.store.seen(layer)) - room, self.least):
             return None
         marks = self.store.kept[layer].marks.view()[..., 0].float()
         return self.choose(layer, marks.to(self.store.device), n_rows, visible, room)
@@ -170,6 +181,13 @@ class Keeper:
             self.allow_evenly()
         next_count = self.count(layer, self.store.seen(layer) + 1)
         return self.store.length(layer) + 1 > max(next_count, self.least + 1)
+
+    def room(self, layer: int) -> int:
+        """Return how many records fewer than it may a layer keeps of a prompt, so that the next token is no excess."""
+        if self.config.paper:
+            return 0
+        seen = self.store.seen(layer)
+        return max(0, self.count(layer, seen) + 1 - self.count(layer, seen + 1))
 
     def slack(self, layer: int) -> int:
         """Return how many records decoding evicts at once."""

@@ -106,6 +106,9 @@ def find_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice) -> np
 
 def describe(curves: Curves, budget: Budget, kind: Kind, choice: Choice, cells: np.ndarray) -> Allocation:
     """Return an allocation of the grid's cells, with what it and equal shares hold of the profile's attention mass."""
+    if choice.rule != "xkv":
+        # Only the rule xkv is calibrated: no other plan may say that it was.
+        budget = budget._replace(confidence=0.0)
     mean = curves.mean(kind).numpy()
     window = int(curves.settings.get("window", 0))
     # A budget in bytes or as a ratio counts every record; the others come beside the window, as the curves do. One
@@ -129,9 +132,7 @@ def share_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice, opti
     limit = limit_cells(curves, budget)
     if choice.rule == "paper":
         rows = curves.keep if kind == "keep" else curves.spread
-        return average_allocations(rows.numpy(), **limit)
-    if choice.rule != "xkv":
-        options = {**options, "weights": None}
+        return average_allocations(rows.numpy(), **limit, **options)
     return allocate(curves.mean(kind).numpy(), rule=choice.rule, **limit, **options)
 
 
@@ -146,7 +147,7 @@ def limit_cells(curves: Curves, budget: Budget) -> dict[str, Any]:
         raise ConfigError(
             f"budget: expected one of tokens, ratio, bytes and retention, got {' and '.join(given) or 'none'}"
         )
-    context = budget.context or round(float(curves.tokens.float().mean()))
+    context = round(float(curves.tokens.float().mean())) if budget.context is None else budget.context
     if context < 1:
         raise ConfigError(f"context: expected at least 1 token, got {context}")
     n_layers = len(curves.layers)

@@ -46,7 +46,9 @@ class SparseRecipe:
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
         self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
         levers = place.levers
-        self.store = Tiers(place.layers, place.limits, place.device, Needs(window, self.at_home, levers.keep))
+        self.store = Tiers(
+            place.layers, place.limits, place.device, Needs(window, self.at_home, levers.keep, levers.near is not None)
+        )
         scored = levers.xkv is not None and (levers.keep or levers.near is not None)
         self.watcher = Watcher(levers.xkv) if scored and levers.xkv else None
         self.keeper = Keeper(self.watcher, levers.allowed, self.store, window) if self.watcher and levers.keep else None
@@ -106,10 +108,12 @@ class SparseRecipe:
         if self.keeper is not None:
             self.keeper.prompt_tokens = self.prompt_tokens
             rows = self.keeper.widest(tokens, n_new)
-            besides = self.keeper.count_besides(shape, tokens, rows)
+            besides = self.keeper.count_besides(shape, tokens, n_new, rows)
         if self.keeper is not None and self.verifying:
-            self.store.remember_all()
-            besides += len(self.layers) * tokens * shape.token_bytes
+            self.store.remember_all(tokens)
+            # One layer more while what is remembered grows.
+            n_layers = len(self.layers) + (0 if self.store.limits.reserve_tokens >= tokens else 1)
+            besides += n_layers * tokens * shape.token_bytes
         admit(self.store, shape, rows, self.near_need(shape, n_new), besides)
 
     def near_need(self, shape: LayerShape, n_new: int) -> NearNeed:
@@ -232,7 +236,7 @@ class SparseRecipe:
                 [layer] if keeper is None else keeper.end_prompt(layer, self.visible(layer, self.store.length(layer)))
             )
             for i in ready:
-                self._evict(i, room=0)
+                self._evict(i, room=0 if keeper is None else keeper.room(i))
                 if self.holder is not None:
                     self.holder.end_prompt(i, self.visible(i, self.store.length(i)))
         elif keeper is not None and keeper.is_over(layer):
@@ -274,6 +278,8 @@ class SparseRecipe:
         self.pending.clear()
         self.store.crop(layer, n_tokens)
         self.padding.crop(self.store.seen(layer))
+        if self.watcher is not None and not self.dense:
+            self.watcher.crop(n_tokens, layer)
 
     def select(self, sequences: Int[Tensor, " N"], layer: int) -> None:
         """Keep these sequences of the batch, in this order."""
@@ -287,6 +293,7 @@ class SparseRecipe:
     def clear(self, layer: int) -> None:
         """Forget everything of a layer."""
         self.pending.clear()
+        self.prompt_tokens = 0
         self.store.clear(layer)
         if self.watcher is not None:
             self.watcher.clear(layer)

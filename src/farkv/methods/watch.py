@@ -43,6 +43,12 @@ class Watcher:
             at = sequences.to(old.window.device)
             self.observed[layer] = map_tensors(old, lambda t: t.index_select(0, at))
 
+    def crop(self, n_tokens: int, layer: int) -> None:
+        """Forget the newest queries of a layer: the next ones slide in behind those that are left."""
+        old = self.observed.get(layer)
+        if old is not None:
+            self.observed[layer] = old._replace(window=old.window[:, :, : max(0, old.window.shape[2] - n_tokens)])
+
     def clear(self, layer: int) -> None:
         """Forget a layer's queries."""
         self.observed.pop(layer, None)

@@ -22,7 +22,7 @@ class XKVRecipe(SparseRecipe):
         levers = place.levers._replace(xkv=config, keep=True)
         super().__init__(place._replace(levers=levers), fraction=1.0, sinks=0, window=0)
         assert self.keeper is not None
-        self.wants_one_pass = self.keeper.planned
+        self.wants_one_pass = self.keeper.passes_by = self.keeper.planned
         self.passing = False
 
     def reads_all(self, layer: int) -> bool:
@@ -34,6 +34,7 @@ class XKVRecipe(SparseRecipe):
         keeper = self.keeper
         assert keeper is not None
         if layer == self.layers[0]:
+            keeper.prompt_tokens = self.prompt_tokens
             # Said once for all layers, before the first of them has seen anything.
             self.passing = keeper.keeps_at_once(k.shape[2])
         if not self.passing:
@@ -59,5 +60,5 @@ class XKVRecipe(SparseRecipe):
         out = kernel(step.query.q, step.k, step.v, step.mask)
         visible = None if real is None else real[:, None]
         scores = watcher.score(layer, step.k, step.v, visible)
-        self.store.put(layer, step.k, step.v, keeper.choose(layer, scores, n, visible, 0))
+        self.store.put(layer, step.k, step.v, keeper.choose(layer, scores, n, visible, keeper.room(layer)))
         return out

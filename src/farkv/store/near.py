@@ -84,6 +84,10 @@ class Tail:
         self.data, self.length = None, 0
 
 
+# The place of a held copy, int32, per record of the pool.
+SLOT_BYTES = 4
+
+
 class Held:
     """Records of one layer that stay near: their rows, and for every pool row the place of its copy, -1 without one."""
 
@@ -101,6 +105,8 @@ class Held:
         self.rows.append(gather_rows(pool, at))
         slots = torch.full((batch, heads, n_rows), -1, dtype=torch.int32, device=pool.device)
         slots.scatter_(-1, at, torch.arange(n, dtype=torch.int32, device=pool.device).expand(batch, heads, n))
+        # It grows when the pool does, not before: only then is new memory admitted.
+        self.slots.reserve = pool.shape[2]
         self.slots.append(slots[..., None])
 
     def append(self, n: int) -> None:

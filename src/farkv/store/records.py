@@ -23,6 +23,8 @@ class Needs(NamedTuple):
     # Near memory holds the records themselves: what is kept is all there is to read.
     at_home: bool = False
     evicts: bool = False
+    # Some records may be held near for longer than a step.
+    holds: bool = False
 
 
 class Fetch(NamedTuple):

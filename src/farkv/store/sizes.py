@@ -66,7 +66,8 @@ def share_out(wanted: list[int], least: int, total: int) -> list[int]:
     excess = sum(counts) - max(total, least * len(counts))
     while excess > 0:
         top = max(counts)
-        largest = [i for i, n in enumerate(counts) if n == top]
+        # Of equal ones those first that wanted less: no layer ends below one that wanted less than it.
+        largest = sorted((i for i, n in enumerate(counts) if n == top), key=lambda i: wanted[i])
         below = max((n for n in counts if n < top), default=least)
         step = max(1, min(top - max(below, least), excess // len(largest)))
         for i in largest[: max(1, excess)]:

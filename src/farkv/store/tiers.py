@@ -45,6 +45,7 @@ class Tiers:
         # While steps of an evicting method are verified: every record, to compare with.
         self.shadow: dict[int, Rows] = {}
         self.tails = {layer: Tail(self.near, device, form.window + 1) for layer in layers} if self.far else {}
+        self.holds = form.holds and self.far
         self.held: dict[int, Held] = {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device)
@@ -76,6 +77,8 @@ class Tiers:
             self.pool[layer].reserve = n
             if layer in self.kept:
                 self.kept[layer].places.reserve = self.kept[layer].marks.reserve = n
+            if layer in self.held:
+                self.held[layer].slots.reserve = n
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens' records."""
@@ -132,10 +135,12 @@ class Tiers:
             return positions
         return self.kept[layer].places.view()[..., 0].to(positions.device).gather(-1, positions).long()
 
-    def remember_all(self) -> None:
-        """Keep every record besides, to verify against; counted against the same limit."""
+    def remember_all(self, tokens: int) -> None:
+        """Keep every record besides, of `tokens` at first, to verify against; counted against the same limit."""
         if self.kept and not self.shadow:
-            self.shadow = {layer: Rows(self.home, device=rows.device) for layer, rows in self.pool.items()}
+            self.shadow = {
+                layer: Rows(self.home, device=rows.device, reserve=tokens) for layer, rows in self.pool.items()
+            }
 
     def all_keys(self, layer: int) -> Tensor:
         """Return the keys of every token, evicted ones too where steps are verified."""
