@@ -10,8 +10,14 @@ import re
 import sys
 from pathlib import Path
 
+import allocate
 import limits
 import quality
+import xkv_batch
+import xkv_coverage
+import xkv_light
+import xkv_memory
+import xkv_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
@@ -38,6 +44,19 @@ def make_tables() -> dict[Path, dict[str, str]]:
         ROOT / "docs/papers/infinigen.md": {
             "quality": whole,
             "limits": limits.format_table(RESULTS / "near_limits.jsonl"),
+        },
+        ROOT / "docs/papers/xkv.md": {
+            "keep": xkv_tables.format_keep(),
+            "code": xkv_tables.format_code(),
+            "agnostic": xkv_tables.format_agnostic(),
+            "fetch": xkv_tables.format_fetch(),
+            "least": xkv_tables.format_least(),
+            "layers": xkv_tables.format_layers(),
+            "coverage": xkv_coverage.format_table(RESULTS / "xkv_coverage.jsonl"),
+            "memory": xkv_memory.format_table(RESULTS / "xkv_memory.jsonl"),
+            "batch": xkv_batch.format_table(RESULTS / "xkv_batch.jsonl"),
+            "allocate": allocate.format_table(RESULTS / "allocate.jsonl"),
+            "light": xkv_light.format_table(RESULTS / "xkv_light.jsonl"),
         },
     }
 

@@ -38,7 +38,7 @@ from farkv.per_model.profile import Profile
 from farkv.plan import Allocation, Plan
 
 KEEP_RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85)
-AGNOSTIC_RATIOS = (0.1, 0.3, 0.5, 0.8)
+AGNOSTIC_RATIOS = (0.1, 0.3, 0.5)
 FETCH_RATIOS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 LAYER_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)
 RULES = ("xkv", "loss", "uniform", "pyramid", "maxmin")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import farkv
@@ -20,22 +21,42 @@ from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.hf.load import load_model
 
-PROMPTS, SHORTEST, LONGEST, FACTS = 64, 1024, 6144, 30
-# Prompts on which the losses of limited layers are measured.
+# The skews: texts of one length, with the answer.
+SKEW_PROMPTS, SKEW_TOKENS, FACTS = 16, 4096, 30
+# The curves: prompts of many lengths that end with their question.
+PROMPTS, SHORTEST, LONGEST = 64, 1024, 6144
+# Of those, prompts on which the losses of limited layers are measured.
 LOSSES = 16
 # Tokens of a fact and of the question, about.
 FACT_TOKENS = 14
+PART = Path("runs/profile_demo.part")
+
+
+def make_words(rng: random.Random) -> list[str]:
+    """Make words for names: random letters, so that no test's name is among them."""
+    return ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) for _ in range(300)]
+
+
+def make_texts() -> list[str]:
+    """Make the texts that the skews are measured on."""
+    files, words = read_sources(STDLIB, held_out=False), make_words(random.Random(0))
+    texts = []
+    for seed in range(SKEW_PROMPTS):
+        filler = draw_filler(files, int(3.2 * (SKEW_TOKENS - 13 * FACTS)), seed)
+        made = make_recall_prompt(filler, FACTS, seed, words)
+        texts.append(f"{made.text}{made.question}{made.answer}\n")
+    return texts
 
 
 def make_prompts(measure: Callable[[str], int]) -> list[str]:
-    """Make texts like those the model is asked about, of lengths from SHORTEST to LONGEST tokens in mixed order.
+    """Make prompts like those the model is asked, of lengths from SHORTEST to LONGEST tokens in mixed order.
 
     Args:
         measure: counts a line's tokens.
     """
     files = read_sources(STDLIB, held_out=False)
     rng = random.Random(0)
-    words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 7))) for _ in range(300)]
+    words = make_words(rng)
     texts = []
     for seed in range(PROMPTS):
         tokens = rng.randint(SHORTEST, LONGEST)
@@ -46,21 +67,19 @@ def make_prompts(measure: Callable[[str], int]) -> list[str]:
 
 
 def main() -> None:
-    """Measure and save; an interrupted run goes on where it was."""
+    """Measure and save; an interrupted run goes on where it was, but for the losses."""
     model, tokenizer = load_model("demo", device="cpu")
-    texts = make_prompts(lambda line: len(tokenizer(line)["input_ids"]))
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    measured = farkv.profile(
-        model,
-        rows,
-        on_prompt=lambda done, total: print(f"{done}/{total}", end="\r", flush=True),
-        resume=Path("profile_demo.part"),
-        losses=LOSSES,
-    )
-    measured.save(MODEL_PATH / "profile.safetensors")
-    lengths = sorted(map(len, rows))
-    print(f"wrote profile.safetensors from {len(rows)} prompts of {lengths[0]:,} to {lengths[-1]:,} tokens, "
-          f"{sum(lengths):,} in all")  # fmt: skip
+
+    def show(done: int, total: int) -> None:
+        print(f"{done}/{total}", end="\r", flush=True)
+
+    texts = [tokenizer(text)["input_ids"] for text in make_texts()]
+    skews = farkv.profile(model, texts, curves=False, on_prompt=show)
+    rows = [tokenizer(text)["input_ids"] for text in make_prompts(lambda line: len(tokenizer(line)["input_ids"]))]
+    PART.parent.mkdir(exist_ok=True)
+    curves = farkv.profile(model, rows, on_prompt=show, resume=PART, losses=LOSSES)
+    replace(curves, tensors=skews.tensors).save(MODEL_PATH / "profile.safetensors")
+    print(f"wrote profile.safetensors: skews from {sum(map(len, texts)):,} tokens, curves from {len(rows)} prompts")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_short_prompts_count_for_the_skew_alone() -> None:
     with pytest.raises(ProfileError, match="longer than the observation window"):
         farkv.profile(model, [short]).curves()
     with pytest.raises(InputError, match="more than 8 tokens"):
-        farkv.profile(model, [short], light=Light())
+        farkv.profile(model, [short], light=Light(0.25, 2))
 
 
 def test_one_token_more_than_the_window_is_a_curve() -> None:
@@ -128,7 +128,7 @@ def test_one_token_more_than_the_window_is_a_curve() -> None:
 @pytest.mark.parametrize("paper", [False, True])
 def test_infinigen_runs_with_a_profile_that_has_no_skew(paper: bool) -> None:
     model, method = make_model("llama"), InfiniGen(fraction=0.4, paper=paper)
-    profile = farkv.profile(model, PROMPTS, light=Light())
+    profile = farkv.profile(model, PROMPTS, light=Light(0.25, 2))
     assert not profile.has_skew
     prompt = make_prompt(2, tokens=40)
     with farkv.attach(model, method, profile=profile) as far:
@@ -146,7 +146,7 @@ def test_infinigen_runs_with_a_profile_that_has_no_skew(paper: bool) -> None:
         ({"pool": 4}, "odd pool"),
         ({"light": Light(0.0, 1)}, "0 < tokens"),
         ({"light": Light(0.5, 0)}, "layers >= 1"),
-        ({"light": Light(), "curves": False}, "only one of both"),
+        ({"light": Light(0.25, 2), "curves": False}, "only one of both"),
     ],
 )
 def test_settings_that_cannot_be_used(settings: Any, says: str) -> None:

@@ -168,7 +168,7 @@ def test_managed_layers_store_nothing(family: str) -> None:
             assert cache.layers[i].get_seq_length() == 300
 
 
-@pytest.mark.parametrize("light", [None, Light()])
+@pytest.mark.parametrize("light", [None, Light(0.25, 2)])
 def test_an_error_inside_leaves_the_model_as_it_was(light: Light | None) -> None:
     model = make_model("llama")
     plain, before = generate(model, make_prompt(1)), describe(model)
@@ -217,7 +217,7 @@ def test_light_over_everything_is_the_full_pass() -> None:
 def test_light_refuses_models_with_other_layers(family: str) -> None:
     model = make_model(family)
     with pytest.raises(ConfigError, match="layers of other kinds"):
-        farkv.profile(model, PROMPTS, light=Light())
+        farkv.profile(model, PROMPTS, light=Light(0.25, 2))
     curves = farkv.profile(model, PROMPTS[2:], light=Light(0.5, 1)).curves()
     assert torch.allclose(curves.keep.sum(-1), torch.ones(1, len(curves.layers)), atol=1e-5)
 
@@ -353,7 +353,7 @@ def test_the_part_of_another_task_is_refused(tmp_path: Path) -> None:
         (model, PROMPTS, {"window": 7}),
         (model, PROMPTS, {"scorer": "value"}),
         (model, PROMPTS, {"curves": False}),
-        (model, PROMPTS, {"light": Light()}),
+        (model, PROMPTS, {"light": Light(0.25, 2)}),
         (twin, PROMPTS, {}),
         (copy.deepcopy(model).to(torch.bfloat16), PROMPTS, {}),
     ]

@@ -83,11 +83,13 @@ def make_plan(
     made: dict[Lever, Allocation] = {}
     for lever in levers:
         kind = CURVE_OF[lever]
-        if choice.rule == "loss":
+        # What is held near costs no quality, only traffic: there is no loss to share it by.
+        mine = choice._replace(rule="xkv") if choice.rule == "loss" and lever == "near" else choice
+        if mine.rule == "loss":
             cells = lose_cells(profile.losses(), curves, budget, kind)
         else:
-            cells = find_cells(curves, budget, kind, choice)
-        made[lever] = describe(curves, budget, kind, choice, cells)
+            cells = find_cells(curves, budget, kind, mine)
+        made[lever] = describe(curves, budget, kind, mine, cells)
     if base is not None:
         base.check(profile.identity, list(curves.layers))
         made = {**base.levers, **made}
