@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import farkv
-from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window, make_recipe
+from farkv.errors import CacheStateError
+from farkv.methods import XKV, Full, InfiniGen, Method, Oracle, Random, Window, make_recipe
 from farkv.methods.contract import Place, Recipe
 from farkv.receipt import Account
 from farkv.store.tiers import StoreLimits
@@ -165,3 +166,67 @@ def test_a_cache_holds_no_model(method: Method) -> None:
     memo: dict[int, Any] = {}
     copy.deepcopy(cache, memo)
     assert not [v for v in memo.values() if isinstance(v, torch.nn.Module)]
+
+
+# --- methods that evict -----------------------------------------------------------------------------------------
+
+EVICTING: dict[str, tuple[Method, ...]] = {
+    "xkv": (XKV(fraction=0.3),),
+    "xkv_tokens": (XKV(tokens=60),),
+    "xkv_retention": (XKV(retention=0.6),),
+    "xkv_paper": (XKV(fraction=0.3, paper=True),),
+    "infinigen+keep": (InfiniGen(fraction=0.2), XKV(fraction=0.5)),
+}
+every_evicting = pytest.mark.parametrize("methods", EVICTING.values(), ids=EVICTING)
+
+
+@every_near
+@every_evicting
+def test_what_is_kept_is_stored_unchanged_and_in_the_books(methods: tuple[Method, ...], near: Any) -> None:
+    # The other methods' claim for all rows holds here for those that stay, at their places.
+    model = make_model("llama")
+    plain = model(input_ids=IDS).past_key_values
+    with farkv.attach(model, *methods, near=near) as far:
+        cache = far.new_cache()
+        forward(model, IDS, cache)
+    store = cache.recipe.store
+    assert isinstance(cache.recipe, Recipe)
+    assert all(store.evicted.values())
+    for i in range(4):
+        data = store.pool[i].view()
+        rows = torch.arange(data.shape[2]).expand(*data.shape[:2], -1)
+        at = store.locate(i, rows)[..., None].expand(-1, -1, -1, 8)
+        assert torch.equal(data[..., :8], plain.layers[i].keys.gather(2, at))
+        assert torch.equal(data[..., 8:], plain.layers[i].values.gather(2, at))
+    books = sum(kept.places.n_bytes + kept.marks.n_bytes for kept in store.kept.values())
+    index = store.index.used if store.home is store.near else 0
+    assert store.home.used == sum(rows.n_bytes for rows in store.pool.values()) + books + index
+
+
+@every_near
+@every_evicting
+def test_an_evicted_cache_is_copied_cropped_and_reset_as_others_are(methods: tuple[Method, ...], near: Any) -> None:
+    model = make_model("llama")
+    with farkv.attach(model, *methods, near=near) as far:
+        cache = far.new_cache()
+        forward(model, IDS, cache)
+        evicted = dict(cache.recipe.store.evicted)
+        twin = copy.deepcopy(cache)
+        expected = steps(model, cache, IDS[:, :3])
+        assert same(steps(model, twin, IDS[:, :3]), expected)
+        # As far as nothing was evicted on the way, tokens can be taken back; no further.
+        if cache.recipe.store.evicted == evicted:
+            cache.crop(-3)
+            assert cache.get_seq_length() == 60
+            assert same(steps(model, cache, IDS[:, :3]), expected)
+        with pytest.raises(CacheStateError, match="was evicted"):
+            twin.crop(-50)
+        assert twin.get_seq_length() == 63
+        memo: dict[int, Any] = {}
+        copy.deepcopy(cache, memo)
+        assert not [v for v in memo.values() if isinstance(v, torch.nn.Module)]
+        cache.reset()
+        store = cache.recipe.store
+        assert store.host.used == store.near.used == store.index.used == 0
+        forward(model, IDS, cache)
+        assert same(steps(model, cache, IDS[:, :3]), expected)
