@@ -217,8 +217,8 @@ def format_table(path: Path) -> str:
     """Return one Markdown row per context, method and batch, beside the full cache's run of that context."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
-        "| context | method | sequences | peak, of the limit | tokens/s, all sequences | of full's (each round) | ms per step "
-        "(bytes read alone) | GB/s |",
+        "| context | method | sequences | peak, of the limit | tokens/s, all sequences | of full's (each round) | "
+        "ms per step (bytes read alone) | GB/s |",
         "|---" * 8 + "|",
     ]
     for row in rows:

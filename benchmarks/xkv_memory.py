@@ -1,7 +1,7 @@
 """Does the peak memory of a process fall by what a plan says? XKV's `keep` against the full cache, measured as RSS.
 
-    python benchmarks/xkv_memory.py --local 512 --out benchmarks/results/xkv_memory.jsonl
-    python benchmarks/xkv_memory.py --append --only "full,keep 0.3" --tokens 8192
+    python benchmarks/xkv_memory.py --local 512 --only "full,keep 0.3,keep 0.1"
+    python benchmarks/xkv_memory.py --append --only "full,keep 0.3,DynamicCache" --tokens 4096
     python benchmarks/xkv_memory.py --append --only "full,keep 0.3" --local 2048 --hidden 512 --intermediate 512
 
 In: a random model whose KV cache has the shape of Llama-3.2-1B (16 layers, 8 KV heads, head dimension 64), one prompt
@@ -15,8 +15,8 @@ What is not KV is smaller than Llama's, so that 32 K tokens fit minutes of a CPU
 are float32, whose KV is twice bfloat16's, because CPUs without bfloat16 instructions multiply it far too slowly. With
 `--local n` the prompt's attention is causal within blocks of n tokens: every tensor that is stored or passed on keeps
 its shape, and decode steps are unchanged, but whole attention over 32 K tokens takes minutes a layer on a busy CPU.
-Every row says which; the rows at 8 K tokens are of whole attention. The children's malloc is told to return what is freed
-(MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 64 KiB): glibc would otherwise hold some of it back.
+Every row says which; the rows at 4 K tokens are of whole attention. The children's malloc is told to return what is
+freed (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 64 KiB): glibc would otherwise hold some of it back.
 
 Where the peak lies matters: it is a moment, and what is stored by then is what a plan can save. In a model of Llama's
 proportions it is the MLP of the last layer, when all layers are stored. With a narrow MLP (the last rows: 512) it is
