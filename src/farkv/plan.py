@@ -28,6 +28,8 @@ class Allocation:
         budget: what was asked: {"ratio": 0.3}, {"retention": 0.9, "confidence": 0.9}, ...
         retention: the attention mass that the shares hold in the profile, per layer.
         uniform: what equal shares of the same sum hold, per layer.
+        losses: measured losses, summed over layers, in nats: of these shares (`planned`), of equal ones (`uniform`) and
+            of the rule `loss` (`least`); empty where the profile has none.
     """
 
     shares: tuple[float, ...]
@@ -36,6 +38,7 @@ class Allocation:
     budget: dict[str, float]
     retention: tuple[float, ...]
     uniform: tuple[float, ...]
+    losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -145,4 +148,7 @@ class Plan:
 def read_allocation(row: dict[str, Any]) -> Allocation:
     """Return an allocation from its JSON object."""
     numbers = {name: tuple(float(x) for x in row[name]) for name in ("shares", "retention", "uniform")}
-    return Allocation(base=int(row["base"]), rule=str(row["rule"]), budget=dict(row["budget"]), **numbers)
+    losses = {str(name): float(nats) for name, nats in row.get("losses", {}).items()}
+    return Allocation(
+        base=int(row["base"]), rule=str(row["rule"]), budget=dict(row["budget"]), losses=losses, **numbers
+    )

@@ -72,7 +72,7 @@ def draw_plan(plan: Plan) -> RenderableType:
         table = Table(title=f"{name}: {allocation.rule}, {describe_budget(allocation)}", title_justify="left")
         for column in ("layer", "share", "holds", "equal holds"):
             table.add_column(column, justify="right", no_wrap=True)
-        table.add_column("share", no_wrap=True)
+        table.add_column("", no_wrap=True)
         widest = max(*allocation.shares, 1e-9)
         rows = zip(plan.layers, allocation.shares, allocation.retention, allocation.uniform, strict=True)
         for layer, share, held, equal in rows:
@@ -82,6 +82,10 @@ def draw_plan(plan: Plan) -> RenderableType:
         table.add_section()
         table.add_row("mean", f"{allocation.ratio:.1%}", f"{held:.1%}", f"{equal:.1%}", "")
         tables.append(table)
+        if allocation.losses:
+            names = {"planned": "these shares", "uniform": "equal ones", "least": "--rule loss"}
+            said = ", ".join(f"{names[name]} {nats:.2g}" for name, nats in allocation.losses.items())
+            tables.append(Text(f"measured loss, nats per token, summed over layers: {said}"))
     return Group(*tables)
 
 

@@ -7,6 +7,7 @@ so that lever is planned on the `spread` curves.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,10 +87,12 @@ def make_plan(
         # What is held near costs no quality, only traffic: there is no loss to share it by.
         mine = choice._replace(rule="xkv") if choice.rule == "loss" and lever == "near" else choice
         if mine.rule == "loss":
-            cells = lose_cells(profile.losses(), curves, budget, kind)
+            cells = lose_cells(profile.losses(), curves, kind, count_cells(curves, budget))
         else:
             cells = find_cells(curves, budget, kind, mine)
         made[lever] = describe(curves, budget, kind, mine, cells)
+        if profile.limited is not None and lever != "near":
+            made[lever] = replace(made[lever], losses=compare_losses(profile.limited, curves, kind, cells))
     if base is not None:
         base.check(profile.identity, list(curves.layers))
         made = {**base.levers, **made}
@@ -173,26 +176,44 @@ def promise_cells(curves: Curves, budget: Budget, kind: Kind, options: dict[str,
     return allocate_promise(*rows, retention=budget.retention, confidence=budget.confidence, **options).tokens
 
 
-def lose_cells(losses: Losses, curves: Curves, budget: Budget, kind: Kind) -> np.ndarray:
+def count_cells(curves: Curves, budget: Budget) -> int:
+    """Return a budget in cells, all layers together.
+
+    Raises:
+        ConfigError: the budget is a retention, or layers differ in bytes.
+    """
+    if budget.retention is not None:
+        raise ConfigError("rule loss: promises no retention; give tokens, ratio or bytes, or use the rule xkv")
+    limit = limit_cells(curves, budget)
+    if len(set(limit.get("token_bytes", [1]))) > 1:
+        raise ConfigError("rule loss: expected layers of equal bytes; use the rule xkv")
+    if "n_bytes" in limit:
+        return int(limit["n_bytes"] // limit["token_bytes"][0])
+    return int(limit["tokens"] if "tokens" in limit else limit["ratio"] * len(curves.layers) * GRID + 1e-9)
+
+
+def lose_cells(losses: Losses, curves: Curves, kind: Kind, total: int) -> np.ndarray:
     """Choose a share per layer so that the measured losses sum to the least: one level each, by dynamic programming.
 
     It takes losses to add up over layers, which a joint run may not bear out (docs/papers/xkv.md).
 
     Raises:
-        ConfigError: the budget is a retention, which this rule does not promise, or too small.
+        ConfigError: the budget is too small for the least measured share of every layer.
     """
-    if budget.retention is not None:
-        raise ConfigError("rule loss: promises no retention; give tokens, ratio or bytes, or use the rule xkv")
-    limit = limit_cells(curves, budget)
-    n_layers = len(curves.layers)
-    if len(set(limit.get("token_bytes", [1]))) > 1:
-        raise ConfigError("rule loss: expected layers of equal bytes; use the rule xkv")
-    if "n_bytes" in limit:
-        total = int(limit["n_bytes"] // limit["token_bytes"][0])
-    else:
-        total = int(limit["tokens"] if "tokens" in limit else limit["ratio"] * n_layers * GRID + 1e-9)
     least = max(1, round(losses.shares[0] * GRID))
     levels = np.unique(np.round(np.geomspace(least, GRID, LEVELS)).astype(np.int64))
     lost = losses.interpolate("keep" if kind == "keep" else "fetch", levels, GRID)
-    chosen = choose_levels(-lost, np.broadcast_to(levels, lost.shape), total)
-    return levels[chosen]
+    return levels[choose_levels(-lost, np.broadcast_to(levels, lost.shape), total)]
+
+
+def compare_losses(losses: Losses, curves: Curves, kind: Kind, cells: np.ndarray) -> dict[str, float]:
+    """Return the measured losses of an allocation, of equal shares and of the least possible, summed over layers."""
+    total = int(cells.sum())
+    plans = {"planned": cells, "uniform": allocate(curves.mean(kind).numpy(), tokens=total, rule="uniform")}
+    if total >= len(cells) * max(1, round(losses.shares[0] * GRID)):
+        plans["least"] = lose_cells(losses, curves, kind, total)
+    at = np.arange(1, GRID + 1)
+    rows = losses.interpolate("keep" if kind == "keep" else "fetch", at, GRID)
+    return {
+        name: float(sum(row[max(c, 1) - 1] for row, c in zip(rows, plan, strict=True))) for name, plan in plans.items()
+    }
