@@ -1,6 +1,6 @@
 """How many sequences fit a memory limit, and how fast are they decoded? Full cache against XKV's `keep`, measured.
 
-    python benchmarks/xkv_batch.py --out benchmarks/results/xkv_batch.jsonl
+    python benchmarks/xkv_batch.py --threads 1 --out benchmarks/results/xkv_batch.jsonl
     python benchmarks/xkv_batch.py --contexts 256 --sequences 3 --steps 4 --out /tmp/small.jsonl
 
 In: a random model (8 layers, hidden size 256, 4 query and 2 KV heads of 64, MLP 512, vocabulary 1024, float32), batches
