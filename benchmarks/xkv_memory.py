@@ -19,8 +19,9 @@ Every row says which; the rows at 4 K tokens are of whole attention. The childre
 freed (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 64 KiB): glibc would otherwise hold some of it back.
 
 Where the peak lies matters: it is a moment, and what is stored by then is what a plan can save. In a model of Llama's
-proportions it is the MLP of the last layer, when all layers are stored. With a narrow MLP (the last rows: 512) it is
-the attention of the last layer before that layer is stored, so the fall is that of 15 of the 16 layers.
+proportions it is the MLP of the last layer, when all layers are stored. With a narrow MLP (the last rows: 512) the
+shortfall is about what the last layer would have saved: the peak then lies before that layer is stored (inferred from
+the bytes, not observed).
 """
 
 from __future__ import annotations
