@@ -41,6 +41,15 @@ class Step(NamedTuple):
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], object]
 
 
+class Budget(NamedTuple):
+    """How the records of one layer and step are split; their sum is the cap."""
+
+    sinks: int
+    early: int
+    late: int
+    tail: int
+
+
 class Levers(NamedTuple):
     """What limits each layer besides the method's own choice; None where nothing does.
 

@@ -16,8 +16,8 @@ import torch
 from farkv._axes import Bool, Tensor
 from farkv.config import InfiniGen, Source
 from farkv.errors import ConfigError
-from farkv.methods.contract import Place, Query, Step
-from farkv.methods.sparse import Budget, SparseRecipe
+from farkv.methods.contract import Budget, Place, Query, Step
+from farkv.methods.sparse import SparseRecipe
 from farkv.per_model.profile import MAX_COLUMNS, Profile
 from farkv.per_model.skew import measure_gram, solve_bilinear, solve_svd
 from farkv.per_prompt.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys

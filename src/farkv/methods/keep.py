@@ -63,7 +63,8 @@ class Keeper:
             # An absolute or retention budget is what the layers got; a fraction is a cap on all of them together.
             is_cap = all(a.base == 0 for a in self.allowed.values())
             total = sum(a.share for a in self.allowed.values()) * tokens if is_cap else sum(wanted)
-            least = min(tokens, self.least)
+            # One more than the least: the newest token stands beside it while it is read.
+            least = min(tokens, self.least + (0 if self.config.paper else 1))
             self._counted = (tokens, dict(zip(self.layers, share_out(wanted, least, int(total + 1e-9)), strict=True)))
         return self._counted[1][layer]
 

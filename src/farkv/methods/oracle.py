@@ -6,8 +6,8 @@ Its `index_fraction` counts those keys; it is the upper bound of what choosing b
 from __future__ import annotations
 
 from farkv.config import Oracle
-from farkv.methods.contract import Place, Query
-from farkv.methods.sparse import Budget, SparseRecipe
+from farkv.methods.contract import Budget, Place, Query
+from farkv.methods.sparse import SparseRecipe
 from farkv.per_token.select import Choice, force_sinks, select_top
 from farkv.per_token.speculate import pool_group, score_keys
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from farkv.config import Random
-from farkv.methods.contract import Place, Query
-from farkv.methods.sparse import Budget, SparseRecipe
+from farkv.methods.contract import Budget, Place, Query
+from farkv.methods.sparse import SparseRecipe
 from farkv.per_token.select import Choice, force_sinks, select_top
 
 

@@ -6,13 +6,11 @@ read, attend to the chosen. A method fills in `choose`, and `observe` and `top_u
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.config import Source
-from farkv.methods.contract import Kernel, Place, Query, Step
+from farkv.methods.contract import Budget, Kernel, Place, Query, Step
 from farkv.methods.hold import Holder
 from farkv.methods.keep import Keeper
 from farkv.methods.mass import measure_found
@@ -24,15 +22,6 @@ from farkv.store.admission import admit
 from farkv.store.records import Fetch, Needs, Read
 from farkv.store.sizes import LayerShape, NearNeed, count_cap, count_forced
 from farkv.store.tiers import Tiers
-
-
-class Budget(NamedTuple):
-    """How the records of one layer and step are split; their sum is the cap."""
-
-    sinks: int
-    early: int
-    late: int
-    tail: int
 
 
 class SparseRecipe:
