@@ -28,7 +28,7 @@ NearOption = Annotated[
 HostOption = Annotated[str | None, typer.Option(help="Limit of the host pool, e.g. 24GiB.")]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 VerifyOption = Annotated[int, typer.Option(min=0, help="Compare this many decode steps with full attention.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout: the receipt.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ProfileOption = Annotated[
     str | None, typer.Option(help="Profile file, or none. Default: profile.safetensors beside the model, if any.")
 ]

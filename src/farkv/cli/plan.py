@@ -40,6 +40,9 @@ def plan_layers(
     ] = None,
     rule: Annotated[str, typer.Option(help=", ".join(RULES) + ".")] = "xkv",
     floor: Annotated[float, typer.Option(min=0.0, help="Least share of every layer.")] = 0.0,
+    weights: Annotated[
+        str | None, typer.Option(help="Weight of every layer's retention, e.g. 1,1,4,1 (rule xkv).")
+    ] = None,
     base: Annotated[Path | None, typer.Option(help="A plan whose other levers are taken over.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw curves and shares, e.g. plan.png.")] = None,
     kvpress: Annotated[
@@ -75,7 +78,9 @@ def plan_layers(
     loaded = Profile.load(profile or find_profile_of(model))
     budget = Budget(tokens, ratio, n_bytes, retention, confidence, context)
     names: tuple[Lever, ...] = tuple(name for name in LEVERS if name in levers)
-    made = make_plan(loaded, budget, names, Choice(rule, None, floor), Plan.load(base) if base else None)
+    made = make_plan(
+        loaded, budget, names, Choice(rule, parse_weights(weights, rule), floor), Plan.load(base) if base else None
+    )
     with naming_files(out):
         made.save(out)
     if plot is not None:
@@ -103,6 +108,22 @@ def naming_files(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"file {path}: cannot be written ({error.strerror}); expected a folder that exists") from error
+
+
+def parse_weights(text: str | None, rule: str) -> tuple[float, ...] | None:
+    """Return the layers' weights.
+
+    Raises:
+        ConfigError: they are no numbers, or the rule takes none.
+    """
+    if text is None:
+        return None
+    if rule != "xkv":
+        raise ConfigError(f"--weights: belongs to --rule xkv, got --rule {rule}")
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--weights: expected numbers with commas between them, got {text!r}") from error
 
 
 def find_profile_of(model: str) -> Path:

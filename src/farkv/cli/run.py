@@ -75,7 +75,7 @@ def run(
     file: Annotated[Path | None, typer.Option("--file", "-f", help="The text; - or a pipe is stdin.")] = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS) + ".")] = "infinigen",
     fraction: FractionOption = None,
-    paper: Annotated[bool, typer.Option("--paper", help="InfiniGen as published.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="infinigen or xkv as published.")] = False,
     retention: Annotated[
         float | None, typer.Option(help="xkv: keep as little as holds this share of the attention mass.")
     ] = None,
