@@ -105,7 +105,7 @@ class Plan:
 
         A layer that the plan does not manage is not compressed; a window besides the shares is not counted.
         """
-        removed = [0.0] * (max(self.layers) + 1)
+        removed = [0.0] * max(int(self.identity.get("layers", 0)), max(self.layers) + 1)
         for layer, share in zip(self.layers, self.get("keep").shares, strict=True):
             removed[layer] = round(1.0 - share, 6)
         return removed

@@ -99,6 +99,8 @@ def count_evicted(layer: object) -> int:
     """Return how many records of a layer were evicted, all sequences and KV heads."""
     if not isinstance(layer, FarLayer) or not layer.recipe.store.evicted[layer.layer]:
         return 0
+    if layer.recipe.store.pool[layer.layer].data is None:
+        return 0  # A prompt that an exception stopped while it passed by.
     batch, heads = layer.recipe.store.heads(layer.layer)
     return layer.recipe.store.evicted[layer.layer] * batch * heads
 

@@ -108,19 +108,20 @@ class Link:
     def _copy_missing(self, job: Job, near: Tensor, slots: Tensor) -> None:
         """Bring only what is not held; the held copies go near to near."""
         rows, positions, _, out, count, _ = job
-        here = slots >= 0
-        batch, head, place = here.logical_not().nonzero(as_tuple=True)
-        if len(place):
-            flat = (batch * rows.shape[1] + head) * rows.shape[2] + positions[batch, head, place]
-            staged = self._stage(len(place), rows.shape[3], rows)
-            torch.index_select(rows.view(-1, rows.shape[3]), 0, flat, out=staged)
+        heads, capacity, width = rows.shape[1:]
+        # Slots are in host memory here: asking which are held waits for nothing.
+        missing, here = (slots < 0).nonzero(), (slots >= 0).nonzero()
+        if len(missing):
+            b, h, j = missing.unbind(1)
+            flat = (b * heads + h) * capacity + positions[b, h, j]
+            staged = self._stage(len(missing), width, rows)
+            torch.index_select(rows.view(-1, width), 0, flat, out=staged)
             # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
-            at = tuple(i.to(out.device) for i in (batch, head, place))
-            out.index_put_(at, staged.to(out.device, non_blocking=True))
+            out.index_put_(missing.to(out.device).unbind(1), staged.to(out.device, non_blocking=True))
             count(staged.numel() * staged.element_size())
-        batch, head, place = here.nonzero(as_tuple=True)
-        at = tuple(i.to(out.device) for i in (batch, head, place))
-        out.index_put_(at, near[at[0], at[1], slots[batch, head, place].to(out.device)])
+        at = here.to(out.device).unbind(1)
+        held = slots[here.unbind(1)].to(out.device)
+        out.index_put_(at, near[at[0], at[1], held])
 
     def _copy_to_gpu(self, job: Job, ready: torch.cuda.Event) -> Any:
         if self._stream is None:
