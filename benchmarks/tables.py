@@ -40,6 +40,7 @@ def make_tables() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {
             "headline": quality.format_headline(RESULTS / "infinigen_quality.jsonl"),
             "quality": short,
+            "plan": xkv_tables.format_headline(),
         },
         ROOT / "docs/papers/infinigen.md": {
             "quality": whole,

@@ -108,6 +108,18 @@ def format_fetch() -> str:
     )
 
 
+def format_headline(ratio: float = 0.15) -> str:
+    """Return the sentence of the README."""
+    found = collect(read_rows("keep", "recall"), "agrees")
+    n = len(found["loss", ratio])
+    shares = {m: f"{np.mean(list(found[m, ratio].values())):.0%}" for m in ("loss", "uniform", "xkv")}
+    return (
+        f"Demo model, {ratio:.0%} of the cache kept, question in the prompt: the full cache's answer to {shares['loss']}\n"
+        f"of {n} questions with `--rule loss`, to {shares['uniform']} with equal shares, to {shares['xkv']} with the "
+        "published objective."
+    )
+
+
 def format_least(bar: float = 0.99) -> str:
     """Return the least share from which on agreement stays at `bar`, keep-only and with nothing evicted."""
     lines = [f"| agreement stays ≥ {bar:.0%} from | share | lost |", "|---|---|---|"]
