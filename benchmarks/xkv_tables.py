@@ -114,9 +114,9 @@ def format_headline(ratio: float = 0.15) -> str:
     n = len(found["loss", ratio])
     shares = {m: f"{np.mean(list(found[m, ratio].values())):.0%}" for m in ("loss", "uniform", "xkv")}
     return (
-        f"Demo model, {ratio:.0%} of the cache kept, question in the prompt: the full cache's answer to {shares['loss']}\n"
-        f"of {n} questions with `--rule loss`, to {shares['uniform']} with equal shares, to {shares['xkv']} with the "
-        "published objective."
+        f"Demo model, {ratio:.0%} of the cache kept, question in the prompt: the full cache's answer to "
+        f"{shares['loss']}\nof {n} questions with `--rule loss`, to {shares['uniform']} with equal shares, to "
+        f"{shares['xkv']} with the published objective."
     )
 
 
