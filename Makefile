@@ -24,7 +24,7 @@ lint: .venv/installed-dev
 	$(BIN)/basedpyright
 
 matrix-oldest: .venv-oldest/installed
-	$(OLDEST)/python -m pytest -q tests/hf
+	$(OLDEST)/python -m pytest -q -m "not slow" tests/hf
 
 clean:
 	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

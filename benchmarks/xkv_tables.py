@@ -138,50 +138,58 @@ def format_layers() -> str:
     """Return, per layer, what losing all of its mass would cost at the measured slope, and rank correlations."""
     from scipy.stats import spearmanr
 
-    rows = read_rows("layers")
-    points = collect_points(rows)
-    lines = ["| layer | KL per lost mass | rank correlation inside the layer |", "|---|---|---|"]
-    for layer, found in points.items():
-        x, y = np.array(found).T
+    points = collect_points(read_rows("layers"))
+    tasks = list(points)
+    names = ["layer", "KL per lost mass", *(f"rank correlation, {task}" for task in tasks)]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for layer in points[tasks[0]]:
+        x, y = np.array([p for task in tasks for p in points[task][layer]]).T
         slope = float((x * y).sum() / (x * x).sum())
-        lines.append(f"| {layer} | {slope:.4f} | {float(spearmanr(x, y).statistic):.2f} |")
-    x, y = np.array([p for found in points.values() for p in found]).T
-    lines += ["", f"Over all layers together the rank correlation is {float(spearmanr(x, y).statistic):.2f}."]
-    return "\n".join(lines)
+        ranks = [f"{float(spearmanr(*np.array(points[task][layer]).T).statistic):.2f}" for task in tasks]
+        lines.append(f"| {layer} | {slope:.4f} | {' | '.join(ranks)} |")
+    whole = []
+    for task in tasks:
+        x, y = np.array([p for found in points[task].values() for p in found]).T
+        whole.append(f"{float(spearmanr(x, y).statistic):.2f} on {task}")
+    return "\n".join([*lines, "", f"Over all layers together the rank correlation is {' and '.join(whole)}."])
 
 
-def collect_points(rows: Rows) -> dict[int, list[tuple[float, float]]]:
-    """Return (1 - R_l, KL) per layer, mean over prompts, one point per share and task."""
-    groups: dict[tuple[int, str, float], list[tuple[float, float]]] = defaultdict(list)
+Points = dict[str, dict[int, list[tuple[float, float]]]]
+
+
+def collect_points(rows: Rows) -> Points:
+    """Return (1 - R_l, KL) per task and layer, mean over prompts, one point per share."""
+    groups: dict[tuple[str, int, float], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         layer = int(row["method"].split()[1])
-        groups[layer, row["task"], row["ratio"]].append((1 - row["layers"][layer], row["kl"]))
-    points: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for (layer, _, _), found in sorted(groups.items()):
+        groups[row["task"], layer, row["ratio"]].append((1 - row["layers"][layer], row["kl"]))
+    points: Points = defaultdict(lambda: defaultdict(list))
+    for (task, layer, _), found in sorted(groups.items()):
         x, y = np.mean(found, 0)
-        points[layer].append((float(x), float(y)))
+        points[task][layer].append((float(x), float(y)))
     return points
 
 
 def draw_layers(path: Path = PICTURE) -> None:
-    """Draw KL against 1 - R, one colour per layer."""
+    """Draw KL against 1 - R, one picture per task and one colour per layer."""
     from farkv.plot import import_matplotlib
 
     matplotlib = import_matplotlib()
     from matplotlib import pyplot
 
     points = collect_points(read_rows("layers"))
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(points)))
-    for (layer, found), colour in zip(points.items(), colours, strict=True):
-        x, y = np.array(sorted(found)).T
-        axes.plot(x, np.maximum(y, 1e-6), "o-", color=colour, markersize=4, linewidth=1, label=str(layer))
-    axes.set(xlabel="attention mass that the evicted layer lost, 1 − R", ylabel="KL to the full model, nats")
-    axes.set_yscale("log")
-    axes.legend(title="layer", frameon=False, ncols=2, fontsize=8)
-    axes.set_title("The same lost mass costs layers very differently", fontsize=10)
+    figure, both = pyplot.subplots(1, len(points), figsize=(10, 4.2), sharey=True)
+    for axes, (task, layers) in zip(both, points.items(), strict=True):
+        colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
+        for (layer, found), colour in zip(layers.items(), colours, strict=True):
+            x, y = np.array(sorted(found)).T
+            axes.plot(x, np.maximum(y, 1e-6), "o-", color=colour, markersize=4, linewidth=1, label=str(layer))
+        axes.set(xlabel="attention mass that the evicted layer lost, 1 − R", yscale="log")
+        axes.set_title(task, fontsize=10)
+    both[0].set_ylabel("KL to the full model, nats")
+    both[-1].legend(title="layer", frameon=False, ncols=2, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
