@@ -13,7 +13,7 @@ from farkv.per_token.speculate import pool_group
 
 
 def test_a_right_shape_passes() -> None:
-    pooled = pool_group(torch.zeros(2, 3, 4, 5), torch.ones(2, 5, dtype=torch.bool))
+    pooled = pool_group(torch.zeros(2, 3, 4, 5), torch.ones(2, 1, 5, dtype=torch.bool))
     assert pooled.shape == (2, 3, 5)
 
 
@@ -24,7 +24,7 @@ def test_a_missing_axis_is_refused() -> None:
 
 def test_two_arguments_must_agree_on_an_axis() -> None:
     with pytest.raises(TypeCheckError):
-        pool_group(torch.zeros(2, 3, 4, 5), torch.ones(2, 6, dtype=torch.bool))
+        pool_group(torch.zeros(2, 3, 4, 5), torch.ones(2, 1, 6, dtype=torch.bool))
 
 
 def test_a_wrong_dtype_is_refused() -> None:
