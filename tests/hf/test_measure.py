@@ -103,7 +103,7 @@ def test_a_profile_has_curves_unless_told_otherwise(tmp_path: Path) -> None:
     curves = farkv.Profile.load(tmp_path / "p").curves()
     assert curves.keep.shape == curves.spread.shape == (2, 2, 1000)
     assert (curves.layers, curves.tokens.tolist()) == ((1, 3), [30, 50])
-    assert curves.settings == {"scorer": "value", "window": 4, "pool": 3}
+    assert curves.settings == {"scorer": "value", "window": 4, "pool": 3, "token_bytes": [128, 128]}
     with pytest.raises(ProfileError, match="gain curves"):
         farkv.profile(model, PROMPTS, curves=False).curves()
 

@@ -73,7 +73,7 @@ def test_pooling_by_the_best_compares_with_each_querys_maximum() -> None:
 def test_a_row_of_padding_alone_gives_no_nan() -> None:
     valid = torch.zeros(B, S, dtype=torch.bool)
     for pool in (pool_group, pool_group_by_best):
-        assert (pool(torch.randn(B, HKV, G, S), valid) == -math.inf).all()
+        assert (pool(torch.randn(B, HKV, G, S), valid[:, None]) == -math.inf).all()
 
 
 def test_the_oracle_scores_true_logits() -> None:

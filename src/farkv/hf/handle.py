@@ -43,7 +43,7 @@ class Handle(AbstractContextManager["Handle"]):
         self._flight = threading.local()
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
-        self._shapes: list[LayerShape] = []
+        self._shape: LayerShape | None = None
         self._read_architecture()
         self.base = _compat.get_attention_name(model)
         if self.base not in BASES:
@@ -162,21 +162,19 @@ class Handle(AbstractContextManager["Handle"]):
         self._last = cache
         return cache
 
-    def _measure_shape(self, batch: int) -> LayerShape:
-        """Return the widest managed layer's shape."""
-        return max(self.measure_shapes(), key=lambda s: s.token_bytes)._replace(batch=batch)
-
     @torch.no_grad()
-    def measure_shapes(self) -> list[LayerShape]:
-        """Return every managed layer's shape, from one token through the model: exact for any architecture."""
-        if not self._shapes:
+    def _measure_shape(self, batch: int) -> LayerShape:
+        """Return the widest managed layer's shape, from one token through the model: exact for any architecture."""
+        if self._shape is None:
             probe = DynamicCache(config=self.model.config)
             self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
             layers: list[Any] = probe.layers
+            shapes: list[LayerShape] = []
             for i in self.managed:
                 k, v = layers[i].keys, layers[i].values
-                self._shapes.append(LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()))
-        return self._shapes
+                shapes.append(LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()))
+            self._shape = max(shapes, key=lambda s: s.token_bytes)
+        return self._shape._replace(batch=batch)
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
         """Return the account of `cache`, or of the last one made.

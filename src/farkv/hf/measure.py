@@ -163,6 +163,7 @@ class Sums(NamedTuple):
     keep: list[Tensor]
     spread: list[Tensor]
     tokens: list[int]
+    token_bytes: dict[int, int]
 
 
 def add_sample(sums: Sums, sample: Sample, n_tokens: int, layers: list[int]) -> Sums:
@@ -179,7 +180,7 @@ def add_sample(sums: Sums, sample: Sample, n_tokens: int, layers: list[int]) -> 
         keep = [*keep, fill_layers(sample.keep, tuple(layers))]
         spread = [*spread, fill_layers(sample.spread, tuple(layers))]
         tokens = [*tokens, n_tokens]
-    return Sums(sums.n_done + 1, {**old, **grams}, keep, spread, tokens)
+    return Sums(sums.n_done + 1, {**old, **grams}, keep, spread, tokens, sample.token_bytes)
 
 
 def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> Curves | None:
@@ -193,7 +194,8 @@ def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> 
             raise InputError(f"light: expected a prompt of more than {look.window} tokens, got none; give longer ones")
         return None
     settings: dict[str, Any] = {"scorer": look.scorer, "window": look.window, "pool": look.pool}
-    settings["token_bytes"] = [shape.token_bytes for shape in handle.measure_shapes()]
+    if all(i in sums.token_bytes for i in handle.managed):
+        settings["token_bytes"] = [sums.token_bytes[i] for i in handle.managed]
     if light is not None:
         settings["light"] = light._asdict()
     keep, spread = torch.stack(sums.keep), torch.stack(sums.spread)
@@ -223,7 +225,7 @@ class Part:
             ProfileError: the file is of another measurement, or damaged.
         """
         if self.path is None or not self.path.exists():
-            return Sums(0, {}, [], [], [])
+            return Sums(0, {}, [], [], [], {})
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 about = file.metadata() or {}
@@ -260,7 +262,12 @@ def pack_sums(sums: Sums) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"{i}.{name}": getattr(gram, name) for i, gram in sums.grams.items() for name in GRAM_PARTS}
     if sums.keep:
         tensors |= {"keep": torch.stack(sums.keep), "spread": torch.stack(sums.spread)}
-    about = {"n_done": sums.n_done, "layers": sorted(sums.grams), "tokens": sums.tokens}
+    about = {
+        "n_done": sums.n_done,
+        "layers": sorted(sums.grams),
+        "tokens": sums.tokens,
+        "token_bytes": sums.token_bytes,
+    }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
 
 
@@ -269,4 +276,5 @@ def unpack_sums(tensors: dict[str, Tensor], about: dict[str, Any]) -> Sums:
     grams = {i: Gram(*(tensors[f"{i}.{name}"] for name in GRAM_PARTS)) for i in about["layers"]}
     n_curves = len(about["tokens"])
     keep, spread = (list(tensors[name]) if n_curves else [] for name in ("keep", "spread"))
-    return Sums(about["n_done"], grams, keep, spread, about["tokens"])
+    sizes = {int(i): n for i, n in about["token_bytes"].items()}
+    return Sums(about["n_done"], grams, keep, spread, about["tokens"], sizes)

@@ -53,11 +53,12 @@ class Look(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What one prompt left, by layer, on the CPU; the curves are on the grid."""
+    """What one prompt left, by layer, on the CPU; the curves are on the grid, `token_bytes` is K and V of one token."""
 
     grams: dict[int, Gram]
     keep: dict[int, Tensor]
     spread: dict[int, Tensor]
+    token_bytes: dict[int, int]
 
 
 class PassEnded(Exception):
@@ -85,6 +86,8 @@ class MiniLayer(FarLayer):
 
     def attend(self, step: Step, kernel: Kernel) -> object:
         """Look, then attend to the whole prompt; the last layer ends the pass instead."""
+        width = step.k.shape[1] * (step.k.shape[-1] + step.v.shape[-1])
+        self.sample.token_bytes[self.layer] = width * step.k.element_size()
         if self.look.grams:
             gram = measure_gram(step.query.q, step.k, None).sum_batch()
             self.sample.grams[self.layer] = Gram(
@@ -117,7 +120,7 @@ def run_mini(handle: Handle, ids: Int[Tensor, " T"], look: Look, layers: list[in
     queries against all keys, three times, and a sort of the tokens per KV head.
     """
     cache = handle.new_cache()
-    sample = Sample({}, {}, {})
+    sample = Sample({}, {}, {}, {})
     for i in layers:
         cache.layers[i] = MiniLayer(i, cache.recipe, look, sample, ends=i == layers[-1])
     with suppress(PassEnded):

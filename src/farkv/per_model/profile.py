@@ -128,8 +128,9 @@ class Profile:
             raise ProfileError(f"profile {path}: cannot be read ({error}); make it anew: farkv profile") from error
         skews = {name: tensor for name, tensor in tensors.items() if not name.startswith(("curves.", "losses."))}
         try:
-            measured = Curves.from_tensors(tensors, metadata["curves"]) if "curves" in metadata else None
-            limited = Losses.from_tensors(tensors, metadata["losses"]) if "losses" in metadata else None
+            has_curves, has_losses = ("curves.keep" in tensors, "losses.keep" in tensors)
+            measured = Curves.from_tensors(tensors, metadata.get("curves", "")) if has_curves else None
+            limited = Losses.from_tensors(tensors, metadata.get("losses", "")) if has_losses else None
         except ProfileError as error:
             raise ProfileError(f"profile {path}: {error}") from error
         return cls(identity, skews, str(path), measured, limited)
