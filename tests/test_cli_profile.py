@@ -82,7 +82,7 @@ def test_prompts_of_a_jsonl_file_are_used_whole(run: Command, asked: str, tmp_pa
     # A text and its question are one prompt, with a newline between: the same tokens as the first line's.
     assert curves.tokens.tolist() == [said["tokens"] // 2] * 2
     assert curves.keep[0].equal(curves.keep[1])
-    assert curves.settings == {"scorer": "value", "window": 8, "pool": 7}
+    assert curves.settings == {"scorer": "value", "window": 8, "pool": 7, "token_bytes": [512] * 8}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["asked.jsonl", "p.safetensors"]
 
 
