@@ -92,7 +92,7 @@ def measure_losses(
 
     Args:
         handle: attached with `Full()`.
-        prompts: a few, of 16 tokens or more each; what the model says after each is decoded greedily and compared.
+        prompts: a few, of more than 64 tokens each; what the model says after each is decoded greedily and compared.
 
     Cost: per prompt one prefill and (2 L K + 1) STEPS decode steps.
     Source: none; XKV argues with retention alone (docs/papers/xkv.md, "Does retention predict the loss?").
