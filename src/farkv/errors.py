@@ -7,7 +7,9 @@
     ├── CapacityError (MemoryError)         a byte limit cannot hold what is asked
     ├── CacheStateError (RuntimeError)      a call does not fit the cache's state
     ├── ProfileError (ValueError)           a profile file is damaged or of another model
-    └── PlanError (ValueError)              a plan file is damaged, of another model, or does not drive what is asked
+    ├── PlanError (ValueError)              a plan file is damaged, of another model, or does not drive what is asked
+    ├── StoreError (OSError)                the disk store cannot be written, read or trusted
+    └── SessionError (ValueError)           a session file is damaged, of another model, or of another text
 
 Each text says what happened, what was expected, what was got, and the remedy.
 """
@@ -45,3 +47,11 @@ class ProfileError(FarKVError, ValueError):
 
 class PlanError(FarKVError, ValueError):
     """A plan file is damaged, belongs to another model, or does not drive what is asked of it."""
+
+
+class StoreError(FarKVError, OSError):
+    """The disk store cannot be written, read or trusted."""
+
+
+class SessionError(FarKVError, ValueError):
+    """A session file is damaged, belongs to another model or tokenizer, or holds another text."""
