@@ -1,0 +1,134 @@
+"""Reads pages of a file in parallel and trusts none of them before its checksum is seen.
+
+In: an open file, the checksums of its pages, the numbers of those wanted. Out: their bytes in the order asked for, or
+a StoreError; never other bytes. Knows bytes, not what the pages mean, nor who wrote them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from farkv._axes import Int, Tensor
+from farkv.errors import StoreError
+
+# Threads that read and verify one file at once: enough to keep a disk and its checksums busy.
+READERS = 4
+# Bytes that one read brings at most: a long run is shared by the readers, and is verified while the CPU's cache has it.
+PIECE_BYTES = 1 << 20
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in host memory, of any dtype, in place."""
+    assert tensor.is_contiguous()
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+class Piece(NamedTuple):
+    """One read: `n` pages from page `first` on, to place `at` and what follows it."""
+
+    at: int
+    first: int
+    n: int
+
+
+class PageReader:
+    """Reads pages of a file in parallel and verifies each of them. The caller keeps `fd` open.
+
+    Args:
+        base: where page 0 begins in the file, in bytes.
+        checksums: CRC-32 of every page; it may grow.
+        name: what messages call the file.
+    """
+
+    def __init__(self, fd: int, base: int, page_bytes: int, checksums: Sequence[int], name: str):
+        self.fd, self.base, self.page_bytes, self.checksums, self.name = fd, base, page_bytes, checksums, name
+        # It starts a thread only when there is work for it, and ends them when it is gone.
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="farkv-disk")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageReader:
+        return self  # it only reads, so copies share it
+
+    def read(self, ids: Int[Tensor, " N"], out: Tensor) -> None:
+        """Read page `ids[j]` into place j of `out`; after an error `out` holds anything.
+
+        Args:
+            ids: int64, in host memory, in any order, repeats allowed.
+            out: contiguous, in host memory, N pages large.
+
+        Raises:
+            StoreError: a page is not there, cannot be read, or is not what was written.
+
+        Cost: N pages read, one system call per run of consecutive ids (per `PIECE_BYTES` of a longer one), and
+        one pass over them for the checksums.
+        """
+        place = bytes_of(out)
+        assert len(place) == len(ids) * self.page_bytes
+        if len(ids) == 0:
+            return
+        pieces = self._cut(ids)
+        if len(pieces) == 1:
+            self._read_all(pieces, place)
+            return
+        shares = [pieces[k::READERS] for k in range(min(READERS, len(pieces)))]
+        work = [self._pool.submit(self._read_all, share, place) for share in shares]
+        # All of them, also when one has failed: nothing may write to `out` once this returns.
+        wait(work)
+        for done in work:
+            done.result()
+
+    def _cut(self, ids: Tensor) -> list[Piece]:
+        """Cut ids into runs of consecutive pages, and long runs into pieces."""
+        pages = np.frombuffer(bytes_of(ids.long().contiguous()), np.int64)
+        if pages.min() < 0 or pages.max() >= len(self.checksums):
+            raise StoreError(
+                f"{self.name}: expected pages of the {len(self.checksums)} that were written, "
+                f"got pages {pages.min()} to {pages.max()}; ask only for what was written"
+            )
+        cuts = np.flatnonzero(np.diff(pages) != 1) + 1
+        most = max(1, PIECE_BYTES // self.page_bytes)
+        return [
+            Piece(at, int(pages[at]), min(most, end - at))
+            for start, end in itertools.pairwise([0, *map(int, cuts), len(pages)])
+            for at in range(start, end, most)
+        ]
+
+    def _read_all(self, pieces: list[Piece], place: memoryview) -> None:
+        for piece in pieces:
+            part = place[piece.at * self.page_bytes : (piece.at + piece.n) * self.page_bytes]
+            self._fill(part, piece.first)
+            self._verify(part, piece)
+
+    def _fill(self, part: memoryview, first: int) -> None:
+        begin, done = self.base + first * self.page_bytes, 0
+        while done < len(part):
+            try:
+                n = os.preadv(self.fd, [part[done:]], begin + done)
+            except OSError as error:
+                raise StoreError(
+                    f"{self.name}: page {first + done // self.page_bytes} cannot be read at byte {begin + done:,}: "
+                    f"expected {len(part) - done:,} bytes, got the error {error.strerror!r}; check the disk"
+                ) from error
+            if n == 0:
+                raise StoreError(
+                    f"{self.name}: page {first + done // self.page_bytes} is cut off: expected {len(part):,} bytes "
+                    f"from byte {begin:,} on, got {done:,}; something else changed the file, write it again"
+                )
+            done += n
+
+    def _verify(self, part: memoryview, piece: Piece) -> None:
+        for j in range(piece.n):
+            expected = self.checksums[piece.first + j]
+            got = zlib.crc32(part[j * self.page_bytes : (j + 1) * self.page_bytes])
+            if got != expected:
+                raise StoreError(
+                    f"{self.name}: page {piece.first + j} is damaged: expected checksum {expected:08x}, "
+                    f"got {got:08x}; check the disk, and write the file again"
+                )
