@@ -26,7 +26,7 @@ ROUNDING = {
     torch.float16: (2**-11, 2**-24),
 }
 HUGE = {torch.float32: 1e38, torch.bfloat16: 1e4, torch.float16: 6e4}
-KINDS = ["normal", "zero", "constant", "tiny", "huge", "mixed", "one", "far from zero"]
+KINDS = ["normal", "zero", "constant", "tiny", "subnormal", "huge", "mixed", "one", "far above zero", "far below zero"]
 
 
 def make(kind: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -39,14 +39,16 @@ def make(kind: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             x = torch.full(shape, -3.3)
         case "tiny":
             x = x * 1e-30
+        case "subnormal":
+            x = x * 1e-38
         case "huge":
             x = x.sign() * huge * (1 - torch.rand(shape) * 1e-3)
         case "mixed":
             x = x * 10.0 ** torch.empty(shape).uniform_(-30, math.log10(huge) - 1)
         case "one":
             x = torch.where(torch.rand(shape) < 0.05, x * 100, 0)
-        case "far from zero":
-            x = huge / 2 + x * (huge * 1e-3)
+        case "far above zero" | "far below zero":
+            x = (huge / 2 + x * (huge * 1e-3)) * (1 if kind == "far above zero" else -1)
     return x.to(dtype)
 
 
@@ -91,6 +93,27 @@ def decode_slowly(codec: Codec, rows: torch.Tensor) -> tuple[torch.Tensor, torch
     return torch.tensor(values, dtype=torch.float64), torch.tensor(steps, dtype=torch.float64)
 
 
+def check(codec: Codec, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, error: float) -> None:
+    """Hold what is decoded against the slow decoder and the promised bound, and the steps against the values."""
+    name, dtype, decoded = codec.name, codec.dtype, codec.decode(rows)
+    exact, steps = decode_slowly(codec, rows)
+    most = torch.finfo(dtype).max
+    assert torch.equal(decoded.flatten(0, 2), exact.clamp(-most, most).float().to(dtype)), (
+        "the independent decoder agrees"
+    )
+    x = torch.cat([k, v], -1).flatten(0, 2).double()
+    relative, least = ROUNDING[dtype]
+    bound = steps / 2 * (1 + 2**-7) + exact.abs() * relative + least + exact.abs() * 2**-24
+    miss = (x - decoded.flatten(0, 2).double()).abs()
+    assert (miss <= bound).all()
+    assert error == pytest.approx(float(miss.max()), rel=1e-6)
+    groups = [g.double() for p in (k, v) for g in p.flatten(0, 2).split(32, -1)]
+    most = torch.stack([g.abs().amax(-1) for g in groups], -1)
+    spread = torch.stack([g.amax(-1) - g.amin(-1) for g in groups], -1) + most * 2**-7
+    coarsest = (most / 127 if name == "int8" else spread / 15).amax(-1)
+    assert (steps.amax(-1) <= coarsest * (1 + 2**-7) + 2**-126).all(), "no step is coarser than it must be"
+
+
 @given(
     name=st.sampled_from(NAMES), k_dim=st.sampled_from([*DIMS, 5, 33]), v_dim=st.sampled_from([*DIMS, 6]),
     dtype=st.sampled_from(DTYPES), kinds=st.tuples(st.sampled_from(KINDS), st.sampled_from(KINDS)),
@@ -114,22 +137,17 @@ def test_every_value_is_within_the_bound(
     if tokens == 0:
         assert error == 0
         return
-    exact, steps = decode_slowly(codec, rows)
-    most = torch.finfo(dtype).max
-    assert torch.equal(decoded.flatten(0, 2), exact.clamp(-most, most).float().to(dtype)), (
-        "the independent decoder agrees"
-    )
-    x = torch.cat([k, v], -1).flatten(0, 2).double()
-    relative, least = ROUNDING[dtype]
-    bound = steps / 2 * (1 + 2**-7) + exact.abs() * relative + least + exact.abs() * 2**-24
-    miss = (x - decoded.flatten(0, 2).double()).abs()
-    assert (miss <= bound).all()
-    assert error == pytest.approx(float(miss.max()), rel=1e-6)
-    groups = [g.double() for p in (k, v) for g in p.flatten(0, 2).split(32, -1)]
-    most = torch.stack([g.abs().amax(-1) for g in groups], -1)
-    spread = torch.stack([g.amax(-1) - g.amin(-1) for g in groups], -1) + most * 2**-7
-    coarsest = (most / 127 if name == "int8" else spread / 15).amax(-1)
-    assert (steps.amax(-1) <= coarsest * (1 + 2**-7) + 2**-126).all(), "no step is coarser than it must be"
+    check(codec, k, v, rows, error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_of_values_is_within_the_bound(name: str, dtype: torch.dtype, kind: str) -> None:
+    codec = Codec(name, 80, 32, dtype)
+    k, v = make(kind, dtype, 1, 2, 3, 80), make(kind, dtype, 1, 2, 3, 32)
+    rows = codec.encode(k, v)
+    check(codec, k, v, rows, codec.measure_error(k, v, rows))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -199,6 +217,17 @@ def test_encoding_leaves_its_input_alone() -> None:
     for name in NAMES:
         Codec(name, 32, 32, torch.float32).encode(k, k)
     assert torch.equal(k, before)
+
+
+def test_equal_records_have_equal_bytes() -> None:
+    k, v = torch.randn(1, 1, 2, 5), torch.randn(1, 1, 2, 6)
+    # New memory is filled with ones here, so a byte that nobody writes would show.
+    torch.use_deterministic_algorithms(True)
+    try:
+        rows = Codec("int8", 5, 6, torch.float32).encode(k, v)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not rows[..., 11].any()
 
 
 def test_sizes_are_known_before_any_tensor() -> None:
