@@ -8,12 +8,17 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from farkv.errors import ConfigError
 
 Source = Literal["attn", "residual", "post_attn"]
 SOURCES: tuple[Source, ...] = ("attn", "residual", "post_attn")
+
+# What goes when the host pool is full; over a disk, which copy. And how far records are stored.
+EVICT = ("refuse", "fifo", "lru", "counter", "clock", "score")
+QUANT = ("int8", "int4")
 
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
@@ -47,6 +52,35 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise ConfigError(f"{option}: expected a positive number of bytes, got {size!r}")
     return size
+
+
+def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
+    """Turn `DIR:100GiB` into a folder and its byte limit; `DIR` alone has none.
+
+    Raises:
+        ConfigError: there is no folder, or the size does not parse.
+    """
+    if disk is None:
+        return None
+    folder, colon, size = str(disk).rpartition(":")
+    if not colon:
+        folder, size = size, ""
+    if not folder:
+        raise ConfigError(f"{option}: expected a folder and a limit, for example /data/kv:100GiB; got {disk!r}")
+    return Path(folder), parse_bytes(size, option) if size else None
+
+
+def check_storage(evict: str, quant: str | None, *, host: int | None) -> None:
+    """Raise ConfigError unless these say how records are kept.
+
+    Args:
+        host: the pool's limit, without which nothing is ever evicted.
+    """
+    _check_name("evict", evict, EVICT)
+    if quant is not None:
+        _check_name("quant", quant, QUANT)
+    if evict != "refuse" and host is None:
+        raise ConfigError(f"evict: {evict} says what goes when the host pool is full; give its limit: host='24GiB'")
 
 
 def format_bytes(n: float) -> str:

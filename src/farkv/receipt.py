@@ -156,6 +156,7 @@ class Account:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     fetched_bytes: int = 0
+    disk_bytes: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
     agreements: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)

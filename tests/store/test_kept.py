@@ -95,7 +95,7 @@ def test_held_copies_are_found_where_they_are_through_every_operation() -> None:
     pool = torch.randn(B, HEADS, 30, WIDTH)
     assert held.find(some(3, 30)) is None
     chosen = some(10, 20)
-    held.hold(pool, chosen, 20)
+    held.hold(pick(pool, chosen), chosen, (20, 30))
     every = torch.arange(20).expand(B, HEADS, -1)
 
     def check(rows: torch.Tensor, n_held: int) -> None:
@@ -117,7 +117,7 @@ def test_held_copies_are_found_where_they_are_through_every_operation() -> None:
     check(rows, 6)
     held.select(torch.tensor([1, 0, 1]))
     check(rows[[1, 0, 1]], 6)
-    held.hold(pool[[0, 1]], every[..., 3:7], 20)
+    held.hold(pick(pool, every[..., 3:7]), every[..., 3:7], (20, 30))
     check(pool[:, :, :20], 4)
     held.clear()
     assert near.used == home.used == 0

@@ -15,13 +15,10 @@ from transformers import TextStreamer
 from farkv._axes import Tensor
 from farkv.errors import InputError
 from farkv.hf.cache import FarCache
-from farkv.hf.handle import Handle
+from farkv.hf.handle import CHUNK_TOKENS, Handle
 
 # Stands for the user's text while a chat template is rendered, because templates may strip what they are given.
 _SENTINEL = "farkv-content-5d1c"
-
-
-CHUNK_TOKENS = 2048
 
 
 class Prompt(NamedTuple):

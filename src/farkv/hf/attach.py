@@ -6,14 +6,15 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from farkv.config import XKV, Full, InfiniGen, Method, Selector, parse_bytes
-from farkv.errors import CacheStateError, ConfigError, PlanError
+from farkv.config import XKV, Full, InfiniGen, Method, Selector, check_storage, parse_bytes, parse_disk
+from farkv.errors import CacheStateError, ConfigError, FarKVError, PlanError
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
 from farkv.methods.contract import Levers, Setting
 from farkv.per_model.profile import Profile
 from farkv.plan import Plan
+from farkv.store.disk import DiskSpace
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
 
@@ -25,6 +26,9 @@ def attach(
     *methods: Method,
     near: int | str | None = None,
     host: int | str | None = None,
+    disk: str | None = None,
+    evict: str = "refuse",
+    quant: str | None = None,
     profile: Profile | str | Path | bool | None = None,
     plan: Plan | str | Path | None = None,
 ) -> Handle:
@@ -35,7 +39,12 @@ def attach(
         methods: one method's config, InfiniGen() if none is given; XKV may stand beside a selector.
         near: limit of near memory, in bytes or as text ("2GiB"): a GPU's memory, or on a CPU a counted
             allocation of its own. None on a CPU: the pool itself is near memory.
-        host: limit of the host pool.
+        host: limit of the host pool. With a disk and no near memory of its own, index and buffers count too.
+        disk: folder and limit, "DIR:100GiB": every full page of records goes there, host memory holds copies.
+        evict: what goes when the pool is full: "refuse" (nothing: the context is refused), "fifo", "lru", "counter"
+            (InfiniGen's), "clock" or "score". With a disk a copy goes and nothing is lost ("refuse": the longest
+            unused); without one the records are gone, and the receipt counts them.
+        quant: store records as "int8" or "int4" in host memory and on disk; None: as the model made them.
         profile: a profile or its path. None: the one beside the model's weights, if there is one; False: none,
             the skew is then estimated from each prompt.
         plan: a plan or its path. With XKV it drives XKV's levers; without, what a selector may fetch per layer.
@@ -43,18 +52,29 @@ def attach(
     Raises:
         UnsupportedModelError: this architecture or attention implementation cannot be managed.
         ConfigError: an option's value cannot be used.
+        StoreError: the disk's folder cannot be used, or is in use.
         ProfileError, PlanError: the file is damaged or of another model.
     """
-    limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"))
+    limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"), evict=evict, quant=quant)
+    check_storage(evict, quant, host=limits.host)
+    place = parse_disk(disk, "disk")
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
         raise CacheStateError("attach: the model is attached already; detach it first")
     selector, xkv = sort_methods(methods, planned=plan is not None)
     loaded_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
     levers = make_levers(selector, xkv, loaded_plan)
+    check_levers(levers, limits, has_disk=place is not None)
     loaded = find_profile(model, profile)
     if loaded is not None:
         loaded.check(identify_model(model))
-    handle = Handle(model, selector or xkv or InfiniGen(), Setting(limits, loaded, levers))
+    if place is not None:
+        limits = limits._replace(disk=DiskSpace(*place))
+    try:
+        handle = Handle(model, selector or xkv or InfiniGen(), Setting(limits, loaded, levers))
+    except FarKVError:
+        if limits.disk is not None:
+            limits.disk.close()
+        raise
     if loaded_plan is not None:
         try:
             loaded_plan.check(identify_model(model), handle.managed)
@@ -62,6 +82,17 @@ def attach(
             handle.detach()
             raise
     return handle
+
+
+def check_levers(levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:
+    """Raise ConfigError where levers and storage contradict each other."""
+    if not levers.keep and levers.near is None:
+        return
+    if has_disk or limits.quant is not None:
+        name = "disk" if has_disk else "quant"
+        raise ConfigError(f"{name}: XKV's levers keep and near read whole layers in place; with {name} use lever fetch")
+    if levers.keep and limits.evict != "refuse":
+        raise ConfigError(f"evict: XKV evicts by its own scores, so {limits.evict!r} has no say; leave evict out")
 
 
 def sort_methods(methods: tuple[Method, ...], *, planned: bool) -> tuple[Selector | None, XKV | None]:

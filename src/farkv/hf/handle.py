@@ -32,6 +32,8 @@ from farkv.store.sizes import LayerShape
 
 log = logging.getLogger("farkv")
 BASES = ("sdpa", "eager")
+# Tokens of a prompt that are read at once, where nothing else is said.
+CHUNK_TOKENS = 2048
 
 
 class Handle(AbstractContextManager["Handle"]):
@@ -117,6 +119,8 @@ class Handle(AbstractContextManager["Handle"]):
             with contextlib.suppress(AttributeError):
                 del module.farkv_base
         _compat.set_attention_name(self.model, self.base)
+        if self.setting.limits.disk is not None:
+            self.setting.limits.disk.close()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -152,7 +156,9 @@ class Handle(AbstractContextManager["Handle"]):
         recipe = make_recipe(self.method, self._place(account, tokens), self.setting.profile)
         recipe.verifying = verify > 0
         if tokens and self.managed:
-            recipe.admit(self._measure_shape(batch), tokens)
+            shape = self._measure_shape(batch)
+            recipe.store.open_pages(shape, self.model.dtype)
+            recipe.admit(shape, tokens, CHUNK_TOKENS)
         layers = [
             FarLayer(i, recipe) if i in self.managed else _compat.make_stock_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._stock_arguments, strict=True))

@@ -13,6 +13,8 @@ from farkv.hf import _compat
 from farkv.hf.cache import FarCache, FarLayer
 from farkv.methods.contract import Levers, Setting
 from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times
+from farkv.store.records import StoreLimits
+from farkv.store.tiers import Tiers
 
 
 def name_method(method: Method, levers: Levers) -> str:
@@ -47,20 +49,20 @@ def make_receipt(
             total=total,
             near_peak=near_records + store.index.peak,
             host_peak=store.host.peak,
-            disk_peak=0,
+            disk_peak=store.disk_bytes,
             index_peak=store.index.peak,
         ),
-        limits=Limits(setting.limits.near, setting.limits.host),
+        limits=make_limits(setting.limits),
         read_fraction=account.read_fraction(),
         index_fraction=account.index_fraction(),
         resident_fraction=min(1.0, near_records / total) if total else 0.0,
         kept_fraction=sum(count_kept_bytes(layer) for layer in cache.layers) / total if total else 1.0,
         fetched_bytes_per_token=account.fetched_bytes / steps,
-        disk_bytes_per_token=0.0,
+        disk_bytes_per_token=account.disk_bytes / steps,
         evicted_records=sum(count_evicted(layer) for layer in cache.layers),
         kernel=kernel,
         fallbacks=dict(account.fallbacks),
-        quant=Quant(),
+        quant=make_quant(store),
         time=make_times(account),
         quality=account.quality(),
         layers=tuple(make_row(i, cache, layer_types[i]) for i in range(len(cache.layers))),
@@ -71,6 +73,19 @@ def make_receipt(
             "python": platform.python_version(),
         },
     )
+
+
+def make_limits(limits: StoreLimits) -> Limits:
+    """Return the limits that were set."""
+    return Limits(limits.near, limits.host, None if limits.disk is None else limits.disk.ledger.limit)
+
+
+def make_quant(store: Tiers) -> Quant:
+    """Return how records are stored in each tier, and the largest error of any of their values."""
+    name = store.limits.quant
+    if name is None:
+        return Quant()
+    return Quant(host=name, disk=name if store.paged else None, max_error=store.max_error)
 
 
 def make_times(account: Account) -> Times:
@@ -91,16 +106,16 @@ def count_kept_bytes(layer: object) -> int:
     """Return the KV bytes that are held of a layer now; of a stock layer, all of them."""
     if not isinstance(layer, FarLayer):
         return count_layer_bytes(layer)
-    pool = layer.recipe.store.pool[layer.layer]
-    return 0 if pool.data is None else pool.view().numel() * pool.data.element_size()
+    store = layer.recipe.store
+    batch, heads = store.heads(layer.layer)
+    return batch * heads * store.length(layer.layer) * layer.recipe.account.record_bytes.get(layer.layer, 0)
 
 
 def count_evicted(layer: object) -> int:
     """Return how many records of a layer were evicted, all sequences and KV heads."""
     if not isinstance(layer, FarLayer) or not layer.recipe.store.evicted[layer.layer]:
         return 0
-    if layer.recipe.store.pool[layer.layer].data is None:
-        return 0  # A prompt that an exception stopped while it passed by.
+    # Zeros where an exception stopped a prompt that was passing by.
     batch, heads = layer.recipe.store.heads(layer.layer)
     return layer.recipe.store.evicted[layer.layer] * batch * heads
 

@@ -101,8 +101,8 @@ class Recipe(Protocol):
     # True where reading the prompt in one pass lets every layer be evicted as it is read.
     wants_one_pass: bool
 
-    def admit(self, shape: LayerShape, n_new: int) -> None:
-        """Raise CapacityError unless every limit can hold `n_new` more tokens; nothing is stored."""
+    def admit(self, shape: LayerShape, n_new: int, chunk: int = 0) -> None:
+        """Raise CapacityError unless every limit can hold `n_new` more tokens, `chunk` at once; nothing is stored."""
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:

@@ -91,7 +91,7 @@ class InfiniGenRecipe(SparseRecipe):
         fitted = self.fitted_tokens.get(layer, 0)
         # Once records are gone, those that are left do not stand for the prompt.
         enough = self.profile is not None or self.store.evicted[layer] > 0
-        return fitted > 0 and (enough or fitted >= self.fit_tokens(self.store.keys(layer)))
+        return fitted > 0 and (enough or fitted >= FIT_TOKENS_PER_DIM * self.store.k_dims[layer])
 
     def sample_queries(self, layer: int, q: Tensor) -> None:
         """Keep a thin sample of the queries seen so far, padding zeroed; a few hundred per layer."""
@@ -162,10 +162,10 @@ class InfiniGenRecipe(SparseRecipe):
         fitted = self.fitted_tokens.get(layer, 0)
         young = not self.is_final(layer) and n_tokens >= 2 * fitted
         if young:
-            self.fit(layer, self.store.keys(layer)[:, :, :n_tokens])
+            self.fit(layer, self.store.keys(layer, 0, n_tokens))
         if index.length < n_tokens:
             # A deliberate copy where the pool is far: these keys were stored before the index could be built.
-            self.encode(layer, self.store.keys(layer)[:, :, index.length : n_tokens].to(self.store.device))
+            self.encode(layer, self.store.keys(layer, index.length, n_tokens).to(self.store.device))
 
     # --- every layer, every step ----------------------------------------------------------------------------
 

@@ -5,11 +5,14 @@ Its `index_fraction` counts those keys; it is the upper bound of what choosing b
 
 from __future__ import annotations
 
+import torch
+
 from farkv.config import Oracle
 from farkv.methods.contract import Budget, Place, Query
+from farkv.methods.mass import score_stored
 from farkv.methods.sparse import SparseRecipe
 from farkv.per_token.select import Choice, force_sinks, select_top
-from farkv.per_token.speculate import pool_group, score_keys
+from farkv.per_token.speculate import pool_group
 
 
 class OracleRecipe(SparseRecipe):
@@ -21,9 +24,12 @@ class OracleRecipe(SparseRecipe):
     def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
         """1. True logits over all keys.  2. Join the query group.  3. The largest, sinks before all."""
         n_old = self.store.length(layer) - budget.tail
-        keys = self.store.keys(layer)
-        scores = score_keys(query.q.to(keys.device), keys[:, :, :n_old], query.scaling, query.softcap)
-        self.count_index(layer, keys[:, :, :n_old].numel() * keys.element_size())
+        batch, heads = self.store.heads(layer)
+        if n_old == 0:
+            scores = torch.empty(batch, heads, query.q.shape[1] // heads, 0, device=query.q.device)
+        else:
+            scores = score_stored(self.store, layer, query, n_old)
+        self.count_index(layer, batch * heads * n_old * self.store.k_dims[layer] * query.q.element_size())
         valid = self.visible(layer, n_old)
         pooled = pool_group(scores.to(query.q.device), valid)
         return select_top(force_sinks(pooled, budget.sinks, valid), budget.early)

@@ -30,7 +30,7 @@ class RandomRecipe(SparseRecipe):
     def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
         """1. A random score for every real record.  2. Sinks before all."""
         n_old = self.store.length(layer) - budget.tail
-        batch, heads = self.store.keys(layer).shape[:2]
+        batch, heads = self.store.heads(layer)
         scores = torch.rand(batch, heads, n_old, generator=self.generator, device=query.q.device)
         valid = self.visible(layer, n_old)
         if valid is not None:

@@ -9,50 +9,27 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Int, Tensor
-from farkv.config import Source
 from farkv.methods.contract import Budget, Kernel, Place, Query, Step
-from farkv.methods.hold import Holder
-from farkv.methods.keep import Keeper
+from farkv.methods.limited import Limited
 from farkv.methods.mass import measure_found
 from farkv.methods.padding import Padding
-from farkv.methods.watch import Watcher
 from farkv.per_token.attend import align_mask, align_rows
 from farkv.per_token.select import Choice
-from farkv.store.admission import admit
-from farkv.store.records import Fetch, Needs, Read
-from farkv.store.sizes import LayerShape, NearNeed, count_cap, count_forced
-from farkv.store.tiers import Tiers
+from farkv.per_token.stream import Softmax, Stream
+from farkv.store.records import Fetch, Read
+from farkv.store.sizes import LayerShape
 
 
-class SparseRecipe:
+class SparseRecipe(Limited):
     """A recipe that reads a fraction of the records at decode steps."""
 
-    query_source: Source | None = None
-    # Records live in near memory: what is kept is read whole.
-    at_home = False
-    wants_one_pass = False
-
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
-        self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
-        levers = place.levers
-        self.store = Tiers(
-            place.layers, place.limits, place.device, Needs(window, self.at_home, levers.keep, levers.near is not None)
-        )
-        scored = levers.xkv is not None and (levers.keep or levers.near is not None)
-        self.watcher = Watcher(levers.xkv) if scored and levers.xkv else None
-        self.keeper = Keeper(self.watcher, levers.allowed, self.store, window) if self.watcher and levers.keep else None
-        self.holder = Holder(self.watcher, levers.near, self.store) if self.watcher and levers.near else None
-        self.fetch_shares = levers.fetch
-        self.account = place.account
-        self.layers = place.layers
-        self.least = 1
+        super().__init__(place, fraction=fraction, sinks=sinks, window=window, top_up=top_up)
         self.dense = False
-        self.verifying = False
         self.measuring = False
-        self.prompt_tokens = 0
         self.padding = Padding()
         self.pending: dict[int, Fetch] = {}
-        self.store.on_fetch = self.count_fetch
+        self.store.on_fetch, self.store.on_disk = self.count_fetch, self.count_disk
 
     # --- what a method fills in -----------------------------------------------------------------------------
 
@@ -67,14 +44,6 @@ class SparseRecipe:
         """Choose `budget.late` more, once the true query is known, after speculation."""
         return None
 
-    def index_token_bytes(self, shape: LayerShape) -> int:
-        """Bytes that one token adds to a layer's index, all KV heads and sequences."""
-        return 0
-
-    def reads_all(self, layer: int) -> bool:
-        """Say whether this layer is left dense by design."""
-        return False
-
     def forget(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Follow an eviction: only the records at these positions stay."""
 
@@ -85,65 +54,11 @@ class SparseRecipe:
         shape = LayerShape(k.shape[0], k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
         self.account.record_bytes[layer] = shape.record_bytes
         if layer == self.layers[0]:
+            self.store.open_pages(shape, k.dtype)
             self.admit(shape, k.shape[2])
+        if self.spiller is not None and k.shape[2] > 1:
+            self._spill(layer, self.spiller.count_excess(layer, k.shape[2]))
         self.store.append(layer, k, v)
-
-    def admit(self, shape: LayerShape, n_new: int) -> None:
-        """Refuse tokens that a limit cannot hold, before any layer is touched."""
-        first = self.layers[0]
-        tokens = max(self.store.seen(first) + n_new, self.store.limits.reserve_tokens)
-        rows = dict.fromkeys(self.layers, max(self.store.length(first) + n_new, self.store.limits.reserve_tokens))
-        besides = 0
-        if self.keeper is not None:
-            self.keeper.prompt_tokens = self.prompt_tokens
-            rows = self.keeper.widest(tokens, n_new)
-            besides = self.keeper.count_besides(shape, tokens, n_new, rows)
-        if self.keeper is not None and self.verifying:
-            self.store.remember_all(tokens)
-            # One layer more while what is remembered grows.
-            n_layers = len(self.layers) + (0 if self.store.limits.reserve_tokens >= tokens else 1)
-            besides += n_layers * tokens * shape.token_bytes
-        admit(self.store, shape, rows, self.near_need(shape, n_new), besides)
-
-    def near_need(self, shape: LayerShape, n_new: int) -> NearNeed:
-        """Return the near bytes at the widest moments of a pass over `n_new` tokens and of the steps after it."""
-        n_layers = len(self.layers)
-        tokens = max(self.store.seen(self.layers[0]) + n_new, self.store.limits.reserve_tokens)
-        budgets = [self.split(tokens, i) for i in self.layers]
-        rows = max(b.early + b.late + b.tail for b in budgets)
-        sparse = [i for i in self.layers if not self.reads_all(i)]
-        whole = tokens * shape.token_bytes
-        index = self.index_token_bytes(shape) * tokens
-        return NearNeed(
-            # An index that grows stands beside its old self for a moment, one layer at a time.
-            index=index * len(sparse) + (0 if self.store.limits.reserve_tokens >= tokens else index),
-            window=n_layers * 2 * (self.store.window + 1) * shape.token_bytes,
-            prefill=whole if n_new > 1 else 0,
-            decode=(2 * rows * shape.token_bytes if sparse else 0)
-            + (whole if self.verifying or len(sparse) < n_layers else 0),
-            held=0 if self.holder is None else self.holder.count_bytes(shape, tokens),
-        )
-
-    def share_of(self, layer: int) -> float:
-        """Return the share of the context that a layer may read: the plan's, or the method's own."""
-        return self.fraction if self.fetch_shares is None else self.fetch_shares[layer]
-
-    def count_cap(self, tokens: int, layer: int) -> int:
-        """Return how many records of every KV head a layer may read of a context of `tokens`."""
-        cap = count_cap(self.share_of(layer), tokens, self.least if self.fetch_shares is None else 1)
-        if self.store.evicted[layer]:
-            # Of an evicted layer there are fewer rows than tokens.
-            cap = min(cap, self.store.length(layer) + tokens - self.store.seen(layer))
-        return cap
-
-    def split(self, tokens: int, layer: int) -> Budget:
-        """Split a layer's cap for a context of `tokens`, the newest included."""
-        share = self.share_of(layer)
-        cap = self.count_cap(tokens, layer)
-        sinks, window = count_forced(cap, self.sinks, self.window, share)
-        middle = cap - window - 1
-        late = int(self.share_late * (middle - sinks)) if share < 1 else 0
-        return Budget(sinks, middle - late, late, window + 1)
 
     def wants_estimate(self, layer: int) -> bool:
         """Nothing is speculated unless a method does."""
@@ -167,6 +82,8 @@ class SparseRecipe:
         if not self.dense:
             self.observe(layer, step)
             self._pull_levers(layer, step)
+            if self.spiller is not None:
+                self._make_room(layer, step)
         return out
 
     def _attend_all(self, layer: int, step: Step, kernel: Kernel) -> object:
@@ -178,12 +95,41 @@ class SparseRecipe:
         if total == k.shape[2]:
             with self.store.hold((k.numel() + v.numel()) * k.element_size()):
                 return kernel(q, k, v, step.mask)
+        if self.store.streams:
+            return self._attend_blocks(layer, step, kernel)
         with self.store.read_all(layer, whole=self.dense) as (all_k, all_v):
             mask = step.mask
             if mask is not None and all_k.shape[2] < total:
                 rows = torch.arange(all_k.shape[2], device=mask.device).expand(*k.shape[:2], -1)
                 mask = align_rows(mask, self.store.locate(layer, rows), q.shape[1] // k.shape[1])
             return kernel(q, all_k, all_v, mask)
+
+    def _attend_blocks(self, layer: int, step: Step, kernel: Kernel) -> object:
+        """Attend to the records block by block, and to the new tokens, which are near already."""
+        query, store, n_new = step.query, self.store, step.k.shape[2]
+        stream = Stream(query.q, Softmax(query.scaling, query.softcap, kernel.sinks))
+        n_old = store.length(layer) - n_new
+        for start, k, v in store.read_blocks(layer, n_old):
+            rows = torch.arange(start, start + k.shape[2], device=query.q.device).expand(*k.shape[:2], -1)
+            stream.add(k, v, self._see(layer, step, rows))
+        with store.hold((step.k.numel() + step.v.numel()) * step.k.element_size()):
+            own = None if step.mask is None else step.mask[..., -n_new:]
+            # A deliberate sync, once per pass and layer, for the same reason.
+            causal = own is None or bool((own == torch.ones_like(own[:1]).tril()).all())
+            stream.add(step.k, step.v, None if causal else own, causal=causal)
+        return kernel.wrap(stream.finish())
+
+    def _see(self, layer: int, step: Step, rows: Int[Tensor, "B Hkv K"]) -> Tensor | None:
+        """Return what the new queries see of stored rows, None where all see all."""
+        if step.mask is None:
+            return None
+        if self.store.evicted[layer]:
+            n_groups = step.query.q.shape[1] // step.k.shape[1]
+            visible = align_rows(step.mask, self.store.locate(layer, rows), n_groups)
+        else:
+            visible = step.mask[..., rows[0, 0]]
+        # A deliberate sync, once per block: the fused kernel is faster without a mask.
+        return None if bool(visible.all()) else visible
 
     def _attend_chosen(self, layer: int, step: Step, kernel: Kernel) -> object:
         q, k = step.query.q, step.k
@@ -198,6 +144,8 @@ class SparseRecipe:
             extra = self.top_up(layer, step.query, early, budget)
             late = None if extra is None else Fetch(extra.positions, extra.valid, None, None)
         read = self.store.read(layer, early, late, budget.tail)
+        if self.spiller is not None:
+            self.spiller.note(layer, step.query, read)
         n_read = read.valid.sum() if read.valid is not None else read.positions.numel()
         self.count_read(layer, n_read, k)
         self._measure(layer, step, read)
@@ -244,21 +192,35 @@ class SparseRecipe:
             self.forget(layer, kept.positions)
             self.store.evict(layer, kept)
 
+    # --- a full pool ----------------------------------------------------------------------------------------
+
+    def _make_room(self, layer: int, step: Step) -> None:
+        """Let the prompt's last queries say what is used; while decoding, evict where the next token has no room."""
+        assert self.spiller is not None
+        if step.k.shape[2] > 1 or self.reads_all(layer):
+            self.spiller.vote(layer, step.query, self.count_cap(self.store.seen(layer), layer), self.padding)
+        if step.k.shape[2] == 1:
+            self._spill(layer, self.spiller.count_excess(layer, 1))
+
+    def _spill(self, layer: int, n: int) -> None:
+        """Evict `n` records of every KV head by the pool's policy, from the index and the pool together."""
+        if n > 0:
+            assert self.spiller is not None
+            kept = self.spiller.choose_kept(layer, n, self.visible(layer, self.store.length(layer)))
+            self.forget(layer, kept.positions)
+            self.store.evict(layer, kept)
+
     # --- the books ------------------------------------------------------------------------------------------
-
-    def count_read(self, layer: int, n_records: int | Tensor, k: Tensor) -> None:
-        """Count one decode step's records of a layer."""
-        held = k.shape[0] * k.shape[1] * self.store.seen(layer)
-        self.account.layer(layer).add_read(n_records, held)
-
-    def count_index(self, layer: int, n_bytes: float) -> None:
-        """Count index bytes that were scored."""
-        self.account.layer(layer).index_bytes += n_bytes
 
     def count_fetch(self, n_bytes: int) -> None:
         """Count bytes that crossed the link at decode steps."""
         if self.account.decoding and not self.dense and not self.measuring:
             self.account.fetched_bytes += n_bytes
+
+    def count_disk(self, n_bytes: int) -> None:
+        """Count bytes that were read from disk at decode steps."""
+        if self.account.decoding and not self.dense and not self.measuring:
+            self.account.disk_bytes += n_bytes
 
     # --- the batch ------------------------------------------------------------------------------------------
 
@@ -266,6 +228,8 @@ class SparseRecipe:
         """Forget the newest tokens of a layer, and whatever was speculated."""
         self.pending.clear()
         self.store.crop(layer, n_tokens)
+        if self.spiller is not None:
+            self.spiller.crop(layer)
         self.padding.crop(self.store.seen(layer))
         if self.watcher is not None and not self.dense:
             self.watcher.crop(n_tokens, layer)
@@ -274,6 +238,8 @@ class SparseRecipe:
         """Keep these sequences of the batch, in this order."""
         self.pending.clear()
         self.store.select(layer, sequences)
+        if self.spiller is not None:
+            self.spiller.select(sequences, layer)
         if self.watcher is not None:
             self.watcher.select(sequences, layer)
         if layer == self.layers[0]:
@@ -288,6 +254,8 @@ class SparseRecipe:
             self.watcher.clear(layer)
         if self.keeper is not None:
             self.keeper.clear(layer)
+        if self.spiller is not None:
+            self.spiller.clear(layer)
         self.padding = Padding()
 
     def visible(self, layer: int, n_rows: int) -> Bool[Tensor, "B h S"] | None:

@@ -28,7 +28,7 @@ class WindowRecipe(SparseRecipe):
     def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
         """1. The youngest score highest.  2. Sinks before all."""
         n_old = self.store.length(layer) - budget.tail
-        batch, heads = self.store.keys(layer).shape[:2]
+        batch, heads = self.store.heads(layer)
         age = torch.arange(n_old, device=query.q.device, dtype=torch.float32)
         scores = age.repeat(batch, heads, 1)
         return select_top(force_sinks(scores, budget.sinks, self.visible(layer, n_old)), budget.early)

@@ -31,6 +31,28 @@ def weigh_keys(
     return logits.softmax(-1)
 
 
+def weigh_rows(
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hkv K D"],
+    visible: Bool[Tensor, "b h t K"] | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Float32[Tensor, "B Hkv T K"]:
+    """Return the softmax weights of some records, which may differ from head to head, mean over the query group.
+
+    Cost: 2 Hq T K D operations; Hq T K floats.
+    """
+    batch, kv_heads, _, dim = k.shape
+    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[2], dim)
+    logits = grouped @ k.float()[:, :, None].mT * scaling
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    if visible is not None:
+        logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
+    # A query of padding sees nothing: it has no weights to give.
+    return logits.softmax(-1).nan_to_num(0.0).mean(2)
+
+
 def measure_mass(
     weights: Float32[Tensor, "B Hkv G 1 S"],
     positions: Int[Tensor, "B Hkv K"],

@@ -5,28 +5,50 @@ In: the rows and near bytes that a pass will need. Out: nothing, or a CapacityEr
 
 from __future__ import annotations
 
+from farkv.store.frames import LEAST_FRAMES, SCRATCH_PAGES
 from farkv.store.kept import ROW_BYTES
 from farkv.store.near import SLOT_BYTES
+from farkv.store.paged import NUMBER_BYTES
 from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
 from farkv.store.tiers import Tiers
 
 
-def admit(store: Tiers, shape: LayerShape, rows: dict[int, int], need: NearNeed, besides: int = 0) -> None:
+def admit(
+    store: Tiers, shape: LayerShape, rows: dict[int, int], need: NearNeed, *, n_new: int = 0, besides: int = 0
+) -> None:
     """Refuse, before any layer is touched, what some limit cannot hold.
 
     Args:
         shape: of every managed layer.
         rows: rows that each layer holds when this forward pass, or the reserved context, is at its widest.
         need: near bytes of this pass at its widest moment; ignored where the pool is near memory.
+        n_new: tokens of this pass.
         besides: bytes that are counted with the records, for verification or while a layer is evicted.
 
     Raises:
         CapacityError: with the bytes needed, the limit and the remedy.
     """
     total = max(rows.values(), default=0)
+    if store.frames is not None:
+        admit_pages(store, shape, (total, n_new), need)
+    else:
+        admit_rows(store, shape, rows, need, besides)
+    if store.far and store.near.limit is not None:
+        if need.total > store.near.limit:
+            parts = ", ".join(f"{name} {size:,}" for name, size in need._asdict().items())
+            raise store.near.refuse(need.total - store.near.used, f"a context of {total} tokens ({parts})")
+        room = grow_capacity(0, total)
+        store.index.roomy = need.total + need.index * (room - total) // total <= store.near.limit
+
+
+def admit_rows(store: Tiers, shape: LayerShape, rows: dict[int, int], need: NearNeed, besides: int) -> None:
+    """Refuse records that the host pool, or near memory as their home, cannot hold."""
+    total = max(rows.values(), default=0)
     row_bytes = (ROW_BYTES if store.kept else 0) + (SLOT_BYTES if store.holds else 0)
-    token_bytes = shape.token_bytes + row_bytes * shape.batch * shape.kv_heads
-    grow = [layer for layer, n in rows.items() if (d := store.pool[layer].data) is None or d.shape[2] < n]
+    token_bytes = (store.stored_bytes(shape) + row_bytes) * shape.batch * shape.kv_heads
+    if store.near.parent is not None:
+        besides += need.total
+    grow = [layer for layer, n in rows.items() if store.pool[layer].capacity < n]
     if store.home.limit is not None and (grow or store.shadow):
         held = {layer: count_held(store, layer) for layer in rows}
         # While a layer grows, its old rows are still there.
@@ -40,12 +62,48 @@ def admit(store: Tiers, shape: LayerShape, rows: dict[int, int], need: NearNeed,
         # What is remembered to verify against grows too.
         spare = besides // 4 + 64 * len(rows) * token_bytes if store.shadow else 0
         store.home.roomy = kept + besides + spare + room * token_bytes <= store.home.limit
-    if store.far and store.near.limit is not None:
-        if need.total > store.near.limit:
-            parts = ", ".join(f"{name} {size:,}" for name, size in need._asdict().items())
-            raise store.near.refuse(need.total - store.near.used, f"a context of {total} tokens ({parts})")
-        room = grow_capacity(0, total)
-        store.index.roomy = need.total + need.index * (room - total) // total <= store.near.limit
+
+
+def admit_pages(store: Tiers, shape: LayerShape, size: tuple[int, int], need: NearNeed) -> None:
+    """Refuse a context whose pages the disk cannot hold, and let page copies have what host memory is left.
+
+    Args:
+        size: tokens of the context, and of this pass.
+    """
+    tokens, n_new = size
+    frames, n_layers, heads = store.frames, len(store.pool), shape.batch * shape.kv_heads
+    assert frames is not None
+    form, file = frames.pages.form, frames.pages.file
+    row_bytes = form.n_bytes // form.tokens
+    n_pages = n_layers * heads * (tokens // form.tokens)
+    fresh = max(0, n_pages - frames.pages.n_saved)
+    if file is not None and store.limits.disk is not None:
+        ledger = store.limits.disk.ledger
+        more = (fresh - file.n_pages) * form.n_bytes
+        if more > 0 and not ledger.has_room(more):
+            raise ledger.refuse(more, f"the pages of {tokens} tokens")
+    # Without a file what follows the saved text stays in host memory.
+    open_tokens = form.tokens if file is not None else max(form.tokens, tokens - saved_tokens(store, heads))
+    fixed = n_layers * heads * (open_tokens * row_bytes + NUMBER_BYTES * (tokens // form.tokens + 1))
+    # One layer at a time takes a whole pass before its full pages are written.
+    passing = 2 * heads * (n_new + form.tokens) * row_bytes
+    fixed += passing + SCRATCH_PAGES * form.n_bytes + (need.total if store.near.parent is not None else 0)
+    store.index.roomy = store.host.roomy = store.host.limit is None
+    if store.host.limit is None:
+        frames.resize(max(frames.room, n_pages))
+        return
+    room = (store.host.limit - fixed) // form.n_bytes
+    if room < LEAST_FRAMES:
+        least = fixed + LEAST_FRAMES * form.n_bytes
+        raise store.host.refuse(least - store.host.used, f"the index, buffers and open pages of {tokens} tokens")
+    frames.resize(min(room, max(n_pages, LEAST_FRAMES)))
+
+
+def saved_tokens(store: Tiers, heads: int) -> int:
+    """Return the tokens of the saved text that are in full pages."""
+    assert store.frames is not None
+    form = store.frames.pages.form
+    return store.frames.pages.n_saved // (len(store.pool) * heads) * form.tokens
 
 
 def count_held(store: Tiers, layer: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from farkv._axes import Int, Tensor
 from farkv.store.ledger import Ledger
-from farkv.store.rows import Rows, gather_rows
+from farkv.store.rows import Rows
 
 
 class Buffers:
@@ -50,21 +50,23 @@ class Tail:
         self.data: Tensor | None = None
         self.length = 0
 
-    def push(self, k: Tensor, v: Tensor) -> None:
-        """Add new records; only the last `n` are kept."""
-        k, v = k[:, :, -self.n :], v[:, :, -self.n :]
-        batch, heads, n_new, k_dim = k.shape
+    def push(self, *parts: Tensor) -> None:
+        """Add new rows, whose parts lie side by side; only the last `n` are kept."""
+        parts = tuple(part[:, :, -self.n :] for part in parts)
+        batch, heads, n_new, _ = parts[0].shape
         if self.data is None:
-            shape = (batch, heads, 2 * self.n, k_dim + v.shape[-1])
-            self.ledger.charge(batch * heads * shape[2] * shape[3] * k.element_size())
-            self.data = torch.empty(shape, dtype=k.dtype, device=self.device)
+            shape = (batch, heads, 2 * self.n, sum(part.shape[-1] for part in parts))
+            self.ledger.charge(batch * heads * shape[2] * shape[3] * parts[0].element_size())
+            self.data = torch.empty(shape, dtype=parts[0].dtype, device=self.device)
         if self.length + n_new > 2 * self.n:
             keep = min(self.n - n_new, self.length) if n_new < self.n else 0
             if keep:
                 self.data[:, :, :keep] = self.data[:, :, self.length - keep : self.length].clone()
             self.length = keep
-        self.data[:, :, self.length : self.length + n_new, :k_dim] = k
-        self.data[:, :, self.length : self.length + n_new, k_dim:] = v
+        at = 0
+        for part in parts:
+            self.data[:, :, self.length : self.length + n_new, at : at + part.shape[-1]] = part
+            at += part.shape[-1]
         self.length += n_new
 
     def newest(self, n: int) -> Tensor | None:
@@ -95,18 +97,21 @@ class Held:
         self.rows = Rows(near, device=device)
         self.slots = Rows(home, device=home_device)
 
-    def hold(self, pool: Tensor, positions: Int[Tensor, "B Hkv K"], n_rows: int) -> None:
-        """Copy the rows at `positions` near; they replace what was held before."""
+    def hold(self, rows: Tensor, positions: Int[Tensor, "B Hkv K"], size: tuple[int, int]) -> None:
+        """Copy the rows at `positions` of the pool near; they replace what was held before.
+
+        Args:
+            size: rows of the pool, and how many it has room for.
+        """
         self.clear()
         batch, heads, n = positions.shape
-        at = positions.to(pool.device)
         self.rows.reserve = n
         # A deliberate copy over the link, once per prompt and layer.
-        self.rows.append(gather_rows(pool, at))
-        slots = torch.full((batch, heads, n_rows), -1, dtype=torch.int32, device=pool.device)
-        slots.scatter_(-1, at, torch.arange(n, dtype=torch.int32, device=pool.device).expand(batch, heads, n))
+        self.rows.append(rows)
+        slots = torch.full((batch, heads, size[0]), -1, dtype=torch.int32, device=positions.device)
+        slots.scatter_(-1, positions, torch.arange(n, dtype=torch.int32, device=slots.device).expand(batch, heads, n))
         # It grows when the pool does, not before: only then is new memory admitted.
-        self.slots.reserve = pool.shape[2]
+        self.slots.reserve = size[1]
         self.slots.append(slots[..., None])
 
     def append(self, n: int) -> None:

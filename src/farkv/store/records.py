@@ -5,15 +5,32 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from farkv._axes import Bool, Float32, Int, Tensor
+from farkv.store.disk import DiskSpace, PageReader
+from farkv.store.pages import PageForm
 from farkv.store.transfer import Ticket
 
 
+class SavedText(NamedTuple):
+    """Pages of a text that was read before."""
+
+    reader: PageReader
+    n_pages: int
+    form: PageForm
+
+
 class StoreLimits(NamedTuple):
-    """Byte limits and the context to make room for; None and 0 where nothing is said."""
+    """Byte limits, how records are kept under them, and the context to make room for; None where nothing is said."""
 
     near: int | None = None
     host: int | None = None
     reserve_tokens: int = 0
+    # Where full pages go, under a limit of its own.
+    disk: DiskSpace | None = None
+    # What goes when the pool is full: "refuse", or a policy's name.
+    evict: str = "refuse"
+    # How records are stored: "int8", "int4", or as they came.
+    quant: str | None = None
+    saved: SavedText | None = None
 
 
 class Needs(NamedTuple):

@@ -30,10 +30,45 @@ class Rows:
         """Bytes of the allocation."""
         return 0 if self.data is None else self.data.numel() * self.data.element_size()
 
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Return the number of sequences and of KV heads."""
+        return (0, 0) if self.data is None else (self.data.shape[0], self.data.shape[1])
+
+    @property
+    def capacity(self) -> int:
+        """Return the tokens that there is room for."""
+        return 0 if self.data is None else self.data.shape[2]
+
+    @property
+    def width(self) -> int:
+        """Return the elements of a row."""
+        assert self.data is not None
+        return self.data.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the elements' type."""
+        assert self.data is not None
+        return self.data.dtype
+
     def view(self) -> Tensor:
         """Return the stored rows, [B, Hkv, S, W], without a copy."""
         assert self.data is not None
         return self.data[:, :, : self.length]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Return the rows of tokens `start` to `stop`, [B, Hkv, stop - start, W], without a copy."""
+        assert self.data is not None
+        return self.data[:, :, start:stop]
+
+    def take(self, heads: Int[Tensor, " N"], positions: Int[Tensor, " N"], out: Tensor) -> None:
+        """Copy the row at `positions[j]` of head `heads[j]` (sequence * Hkv + head) into `out[j]`.
+
+        Cost: N * W elements read and written.
+        """
+        assert self.data is not None
+        torch.index_select(self.data.view(-1, self.width), 0, heads * self.data.shape[2] + positions, out=out)
 
     def append(self, *parts: Tensor) -> None:
         """Write new rows; `parts` ([B, Hkv, T, w] each) lie side by side in a row.
@@ -54,7 +89,7 @@ class Rows:
     def ensure(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
         """Make room for shape[2] tokens in all, growing by a quarter where the ledger has room for it."""
         batch, heads, need, width = shape
-        capacity = 0 if self.data is None else self.data.shape[2]
+        capacity = self.capacity
         if need <= capacity:
             return
         row_bytes = batch * heads * width * torch.empty((), dtype=dtype).element_size()

@@ -1,4 +1,4 @@
-"""The far store of one cache: every layer's records in the host pool, and what of them is near.
+"""Near memory before far memory: what attention reads at a step, and how it comes near.
 
 In: new keys and values, chosen positions. Out: K and V that attention can read. Without a near limit on a CPU the
 pool is near memory and nothing is copied; otherwise near memory is a counted allocation of its own and records
@@ -13,148 +13,66 @@ from contextlib import contextmanager
 import torch
 
 from farkv._axes import Bool, Int, Tensor
-from farkv.store.kept import Kept
-from farkv.store.ledger import Ledger
 from farkv.store.near import Buffers, Held, Tail
+from farkv.store.pool import FarMemory
 from farkv.store.records import Fetch, Keep, Needs, Read, StoreLimits
-from farkv.store.rows import Rows, gather_rows
-from farkv.store.transfer import Link
+from farkv.store.transfer import Link, Ticket
+
+# Tokens that a dense read brings near at once, where the whole layer has no room.
+BLOCK_TOKENS = 1024
 
 
-class Tiers:
-    """Pool and near memory of all managed layers of one cache."""
+class Tiers(FarMemory):
+    """All tiers of one cache."""
 
     def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, form: Needs):
-        self.limits, self.device, self.window = limits, device, form.window
-        on_gpu = device.type == "cuda"
-        near_is_counted = limits.near is not None or on_gpu
-        self.far = near_is_counted and not form.at_home
-        self.host = Ledger("host", limits.host)
-        self.near = Ledger("near", limits.near)
-        self.index = Ledger("index", None, self.near)
-        # Where records live: near memory for a method that keeps them there, the host pool for all others.
-        self.home = self.near if form.at_home and near_is_counted else self.host
-        place = torch.device("cpu") if on_gpu and self.far else device
-        self.order = {layer: i for i, layer in enumerate(layers)}
-        self.pool = {
-            layer: Rows(self.home, device=place, pin=on_gpu and self.far, reserve=limits.reserve_tokens)
-            for layer in layers
-        }
-        self.kept = {layer: Kept(self.home, place) for layer in layers} if form.evicts else {}
-        self.evicted = dict.fromkeys(layers, 0)
-        # While steps of an evicting method are verified: every record, to compare with.
-        self.shadow: dict[int, Rows] = {}
+        super().__init__(layers, limits, device, form)
+        self.window = form.window
         self.tails = {layer: Tail(self.near, device, form.window + 1) for layer in layers} if self.far else {}
         self.holds = form.holds and self.far
         self.held: dict[int, Held] = {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device)
-        self.k_dims: dict[int, int] = {}
+        # True where dense reads come block by block: admission says so.
+        self.streams = False
+        self.block_tokens = BLOCK_TOKENS
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
 
-    def length(self, layer: int) -> int:
-        """Return the rows stored of a layer."""
-        return self.pool[layer].length
-
-    def seen(self, layer: int) -> int:
-        """Return the tokens a layer was given, evicted ones included."""
-        return self.pool[layer].length + self.evicted[layer]
-
-    def batch(self, layer: int) -> int:
-        """Return the number of sequences."""
-        data = self.pool[layer].data
-        return 0 if data is None else data.shape[0]
-
-    def heads(self, layer: int) -> tuple[int, int]:
-        """Return the number of sequences and of KV heads."""
-        data = self.pool[layer].data
-        assert data is not None
-        return data.shape[0], data.shape[1]
-
-    def reserve(self, rows: dict[int, int]) -> None:
-        """Make every layer's first allocation this many rows."""
-        for layer, n in rows.items():
-            self.pool[layer].reserve = n
-            if layer in self.kept:
-                self.kept[layer].places.reserve = self.kept[layer].marks.reserve = n
-            if layer in self.held:
-                self.held[layer].slots.reserve = n
+    # --- records in -----------------------------------------------------------------------------------------
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens' records."""
-        self.k_dims[layer] = k.shape[-1]
-        if layer in self.shadow:
-            self.shadow[layer].append(k, v)
-        if layer in self.kept:
-            self.kept[layer].append(k, self.seen(layer))
-        self.pool[layer].append(k, v)
+        parts = self.encode(layer, k, v)
+        self.store(layer, k, v, parts)
         if layer in self.held:
             self.held[layer].append(k.shape[2])
         if self.far:
-            self.tails[layer].push(k, v)
-
-    def pass_by(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Count new tokens whose records are stored by `put` once it is known which stay."""
-        self.k_dims[layer] = k.shape[-1]
-        if layer in self.shadow:
-            self.shadow[layer].append(k, v)
-        self.evicted[layer] += k.shape[2]
-
-    def put(self, layer: int, k: Tensor, v: Tensor, kept: Keep) -> None:
-        """Store those of the passing tokens' records that stay: k and v are of all of them."""
-        assert self.pool[layer].length == 0
-        positions = kept.positions
-        at = positions[..., None].to(k.device)
-        # One part at a time, so that no more than what stays is ever copied.
-        self.pool[layer].append(*(t.gather(2, at.expand(-1, -1, -1, t.shape[-1])) for t in (k, v)))
-        self.kept[layer].put(positions, kept.marks, kept.gapless)
-        self.evicted[layer] -= positions.shape[-1]
+            self.tails[layer].push(*parts)
 
     def evict(self, layer: int, kept: Keep) -> None:
         """Drop every record of a layer but those at the kept positions, and free their memory."""
-        before = self.length(layer)
-        at = kept.positions.to(self.pool[layer].device)
-        self.pool[layer].keep(at)
-        self.kept[layer].keep(at, kept.marks.to(at.device), kept.gapless)
+        super().evict(layer, kept)
         if layer in self.held:
-            self.held[layer].keep(at)
-        self.evicted[layer] += before - self.length(layer)
+            self.held[layer].keep(kept.positions.to(self.pool[layer].device))
+
+    def reserve(self, rows: dict[int, int]) -> None:
+        """Make every layer's first allocation this many rows."""
+        super().reserve(rows)
+        for layer, n in rows.items():
+            if layer in self.held:
+                self.held[layer].slots.reserve = n
 
     def hold_near(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Hold these records near from now on; fetches bring only the others. Nothing to do where the pool is near."""
         if not self.far:
             return
         pool = self.pool[layer]
-        assert pool.data is not None
         held = self.held.setdefault(layer, Held(self.near, self.device, self.host, pool.device))
-        held.hold(pool.data, positions, pool.length)
+        at = positions.to(pool.device)
+        # The slots go as far as the pool does.
+        held.hold(self.gather(layer, at), at, (pool.length, pool.capacity))
 
-    def locate(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, "B Hkv K"]:
-        """Return the tokens, counted from the context's begin, of the rows at `positions`."""
-        if not self.evicted[layer]:
-            return positions
-        return self.kept[layer].places.view()[..., 0].to(positions.device).gather(-1, positions).long()
-
-    def remember_all(self, tokens: int) -> None:
-        """Keep every record besides, of `tokens` at first, to verify against; counted against the same limit."""
-        if self.kept and not self.shadow:
-            self.shadow = {
-                layer: Rows(self.home, device=rows.device, reserve=tokens) for layer, rows in self.pool.items()
-            }
-
-    def all_keys(self, layer: int) -> Tensor:
-        """Return the keys of every token, evicted ones too where steps are verified."""
-        rows = self.shadow.get(layer, self.pool[layer])
-        return rows.view()[..., : self.k_dims[layer]]
-
-    def keys(self, layer: int) -> Tensor:
-        """Return all keys in place, [B, Hkv, S, Dk], in the pool's memory."""
-        return self.pool[layer].view()[..., : self.k_dims[layer]]
-
-    def records(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return all K and V of a layer in place, in the pool's memory."""
-        rows, k_dim = self.pool[layer].view(), self.k_dims[layer]
-        return rows[..., :k_dim], rows[..., k_dim:]
+    # --- dense reads ----------------------------------------------------------------------------------------
 
     @contextmanager
     def hold(self, n_bytes: int) -> Iterator[None]:
@@ -172,18 +90,78 @@ class Tiers:
         Args:
             whole: evicted records too, where they are remembered.
         """
-        held, k_dim = self.shadow.get(layer, self.pool[layer]) if whole else self.pool[layer], self.k_dims[layer]
-        rows = held.view()
+        k_dim = self.k_dims[layer]
+        remembered = self.shadow.get(layer) if whole else None
         if not self.far:
+            rows = self.rows(layer) if remembered is None else remembered.view()
             yield rows[..., :k_dim], rows[..., k_dim:]
             return
-        n_bytes = rows.numel() * rows.element_size()
-        with self.hold(n_bytes):
+        pool = self.pool[layer] if remembered is None else remembered
+        stored = pool.read(0, pool.length)
+        with self.hold(self.count_near_bytes(layer, stored)):
             # A deliberate copy over the link: a dense pass needs the whole layer near.
-            near = torch.empty(rows.shape, dtype=rows.dtype, device=self.device)
-            near.copy_(rows)
-            self.on_fetch(n_bytes)
-            yield near[..., :k_dim], near[..., k_dim:]
+            near = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
+            near.copy_(stored)
+            self.on_fetch(stored.numel() * stored.element_size())
+            rows = near if remembered is not None else self.decode(layer, near)
+            yield rows[..., :k_dim], rows[..., k_dim:]
+
+    def count_near_bytes(self, layer: int, stored: Tensor) -> int:
+        """Return the near bytes of stored rows that are read: their copy, and what it is decoded to."""
+        codec, n = self.codecs.get(layer), stored.numel() * stored.element_size()
+        if codec is None:
+            return n
+        return n + n // stored.shape[-1] * (codec.k_dim + codec.v_dim) * codec.dtype.itemsize
+
+    def read_blocks(self, layer: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Give K and V of a layer's first `stop` rows, block by block: the next one travels while one is read.
+
+        Yields:
+            The first row of the block, its K and V; they are valid until the next block is asked for.
+
+        Cost: two blocks near; every stored row read once.
+        """
+        k_dim, n = self.k_dims[layer], self.block_tokens
+        ends = [(start, min(start + n, stop)) for start in range(0, stop, n)]
+        coming = [self._bring_block(layer, *ends[0])] if ends else []
+        taken = 0
+        try:
+            for i, (start, _) in enumerate(ends):
+                ticket, taken = coming.pop()
+                stored = ticket.result()
+                if i + 1 < len(ends):
+                    coming.append(self._bring_block(layer, *ends[i + 1]))
+                rows = self.decode(layer, stored)
+                yield start, rows[..., :k_dim], rows[..., k_dim:]
+                self.near.release(taken)
+                taken = 0
+        finally:
+            # A pass that was stopped half way gives back what it took.
+            self.near.release(taken + sum(n_bytes for _, n_bytes in coming))
+
+    def _bring_block(self, layer: int, start: int, stop: int) -> tuple[Ticket, int]:
+        pool = self.pool[layer]
+        # Nothing is allocated here: the form of one row says what the block takes.
+        taken = (stop - start) * self.count_near_bytes(layer, pool.read(0, 1))
+        self.near.charge(taken)
+
+        def bring() -> Tensor:
+            # A deliberate copy over the link.
+            near = pool.read(start, stop).to(self.device, copy=self.device.type == "cpu")
+            self.on_fetch(near.numel() * near.element_size())
+            return near
+
+        return self.link.submit(bring), taken
+
+    # --- chosen records -------------------------------------------------------------------------------------
+
+    def gather(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> Tensor:
+        """Return the stored rows at `positions`, [B, Hkv, K, W], in the pool's memory."""
+        pool = self.pool[layer]
+        batch, heads, n = positions.shape
+        out = torch.empty(batch * heads * n, pool.width, dtype=pool.dtype, device=pool.device)
+        pool.take(spread_heads(positions), positions.reshape(-1), out)
+        return out.view(batch, heads, n, -1)
 
     def fetch(
         self, layer: int, positions: Int[Tensor, "B Hkv K"], valid: Bool[Tensor, "B Hkv K"] | None, spare: int
@@ -194,12 +172,11 @@ class Tiers:
         """
         if not self.far:
             return Fetch(positions, valid, None, None)
-        rows = self.pool[layer].data
-        assert rows is not None
+        pool = self.pool[layer]
         n = positions.shape[-1]
-        shape = (rows.shape[0], rows.shape[1], n + spare, rows.shape[3])
-        buffer = self.buffers.take(self.order[layer] % 2, shape, rows.dtype)
-        ticket = self.link.fetch(rows, positions, valid, buffer, self.on_fetch, self.held.get(layer)) if n else None
+        shape = (positions.shape[0], positions.shape[1], n + spare, pool.width)
+        buffer = self.buffers.take(self.order[layer] % 2, shape, pool.dtype)
+        ticket = self.link.fetch(pool, positions, valid, buffer, self.on_fetch, self.held.get(layer)) if n else None
         return Fetch(positions, valid, ticket, buffer)
 
     def read(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Read:
@@ -218,22 +195,20 @@ class Tiers:
         if any(p.valid is not None for p in parts):
             flags = [torch.ones_like(p.positions, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
             valid = torch.cat([*flags, torch.ones_like(tail, dtype=torch.bool)], -1)
-        rows = self._join(layer, parts, positions, n_tail)
+        rows = self.decode(layer, self._join(layer, parts, positions, n_tail))
         k_dim = self.k_dims[layer]
         return Read(rows[..., :k_dim], rows[..., k_dim:], positions, valid)
 
     def _join(self, layer: int, parts: list[Fetch], positions: Tensor, n_tail: int) -> Tensor:
-        pool = self.pool[layer]
-        assert pool.data is not None
         if not self.far:
-            return gather_rows(pool.data, positions)
+            return self.gather(layer, positions)
         buffer = parts[0].buffer
         assert buffer is not None
         at = parts[0].positions.shape[-1]
         for part in parts[1:]:
             n = part.positions.shape[-1]
-            place = buffer[:, :, at : at + n]
-            self.link.fetch(pool.data, part.positions, part.valid, place, self.on_fetch, self.held.get(layer)).wait()
+            place, held = buffer[:, :, at : at + n], self.held.get(layer)
+            self.link.fetch(self.pool[layer], part.positions, part.valid, place, self.on_fetch, held).wait()
             at += n
         buffer[:, :, at : at + n_tail].copy_(self._newest(layer, n_tail))
         if parts[0].ticket is not None:
@@ -245,12 +220,15 @@ class Tiers:
         near = self.tails[layer].newest(n)
         if near is not None:
             return near
-        rows, k_dim = self.pool[layer].view()[:, :, -n:], self.k_dims[layer]
+        total = self.length(layer)
+        rows = self.pool[layer].read(total - n, total)
         self.on_fetch(rows.numel() * rows.element_size())
         self.tails[layer].length = 0
         moved = rows.to(self.device)
-        self.tails[layer].push(moved[..., :k_dim], moved[..., k_dim:])
+        self.tails[layer].push(moved)
         return moved
+
+    # --- the batch ------------------------------------------------------------------------------------------
 
     def crop(self, layer: int, n_tokens: int) -> None:
         """Forget the newest tokens of a layer.
@@ -258,11 +236,7 @@ class Tiers:
         Raises:
             CacheStateError: what came before them is evicted.
         """
-        if layer in self.kept:
-            self.kept[layer].crop(n_tokens, self.evicted[layer])
-        self.pool[layer].crop(n_tokens)
-        if layer in self.shadow:
-            self.shadow[layer].crop(n_tokens)
+        super().crop(layer, n_tokens)
         if layer in self.held:
             self.held[layer].crop(n_tokens)
         if self.far:
@@ -270,21 +244,26 @@ class Tiers:
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
-        for held in self._of_layer(layer):
-            held.select(sequences)
+        super().select(layer, sequences)
+        if layer in self.held:
+            self.held[layer].select(sequences)
         if self.far:
             self.tails[layer].clear()
             self.buffers.clear()
 
     def clear(self, layer: int) -> None:
         """Free a layer."""
-        for held in self._of_layer(layer):
-            held.clear()
-        self.evicted[layer] = 0
+        super().clear(layer)
+        if layer in self.held:
+            self.held[layer].clear()
         if self.far:
             self.tails[layer].clear()
             self.buffers.clear()
+        if self.frames is not None and not any(rows.length for rows in self.pool.values()):
+            self.frames.clear()
 
-    def _of_layer(self, layer: int) -> list[Rows | Kept | Held]:
-        found = [self.pool[layer], self.kept.get(layer), self.shadow.get(layer), self.held.get(layer)]
-        return [held for held in found if held is not None]
+
+def spread_heads(positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, " N"]:
+    """Return, for every position, the number of its head over all sequences."""
+    batch, heads, n = positions.shape
+    return torch.arange(batch * heads, device=positions.device).repeat_interleave(n)

@@ -15,6 +15,8 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.store.near import Held
+from farkv.store.paged import PagedRows
+from farkv.store.rows import Rows
 
 
 class Ticket:
@@ -29,11 +31,15 @@ class Ticket:
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
+    def result(self) -> Any:
+        """Return what the work made."""
+        return self._work.result()
+
 
 class Job(NamedTuple):
     """One fetch, as `Link.fetch` was asked for it."""
 
-    rows: Tensor
+    rows: Rows | PagedRows
     positions: Tensor
     valid: Tensor | None
     out: Tensor
@@ -48,7 +54,7 @@ class Link:
         self.device = device
         self._worker: ThreadPoolExecutor | None = None
         self._stream: Any = None
-        self._staging: dict[int, Tensor] = {}
+        self._staging: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return Link(self.device)
@@ -61,7 +67,7 @@ class Link:
 
     def fetch(
         self,
-        rows: Tensor,
+        rows: Rows | PagedRows,
         positions: Int[Tensor, "B Hkv K"],
         valid: Bool[Tensor, "B Hkv K"] | None,
         out: Tensor,
@@ -73,7 +79,7 @@ class Link:
         Where `valid` is given, valid positions stand first and rows behind the longest valid run stay unread.
 
         Args:
-            rows: the layer's pool, [B, Hkv, C, W], in host memory.
+            rows: the layer's pool: in host memory, or on disk with copies there.
             count: is told the bytes that crossed, from the worker.
             held: records that are near already, and need not cross.
 
@@ -96,29 +102,37 @@ class Link:
         if held is not None and slots is not None:
             self._copy_missing(job._replace(positions=positions[..., :n]), held.rows.view(), slots)
             return
-        batch, heads, capacity, width = rows.shape
-        base = torch.arange(batch * heads).view(batch, heads, 1) * capacity
-        flat = (positions[..., :n] + base).reshape(-1)
-        staged = self._stage(flat.numel(), width, rows)
-        torch.index_select(rows.view(-1, width), 0, flat, out=staged)
+        if valid is not None and isinstance(rows, PagedRows):
+            # No page is read for a row that does not count.
+            missing = (torch.arange(n) < valid.sum(-1, keepdim=True)).nonzero()
+            self._bring(job, missing)
+            return
+        batch, heads = positions.shape[:2]
+        which = torch.arange(batch * heads).repeat_interleave(n)
+        staged = self._stage(len(which), rows)
+        rows.take(which, positions[..., :n].reshape(-1), staged)
         # A deliberate copy: this is the link.
-        out[:, :, :n].copy_(staged.view(batch, heads, n, width), non_blocking=True)
+        out[:, :, :n].copy_(staged.view(batch, heads, n, -1), non_blocking=True)
         count(staged.numel() * staged.element_size())
+
+    def _bring(self, job: Job, missing: Int[Tensor, "N 3"]) -> None:
+        """Bring the rows at some places (sequence, head, column) of the job's positions."""
+        if len(missing) == 0:
+            return
+        b, h, j = missing.unbind(1)
+        staged = self._stage(len(missing), job.rows)
+        job.rows.take(b * job.positions.shape[1] + h, job.positions[b, h, j], staged)
+        # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
+        at = missing.to(job.out.device).unbind(1)
+        job.out.index_put_(at, staged.to(job.out.device, non_blocking=True))
+        job.report(staged.numel() * staged.element_size())
 
     def _copy_missing(self, job: Job, near: Tensor, slots: Tensor) -> None:
         """Bring only what is not held; the held copies go near to near."""
-        rows, positions, _, out, count, _ = job
-        heads, capacity, width = rows.shape[1:]
         # Slots are in host memory here: asking which are held waits for nothing.
         missing, here = (slots < 0).nonzero(), (slots >= 0).nonzero()
-        if len(missing):
-            b, h, j = missing.unbind(1)
-            flat = (b * heads + h) * capacity + positions[b, h, j]
-            staged = self._stage(len(missing), width, rows)
-            torch.index_select(rows.view(-1, width), 0, flat, out=staged)
-            # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
-            out.index_put_(missing.to(out.device).unbind(1), staged.to(out.device, non_blocking=True))
-            count(staged.numel() * staged.element_size())
+        self._bring(job, missing)
+        out = job.out
         at = here.to(out.device).unbind(1)
         held = slots[here.unbind(1)].to(out.device)
         out.index_put_(at, near[at[0], at[1], held])
@@ -135,14 +149,15 @@ class Link:
             done.record(self._stream)
         return done
 
-    def _stage(self, n: int, width: int, like: Tensor) -> Tensor:
+    def _stage(self, n: int, like: Rows | PagedRows) -> Tensor:
         """Return a staging area of `n` rows; pinned, and idle again, where there is a GPU."""
-        key = width * 64 + like.element_size()
+        key = (like.width, like.dtype)
         area = self._staging.get(key)
         if self._stream is not None:
             # The last copy out of the staging area must be done before it is written again.
             self._stream.synchronize()
-        if area is None or area.shape[0] < n or area.dtype != like.dtype:
-            area = torch.empty(max(64, n + n // 4), width, dtype=like.dtype, pin_memory=like.is_pinned())
+        if area is None or area.shape[0] < n:
+            pin = self.device.type == "cuda"
+            area = torch.empty(max(64, n + n // 4), like.width, dtype=like.dtype, pin_memory=pin)
             self._staging[key] = area
         return area[:n]

@@ -1,0 +1,175 @@
+"""What a recipe may take: its store, how many records it reads, and the bytes of a pass at its widest moment.
+
+In: place, levers, a method's own fraction. Out: budgets per layer, or a refusal before anything is stored.
+"""
+
+from __future__ import annotations
+
+from farkv._axes import Tensor
+from farkv.config import Source
+from farkv.methods.contract import Budget, Place
+from farkv.methods.hold import Holder
+from farkv.methods.keep import Keeper
+from farkv.methods.spill import MARK_BYTES, Spiller
+from farkv.methods.watch import Watcher
+from farkv.store.admission import admit
+from farkv.store.records import Needs
+from farkv.store.sizes import LayerShape, NearNeed, count_cap, count_forced
+from farkv.store.tiers import BLOCK_TOKENS, Tiers
+
+# The smallest block of a dense read that comes block by block.
+LEAST_BLOCK = 64
+
+
+class Limited:
+    """The limits of one recipe."""
+
+    query_source: Source | None = None
+    # Records live in near memory: what is kept is read whole.
+    at_home = False
+    wants_one_pass = False
+
+    def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
+        self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
+        levers, limits = place.levers, place.limits
+        spills = limits.evict != "refuse" and limits.disk is None and limits.saved is None and limits.host is not None
+        needs = Needs(window, self.at_home, levers.keep or spills, levers.near is not None)
+        self.store = Tiers(place.layers, limits, place.device, needs)
+        scored = levers.xkv is not None and (levers.keep or levers.near is not None)
+        self.watcher = Watcher(levers.xkv) if scored and levers.xkv else None
+        self.keeper = Keeper(self.watcher, levers.allowed, self.store, window) if self.watcher and levers.keep else None
+        self.holder = Holder(self.watcher, levers.near, self.store) if self.watcher and levers.near else None
+        self.spiller = Spiller(self.store, sinks, window) if spills else None
+        self.fetch_shares = levers.fetch
+        self.account = place.account
+        self.layers = place.layers
+        self.least = 1
+        self.verifying = False
+        self.prompt_tokens = 0
+
+    def index_token_bytes(self, shape: LayerShape) -> int:
+        """Bytes that one token adds to a layer's index, all KV heads and sequences."""
+        return 0
+
+    def reads_all(self, layer: int) -> bool:
+        """Say whether this layer is left dense by design."""
+        return False
+
+    # --- how many -------------------------------------------------------------------------------------------
+
+    def share_of(self, layer: int) -> float:
+        """Return the share of the context that a layer may read: the plan's, or the method's own."""
+        return self.fraction if self.fetch_shares is None else self.fetch_shares[layer]
+
+    def count_cap(self, tokens: int, layer: int) -> int:
+        """Return how many records of every KV head a layer may read of a context of `tokens`."""
+        cap = count_cap(self.share_of(layer), tokens, self.least if self.fetch_shares is None else 1)
+        if self.store.evicted[layer]:
+            # Of an evicted layer there are fewer rows than tokens.
+            cap = min(cap, self.store.length(layer) + tokens - self.store.seen(layer))
+        return cap
+
+    def split(self, tokens: int, layer: int) -> Budget:
+        """Split a layer's cap for a context of `tokens`, the newest included."""
+        share = self.share_of(layer)
+        cap = self.count_cap(tokens, layer)
+        sinks, window = count_forced(cap, self.sinks, self.window, share)
+        middle = cap - window - 1
+        late = int(self.share_late * (middle - sinks)) if share < 1 else 0
+        return Budget(sinks, middle - late, late, window + 1)
+
+    # --- bytes ----------------------------------------------------------------------------------------------
+
+    def admit(self, shape: LayerShape, n_new: int, chunk: int = 0) -> None:
+        """Refuse tokens that a limit cannot hold, before any layer is touched.
+
+        Args:
+            chunk: tokens that will be read at once, where `n_new` are announced and not yet there.
+        """
+        first, store = self.layers[0], self.store
+        tokens = max(store.seen(first) + n_new, store.limits.reserve_tokens)
+        n_rows = max(store.length(first) + n_new, store.limits.reserve_tokens)
+        at_once = min(chunk, n_new) if chunk else n_new
+        rows = dict.fromkeys(self.layers, n_rows)
+        besides = 0
+        if self.keeper is not None:
+            self.keeper.prompt_tokens = self.prompt_tokens
+            rows = self.keeper.widest(tokens, n_new)
+            besides = self.keeper.count_besides(shape, tokens, n_new, rows)
+        if self.spiller is not None:
+            beside = self.near_need(shape, tokens, (n_new, at_once)).total // tokens if store.near.parent else 0
+            rows = self.spiller.widest(shape, tokens, at_once, beside)
+        if store.kept and self.verifying:
+            store.remember_all(tokens)
+            # One layer more while what is remembered grows.
+            n_layers = len(self.layers) + (0 if store.limits.reserve_tokens >= tokens else 1)
+            besides += n_layers * tokens * shape.token_bytes
+        need = self.near_need(shape, tokens if self.spiller is None else max(rows.values()), (n_new, at_once))
+        admit(store, shape, rows, need, n_new=at_once, besides=besides)
+
+    def near_need(self, shape: LayerShape, tokens: int, new: tuple[int, int]) -> NearNeed:
+        """Return the near bytes at the widest moments of a pass and of the steps after it.
+
+        A dense read has the whole layer near where that fits, else two blocks of it in turn.
+
+        Args:
+            tokens: rows at the widest.
+            new: tokens of the pass, and how many of them are read at once.
+        """
+        store = self.store
+        # A coded record stands beside what it is decoded to.
+        coded = store.stored_bytes(shape) * shape.batch * shape.kv_heads if store.limits.quant else 0
+        token_bytes = shape.token_bytes + coded
+        need = self.near_need_of(shape, tokens, new[0], tokens * token_bytes)
+        store.streams = self.must_stream(need)
+        if not store.streams:
+            return need
+        block = BLOCK_TOKENS
+        own = new[1] * shape.token_bytes if new[0] > 1 else 0
+        if store.near.limit is not None:
+            room = store.near.limit - self.near_need_of(shape, tokens, 0, 0).total - own
+            block = max(LEAST_BLOCK, min(block, room // (2 * token_bytes)))
+        store.block_tokens = block
+        need = self.near_need_of(shape, tokens, new[0], 2 * min(block, tokens) * token_bytes)
+        return need._replace(prefill=need.prefill + own)
+
+    def near_need_of(self, shape: LayerShape, tokens: int, n_new: int, dense: int) -> NearNeed:
+        """Return the near bytes where a dense read of one layer takes `dense`."""
+        store, heads = self.store, shape.batch * shape.kv_heads
+        stored = store.stored_bytes(shape) * heads
+        budgets = [self.split(tokens, i) for i in self.layers]
+        rows = max(b.early + b.late + b.tail for b in budgets)
+        sparse = [i for i in self.layers if not self.reads_all(i)]
+        index = self.index_token_bytes(shape) * tokens
+        some_dense = self.verifying or len(sparse) < len(self.layers)
+        marks = 0 if self.spiller is None else len(self.layers) * tokens * heads * MARK_BYTES
+        return NearNeed(
+            # An index that grows stands beside its old self for a moment, one layer at a time.
+            index=index * len(sparse) + (0 if store.limits.reserve_tokens >= tokens else index),
+            window=len(self.layers) * 2 * (store.window + 1) * stored,
+            prefill=dense if n_new > 1 else 0,
+            # Two buffers; and what one is decoded to.
+            decode=(rows * (2 * stored + (shape.token_bytes if store.limits.quant else 0)) if sparse else 0)
+            + (dense if some_dense else 0),
+            held=marks + (0 if self.holder is None else self.holder.count_bytes(shape, tokens)),
+        )
+
+    def must_stream(self, need: NearNeed) -> bool:
+        """Say whether dense reads come block by block: records are coded or paged, or a layer is too much."""
+        store = self.store
+        if not store.far or store.shadow:
+            return False
+        if store.paged or store.limits.quant is not None:
+            return True
+        return store.near.limit is not None and need.total > store.near.limit
+
+    # --- the books ------------------------------------------------------------------------------------------
+
+    def count_read(self, layer: int, n_records: int | Tensor, k: Tensor) -> None:
+        """Count one decode step's records of a layer."""
+        held = k.shape[0] * k.shape[1] * self.store.seen(layer)
+        self.account.layer(layer).add_read(n_records, held)
+
+    def count_index(self, layer: int, n_bytes: float) -> None:
+        """Count index bytes that were scored."""
+        self.account.layer(layer).index_bytes += n_bytes
