@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from farkv._axes import Tensor
+from farkv._axes import Float, Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
 from farkv.methods.contract import Query, Step
@@ -61,16 +61,45 @@ def far_attention(
     asked = Query(query, scale, softcap)
     if not _compat.is_compiling() and probing.get():
         raise QueryProbed(asked)
-    base = choose_base(module)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
-        return base(module, q, k, v, mask, scaling=scale, dropout=dropout, **kwargs)
-
+    attend = OwnAttention(module, {"scaling": scale, "dropout": dropout, **kwargs})
     if far_layer is None:
         return attend(query, key, value, attention_mask)
     if "position_bias" in kwargs and kwargs["position_bias"] is not None:
         raise CacheStateError("position_bias: attention with a bias per position cannot be read sparsely")
     return far_layer.attend(Step(asked, key, value, attention_mask), attend)
+
+
+class OwnAttention:
+    """The attention that one call of a module would run: farkv's `Kernel`."""
+
+    def __init__(self, module: nn.Module, options: dict[str, Any]):
+        self.module, self.options = module, options
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Any:
+        """Attend to the given records."""
+        return choose_base(self.module)(self.module, q, k, v, mask, **self.options)
+
+    def wrap(self, out: Float[Tensor, "B Hq T Dv"]) -> tuple[Tensor, None]:
+        """Return the output as Hugging Face's attention functions do; weights there are none."""
+        return out.transpose(1, 2).contiguous(), None
+
+    @property
+    def sinks(self) -> Float[Tensor, " Hq"] | None:
+        """Return the model's attention sinks.
+
+        Raises:
+            CacheStateError: they differ from query to query.
+        """
+        if base_of(self.module) == "sdpa":
+            # As with softcap: sdpa knows no sinks, so where it ran before, there are none.
+            return None
+        sinks = self.options.get("s_aux", self.options.get("sinks"))
+        if sinks is not None and sinks.dim() != 1:
+            raise CacheStateError(
+                f"attention sinks of shape {list(sinks.shape)}: only one logit per query head can be read in blocks; "
+                "give the layers enough near memory to be read whole"
+            )
+        return sinks
 
 
 def choose_base(module: nn.Module) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Bool, Int, Tensor
+from farkv.errors import CacheStateError
 from farkv.hf.ask import feed
 from farkv.hf.cache import FarCache, FarLayer
 from farkv.hf.handle import Handle
@@ -35,6 +36,27 @@ class Limit(NamedTuple):
     share: float
 
 
+class LimitedKernel:
+    """The model's own attention with records hidden from it: all but those that `allow` lets it see."""
+
+    def __init__(self, kernel: Kernel, allow: Callable[[Tensor, Tensor], Bool[Tensor, "B Hkv S"]]):
+        self.kernel, self.allow = kernel, allow
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Return the model's own."""
+        return self.kernel.sinks
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> object:
+        """Attend to what is allowed."""
+        seen = self.allow(k, v).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
+        return self.kernel(q, k, v, seen if mask is None else seen & mask)
+
+    def wrap(self, out: Tensor) -> object:
+        """Refuse: an output that was computed elsewhere has seen what is to be hidden."""
+        raise CacheStateError("a limited layer attends to all its records at once; measure losses without a near limit")
+
+
 class LimitedLayer(FarLayer):
     """A fully attended layer that can be limited at decode steps."""
 
@@ -54,13 +76,8 @@ class LimitedLayer(FarLayer):
         limit = self.limit
         if limit is None:
             return super().attend(step, kernel)
-
-        def limited(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> object:
-            allow = self.keep if limit.kind == "keep" else self.fetch
-            seen = allow(step, k, v, limit.share).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
-            return kernel(q, k, v, seen if mask is None else seen & mask)
-
-        return super().attend(step, limited)
+        allow = self.keep if limit.kind == "keep" else self.fetch
+        return super().attend(step, LimitedKernel(kernel, lambda k, v: allow(step, k, v, limit.share)))
 
     def keep(self, step: Step, k: Tensor, v: Tensor, share: float) -> Bool[Tensor, "B Hkv S"]:
         """Allow one choice for all steps: the prompt's best by its last queries, and all tokens after it."""

@@ -6,7 +6,6 @@ A recipe holds the steps of one method in the method's order. It joins the rooms
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -37,8 +36,22 @@ class Step(NamedTuple):
     mask: Bool[Tensor, "b 1 T S"] | None
 
 
-# The model's own attention over the given records: (q, k, v, mask) -> output of any form.
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], object]
+@runtime_checkable
+class Kernel(Protocol):
+    """The model's own attention, and what it takes to stand in for it."""
+
+    @property
+    def sinks(self) -> Float[Tensor, " Hq"] | None:
+        """Return the learned logits that take part in the denominator alone, None where the model has none."""
+        ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> object:
+        """Attend to the given records; the output has any form."""
+        ...
+
+    def wrap(self, out: Float[Tensor, "B Hq T Dv"]) -> object:
+        """Give an output that was computed elsewhere the form that a call gives it."""
+        ...
 
 
 class Budget(NamedTuple):

@@ -191,7 +191,7 @@ class InfiniGenRecipe(SparseRecipe):
         """Choose `budget.early` of `rows` records, the newest and not yet indexed one included, but for the tail."""
         self.catch_up(layer, rows - 1)
         scores = self.score(layer, query, rows - budget.tail)
-        return self.select_records(scores, budget, self.visible(layer, rows - budget.tail))
+        return self.select_records(layer, scores, budget)
 
     def score(self, layer: int, query: Query, n_old: int) -> Tensor:
         """Score the first `n_old` records of a layer with its index."""
@@ -203,13 +203,15 @@ class InfiniGenRecipe(SparseRecipe):
         projected = project_query(query.q, index.projection.query, index.projection.scale, query.scaling)
         return score_index(projected, codes, query.softcap)
 
-    def select_records(self, scores: Tensor, budget: Budget, valid: Bool[Tensor, "B h S"] | None) -> Choice:
+    def select_records(self, layer: int, scores: Tensor, budget: Budget) -> Choice:
         """Apply the configured rule: the cap alone, alpha, the paper's mean count, or a share of mass."""
         config, cap = self.config, budget.early
+        valid = self.visible(layer, scores.shape[-1])
         pool = pool_group if config.alpha is None else pool_group_by_best
         pooled = force_sinks(pool(scores, valid), budget.sinks, valid)
         if self.fraction >= 1 or cap == 0 or (config.alpha is None and config.top_p is None):
-            return select_top(pooled, cap)
+            return self.pick(layer, pooled, cap)
+        pooled = self.reach(layer, pooled)
         if config.top_p is not None:
             return select_mass(pooled, cap, config.top_p)
         assert config.alpha is not None
@@ -222,8 +224,9 @@ class InfiniGenRecipe(SparseRecipe):
         n_old = self.store.length(layer) - budget.tail
         valid = self.visible(layer, n_old)
         pooled, taken = pool_group(self.score(layer, query, n_old), valid), Choice(early.positions, early.valid)
-        if valid is not None:
-            return select_rest(pooled, taken, budget.late)
+        if valid is not None or self.reaches_disk(layer):
+            # Of the disk a late read has to be waited for: as few pages as its share of the cap.
+            return select_rest(self.reach(layer, pooled, self.share_late), taken, budget.late)
         return select_top(forbid(pooled, taken), budget.late)
 
     # --- sizes and the batch --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from farkv.config import Oracle
 from farkv.methods.contract import Budget, Place, Query
 from farkv.methods.mass import score_stored
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_token.select import Choice, force_sinks, select_top
+from farkv.per_token.select import Choice, force_sinks
 from farkv.per_token.speculate import pool_group
 
 
@@ -32,4 +32,4 @@ class OracleRecipe(SparseRecipe):
         self.count_index(layer, batch * heads * n_old * self.store.k_dims[layer] * query.q.element_size())
         valid = self.visible(layer, n_old)
         pooled = pool_group(scores.to(query.q.device), valid)
-        return select_top(force_sinks(pooled, budget.sinks, valid), budget.early)
+        return self.pick(layer, force_sinks(pooled, budget.sinks, valid), budget.early)

@@ -10,7 +10,7 @@ import torch
 from farkv.config import Random
 from farkv.methods.contract import Budget, Place, Query
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_token.select import Choice, force_sinks, select_top
+from farkv.per_token.select import Choice, force_sinks
 
 
 class RandomRecipe(SparseRecipe):
@@ -35,4 +35,4 @@ class RandomRecipe(SparseRecipe):
         valid = self.visible(layer, n_old)
         if valid is not None:
             scores.masked_fill_(~valid, -torch.inf)
-        return select_top(force_sinks(scores, budget.sinks, valid), budget.early)
+        return self.pick(layer, force_sinks(scores, budget.sinks, valid), budget.early)

@@ -14,7 +14,7 @@ from farkv.methods.limited import Limited
 from farkv.methods.mass import measure_found
 from farkv.methods.padding import Padding
 from farkv.per_token.attend import align_mask, align_rows
-from farkv.per_token.select import Choice
+from farkv.per_token.select import Choice, limit_pages, select_seen, select_top
 from farkv.per_token.stream import Softmax, Stream
 from farkv.store.records import Fetch, Read
 from farkv.store.sizes import LayerShape
@@ -43,6 +43,26 @@ class SparseRecipe(Limited):
     def top_up(self, layer: int, query: Query, early: Fetch, budget: Budget) -> Choice | None:
         """Choose `budget.late` more, once the true query is known, after speculation."""
         return None
+
+    # --- what can be had at this step -----------------------------------------------------------------------
+
+    def reaches_disk(self, layer: int) -> bool:
+        """Say whether some records of a layer cost a read from disk that the cap must also hold for."""
+        return self.store.paged and self.share_of(layer) < 1
+
+    def reach(self, layer: int, pooled: Tensor, share: float = 1.0) -> Tensor:
+        """Leave in reach what is in memory and, within the layer's share of all pages, what is worth reading."""
+        if not self.reaches_disk(layer):
+            return pooled
+        resident, tokens = self.store.find_resident(layer)
+        n_pages = max(1, int(share * self.share_of(layer) * resident.shape[-1]))
+        return limit_pages(pooled, resident, tokens, n_pages)
+
+    def pick(self, layer: int, pooled: Tensor, cap: int) -> Choice:
+        """Choose the best records that can be had."""
+        if not self.reaches_disk(layer):
+            return select_top(pooled, cap)
+        return select_seen(self.reach(layer, pooled), cap)
 
     def forget(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Follow an eviction: only the records at these positions stay."""

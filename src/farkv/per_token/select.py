@@ -39,6 +39,41 @@ def select_top(scores: Float32[Tensor, "B Hkv S"], cap: int) -> Choice:
     return Choice(positions.sort(-1).values, None)
 
 
+def select_seen(scores: Float32[Tensor, "B Hkv S"], cap: int) -> Choice:
+    """Choose the `cap` best records of every KV head, fewer where the others are out of reach (-inf)."""
+    values, positions = scores.topk(cap, -1, sorted=False)
+    return _pack(positions, values > -torch.inf, scores.shape[-1])
+
+
+def limit_pages(
+    scores: Float32[Tensor, "B Hkv S"], resident: Bool[Tensor, "B Hkv P"], page_tokens: int, n_pages: int
+) -> Float32[Tensor, "B Hkv S"]:
+    """Put out of reach, by a score of -inf, what lies on pages that are not worth reading from disk at this step.
+
+    Of every KV head the `n_pages` pages without a copy in memory that hold the most estimated weight may be read.
+
+    Args:
+        scores: logs of estimated weights (sinks may be forced to +inf).
+        resident: full pages that have a copy; tokens behind the last full page are always there.
+
+    Cost: one pass over the scores and a top-k over the pages.
+    """
+    batch, heads, n = scores.shape
+    last = min(resident.shape[-1], -(-n // page_tokens))
+    if last == 0:
+        return scores
+    # The last full page may reach into the window, which is not scored.
+    padded = torch.nn.functional.pad(scores, (0, max(0, last * page_tokens - n)), value=-torch.inf)
+    paged = padded[..., : last * page_tokens].view(batch, heads, last, page_tokens)
+    seen = resident[..., :last]
+    mass = paged.logsumexp(-1).masked_fill(seen, -torch.inf)
+    best = mass.topk(min(n_pages, last), -1, sorted=False).indices
+    seen = seen.scatter(-1, best, value=True)
+    reach = seen.repeat_interleave(page_tokens, -1)[..., :n]
+    reach = torch.nn.functional.pad(reach, (0, n - reach.shape[-1]), value=True)
+    return scores.masked_fill(~reach, -torch.inf)
+
+
 def select_within(scores: Float32[Tensor, "B Hkv S"], cap: int, alpha: float) -> Choice:
     """Choose the records within `alpha` of the best, per sequence and KV head, at most `cap`.
 
@@ -71,7 +106,7 @@ def select_mass(log_weights: Float32[Tensor, "B Hkv S"], cap: int, top_p: float)
     values, positions = log_weights.topk(cap, -1)
     weights = torch.where(values.isposinf(), 0.0, values.exp())
     before = weights.cumsum(-1) - weights
-    keep = values.isposinf() | (before < top_p)
+    keep = values.isposinf() | ((before < top_p) & (values > -torch.inf))
     return _pack(positions, keep, log_weights.shape[-1])
 
 

@@ -164,6 +164,8 @@ class PagedRows:
 
     def resident(self) -> Bool[Tensor, "B Hkv P"]:
         """Say which full pages have a copy in host memory."""
+        if self.table.data is None:
+            return torch.empty(*self.heads, 0, dtype=torch.bool)
         return self.frames.resident(self.table.view()[..., 0])
 
     def crop(self, n_tokens: int) -> None:

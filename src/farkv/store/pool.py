@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from farkv._axes import Int, Tensor
+from farkv._axes import Bool, Int, Tensor
 from farkv.errors import ConfigError
 from farkv.store.disk import PageFile
 from farkv.store.eviction import make_policy
@@ -114,6 +114,12 @@ class FarMemory:
         policy = make_policy("lru" if self.limits.evict == "refuse" else self.limits.evict)
         self.frames = Frames(self.host, policy, pages)
         self.pool = {layer: PagedRows(self.host, self.frames) for layer in self.pool}
+
+    def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
+        """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
+        rows = self.pool[layer]
+        assert isinstance(rows, PagedRows)
+        return rows.resident().to(self.device), rows.pages.form.tokens
 
     @property
     def disk_bytes(self) -> int:
