@@ -5,7 +5,7 @@ In: the rows and near bytes that a pass will need. Out: nothing, or a CapacityEr
 
 from __future__ import annotations
 
-from farkv.store.frames import LEAST_FRAMES, SCRATCH_PAGES
+from farkv.store.frames import LEAST_FRAMES, LEAST_SCRATCH, SCRATCH_PAGES
 from farkv.store.kept import ROW_BYTES
 from farkv.store.near import SLOT_BYTES
 from farkv.store.paged import NUMBER_BYTES
@@ -87,14 +87,18 @@ def admit_pages(store: Tiers, shape: LayerShape, size: tuple[int, int], need: Ne
     fixed = n_layers * heads * (open_tokens * row_bytes + NUMBER_BYTES * (tokens // form.tokens + 1))
     # One layer at a time takes a whole pass before its full pages are written.
     passing = 2 * heads * (n_new + form.tokens) * row_bytes
-    fixed += passing + SCRATCH_PAGES * form.n_bytes + (need.total if store.near.parent is not None else 0)
+    # The gathered rows of a fetch, before they cross the link.
+    fixed += passing + need.decode + (need.total if store.near.parent is not None else 0)
     store.index.roomy = store.host.roomy = store.host.limit is None
     if store.host.limit is None:
         frames.resize(max(frames.room, n_pages))
         return
     room = (store.host.limit - fixed) // form.n_bytes
+    # What is read from disk passes through memory of its own.
+    frames.piece = min(SCRATCH_PAGES, max(LEAST_SCRATCH, room // 8))
+    room -= frames.piece
     if room < LEAST_FRAMES:
-        least = fixed + LEAST_FRAMES * form.n_bytes
+        least = fixed + (LEAST_FRAMES + LEAST_SCRATCH) * form.n_bytes
         raise store.host.refuse(least - store.host.used, f"the index, buffers and open pages of {tokens} tokens")
     frames.resize(min(room, max(n_pages, LEAST_FRAMES)))
 

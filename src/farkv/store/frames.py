@@ -22,7 +22,7 @@ from farkv.store.pages import Pages
 # Pages that are read from disk at once, through memory of their own.
 SCRATCH_PAGES = 64
 # It would work with one, reading the same pages again and again.
-LEAST_FRAMES = 8
+LEAST_FRAMES, LEAST_SCRATCH = 8, 4
 
 
 class Frames:
@@ -33,6 +33,8 @@ class Frames:
         # Fetches run on the link's thread, appends on the model's.
         self.lock = threading.RLock()
         self.room = self.used = self.now = 0
+        # Pages that are read at once.
+        self.piece = SCRATCH_PAGES
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frames:
@@ -123,7 +125,7 @@ class Frames:
 
     def _take_missing(self, pages: Tensor, offsets: Tensor, places: Tensor, out: Tensor) -> None:
         wanted, which = pages.unique(return_inverse=True)
-        piece = min(SCRATCH_PAGES, self.room)
+        piece = min(self.piece if self.scratch is None else len(self.scratch), self.room)
         for start in range(0, len(wanted), piece):
             frames = self.load(wanted[start : start + piece])
             mine = ((which >= start) & (which < start + piece)).nonzero()[:, 0]
@@ -140,15 +142,15 @@ class Frames:
         self.policy.touch(self.marks, used, None, self.now, counts.float() / form.tokens)
 
     def load(self, pages: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-        """Read pages that have no copy here into frames, at most SCRATCH_PAGES at once; return the frames.
+        """Read pages that have no copy here into frames, at most `piece` at once; return the frames.
 
         Raises:
             StoreError: a page is damaged or cannot be read; no frame has changed.
         """
         n, form = len(pages), self.pages.form
         if self.scratch is None:
-            self.ledger.charge(SCRATCH_PAGES * form.n_bytes)
-            self.scratch = torch.empty(SCRATCH_PAGES, form.tokens, form.width, dtype=form.dtype)
+            self.ledger.charge(self.piece * form.n_bytes)
+            self.scratch = torch.empty(self.piece, form.tokens, form.width, dtype=form.dtype)
         self.pages.read(pages, self.scratch[:n])
         return self._place(pages, self.scratch[:n])
 

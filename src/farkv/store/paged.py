@@ -89,15 +89,11 @@ class PagedRows:
         tokens = self.pages.form.tokens
         batch, heads = self.open.heads
         n = self.open.length // tokens
-        assert self.open.data is not None
-        numbers = torch.empty(batch, heads, n, 1, dtype=torch.int64)
-        for b in range(batch):
-            for h in range(heads):
-                rows = self.open.data[b, h, : n * tokens]
-                first = self.pages.write(rows)
-                numbers[b, h, :, 0] = torch.arange(first, first + n)
-                self.frames.offer(first, rows.view(n, tokens, -1))
-        self.table.append(numbers)
+        # A deliberate copy, where there are more heads than one: one write, and nothing is half written.
+        rows = self.open.view()[:, :, : n * tokens].reshape(-1, tokens, self.width)
+        first = self.pages.write(rows)
+        self.frames.offer(first, rows)
+        self.table.append(torch.arange(first, first + len(rows)).view(batch, heads, n, 1))
         rest = Rows(self.ledger, device=self.device, reserve=tokens)
         if self.open.length > n * tokens:
             rest.append(self.open.view()[:, :, n * tokens :])

@@ -132,6 +132,8 @@ class FarMemory:
     def encode(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Return new records as they are stored, in parts that lie side by side."""
         self.k_dims[layer] = k.shape[-1]
+        # Records are not differentiated through: they would hold on to every pass's graph.
+        k, v = k.detach(), v.detach()
         if self.limits.quant is None:
             return k, v
         codec = self.codecs.get(layer)

@@ -16,6 +16,7 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.store.near import Buffers, Held, Tail
 from farkv.store.pool import FarMemory
 from farkv.store.records import Fetch, Keep, Needs, Read, StoreLimits
+from farkv.store.rows import Rows
 from farkv.store.transfer import Link, Ticket
 
 # Tokens that a dense read brings near at once, where the whole layer has no room.
@@ -147,7 +148,7 @@ class Tiers(FarMemory):
 
         def bring() -> Tensor:
             # A deliberate copy over the link.
-            near = pool.read(start, stop).to(self.device, copy=self.device.type == "cpu")
+            near = pool.read(start, stop).to(self.device, copy=isinstance(pool, Rows))
             self.on_fetch(near.numel() * near.element_size())
             return near
 
