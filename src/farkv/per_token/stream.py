@@ -18,7 +18,8 @@ from farkv._axes import Bool, Float, Tensor
 # Scores, or mask values, that are held at once: a few megabytes stay in the cache.
 TILE_BYTES = 8 * 2**20
 # torch's fused kernel, which also returns the log-sum-exp. It has had this signature since before torch 2.8 but is
-# not public: where a release has it no more, the plain path does everything.
+# not public: where a release has it no more, the plain path does everything, as it does on a GPU, whose fused
+# kernels have other rules for masks and alignment.
 _fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
@@ -41,7 +42,7 @@ class Stream:
     """Attention of T queries over records that come in blocks: out = sum_blocks exp(lse_block - lse) out_block.
 
     Cost: 4 B Hq T (Dv + 2) bytes of float32 sums, however many blocks come. While a block of n records is added: the
-    queries and the output once more; with a mask, or without the fused kernel, a few tiles of 8 MiB; and without
+    queries once more, the output twice; with a mask, or without the fused kernel, a few tiles of 8 MiB; and without
     the fused kernel the block in float32, 4 B Hkv n (D + Dv) bytes.
     """
 
