@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from farkv._axes import Bool, Tensor
+from farkv._axes import Bool, Int, Tensor
 from farkv.methods.contract import Query
 from farkv.methods.padding import Padding
 from farkv.per_token.attend import weigh_rows
@@ -19,7 +19,7 @@ from farkv.store.eviction import Marks, make_policy
 from farkv.store.kept import ROW_BYTES
 from farkv.store.records import Keep, Read
 from farkv.store.rows import Rows
-from farkv.store.sizes import LayerShape
+from farkv.store.sizes import LayerShape, grow_capacity
 from farkv.store.tiers import BLOCK_TOKENS, Tiers
 
 # Queries of a prompt's pass that vote, as decode steps would.
@@ -69,6 +69,9 @@ class Spiller:
                 needed - home.used, f"{at_once} tokens read at once (fewer: generate(prefill_chunk_size=...))"
             )
         rows = min(tokens, self.capacity)
+        if grow_capacity(0, rows) > self.capacity:
+            # A layer that grows with room to spare must not take what the others will need.
+            rows = self.capacity
         self.store.reserve(dict.fromkeys(layers, rows))
         for marks in self.marks.values():
             marks.reserve = rows
@@ -107,8 +110,11 @@ class Spiller:
             weights = weigh_rows(query.q, read.k, seen, query.scaling, query.softcap)[:, :, 0]
         self.policy.touch(self.of_layer(layer), read.positions, read.valid, self.now, weights)
 
-    def vote(self, layer: int, query: Query, cap: int, padding: Padding) -> None:
+    def vote(self, layer: int, query: Query, cap: int, own: Int[Tensor, "b 1 1"] | None, padding: Padding) -> None:
         """Let the pass's last queries mark the `cap` records that each would read.
+
+        Args:
+            own: each sequence's own cap, at most `cap`; None where all have the same.
 
         Cost: VOTERS queries against every key of the layer.
         """
@@ -126,7 +132,10 @@ class Spiller:
         for t in range(n):
             self.now += 1
             best = weights[:, :, t].topk(min(cap, n_rows), -1)
-            self.policy.touch(self.of_layer(layer), best.indices, best.values > 0, self.now, best.values)
+            read = best.values > 0
+            if own is not None:
+                read &= torch.arange(read.shape[-1], device=read.device) < own
+            self.policy.touch(self.of_layer(layer), best.indices, read, self.now, best.values)
 
     # --- what goes ------------------------------------------------------------------------------------------
 
