@@ -6,6 +6,7 @@ A recipe holds the steps of one method in the method's order. It joins the rooms
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -54,13 +55,45 @@ class Kernel(Protocol):
         ...
 
 
+class Own(NamedTuple):
+    """What each sequence of a padded batch may read: as many records as it would alone.
+
+    recent: of its window, the tokens before the tail; they are chosen early, before all others. None: none have any.
+    """
+
+    sinks: Int[Tensor, "b 1 1"]
+    early: Int[Tensor, "b 1 1"]
+    late: Int[Tensor, "b 1 1"]
+    recent: Int[Tensor, "b 1 1"] | None
+
+
 class Budget(NamedTuple):
-    """How the records of one layer and step are split; their sum is the cap."""
+    """How the records of one layer and step are split; their sum is the cap.
+
+    In a padded batch these are the largest of all sequences, but for the tail, which is the smallest; `own` says what
+    each may read.
+    """
 
     sinks: int
     early: int
     late: int
     tail: int
+    own: Own | None = None
+
+    @property
+    def own_sinks(self) -> int | Int[Tensor, "b 1 1"]:
+        """Return the sinks of every sequence."""
+        return self.sinks if self.own is None else self.own.sinks
+
+    @property
+    def own_early(self) -> Int[Tensor, "b 1 1"] | None:
+        """Return how many each sequence may read early; None where all read the same."""
+        return None if self.own is None else self.own.early
+
+    @property
+    def own_late(self) -> Int[Tensor, "b 1 1"] | None:
+        """Return the same of those read late."""
+        return None if self.own is None else self.own.late
 
 
 class Levers(NamedTuple):
@@ -103,6 +136,8 @@ class Recipe(Protocol):
     account: Account
     # Which hidden state the door estimates queries from; None where nothing is speculated.
     query_source: Source | None
+    # Of one layer's records, once there are any; all sequences.
+    shape: LayerShape | None
     # True while a verifying pass runs: attend to everything, count nothing.
     dense: bool
     # True where steps will be verified: their dense passes need near memory beside the buffers.
@@ -116,6 +151,10 @@ class Recipe(Protocol):
 
     def admit(self, shape: LayerShape, n_new: int, chunk: int = 0) -> None:
         """Raise CapacityError unless every limit can hold `n_new` more tokens, `chunk` at once; nothing is stored."""
+        ...
+
+    def fit_chunk(self, n_tokens: int) -> int:
+        """Return how many tokens of a prompt to read at once, at most `n_tokens`."""
         ...
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -132,6 +171,15 @@ class Recipe(Protocol):
 
     def attend(self, layer: int, step: Step, kernel: Kernel) -> object:
         """Run attention of one layer over all records (T > 1) or the chosen ones (T = 1)."""
+        ...
+
+    @property
+    def is_padded(self) -> bool:
+        """Say whether some tokens are padding."""
+        ...
+
+    def take_text(self, shape: LayerShape, dtype: torch.dtype, fill: Callable[[], None]) -> None:
+        """Hold the records of a text that was read before, which `fill` puts into the store."""
         ...
 
     def crop(self, n_tokens: int, layer: int) -> None:

@@ -179,9 +179,10 @@ class InfiniGenRecipe(SparseRecipe):
 
     def speculate(self, layer: int, estimate: Query) -> None:
         """1. Score the index.  2. Select.  3. Start the fetch; it travels while layer i-1 goes on."""
-        budget = self.split(self.store.seen(layer) + 1, layer)
+        budget = self.share(self.store.seen(layer) + 1, layer)
         chosen = self.score_and_select(layer, estimate, self.store.length(layer) + 1, budget)
-        self.pending[layer] = self.store.fetch(layer, chosen.positions, chosen.valid, budget.late + budget.tail)
+        early = self.store.fetch(layer, chosen.positions, chosen.valid, budget.late + budget.tail)
+        self.pending[layer] = early, budget
 
     def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
         """The first layer: its true query is known at once."""
@@ -205,29 +206,33 @@ class InfiniGenRecipe(SparseRecipe):
 
     def select_records(self, layer: int, scores: Tensor, budget: Budget) -> Choice:
         """Apply the configured rule: the cap alone, alpha, the paper's mean count, or a share of mass."""
-        config, cap = self.config, budget.early
-        valid = self.visible(layer, scores.shape[-1])
+        config, cap, own = self.config, budget.early, budget.own_early
+        valid, recent = self.find_open(layer, scores.shape[-1], budget)
         pool = pool_group if config.alpha is None else pool_group_by_best
-        pooled = force_sinks(pool(scores, valid), budget.sinks, valid)
+        pooled = force_sinks(pool(scores, valid), budget.own_sinks, valid, recent)
         if self.fraction >= 1 or cap == 0 or (config.alpha is None and config.top_p is None):
-            return self.pick(layer, pooled, cap)
+            return self.pick(layer, pooled, budget)
         pooled = self.reach(layer, pooled)
         if config.top_p is not None:
-            return select_mass(pooled, cap, config.top_p)
+            return select_mass(pooled, cap, config.top_p, own)
         assert config.alpha is not None
-        return (select_mean_count if config.paper else select_within)(pooled, cap, config.alpha)
+        return (select_mean_count if config.paper else select_within)(pooled, cap, config.alpha, own)
 
     def top_up(self, layer: int, query: Query, early: Fetch, budget: Budget) -> Choice | None:
         """Miss correction: score again with the true query, fetch the best of what speculation left out."""
         if budget.late == 0:
             return None
         n_old = self.store.length(layer) - budget.tail
-        valid = self.visible(layer, n_old)
+        valid, _ = self.find_open(layer, n_old, budget)
         pooled, taken = pool_group(self.score(layer, query, n_old), valid), Choice(early.positions, early.valid)
         if valid is not None or self.reaches_disk(layer):
             # Of the disk a late read has to be waited for: as few pages as its share of the cap.
-            return select_rest(self.reach(layer, pooled, self.share_late), taken, budget.late)
+            return select_rest(self.reach(layer, pooled, self.share_late), taken, budget.late, budget.own_late)
         return select_top(forbid(pooled, taken), budget.late)
+
+    def take_fitted(self, layer: int, fitted: Tensor) -> None:
+        """Note on how many tokens a saved index's projection was fitted."""
+        self.fitted_tokens[layer] = int(fitted)
 
     # --- sizes and the batch --------------------------------------------------------------------------------
 

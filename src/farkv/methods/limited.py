@@ -28,6 +28,8 @@ class Limited:
     # Records live in near memory: what is kept is read whole.
     at_home = False
     wants_one_pass = False
+    # Of one layer's records, once there are any.
+    shape: LayerShape | None = None
 
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
         self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
@@ -61,18 +63,20 @@ class Limited:
         """Return the share of the context that a layer may read: the plan's, or the method's own."""
         return self.fraction if self.fetch_shares is None else self.fetch_shares[layer]
 
-    def count_cap(self, tokens: int, layer: int) -> int:
-        """Return how many records of every KV head a layer may read of a context of `tokens`."""
+    def count_cap(self, tokens: int, layer: int, pads: int = 0) -> int:
+        """Return how many records of every KV head a layer may read of a context of `tokens`, and `pads` besides."""
         cap = count_cap(self.share_of(layer), tokens, self.least if self.fetch_shares is None else 1)
-        if self.store.evicted[layer]:
-            # Of an evicted layer there are fewer rows than tokens.
-            cap = min(cap, self.store.length(layer) + tokens - self.store.seen(layer))
+        evicted = self.store.evicted[layer]
+        if evicted:
+            # Of an evicted layer there are fewer rows than tokens; padding went first.
+            rows = self.store.length(layer) + tokens + pads - self.store.seen(layer)
+            cap = max(1, min(cap, rows - max(0, pads - evicted)))
         return cap
 
-    def split(self, tokens: int, layer: int) -> Budget:
-        """Split a layer's cap for a context of `tokens`, the newest included."""
+    def split(self, tokens: int, layer: int, pads: int = 0) -> Budget:
+        """Split a layer's cap for a context of `tokens`, the newest included, and `pads` of padding besides."""
         share = self.share_of(layer)
-        cap = self.count_cap(tokens, layer)
+        cap = self.count_cap(tokens, layer, pads)
         sinks, window = count_forced(cap, self.sinks, self.window, share)
         middle = cap - window - 1
         late = int(self.share_late * (middle - sinks)) if share < 1 else 0
@@ -98,7 +102,8 @@ class Limited:
             besides = self.keeper.count_besides(shape, tokens, n_new, rows)
         if self.spiller is not None:
             beside = self.near_need(shape, tokens, (n_new, at_once)).total // tokens if store.near.parent else 0
-            rows = self.spiller.widest(shape, tokens, at_once, beside)
+            # An announced prompt is read in passes that fit.
+            rows = self.spiller.widest(shape, tokens, 1 if chunk else at_once, beside)
         if store.kept and self.verifying:
             store.remember_all(tokens)
             # One layer more while what is remembered grows.
@@ -162,6 +167,11 @@ class Limited:
         if store.paged or store.limits.quant is not None:
             return True
         return store.near.limit is not None and need.total > store.near.limit
+
+    def fit_chunk(self, n_tokens: int) -> int:
+        """Return how many tokens of a prompt to read at once, at most `n_tokens`: what a full pool makes room for."""
+        capacity = 0 if self.spiller is None else self.spiller.capacity
+        return min(n_tokens, max(1, capacity // 4)) if capacity else n_tokens
 
     # --- the books ------------------------------------------------------------------------------------------
 

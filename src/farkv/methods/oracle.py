@@ -30,6 +30,6 @@ class OracleRecipe(SparseRecipe):
         else:
             scores = score_stored(self.store, layer, query, n_old)
         self.count_index(layer, batch * heads * n_old * self.store.k_dims[layer] * query.q.element_size())
-        valid = self.visible(layer, n_old)
+        valid, recent = self.find_open(layer, n_old, budget)
         pooled = pool_group(scores.to(query.q.device), valid)
-        return self.pick(layer, force_sinks(pooled, budget.sinks, valid), budget.early)
+        return self.pick(layer, force_sinks(pooled, budget.own_sinks, valid, recent), budget)

@@ -32,7 +32,7 @@ class RandomRecipe(SparseRecipe):
         n_old = self.store.length(layer) - budget.tail
         batch, heads = self.store.heads(layer)
         scores = torch.rand(batch, heads, n_old, generator=self.generator, device=query.q.device)
-        valid = self.visible(layer, n_old)
+        valid, recent = self.find_open(layer, n_old, budget)
         if valid is not None:
             scores.masked_fill_(~valid, -torch.inf)
-        return self.pick(layer, force_sinks(scores, budget.sinks, valid), budget.early)
+        return self.pick(layer, force_sinks(scores, budget.own_sinks, valid, recent), budget)

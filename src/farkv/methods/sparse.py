@@ -6,29 +6,30 @@ read, attend to the chosen. A method fills in `choose`, and `observe` and `top_u
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from farkv._axes import Bool, Int, Tensor
+from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.methods.contract import Budget, Kernel, Place, Query, Step
-from farkv.methods.limited import Limited
+from farkv.methods.evicting import Evicting
 from farkv.methods.mass import measure_found
 from farkv.methods.padding import Padding
 from farkv.per_token.attend import align_mask, align_rows
-from farkv.per_token.select import Choice, limit_pages, select_seen, select_top
+from farkv.per_token.select import Choice, find_recent, limit_pages, select_seen, select_top
 from farkv.per_token.stream import Softmax, Stream
 from farkv.store.records import Fetch, Read
 from farkv.store.sizes import LayerShape
 
 
-class SparseRecipe(Limited):
+class SparseRecipe(Evicting):
     """A recipe that reads a fraction of the records at decode steps."""
 
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
         super().__init__(place, fraction=fraction, sinks=sinks, window=window, top_up=top_up)
         self.dense = False
         self.measuring = False
-        self.padding = Padding()
-        self.pending: dict[int, Fetch] = {}
+        self.pending: dict[int, tuple[Fetch, Budget]] = {}
         self.store.on_fetch, self.store.on_disk = self.count_fetch, self.count_disk
 
     # --- what a method fills in -----------------------------------------------------------------------------
@@ -58,14 +59,37 @@ class SparseRecipe(Limited):
         n_pages = max(1, int(share * self.share_of(layer) * resident.shape[-1]))
         return limit_pages(pooled, resident, tokens, n_pages)
 
-    def pick(self, layer: int, pooled: Tensor, cap: int) -> Choice:
+    def pick(self, layer: int, pooled: Float32[Tensor, "B Hkv S"], budget: Budget) -> Choice:
         """Choose the best records that can be had."""
         if not self.reaches_disk(layer):
-            return select_top(pooled, cap)
-        return select_seen(self.reach(layer, pooled), cap)
+            return select_top(pooled, budget.early, budget.own_early)
+        return select_seen(self.reach(layer, pooled), budget.early, budget.own_early)
 
-    def forget(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Follow an eviction: only the records at these positions stay."""
+    # --- what is each sequence's own ------------------------------------------------------------------------
+
+    def share(self, tokens: int, layer: int) -> Budget:
+        """Split a layer's cap for a context of `tokens`; in a padded batch every sequence's as if it were alone."""
+        budget = self.split(tokens, layer)
+        if self.padding.real is None or budget.early + budget.late + budget.tail >= tokens:
+            # Where everything is read, the mask alone hides padding, as in the plain model.
+            return budget
+        evicted = self.store.evicted[layer]
+        rows = self.store.length(layer) + tokens - self.store.seen(layer) if evicted else 0
+        key = (self.share_of(layer), evicted, rows)
+        return self.padding.share(key, tokens, lambda n, pads: self.split(n, layer, pads))
+
+    def find_open(
+        self, layer: int, n_rows: int, budget: Budget
+    ) -> tuple[Bool[Tensor, "b h S"] | None, Bool[Tensor, "b h S"] | None]:
+        """Return which of the first `n_rows` records are open to choice, and which are read because they are recent.
+
+        None and None where all are open.
+        """
+        valid = self.visible(layer, n_rows)
+        if valid is None or budget.own is None or budget.own.recent is None:
+            return valid, None
+        recent = find_recent(valid, budget.own.recent)
+        return valid & ~recent, recent
 
     # --- the frame ------------------------------------------------------------------------------------------
 
@@ -74,6 +98,7 @@ class SparseRecipe(Limited):
         shape = LayerShape(k.shape[0], k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
         self.account.record_bytes[layer] = shape.record_bytes
         if layer == self.layers[0]:
+            self.shape = shape
             self.store.open_pages(shape, k.dtype)
             self.admit(shape, k.shape[2])
         if self.spiller is not None and k.shape[2] > 1:
@@ -153,14 +178,13 @@ class SparseRecipe(Limited):
 
     def _attend_chosen(self, layer: int, step: Step, kernel: Kernel) -> object:
         q, k = step.query.q, step.k
-        budget = self.split(self.store.seen(layer), layer)
-        early = self.pending.pop(layer, None)
-        late = None
-        if early is None:
-            budget = budget._replace(early=budget.early + budget.late, late=0)
+        pending, late = self.pending.pop(layer, None), None
+        if pending is None:
+            budget = join_late(self.share(self.store.seen(layer), layer))
             chosen = self.choose(layer, step.query, budget)
             early = self.store.fetch(layer, chosen.positions, chosen.valid, budget.tail)
         else:
+            early, budget = pending
             extra = self.top_up(layer, step.query, early, budget)
             late = None if extra is None else Fetch(extra.positions, extra.valid, None, None)
         read = self.store.read(layer, early, late, budget.tail)
@@ -181,55 +205,6 @@ class SparseRecipe(Limited):
             real = self.padding.of_tokens(self.store.seen(layer))
             self.account.layer(layer).add_mass(*measure_found(self.store, layer, step, read, real))
 
-    # --- the levers -----------------------------------------------------------------------------------------
-
-    def _pull_levers(self, layer: int, step: Step) -> None:
-        """At the end of the prompt evict and hold near; later evict where the next token would find no room."""
-        keeper, seen = self.keeper, self.store.seen(layer)
-        if step.k.shape[2] > 1 or seen <= self.prompt_tokens:
-            if seen < self.prompt_tokens:
-                return
-            ready = (
-                [layer] if keeper is None else keeper.end_prompt(layer, self.visible(layer, self.store.length(layer)))
-            )
-            for i in ready:
-                self._evict(i, room=0 if keeper is None else keeper.room(i))
-                if self.holder is not None:
-                    self.holder.end_prompt(i, self.visible(i, self.store.length(i)))
-        elif keeper is not None and keeper.is_over(layer):
-            keeper.mark(layer, self.visible(layer, self.store.length(layer)))
-            self._evict(layer, room=keeper.slack(layer))
-
-    def _evict(self, layer: int, room: int) -> None:
-        """Drop the least of what was scored just now."""
-        if self.keeper is None:
-            return
-        # What is freed is what no later step will need.
-        final = max(self.store.seen(layer), self.store.limits.reserve_tokens)
-        self.store.reserve({layer: self.keeper.count(layer, final)})
-        kept = self.keeper.choose_stored(layer, self.visible(layer, self.store.length(layer)), room)
-        if kept is not None:
-            self.forget(layer, kept.positions)
-            self.store.evict(layer, kept)
-
-    # --- a full pool ----------------------------------------------------------------------------------------
-
-    def _make_room(self, layer: int, step: Step) -> None:
-        """Let the prompt's last queries say what is used; while decoding, evict where the next token has no room."""
-        assert self.spiller is not None
-        if step.k.shape[2] > 1 or self.reads_all(layer):
-            self.spiller.vote(layer, step.query, self.count_cap(self.store.seen(layer), layer), self.padding)
-        if step.k.shape[2] == 1:
-            self._spill(layer, self.spiller.count_excess(layer, 1))
-
-    def _spill(self, layer: int, n: int) -> None:
-        """Evict `n` records of every KV head by the pool's policy, from the index and the pool together."""
-        if n > 0:
-            assert self.spiller is not None
-            kept = self.spiller.choose_kept(layer, n, self.visible(layer, self.store.length(layer)))
-            self.forget(layer, kept.positions)
-            self.store.evict(layer, kept)
-
     # --- the books ------------------------------------------------------------------------------------------
 
     def count_fetch(self, n_bytes: int) -> None:
@@ -241,6 +216,21 @@ class SparseRecipe(Limited):
         """Count bytes that were read from disk at decode steps."""
         if self.account.decoding and not self.dense and not self.measuring:
             self.account.disk_bytes += n_bytes
+
+    # --- a text that was read before ------------------------------------------------------------------------
+
+    @property
+    def is_padded(self) -> bool:
+        """Say whether some tokens are padding."""
+        return self.padding.real is not None
+
+    def take_text(self, shape: LayerShape, dtype: torch.dtype, fill: Callable[[], None]) -> None:
+        """Hold records that `fill` puts into the store."""
+        self.shape = shape
+        for layer in self.layers:
+            self.store.describe(layer, shape.k_dim, shape.v_dim, dtype)
+            self.account.record_bytes[layer] = shape.record_bytes
+        fill()
 
     # --- the batch ------------------------------------------------------------------------------------------
 
@@ -278,6 +268,10 @@ class SparseRecipe(Limited):
             self.spiller.clear(layer)
         self.padding = Padding()
 
-    def visible(self, layer: int, n_rows: int) -> Bool[Tensor, "B h S"] | None:
-        """Return which of a layer's first `n_rows` stored records are real, None where all are."""
-        return self.padding.of_rows(self.store, layer, n_rows)
+
+def join_late(budget: Budget) -> Budget:
+    """Return the budget with all that may be chosen late chosen early."""
+    own = budget.own
+    if own is not None:
+        own = own._replace(early=own.early + own.late, late=torch.zeros_like(own.late))
+    return budget._replace(early=budget.early + budget.late, late=0, own=own)

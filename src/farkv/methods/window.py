@@ -19,9 +19,9 @@ class WindowRecipe(SparseRecipe):
     def __init__(self, place: Place, config: Window):
         super().__init__(place, fraction=config.fraction, sinks=config.sinks, window=0)
 
-    def split(self, tokens: int, layer: int) -> Budget:
+    def split(self, tokens: int, layer: int, pads: int = 0) -> Budget:
         """All but the sinks is window."""
-        cap = self.count_cap(tokens, layer)
+        cap = self.count_cap(tokens, layer, pads)
         sinks = min(self.sinks, cap // 4)
         return Budget(sinks, cap - 1, 0, 1)
 
@@ -31,4 +31,8 @@ class WindowRecipe(SparseRecipe):
         batch, heads = self.store.heads(layer)
         age = torch.arange(n_old, device=query.q.device, dtype=torch.float32)
         scores = age.repeat(batch, heads, 1)
-        return select_top(force_sinks(scores, budget.sinks, self.visible(layer, n_old)), budget.early)
+        valid, recent = self.find_open(layer, n_old, budget)
+        if valid is not None:
+            scores.masked_fill_(~valid, -torch.inf)
+        scores = force_sinks(scores, budget.own_sinks, valid, recent)
+        return select_top(scores, budget.early, budget.own_early)

@@ -21,28 +21,42 @@ class Choice(NamedTuple):
 
 
 def force_sinks(
-    scores: Float32[Tensor, "B Hkv S"], n_sinks: int, valid: Bool[Tensor, "B h S"] | None
+    scores: Float32[Tensor, "B Hkv S"],
+    n_sinks: int | Int[Tensor, "b 1 1"],
+    valid: Bool[Tensor, "b h S"] | None,
+    recent: Bool[Tensor, "b h S"] | None = None,
 ) -> Float32[Tensor, "B Hkv S"]:
-    """Give the first `n_sinks` real tokens of every sequence the best score, in place."""
-    if n_sinks == 0:
+    """Give the first `n_sinks` real tokens of every sequence, and what is `recent`, the best score, in place."""
+    if isinstance(n_sinks, int) and n_sinks == 0 and recent is None:
         return scores
     if valid is None:
         scores[..., :n_sinks] = torch.inf
         return scores
     first = valid & (valid.cumsum(-1) <= n_sinks)
-    return scores.masked_fill_(first, torch.inf)
+    return scores.masked_fill_(first if recent is None else first | recent, torch.inf)
 
 
-def select_top(scores: Float32[Tensor, "B Hkv S"], cap: int) -> Choice:
-    """Choose the `cap` best records of every KV head. Cost: one top-k over S per KV head."""
+def find_recent(valid: Bool[Tensor, "b h S"], n_recent: Int[Tensor, "b 1 1"]) -> Bool[Tensor, "b h S"]:
+    """Return the last `n_recent` real tokens of every sequence."""
+    return valid & (valid.flip(-1).cumsum(-1).flip(-1) <= n_recent)
+
+
+def select_top(scores: Float32[Tensor, "B Hkv S"], cap: int, own: Int[Tensor, "b 1 1"] | None = None) -> Choice:
+    """Choose the `cap` best records of every KV head. Cost: one top-k over S per KV head.
+
+    Args:
+        own: each sequence's own cap, at most `cap`; None where all have the same.
+    """
+    if own is not None:
+        return select_seen(scores, cap, own)
     positions = scores.topk(cap, -1, sorted=False).indices
     return Choice(positions.sort(-1).values, None)
 
 
-def select_seen(scores: Float32[Tensor, "B Hkv S"], cap: int) -> Choice:
+def select_seen(scores: Float32[Tensor, "B Hkv S"], cap: int, own: Int[Tensor, "b 1 1"] | None = None) -> Choice:
     """Choose the `cap` best records of every KV head, fewer where the others are out of reach (-inf)."""
-    values, positions = scores.topk(cap, -1, sorted=False)
-    return _pack(positions, values > -torch.inf, scores.shape[-1])
+    values, positions = _take_best(scores, cap, own)
+    return _pack(positions, _within(values > -torch.inf, own), scores.shape[-1])
 
 
 def limit_pages(
@@ -74,30 +88,36 @@ def limit_pages(
     return scores.masked_fill(~reach, -torch.inf)
 
 
-def select_within(scores: Float32[Tensor, "B Hkv S"], cap: int, alpha: float) -> Choice:
+def select_within(
+    scores: Float32[Tensor, "B Hkv S"], cap: int, alpha: float, own: Int[Tensor, "b 1 1"] | None = None
+) -> Choice:
     """Choose the records within `alpha` of the best, per sequence and KV head, at most `cap`.
 
     Source: InfiniGen §4.3; deviation: a count per sequence and KV head instead of one mean per layer.
     """
-    values, positions = scores.topk(cap, -1, sorted=False)
+    values, positions = _take_best(scores, cap, own)
     finite = torch.where(values.isinf(), -torch.inf, values)
     keep = values > finite.amax(-1, keepdim=True) - alpha
-    return _pack(positions, keep, scores.shape[-1])
+    return _pack(positions, _within(keep, own), scores.shape[-1])
 
 
-def select_mean_count(scores: Float32[Tensor, "B Hkv S"], cap: int, alpha: float) -> Choice:
+def select_mean_count(
+    scores: Float32[Tensor, "B Hkv S"], cap: int, alpha: float, own: Int[Tensor, "b 1 1"] | None = None
+) -> Choice:
     """Choose one count for all heads and sequences of the layer: the mean count within `alpha`, at most `cap`.
 
-    Source: InfiniGen §4.3 as published, except that the mean stays on the device.
+    Source: InfiniGen §4.3 as published, except that the mean stays on the device. It couples the sequences of a batch.
     """
     counts = (scores > scores.amax(-1, keepdim=True) - alpha).sum(-1)
     mean = counts.float().mean().floor().clamp(1, cap)
     positions = scores.topk(cap, -1).indices
     keep = (torch.arange(cap, device=scores.device) < mean).expand_as(positions)
-    return _pack(positions, keep, scores.shape[-1])
+    return _pack(positions, _within(keep, own), scores.shape[-1])
 
 
-def select_mass(log_weights: Float32[Tensor, "B Hkv S"], cap: int, top_p: float) -> Choice:
+def select_mass(
+    log_weights: Float32[Tensor, "B Hkv S"], cap: int, top_p: float, own: Int[Tensor, "b 1 1"] | None = None
+) -> Choice:
     """Choose the fewest records whose estimated attention weights sum to `top_p`, at most `cap`.
 
     Args:
@@ -107,7 +127,18 @@ def select_mass(log_weights: Float32[Tensor, "B Hkv S"], cap: int, top_p: float)
     weights = torch.where(values.isposinf(), 0.0, values.exp())
     before = weights.cumsum(-1) - weights
     keep = values.isposinf() | ((before < top_p) & (values > -torch.inf))
-    return _pack(positions, keep, log_weights.shape[-1])
+    return _pack(positions, _within(keep, own), log_weights.shape[-1])
+
+
+def _take_best(scores: Tensor, cap: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the best scores and their positions, best first where sequences have caps of their own."""
+    best = scores.topk(cap, -1, sorted=own is not None)
+    return best.values, best.indices
+
+
+def _within(keep: Tensor, own: Tensor | None) -> Tensor:
+    """Of records that stand best first, leave each sequence as many as its own cap."""
+    return keep if own is None else keep & (torch.arange(keep.shape[-1], device=keep.device) < own)
 
 
 def _pack(positions: Tensor, keep: Tensor, n: int) -> Choice:
@@ -116,13 +147,14 @@ def _pack(positions: Tensor, keep: Tensor, n: int) -> Choice:
     return Choice(torch.where(key >= n, key - n, key), key < n)
 
 
-def select_rest(scores: Float32[Tensor, "B Hkv S"], taken: Choice, cap: int) -> Choice:
+def select_rest(
+    scores: Float32[Tensor, "B Hkv S"], taken: Choice, cap: int, own: Int[Tensor, "b 1 1"] | None = None
+) -> Choice:
     """Choose the `cap` best records that are not taken, in place on `scores`; fewer where only padding is left.
 
     Without the flag, a sequence of fewer real tokens than the cap would read a taken record again, at twice its weight.
     """
-    values, positions = forbid(scores, taken).topk(cap, -1, sorted=False)
-    return _pack(positions, values > -torch.inf, scores.shape[-1])
+    return select_seen(forbid(scores, taken), cap, own)
 
 
 def forbid(scores: Float32[Tensor, "B Hkv S"], choice: Choice) -> Float32[Tensor, "B Hkv S"]:
