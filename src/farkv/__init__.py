@@ -10,11 +10,12 @@ from farkv.errors import FarKVError
 if TYPE_CHECKING:
     from farkv.hf.attach import attach
     from farkv.hf.measure import profile
+    from farkv.hf.session import load_cache
     from farkv.per_model.profile import Profile
     from farkv.per_prompt.allocate import allocate
     from farkv.plan import Plan
 
-__all__ = ["XKV", "FarKVError", "Full", "InfiniGen", "Plan", "Profile", "allocate", "attach", "profile"]
+__all__ = ["XKV", "FarKVError", "Full", "InfiniGen", "Plan", "Profile", "allocate", "attach", "load_cache", "profile"]
 
 # What needs torch and transformers is imported when it is first asked for: `farkv --help` answers at once.
 _LAZY = {
@@ -22,6 +23,7 @@ _LAZY = {
     "Profile": "farkv.per_model.profile",
     "allocate": "farkv.per_prompt.allocate",
     "attach": "farkv.hf.attach",
+    "load_cache": "farkv.hf.session",
     "profile": "farkv.hf.measure",
 }
 

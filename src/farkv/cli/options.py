@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from farkv.config import EVICT, QUANT
 from farkv.errors import InputError
 from farkv.show import draw_receipt
 
@@ -26,6 +27,16 @@ NearOption = Annotated[
     str | None, typer.Option(help="Limit of near memory, e.g. 2GiB: a GPU's, or on a CPU a counted allocation.")
 ]
 HostOption = Annotated[str | None, typer.Option(help="Limit of the host pool, e.g. 24GiB.")]
+DiskOption = Annotated[
+    str | None, typer.Option(help="Folder and limit, e.g. /data/kv:100GiB: records go there, host memory holds copies.")
+]
+EvictOption = Annotated[
+    str,
+    typer.Option(help="What goes when the host pool is full: " + ", ".join(EVICT) + ". With --disk only a copy goes."),
+]
+QuantOption = Annotated[
+    str | None, typer.Option(help="Store records as " + " or ".join(QUANT) + " in host memory and on disk.")
+]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 VerifyOption = Annotated[int, typer.Option(min=0, help="Compare this many decode steps with full attention.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]

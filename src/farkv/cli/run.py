@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from farkv.cli.options import (
     DeviceOption,
+    DiskOption,
     DtypeOption,
+    EvictOption,
     FractionOption,
     HostOption,
     JsonOption,
     ModelOption,
     NearOption,
     ProfileOption,
+    QuantOption,
     TokensOption,
     VerifyOption,
     err,
     print_receipt,
     read_text,
 )
-from farkv.config import LEVERS, XKV, Full, InfiniGen, Lever, Method, Oracle, Random, Window, parse_bytes
+from farkv.config import (
+    LEVERS,
+    XKV,
+    Full,
+    InfiniGen,
+    Lever,
+    Method,
+    Oracle,
+    Random,
+    Window,
+    check_storage,
+    format_bytes,
+    parse_bytes,
+    parse_disk,
+)
 from farkv.errors import ConfigError, InputError
 from farkv.show import show_progress
+
+if TYPE_CHECKING:
+    from farkv.hf.ask import Decoding
+    from farkv.hf.cache import FarCache
+    from farkv.hf.handle import Handle
 
 METHODS = ("infinigen", "xkv", "full", "window", "oracle", "random")
 
@@ -73,6 +96,9 @@ def run(
     question: Annotated[str, typer.Argument(help="Asked about the text; left out, the text is continued.")] = "",
     model: ModelOption = "demo",
     file: Annotated[Path | None, typer.Option("--file", "-f", help="The text; - or a pipe is stdin.")] = None,
+    session: Annotated[
+        Path | None, typer.Option(help="Session file: written with the text's records if missing, else asked.")
+    ] = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS) + ".")] = "infinigen",
     fraction: FractionOption = None,
     paper: Annotated[bool, typer.Option("--paper", help="infinigen or xkv as published.")] = False,
@@ -89,6 +115,12 @@ def run(
     ] = False,
     near: NearOption = None,
     host: HostOption = None,
+    disk: DiskOption = None,
+    evict: EvictOption = "refuse",
+    quant: QuantOption = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the text read at once (default: 2048, or what fits).")
+    ] = None,
     profile: ProfileOption = None,
     max_new_tokens: TokensOption = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
@@ -107,23 +139,32 @@ def run(
 
       farkv run -m Qwen/Qwen3-8B -f book.txt --near 2GiB --host 24GiB "Who wrote the letter?"
 
-      farkv run -m demo -f code.py --method xkv --fraction 0.3 --query-aware "print(apple_river)  # "
+      farkv run -m Qwen/Qwen3-8B -f book.txt --host 8GiB --disk /data/kv:100GiB "Who wrote the letter?"
 
-      farkv run -m demo -f code.py --plan plan.json --lever fetch "print(apple_river)  # "
+      farkv run -m ./my-model -f book.txt --session book.farkv "Who wrote the letter?"
+
+      farkv run -m ./my-model --session book.farkv "And to whom?"
+
+      farkv run -m demo -f code.py --method xkv --fraction 0.3 --query-aware "print(apple_river)  # "
 
       cat notes.txt | farkv run -m ./my-model --verify 8 --json "What was decided?"
     """
     # What can be checked without a model is checked before one is loaded.
     configs = make_methods(Ask(method, fraction, paper, retention, plan, tuple(lever or ())))
     limits = parse_bytes(near, "--near"), parse_bytes(host, "--host")
+    parse_disk(disk, "--disk")
+    check_storage(evict, quant, host=limits[1])
+    if query_aware and session is not None:
+        raise ConfigError("--query-aware: a session holds the text only; leave one of them out")
     text = read_text(file)
-    if not (text + question).strip():
+    asks_again = session is not None and session.exists()
+    if not (text + question).strip() and not asks_again:
         raise InputError("prompt: text and question are both empty; give --file with text, or a question")
-    import dataclasses
-
+    if session is not None and not asks_again and not text.strip():
+        raise InputError(f"--session {session}: there is no such file; give --file with the text to write it")
     import torch
 
-    from farkv.hf.ask import Decoding, Listener, ask, build_prompt
+    from farkv.hf.ask import Decoding, Listener, ask
     from farkv.hf.attach import attach
     from farkv.hf.load import load_model, quiet_libraries
 
@@ -131,21 +172,62 @@ def run(
     torch.manual_seed(seed)
     with err.status(f"loading {model}") if err.is_terminal else nullcontext():
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    prompt = build_prompt(tokenizer, text, question)
-    if query_aware:
-        prompt = prompt.read_question()
-    near_bytes, host_bytes = limits
+    storage: dict[str, Any] = {"near": limits[0], "host": limits[1], "disk": disk, "evict": evict, "quant": quant}
     measured = False if profile == "none" else profile
-    with attach(loaded, *configs, near=near_bytes, host=host_bytes, profile=measured, plan=plan) as far:
-        cache = far.new_cache(tokens=prompt.n_tokens + max_new_tokens, verify=verify)
+    decoding = Decoding(max_new_tokens, temperature, tuple(stop or ()), chunk_tokens)
+    with attach(loaded, *configs, **storage, profile=measured, plan=plan) as far:
+        job = Job(far, tokenizer, text, question, decoding, verify)
         with show_progress(err, "reading", quiet=as_json) as on_prefill:
-            write = (lambda piece: None) if as_json else _write
-            decoding = Decoding(max_new_tokens, temperature, tuple(stop or ()))
-            answer = ask(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=Listener(on_prefill, write))
+            listener = Listener(on_prefill, (lambda piece: None) if as_json else _write)
+            prompt, cache = open_session(job, session, listener) if session else open_text(job, query_aware=query_aware)
+            answer = ask(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
         receipt = dataclasses.replace(far.receipt(cache), model=model, answer=answer)
     if not as_json:
         typer.echo()
     print_receipt(receipt, as_json=as_json)
+
+
+class Job(NamedTuple):
+    """A text, a question, and what answers it."""
+
+    far: Handle
+    tokenizer: Any
+    text: str
+    question: str
+    decoding: Decoding
+    verify: int
+
+
+def open_text(job: Job, *, query_aware: bool) -> tuple[Any, FarCache]:
+    """Return the prompt and an empty cache that has room for it."""
+    from farkv.hf.ask import build_prompt
+    from farkv.hf.handle import CHUNK_TOKENS
+
+    prompt = build_prompt(job.tokenizer, job.text, job.question)
+    if query_aware:
+        prompt = prompt.read_question()
+    tokens = prompt.n_tokens + job.decoding.max_new_tokens
+    chunk = job.decoding.chunk_tokens or CHUNK_TOKENS
+    return prompt, job.far.new_cache(tokens=tokens, verify=job.verify, chunk_tokens=chunk)
+
+
+def open_session(job: Job, path: Path, listener: Any) -> tuple[Any, FarCache]:
+    """Return the prompt and a cache over the session's file, which is written first if it is not there."""
+    from farkv.hf.ask import build_prompt, prefill
+    from farkv.hf.session import load_cache, read_session_text, resume
+
+    if not path.exists():
+        prompt, cache = open_text(job._replace(verify=0), query_aware=False)
+        prefill(job.far, cache, prompt.text, job.decoding.chunk_tokens, listener)
+        cache.save(path, tokenizer=job.tokenizer, text=job.text)
+        err.print(f"session {path}: {format_bytes(path.stat().st_size)} for {len(prompt.text)} tokens")
+        cache.reset()
+    # The first question takes the same way as all later ones: from the file.
+    prompt = build_prompt(job.tokenizer, read_session_text(path, job.text), job.question)
+    tokens = prompt.n_tokens + job.decoding.max_new_tokens
+    cache = load_cache(path, job.far.model, tokens=tokens, verify=job.verify, tokenizer=job.tokenizer)
+    resume(cache, prompt.text)
+    return prompt, cache
 
 
 def _write(piece: str) -> None:

@@ -22,14 +22,18 @@ from transformers.cache_utils import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from farkv.errors import CacheStateError, SessionError
+
 __all__ = [
     "Cache",
     "DynamicLayer",
     "describe_layers",
+    "export_state",
     "find_attention",
     "find_decoder",
     "get_attention_name",
     "get_eager_attention",
+    "import_state",
     "make_stock_layer",
     "register",
     "sdpa_attention_forward",
@@ -71,6 +75,37 @@ def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
 def make_stock_layer(layer_type: str, arguments: dict[str, Any]) -> Any:
     """Make Hugging Face's own cache layer of a type."""
     return DYNAMIC_LAYER_TYPE_MAPPING[layer_type.removeprefix("shared_")](**arguments)
+
+
+def export_state(layer: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the numbers and flags, and the tensors, that a stock cache layer holds.
+
+    Raises:
+        CacheStateError: it holds something else.
+    """
+    numbers, tensors = {}, {}
+    for name, value in vars(layer).items():
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif value is None or isinstance(value, bool | int | float):
+            numbers[name] = value
+        elif not isinstance(value, torch.dtype | torch.device):
+            raise CacheStateError(
+                f"save: a {type(layer).__name__} holds {name}, a {type(value).__name__}, which no session can hold; "
+                "this model's caches cannot be saved"
+            )
+    return numbers, tensors
+
+
+def import_state(layer: Any, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Give a new stock cache layer what `export_state` returned of another."""
+    for name, value in {**numbers, **tensors}.items():
+        if not hasattr(layer, name) and name not in tensors:
+            raise SessionError(f"a layer of type {type(layer).__name__} has no {name}; make the session anew")
+        setattr(layer, name, value)
+    kept = next(iter(tensors.values()), None)
+    if kept is not None:
+        layer.dtype, layer.device = kept.dtype, kept.device
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:

@@ -102,7 +102,7 @@ def build_prompt(tokenizer: Any, text: str, question: str) -> Prompt:
 def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int | None, listener: Listener) -> None:
     """Read the text densely into the cache, chunk by chunk, without the LM head."""
     if chunk is None:
-        chunk = max(1, len(tokens)) if cache.recipe.wants_one_pass else CHUNK_TOKENS
+        chunk = max(1, len(tokens)) if cache.recipe.wants_one_pass else cache.recipe.fit_chunk(CHUNK_TOKENS)
     # What evicts waits for the end of the prompt.
     cache.recipe.prompt_tokens = len(tokens)
     for start in range(0, len(tokens), chunk):
@@ -133,13 +133,13 @@ def ask(
     """Prefill the text, feed the question, generate the answer.
 
     Args:
-        cache: empty, from `handle.new_cache(tokens=...)`.
+        cache: from `handle.new_cache(tokens=...)`, empty or with the first tokens of the text in it.
 
     Returns:
         The generated text alone.
     """
     decoding, listener = decoding or Decoding(), listener or Listener()
-    prefill(handle, cache, prompt.text, decoding.chunk_tokens, listener)
+    prefill(handle, cache, prompt.text[cache.get_seq_length() :], decoding.chunk_tokens, listener)
     feed(handle, cache, prompt.question[:-1])
     ids = torch.tensor([prompt.text + prompt.question], device=handle.device)
     options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.temperature > 0}

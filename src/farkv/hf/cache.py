@@ -7,11 +7,12 @@ Lengths are logical (tokens seen). The cache holds no model, hook or stream, so 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from farkv._axes import Tensor
+from farkv._axes import Int, Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
 from farkv.methods.contract import Kernel, Recipe, Step
@@ -99,20 +100,107 @@ class FarCache(_compat.Cache):
         super().__init__(layers=layers)
         self.recipe, self.account = recipe, account
         self.verify_steps = 0
+        # What was read, token by token, where ids are known.
+        self._ids: list[Tensor] = []
+        self.identity: dict[str, str] = {}
         self._started = 0.0
         # The identity of a module, not the module: an exception must not leave a model inside a cache.
         self._outermost: int | None = None
+        self._before = 0
+        self._broken = ""
 
-    def begin(self, module: object, n_new: int) -> None:
-        """Note that a forward pass over `n_new` tokens starts; of nested modules the outermost counts."""
-        if self._outermost in (None, id(module)):
-            self._outermost = id(module)
-            self.account.decoding = n_new == 1 and self.get_seq_length() > 0
-            self._started = time.perf_counter()
+    @property
+    def token_ids(self) -> Int[Tensor, " N"]:
+        """Return the ids of the tokens that the first sequence has read, in host memory."""
+        ids = torch.cat(self._ids) if self._ids else torch.empty(0, dtype=torch.long)
+        return ids[: self.get_seq_length()].to("cpu")
 
-    def end(self, module: object) -> None:
-        """Count the forward pass that ends; verified steps are not timed."""
+    def save(self, path: str | Path, *, tokenizer: Any = None, text: str = "") -> None:
+        """Write the text that this cache has read to a session file; see `farkv.load_cache`.
+
+        Args:
+            tokenizer: whose tokens they are; compared when the session is loaded with one.
+            text: the text itself, where it is known.
+
+        Raises:
+            CacheStateError: this cache does not hold one whole, unpadded text.
+            SessionError, StoreError: the file cannot be written; what was there before still is.
+        """
+        # Sessions join the cache and the file; a cache knows no files.
+        from farkv.hf.session import save_cache
+
+        save_cache(self, path, tokenizer=tokenizer, text=text)
+
+    def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
+        """Note the tokens of a text that was read before; the recipe holds its records."""
+        self._ids = [ids]
+        self.account.context_tokens = len(ids)
+        for layer in self.layers:
+            if isinstance(layer, FarLayer):
+                layer.dtype, layer.device, layer.is_initialized = dtype, device, True
+
+    def note_tokens(self, ids: Tensor | None) -> None:
+        """Note the ids of the pass that begins; without them what is cached is no text that can be saved."""
+        n = self.get_seq_length()
+        known = sum(len(part) for part in self._ids)
+        if known > n:
+            self._ids = [torch.cat(self._ids)[:n]]
+        if ids is not None:
+            self._ids.append(ids[0].detach())
+
+    def begin(self, module: object, n_new: int, ids: Tensor | None) -> None:
+        """Note that a forward pass over `n_new` tokens starts; of nested modules the outermost counts.
+
+        Raises:
+            CacheStateError: a pass failed half way before, and what it had stored cannot be taken back.
+        """
+        if self._outermost not in (None, id(module)):
+            return
+        if self._outermost is not None:
+            # It ended with neither output nor exception: it was killed from outside.
+            self.take_back()
+        self.check_whole()
+        self._outermost, self._before = id(module), self.get_seq_length()
+        self.note_tokens(ids)
+        self.account.decoding = n_new == 1 and self._before > 0
+        self._started = time.perf_counter()
+
+    def take_back(self) -> None:
+        """Forget the tokens of a pass that failed: what was there before it is there after it."""
+        self._outermost = None
+        layers: list[Any] = self.layers
+        for i, layer in enumerate(layers):
+            try:
+                n_new = layer.get_seq_length() - self._before
+                if n_new > 0:
+                    layer.crop(-n_new)
+            except (CacheStateError, ValueError, NotImplementedError, AttributeError):
+                self._broken = f"layer {i} ({type(layer).__name__})"
+
+    def step_back(self, n_tokens: int) -> None:
+        """Forget the newest tokens of every layer.
+
+        Raises:
+            CacheStateError: a layer cannot: what came before them is gone.
+        """
+        self._before = self.get_seq_length() - n_tokens
+        self.take_back()
+        self.check_whole()
+
+    def check_whole(self) -> None:
+        """Raise CacheStateError where layers hold different tokens."""
+        if self._broken:
+            raise CacheStateError(
+                "this cache: expected all layers to hold the same tokens, but some were to be forgotten and "
+                f"{self._broken} cannot step back; start a new cache"
+            )
+
+    def end(self, module: object, *, failed: bool) -> None:
+        """Count the forward pass that ends; verified steps are not timed. What a failed one stored is taken back."""
         if self._outermost != id(module):
+            return
+        if failed:
+            self.take_back()
             return
         self._outermost = None
         account, seconds = self.account, time.perf_counter() - self._started

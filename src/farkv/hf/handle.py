@@ -10,11 +10,13 @@ import contextlib
 import logging
 import threading
 from contextlib import AbstractContextManager
+from functools import cached_property
 from types import TracebackType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from farkv.config import Method
@@ -22,12 +24,14 @@ from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
 from farkv.hf.attention import NAME, probing
 from farkv.hf.cache import FarCache, FarLayer
+from farkv.hf.identity import identify_model
 from farkv.hf.query import Rope, add_attention, hidden_of, probe_query, with_hidden
 from farkv.hf.report import make_receipt
 from farkv.hf.verify import Verifier
 from farkv.methods import make_recipe
 from farkv.methods.contract import Place, Setting
 from farkv.receipt import Account, Receipt
+from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
 
 log = logging.getLogger("farkv")
@@ -45,7 +49,7 @@ class Handle(AbstractContextManager["Handle"]):
         self._flight = threading.local()
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
-        self._shape: LayerShape | None = None
+        self._shape: tuple[LayerShape, torch.dtype] | None = None
         self._read_architecture()
         self.base = _compat.get_attention_name(model)
         if self.base not in BASES:
@@ -55,6 +59,7 @@ class Handle(AbstractContextManager["Handle"]):
             )
         make_recipe(method, self._place(Account()), setting.profile)
         self._attach()
+        _handles[id(model)] = self
 
     # --- attaching ------------------------------------------------------------------------------------------
 
@@ -97,7 +102,8 @@ class Handle(AbstractContextManager["Handle"]):
         hooks.append(model.register_forward_pre_hook(verifier.before, with_kwargs=True))
         for module in {model, self.decoder}:
             hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            hooks.append(module.register_forward_hook(self._end, with_kwargs=True))
+            # Called after an exception too: what a pass had stored is then taken back.
+            hooks.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
         for module in self.decoder.modules():
             if type(module).__name__.endswith("RotaryEmbedding"):
@@ -115,6 +121,7 @@ class Handle(AbstractContextManager["Handle"]):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        _handles.pop(id(self.model), None)
         for module in self.attention.values():
             with contextlib.suppress(AttributeError):
                 del module.farkv_base
@@ -136,13 +143,16 @@ class Handle(AbstractContextManager["Handle"]):
         limits = self.setting.limits._replace(reserve_tokens=reserve_tokens)
         return Place(self.managed, limits, self.device, account, self.setting.levers)
 
-    def new_cache(self, *, tokens: int = 0, batch: int = 1, verify: int = 0) -> FarCache:
+    def new_cache(
+        self, *, tokens: int = 0, batch: int = 1, verify: int = 0, chunk_tokens: int = CHUNK_TOKENS
+    ) -> FarCache:
         """Make an empty cache for one context (or one batch of them).
 
         Args:
             tokens: the context's expected length, answer included; memory for it is taken at once, and a limit
                 that cannot hold it is reported before the prompt is read.
             batch: sequences (times beams) that `tokens` is meant for.
+            chunk_tokens: tokens of the prompt that will be read at once; only limits that hold less than a layer ask.
             verify: compare this many decode steps with full attention over the same records.
 
         Raises:
@@ -152,35 +162,51 @@ class Handle(AbstractContextManager["Handle"]):
             raise CacheStateError("new_cache: the model is detached; call farkv.attach again")
         if tokens < 0 or verify < 0:
             raise ConfigError(f"new_cache: expected tokens >= 0 and verify >= 0, got {tokens} and {verify}")
-        account = Account()
-        recipe = make_recipe(self.method, self._place(account, tokens), self.setting.profile)
-        recipe.verifying = verify > 0
+        cache = self.make_cache(tokens, verify)
         if tokens and self.managed:
-            shape = self._measure_shape(batch)
-            recipe.store.open_pages(shape, self.model.dtype)
-            recipe.admit(shape, tokens, CHUNK_TOKENS)
+            shape, dtype = self.measure_shape()
+            cache.recipe.store.open_pages(shape, dtype)
+            cache.recipe.admit(shape._replace(batch=batch), tokens, chunk_tokens)
+        return cache
+
+    def make_cache(
+        self, reserve: int, verify: int, saved: SavedText | None = None, quant: str | None = None
+    ) -> FarCache:
+        """Make a cache with room for `reserve` tokens, over a saved text if there is one; nothing is admitted yet."""
+        account = Account()
+        place = self._place(account, reserve)
+        if saved is not None:
+            place = place._replace(limits=place.limits._replace(saved=saved, quant=quant))
+        recipe = make_recipe(self.method, place, self.setting.profile)
+        recipe.verifying = verify > 0
         layers = [
             FarLayer(i, recipe) if i in self.managed else _compat.make_stock_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._stock_arguments, strict=True))
         ]
         cache = FarCache(layers, recipe, account)
-        cache.verify_steps = verify
+        cache.verify_steps, cache.identity = verify, self.identity
         self._last = cache
         return cache
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Who the model is."""
+        return identify_model(self.model)
+
     @torch.no_grad()
-    def _measure_shape(self, batch: int) -> LayerShape:
+    def measure_shape(self) -> tuple[LayerShape, torch.dtype]:
         """Return the widest managed layer's shape, from one token through the model: exact for any architecture."""
         if self._shape is None:
             probe = DynamicCache(config=self.model.config)
             self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
             layers: list[Any] = probe.layers
-            shapes: list[LayerShape] = []
+            shapes: list[tuple[LayerShape, torch.dtype]] = []
             for i in self.managed:
                 k, v = layers[i].keys, layers[i].values
-                shapes.append(LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()))
-            self._shape = max(shapes, key=lambda s: s.token_bytes)
-        return self._shape._replace(batch=batch)
+                shape = LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
+                shapes.append((shape, k.dtype))
+            self._shape = max(shapes, key=lambda s: s[0].token_bytes)
+        return self._shape
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
         """Return the account of `cache`, or of the last one made.
@@ -199,12 +225,12 @@ class Handle(AbstractContextManager["Handle"]):
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None and not cache.recipe.dense:
-            cache.begin(module, count_new(args, kwargs))
+            cache.begin(module, count_new(args, kwargs), find_ids(args, kwargs))
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None and not cache.recipe.dense:
-            cache.end(module)
+            cache.end(module, failed=out is None)
         self._flight.block = None
 
     def _make_inject(self, i: int) -> Any:
@@ -262,9 +288,24 @@ class Handle(AbstractContextManager["Handle"]):
         cache.recipe.speculate(i, query)
 
 
+# Attached models, by identity: a handle that nobody holds any more is not kept for this.
+_handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
+
+
+def find_handle(model: nn.Module) -> Handle | None:
+    """Return the handle of an attached model."""
+    return _handles.get(id(model))
+
+
 def find_cache(args: Any, kwargs: dict[str, Any]) -> FarCache | None:
     """Return our cache among a module's arguments: its name and place differ from model to model."""
     return next((v for v in (*kwargs.values(), *args) if isinstance(v, FarCache)), None)
+
+
+def find_ids(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the token ids that a model is called with, None where it is called with embeddings."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
 
 
 def count_new(args: Any, kwargs: dict[str, Any]) -> int:

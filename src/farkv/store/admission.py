@@ -5,10 +5,13 @@ In: the rows and near bytes that a pass will need. Out: nothing, or a CapacityEr
 
 from __future__ import annotations
 
+import gc
+
 from farkv.store.frames import LEAST_FRAMES, LEAST_SCRATCH, SCRATCH_PAGES
 from farkv.store.kept import ROW_BYTES
+from farkv.store.ledger import Ledger
 from farkv.store.near import SLOT_BYTES
-from farkv.store.paged import NUMBER_BYTES
+from farkv.store.paged import NUMBER_BYTES, PagedRows
 from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
 from farkv.store.tiers import Tiers
 
@@ -33,6 +36,10 @@ def admit(
         admit_pages(store, shape, (total, n_new), need)
     else:
         admit_rows(store, shape, rows, need, besides)
+    if store.far:
+        # What grows by more than it needs would take the room of what comes after it.
+        store.near.roomy = all(ledger is None or ledger.limit is None for ledger in (store.near, store.near.parent))
+        store.index.roomy = store.near.roomy
     if store.far and store.near.limit is not None:
         if need.total > store.near.limit:
             parts = ", ".join(f"{name} {size:,}" for name, size in need._asdict().items())
@@ -76,12 +83,10 @@ def admit_pages(store: Tiers, shape: LayerShape, size: tuple[int, int], need: Ne
     form, file = frames.pages.form, frames.pages.file
     row_bytes = form.n_bytes // form.tokens
     n_pages = n_layers * heads * (tokens // form.tokens)
-    fresh = max(0, n_pages - frames.pages.n_saved)
     if file is not None and store.limits.disk is not None:
-        ledger = store.limits.disk.ledger
-        more = (fresh - file.n_pages) * form.n_bytes
-        if more > 0 and not ledger.has_room(more):
-            raise ledger.refuse(more, f"the pages of {tokens} tokens")
+        # Pages of a text that was taken back are on disk still, and are no part of this one.
+        held = sum(heads * rows.table.length for rows in store.pool.values() if isinstance(rows, PagedRows))
+        admit_disk(store.limits.disk.ledger, (n_pages - max(held, frames.pages.n_saved)) * form.n_bytes, tokens)
     # Without a file what follows the saved text stays in host memory.
     open_tokens = form.tokens if file is not None else max(form.tokens, tokens - saved_tokens(store, heads))
     fixed = n_layers * heads * (open_tokens * row_bytes + NUMBER_BYTES * (tokens // form.tokens + 1))
@@ -89,18 +94,27 @@ def admit_pages(store: Tiers, shape: LayerShape, size: tuple[int, int], need: Ne
     passing = 2 * heads * (n_new + form.tokens) * row_bytes
     # The gathered rows of a fetch, before they cross the link.
     fixed += passing + need.decode + (need.total if store.near.parent is not None else 0)
-    store.index.roomy = store.host.roomy = store.host.limit is None
+    store.host.roomy = store.host.limit is None
     if store.host.limit is None:
         frames.resize(max(frames.room, n_pages))
         return
     room = (store.host.limit - fixed) // form.n_bytes
     # What is read from disk passes through memory of its own.
-    frames.piece = min(SCRATCH_PAGES, max(LEAST_SCRATCH, room // 8))
-    room -= frames.piece
+    piece = min(SCRATCH_PAGES, max(LEAST_SCRATCH, room // 8))
+    room -= piece
     if room < LEAST_FRAMES:
         least = fixed + (LEAST_FRAMES + LEAST_SCRATCH) * form.n_bytes
         raise store.host.refuse(least - store.host.used, f"the index, buffers and open pages of {tokens} tokens")
-    frames.resize(min(room, max(n_pages, LEAST_FRAMES)))
+    frames.resize(min(room, max(n_pages, LEAST_FRAMES)), piece)
+
+
+def admit_disk(ledger: Ledger, n_bytes: int, tokens: int) -> None:
+    """Refuse pages that the disk cannot hold."""
+    if n_bytes > 0 and not ledger.has_room(n_bytes):
+        # A cache that was dropped may still wait for the collector, with its file.
+        gc.collect()
+        if not ledger.has_room(n_bytes):
+            raise ledger.refuse(n_bytes, f"the pages of {tokens} tokens")
 
 
 def saved_tokens(store: Tiers, heads: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import mmap
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,9 +40,10 @@ class Frames:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Frames:
         # Copies of pages need no copies: the twin reads its own from disk, and counts them itself.
-        twin = Frames(copy.deepcopy(self.ledger, memo), self.policy, copy.deepcopy(self.pages, memo))
-        twin.ledger.release(self.n_bytes)
-        twin.resize(self.room)
+        with self.lock:
+            twin = Frames(copy.deepcopy(self.ledger, memo), self.policy, copy.deepcopy(self.pages, memo))
+            twin.ledger.release(self.n_bytes)
+            twin.resize(self.room, self.piece)
         return twin
 
     @property
@@ -60,39 +62,56 @@ class Frames:
         self.births = torch.empty(0, dtype=torch.int32)
         self.marks: Marks | None = None
 
-    def resize(self, room: int) -> None:
-        """Let `room` frames be used; memory of frames beyond is given back at once."""
-        form = self.pages.form
+    def resize(self, room: int, piece: int = SCRATCH_PAGES) -> None:
+        """Let `room` frames be used, and `piece` pages be read at once; memory beyond is given back at once."""
         with self.lock:
-            if self.used > room:
-                gone = self.page_of[room : self.used]
-                self.frame_of[gone] = -1
-                self.page_of[room:] = -1
-                if self.memory is not None:
-                    first = -(-room * form.n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-                    self.memory.madvise(mmap.MADV_DONTNEED, first)
-                self.ledger.release((self.used - room) * form.n_bytes)
-                self.used = room
-            self.room = room
+            self._drop(self.used - room)
+            self.room, self.piece = room, piece
+            if self.scratch is not None and len(self.scratch) > piece:
+                self.ledger.release(self.scratch.numel() * self.scratch.element_size())
+                self.scratch = None
             if room > len(self.page_of):
                 self._map(room)
+
+    def make_room(self, n_bytes: int) -> None:
+        """Drop copies until the ledger has room for `n_bytes`, or none is left."""
+        with self.lock:
+            if self.ledger.limit is not None:
+                self._drop(-((self.ledger.limit - self.ledger.used - n_bytes) // self.pages.form.n_bytes))
+
+    def _drop(self, n: int) -> None:
+        """Give back the last `n` frames that are used, or all."""
+        if n <= 0 or self.used == 0:
+            return
+        n_bytes, left = self.pages.form.n_bytes, max(0, self.used - n)
+        self.frame_of[self.page_of[left : self.used]] = -1
+        self.page_of[left:] = -1
+        first = -(-left * n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if self.memory is not None and first < len(self.memory):
+            self.memory.madvise(mmap.MADV_DONTNEED, first)
+        self.ledger.release((self.used - left) * n_bytes)
+        self.used = left
 
     def _map(self, n: int) -> None:
         """Map memory for `n` frames; what is not touched takes none."""
         form = self.pages.form
         try:
-            memory = mmap.mmap(-1, n * form.n_bytes)
+            if self.memory is None:
+                # Private: of shared memory the system would keep what is given back.
+                self.memory = mmap.mmap(-1, n * form.n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            else:
+                # The system moves the mapping where it must, so that there never is a second copy.
+                self.memory.resize(n * form.n_bytes)
         except (OSError, OverflowError) as error:
             raise CapacityError(
                 f"host: the system refuses {n * form.n_bytes:,} bytes of memory ({error}); give a lower host limit"
             ) from error
-        data = torch.frombuffer(memory, dtype=form.dtype).view(n, form.tokens, form.width)
-        data[: self.used] = self.data[: self.used] if self.used else 0
+        data = torch.frombuffer(self.memory, dtype=form.dtype).view(n, form.tokens, form.width)
         page_of = torch.full((n,), -1, dtype=torch.int64)
         births = torch.zeros(n, dtype=torch.int32)
         page_of[: self.used], births[: self.used] = self.page_of[: self.used], self.births[: self.used]
         marks = self.policy.start((n,), self.now, torch.device("cpu"))
-        self.data, self.memory, self.page_of, self.births = data, memory, page_of, births
+        self.data, self.page_of, self.births = data, page_of, births
         if self.marks is not None:
             marks.values[: self.used] = self.marks.values[: self.used]
             marks.hand.copy_(self.marks.hand)
@@ -124,35 +143,45 @@ class Frames:
                 self._take_missing(pages[missing], offsets[missing], missing, out)
 
     def _take_missing(self, pages: Tensor, offsets: Tensor, places: Tensor, out: Tensor) -> None:
+        form = self.pages.form
         wanted, which = pages.unique(return_inverse=True)
-        piece = min(self.piece if self.scratch is None else len(self.scratch), self.room)
-        for start in range(0, len(wanted), piece):
-            frames = self.load(wanted[start : start + piece])
-            mine = ((which >= start) & (which < start + piece)).nonzero()[:, 0]
-            self._copy(frames[which[mine] - start], offsets[mine], places[mine], out)
+        start = 0
+        for rows in self.load(wanted):
+            mine = ((which >= start) & (which < start + len(rows))).nonzero()[:, 0]
+            at = which[mine] - start
+            out[places[mine]] = rows.view(-1, form.width).index_select(0, at * form.tokens + offsets[mine])
+            frames = self._place(wanted[start : start + len(rows)], rows)
+            self._touch(frames, at.bincount(minlength=len(rows))[: len(frames)])
+            start += len(rows)
 
     def _copy(self, frames: Tensor, offsets: Tensor, places: Tensor, out: Tensor) -> None:
         if len(frames) == 0:
             return
         form = self.pages.form
-        rows = self.data.view(-1, form.width).index_select(0, frames * form.tokens + offsets)
-        out[places] = rows
-        assert self.marks is not None
-        used, counts = frames.unique(return_counts=True)
-        self.policy.touch(self.marks, used, None, self.now, counts.float() / form.tokens)
+        out[places] = self.data.view(-1, form.width).index_select(0, frames * form.tokens + offsets)
+        self._touch(*frames.unique(return_counts=True))
 
-    def load(self, pages: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-        """Read pages that have no copy here into frames, at most `piece` at once; return the frames.
+    def _touch(self, frames: Tensor, counts: Tensor) -> None:
+        if len(frames):
+            assert self.marks is not None
+            self.policy.touch(self.marks, frames, None, self.now, counts.float() / self.pages.form.tokens)
+
+    def load(self, pages: Int[Tensor, " N"]) -> Iterator[Tensor]:
+        """Read pages from disk, and give their rows piece by piece; they are valid until the next one is asked for.
 
         Raises:
-            StoreError: a page is damaged or cannot be read; no frame has changed.
+            CapacityError: there is no room for the pages that are read at once, even without copies.
+            StoreError: a page is damaged or cannot be read.
         """
-        n, form = len(pages), self.pages.form
+        form = self.pages.form
         if self.scratch is None:
+            self.make_room(self.piece * form.n_bytes)
             self.ledger.charge(self.piece * form.n_bytes)
             self.scratch = torch.empty(self.piece, form.tokens, form.width, dtype=form.dtype)
-        self.pages.read(pages, self.scratch[:n])
-        return self._place(pages, self.scratch[:n])
+        for part in pages.split(len(self.scratch)):
+            rows = self.scratch[: len(part)]
+            self.pages.read(part, rows)
+            yield rows
 
     def offer(self, first: int, rows: Tensor) -> None:
         """Keep copies of pages that were just written, numbered from `first`, while there are frames to spare."""
@@ -164,12 +193,16 @@ class Frames:
                 self._place(numbers, rows[:n])
 
     def _place(self, pages: Tensor, rows: Tensor) -> Tensor:
-        """Put page copies into frames: unused ones first, then those of victims."""
-        n, form = len(pages), self.pages.form
-        assert self.marks is not None
-        fresh = min(n, self.room - self.used)
+        """Put page copies into frames: unused ones first, then those of victims; the first ones where not all fit."""
+        form = self.pages.form
+        fresh = max(0, min(len(pages), self.room - self.used))
         while fresh and not self.ledger.has_room(fresh * form.n_bytes):
             fresh -= 1
+        n = min(len(pages), fresh + self.used)
+        if n == 0:
+            return torch.empty(0, dtype=torch.int64)
+        pages, rows = pages[:n], rows[:n]
+        assert self.marks is not None
         self.ledger.charge(fresh * form.n_bytes)
         frames = torch.arange(self.used, self.used + fresh)
         self.used += fresh

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Int, Tensor
+from farkv.errors import ConfigError
 from farkv.store.frames import Frames
 from farkv.store.ledger import Ledger
 from farkv.store.pages import Pages
@@ -68,9 +69,15 @@ class PagedRows:
         """Add rows; pages that become full are written.
 
         Raises:
+            ConfigError: the rows are not of the pages' form.
             CapacityError, StoreError: the disk has no room or fails; then nothing was added.
         """
-        n_before = self.length
+        n_before, width = self.length, sum(part.shape[-1] for part in parts)
+        if (width, parts[0].dtype) != (self.width, self.dtype):
+            raise ConfigError(
+                f"disk: expected records of {self.width} elements of {self.dtype} in every layer, as in the first one, "
+                f"got {width} of {parts[0].dtype}; leave disk out for this model"
+            )
         self.open.reserve = self.pages.form.tokens
         self.open.append(*parts)
         self.length += parts[0].shape[2]
@@ -89,16 +96,27 @@ class PagedRows:
         tokens = self.pages.form.tokens
         batch, heads = self.open.heads
         n = self.open.length // tokens
-        # A deliberate copy, where there are more heads than one: one write, and nothing is half written.
-        rows = self.open.view()[:, :, : n * tokens].reshape(-1, tokens, self.width)
-        first = self.pages.write(rows)
-        self.frames.offer(first, rows)
-        self.table.append(torch.arange(first, first + len(rows)).view(batch, heads, n, 1))
         rest = Rows(self.ledger, device=self.device, reserve=tokens)
-        if self.open.length > n * tokens:
-            rest.append(self.open.view()[:, :, n * tokens :])
+        try:
+            if self.open.length > n * tokens:
+                rest.append(self.open.view()[:, :, n * tokens :])
+            # A deliberate copy, where there are more heads than one: one write, and nothing is half written.
+            rows = self.open.view()[:, :, : n * tokens].reshape(-1, tokens, self.width).contiguous()
+            first = self.pages.write(rows)
+            self.table.append(torch.arange(first, first + len(rows)).view(batch, heads, n, 1))
+        except BaseException:
+            rest.clear()
+            raise
         self.open.clear()
         self.open = rest
+        self.frames.offer(first, rows)
+
+    def take_pages(self, numbers: Int[Tensor, "B Hkv P 1"]) -> None:
+        """Hold pages that were written before, and nothing else so far."""
+        assert self.length == 0
+        if numbers.shape[2]:
+            self.table.append(numbers)
+        self.length = self.n_written
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the rows of tokens `start` to `stop`, [B, Hkv, stop - start, W]; page copies stay as they are.
@@ -108,6 +126,8 @@ class PagedRows:
         batch, heads = self.heads
         tokens = self.pages.form.tokens
         n_written = self.n_written
+        if start == stop:
+            return torch.empty(batch, heads, 0, self.width, dtype=self.dtype)
         if start >= n_written:
             return self.open.read(start - n_written, stop - n_written)
         first, last = start // tokens, -(-min(stop, n_written) // tokens)
@@ -115,7 +135,7 @@ class PagedRows:
             numbers = self.table.view()[:, :, first:last, 0].reshape(-1)
             rows = torch.empty(len(numbers), tokens, self.width, dtype=self.dtype)
             self._read_pages(numbers, rows)
-        rows = rows.view(batch, heads, -1, self.width)[:, :, start - first * tokens :]
+        rows = rows.view(batch, heads, (last - first) * tokens, self.width)[:, :, start - first * tokens :]
         if stop <= n_written:
             return rows[:, :, : stop - start]
         return torch.cat([rows, self.open.read(0, stop - n_written)], 2)
@@ -128,10 +148,10 @@ class PagedRows:
             return
         here = (frames >= 0).nonzero()[:, 0]
         out[here] = self.frames.data[frames[here].long()]
-        if len(missing):
-            piece = torch.empty(len(missing), *out.shape[1:], dtype=out.dtype)
-            self.pages.read(numbers[missing], piece)
-            out[missing] = piece
+        done = 0
+        for rows in self.frames.load(numbers[missing]) if len(missing) else ():
+            out[missing[done : done + len(rows)]] = rows
+            done += len(rows)
 
     def take(self, heads: Int[Tensor, " N"], positions: Int[Tensor, " N"], out: Tensor) -> None:
         """Copy the row at `positions[j]` of head `heads[j]` (sequence * Hkv + head) into `out[j]`.
@@ -172,17 +192,23 @@ class PagedRows:
                 self.open.crop(self.length - length)
             else:
                 first = length // tokens
-                rows = self.read(first * tokens, length).clone()
+                rest = Rows(self.ledger, device=self.device, reserve=tokens)
+                if length > first * tokens:
+                    rows = self.read(first * tokens, length)
+                    # One page of every head, for a moment beside the one that was open.
+                    self.frames.make_room(rows.shape[0] * rows.shape[1] * self.pages.form.n_bytes)
+                    rest.append(rows)
                 self.table.crop(self.table.length - first)
                 self.open.clear()
-                self.open.reserve = tokens
-                if rows.shape[2]:
-                    self.open.append(rows)
+                self.open = rest
             self.length = length
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order: full pages are shared, open ones copied."""
         with self.frames.lock:
+            if len(sequences) != self.heads[0]:
+                # Copies of pages go before the sequences find no room.
+                self.frames.make_room(self.n_bytes * len(sequences) // max(1, self.heads[0]))
             self.table.select(sequences)
             self.open.select(sequences)
 

@@ -64,17 +64,16 @@ class Pages:
         Raises:
             StoreError: a page is damaged or cannot be read.
         """
-        self.on_read(len(numbers) * self.form.n_bytes)
         old = numbers < self.n_saved
-        if self.saved is not None and bool(old.all()):
-            self.saved.read(numbers, out)
-        elif not bool(old.any()):
-            assert self.file is not None
-            self.file.read(numbers - self.n_saved, out)
-        else:
+        if bool(old.any()) and not bool(old.all()):
             # Rare: records of the saved text beside records of this run.
             for part in (old, ~old):
                 at = part.nonzero()[:, 0]
                 piece = torch.empty(len(at), *out.shape[1:], dtype=out.dtype)
                 self.read(numbers[at], piece)
                 out[at] = piece
+        elif len(numbers):
+            self.on_read(len(numbers) * self.form.n_bytes)
+            source = self.saved if bool(old.all()) else self.file
+            assert source is not None
+            source.read(numbers - (0 if source is self.saved else self.n_saved), out)

@@ -91,6 +91,13 @@ class FarMemory:
 
     # --- pages ----------------------------------------------------------------------------------------------
 
+    def page_form(self, shape: LayerShape, dtype: torch.dtype) -> PageForm:
+        """Return the form of a page of records of this shape."""
+        record_bytes = self.stored_bytes(shape)
+        if self.limits.quant is not None:
+            return PageForm(count_page_tokens(record_bytes), record_bytes, torch.uint8)
+        return PageForm(count_page_tokens(record_bytes), shape.k_dim + shape.v_dim, dtype)
+
     def open_pages(self, shape: LayerShape, dtype: torch.dtype) -> None:
         """Set up page copies and page tables, once the records' shape is known.
 
@@ -99,11 +106,7 @@ class FarMemory:
         """
         if not self.paged or self.frames is not None:
             return
-        record_bytes = self.stored_bytes(shape)
-        if self.limits.quant is not None:
-            form = PageForm(count_page_tokens(record_bytes), record_bytes, torch.uint8)
-        else:
-            form = PageForm(count_page_tokens(record_bytes), shape.k_dim + shape.v_dim, dtype)
+        form = self.page_form(shape, dtype)
         saved = self.limits.saved
         if saved is not None and saved.form != form:
             raise ConfigError(f"session: its pages are {saved.form}, this model and --quant need {form}")
@@ -129,16 +132,20 @@ class FarMemory:
 
     # --- records in -----------------------------------------------------------------------------------------
 
+    def describe(self, layer: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> None:
+        """Note what a layer's records are made of."""
+        self.k_dims[layer] = k_dim
+        if self.limits.quant is not None and layer not in self.codecs:
+            self.codecs[layer] = Codec(self.limits.quant, k_dim, v_dim, dtype)
+
     def encode(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Return new records as they are stored, in parts that lie side by side."""
-        self.k_dims[layer] = k.shape[-1]
+        self.describe(layer, k.shape[-1], v.shape[-1], k.dtype)
         # Records are not differentiated through: they would hold on to every pass's graph.
         k, v = k.detach(), v.detach()
         if self.limits.quant is None:
             return k, v
-        codec = self.codecs.get(layer)
-        if codec is None:
-            codec = self.codecs[layer] = Codec(self.limits.quant, k.shape[-1], v.shape[-1], k.dtype)
+        codec = self.codecs[layer]
         rows = codec.encode(k, v)
         # A deliberate sync on a GPU: the receipt tells the largest error.
         self.max_error = max(self.max_error, codec.measure_error(k, v, rows))

@@ -14,6 +14,7 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.store.near import Buffers, Held, Tail
+from farkv.store.paged import PagedRows
 from farkv.store.pool import FarMemory
 from farkv.store.records import Fetch, Keep, Needs, Read, StoreLimits
 from farkv.store.rows import Rows
@@ -73,6 +74,12 @@ class Tiers(FarMemory):
         # The slots go as far as the pool does.
         held.hold(self.gather(layer, at), at, (pool.length, pool.capacity))
 
+    def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
+        """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
+        # A deliberate wait: what is chosen must not depend on how far the link has come.
+        self.link.drain()
+        return super().find_resident(layer)
+
     # --- dense reads ----------------------------------------------------------------------------------------
 
     @contextmanager
@@ -98,8 +105,8 @@ class Tiers(FarMemory):
             yield rows[..., :k_dim], rows[..., k_dim:]
             return
         pool = self.pool[layer] if remembered is None else remembered
-        stored = pool.read(0, pool.length)
-        with self.hold(self.count_near_bytes(layer, stored)):
+        with self.hold(self.count_near_bytes(layer, pool)):
+            stored = pool.read(0, pool.length)
             # A deliberate copy over the link: a dense pass needs the whole layer near.
             near = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
             near.copy_(stored)
@@ -107,12 +114,12 @@ class Tiers(FarMemory):
             rows = near if remembered is not None else self.decode(layer, near)
             yield rows[..., :k_dim], rows[..., k_dim:]
 
-    def count_near_bytes(self, layer: int, stored: Tensor) -> int:
-        """Return the near bytes of stored rows that are read: their copy, and what it is decoded to."""
-        codec, n = self.codecs.get(layer), stored.numel() * stored.element_size()
-        if codec is None:
-            return n
-        return n + n // stored.shape[-1] * (codec.k_dim + codec.v_dim) * codec.dtype.itemsize
+    def count_near_bytes(self, layer: int, rows: Rows | PagedRows, n_tokens: int | None = None) -> int:
+        """Return the near bytes of tokens that are read, all unless told: a copy, and what it is decoded to."""
+        n = rows.heads[0] * rows.heads[1] * (rows.length if n_tokens is None else n_tokens)
+        codec = self.codecs.get(layer) if rows is self.pool[layer] else None
+        decoded = 0 if codec is None else (codec.k_dim + codec.v_dim) * codec.dtype.itemsize
+        return n * (rows.width * rows.dtype.itemsize + decoded)
 
     def read_blocks(self, layer: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Give K and V of a layer's first `stop` rows, block by block: the next one travels while one is read.
@@ -123,6 +130,9 @@ class Tiers(FarMemory):
         Cost: two blocks near; every stored row read once.
         """
         k_dim, n = self.k_dims[layer], self.block_tokens
+        if self.frames is not None:
+            # No page belongs to two blocks, where a block has room for one.
+            n -= n % min(n, self.frames.pages.form.tokens)
         ends = [(start, min(start + n, stop)) for start in range(0, stop, n)]
         coming = [self._bring_block(layer, *ends[0])] if ends else []
         taken = 0
@@ -142,8 +152,7 @@ class Tiers(FarMemory):
 
     def _bring_block(self, layer: int, start: int, stop: int) -> tuple[Ticket, int]:
         pool = self.pool[layer]
-        # Nothing is allocated here: the form of one row says what the block takes.
-        taken = (stop - start) * self.count_near_bytes(layer, pool.read(0, 1))
+        taken = self.count_near_bytes(layer, pool, stop - start)
         self.near.charge(taken)
 
         def bring() -> Tensor:
@@ -262,6 +271,8 @@ class Tiers(FarMemory):
             self.buffers.clear()
         if self.frames is not None and not any(rows.length for rows in self.pool.values()):
             self.frames.clear()
+            # Pages go with their file: whatever comes next opens another.
+            self.frames = None
 
 
 def spread_heads(positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, " N"]:

@@ -65,6 +65,11 @@ class Link:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="farkv-link")
         return Ticket(self._worker.submit(work))
 
+    def drain(self) -> None:
+        """Wait for all that was submitted: what was read for one layer is then known when the next one chooses."""
+        if self._worker is not None:
+            self._worker.submit(lambda: None).result()
+
     def fetch(
         self,
         rows: Rows | PagedRows,
