@@ -51,6 +51,7 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
         ("fetched", format_bytes(receipt.fetched_bytes_per_token), "per token, over the link"),
         ("near peak", format_bytes(size.near_peak), f"{of(limits.near)}; index {format_bytes(size.index_peak)}"),
         ("host peak", format_bytes(size.host_peak), of(limits.host)),
+        *rows_of_disk(receipt),
         ("prefill", f"{time.prefill_s:.2f} s", ""),
         ("decode", f"{time.decode_s:.2f} s", f"{time.tokens_per_s:.1f} tokens/s, question included"),
     ]
@@ -62,6 +63,18 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
             ("mass found", f"{q.mass_mean:.1%}", f"of the attention weight; worst {q.mass_min:.1%}"),
         ]
     rows.append(("kernel", receipt.kernel, ""))
+    return rows
+
+
+def rows_of_disk(receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Return the rows of a disk, and of coded records, where there are any."""
+    rows, size, limit = [], receipt.kv_bytes, receipt.limits.disk
+    if size.disk_peak or receipt.disk_bytes_per_token:
+        note = f"limit {format_bytes(limit)}" if limit else "no limit"
+        rows.append(("disk peak", format_bytes(size.disk_peak), note))
+        rows.append(("read from disk", format_bytes(receipt.disk_bytes_per_token), "per token"))
+    if receipt.quant.host is not None:
+        rows.append(("stored as", receipt.quant.host, f"largest error {receipt.quant.max_error:.2g}"))
     return rows
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from farkv._axes import Tensor
 from farkv.config import Source
+from farkv.errors import CapacityError
 from farkv.methods.contract import Budget, Place
 from farkv.methods.hold import Holder
 from farkv.methods.keep import Keeper
@@ -48,6 +49,8 @@ class Limited:
         self.least = 1
         self.verifying = False
         self.prompt_tokens = 0
+        # Tokens of an announced prompt that are read at once; 0: nothing was announced.
+        self.chunk_tokens = 0
 
     def index_token_bytes(self, shape: LayerShape) -> int:
         """Bytes that one token adds to a layer's index, all KV heads and sequences."""
@@ -88,8 +91,25 @@ class Limited:
         """Refuse tokens that a limit cannot hold, before any layer is touched.
 
         Args:
-            chunk: tokens that will be read at once, where `n_new` are announced and not yet there.
+            chunk: tokens that may be read at once, where `n_new` are announced and not yet there; what fits is found.
         """
+        if not chunk:
+            self.admit_pass(shape, n_new, 0)
+            return
+        self.chunk_tokens = chunk
+        while True:
+            try:
+                self.admit_pass(shape, n_new, self.chunk_tokens)
+            except CapacityError:
+                # Only what is read in blocks needs less memory when it is read in smaller passes.
+                if self.chunk_tokens <= LEAST_BLOCK or not self.store.streams:
+                    raise
+                self.chunk_tokens //= 2
+            else:
+                return
+
+    def admit_pass(self, shape: LayerShape, n_new: int, chunk: int) -> None:
+        """Refuse `n_new` tokens that a limit cannot hold, `chunk` of them at once where they are announced."""
         first, store = self.layers[0], self.store
         tokens = max(store.seen(first) + n_new, store.limits.reserve_tokens)
         n_rows = max(store.length(first) + n_new, store.limits.reserve_tokens)
@@ -129,11 +149,14 @@ class Limited:
         store.streams = self.must_stream(need)
         if not store.streams:
             return need
-        block = BLOCK_TOKENS
+        # Where host memory is near memory too, blocks are no larger than the passes.
+        block = min(BLOCK_TOKENS, max(LEAST_BLOCK, new[1])) if store.near.parent is not None else BLOCK_TOKENS
         own = new[1] * shape.token_bytes if new[0] > 1 else 0
         if store.near.limit is not None:
             room = store.near.limit - self.near_need_of(shape, tokens, 0, 0).total - own
-            block = max(LEAST_BLOCK, min(block, room // (2 * token_bytes)))
+            # A prompt whose passes can still be chosen gets blocks as large as they are: time goes with both.
+            least = max(LEAST_BLOCK, min(block, new[1] // 2)) if new[1] < new[0] else LEAST_BLOCK
+            block = max(least, min(block, room // (2 * token_bytes)))
         store.block_tokens = block
         need = self.near_need_of(shape, tokens, new[0], 2 * min(block, tokens) * token_bytes)
         return need._replace(prefill=need.prefill + own)
@@ -169,7 +192,8 @@ class Limited:
         return store.near.limit is not None and need.total > store.near.limit
 
     def fit_chunk(self, n_tokens: int) -> int:
-        """Return how many tokens of a prompt to read at once, at most `n_tokens`: what a full pool makes room for."""
+        """Return how many tokens of a prompt to read at once, at most `n_tokens`: what the limits have room for."""
+        n_tokens = min(n_tokens, self.chunk_tokens) if self.chunk_tokens else n_tokens
         capacity = 0 if self.spiller is None else self.spiller.capacity
         return min(n_tokens, max(1, capacity // 4)) if capacity else n_tokens
 
