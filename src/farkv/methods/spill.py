@@ -62,9 +62,10 @@ class Spiller:
             row_bytes = record_bytes * shape.batch * shape.kv_heads
             # While a layer grows, its old rows are still there.
             self.capacity = home.limit // ((len(layers) + 1) * row_bytes + near_token_bytes)
-        least = at_once + self.sinks + self.recent
-        if min(tokens, least) > self.capacity:
-            needed = (home.limit or 0) * min(tokens, least) // max(1, self.capacity)
+        pinned = self.sinks + self.recent
+        least = max(at_once + min(self.store.length(layers[0]), pinned), min(tokens, 1 + pinned))
+        if least > self.capacity:
+            needed = (home.limit or 0) * least // max(1, self.capacity)
             raise home.refuse(
                 needed - home.used, f"{at_once} tokens read at once (fewer: generate(prefill_chunk_size=...))"
             )

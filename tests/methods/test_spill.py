@@ -1,0 +1,206 @@
+"""A full pool: who goes and who never does, what is counted, and that attention sees exactly who is left."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import farkv
+from farkv.errors import CacheStateError, CapacityError
+from farkv.methods import Full, InfiniGen, Method, Oracle, Window
+from farkv.store.eviction import POLICIES
+from farkv.store.kept import ROW_BYTES
+from tests.hf.tape import Tape, check_replay
+from tests.models import VOCAB, forward, make_model, make_prompt
+
+LAYERS, CAPACITY, CHUNK = 2, 32, 8
+# K and V of one head, float32, with place, mark and the policy's mark.
+ROW = 2 * 8 * 4 + ROW_BYTES + 4
+METHODS: dict[str, Method] = {
+    "full": Full(),
+    "ours": InfiniGen(fraction=0.3),
+    "window": Window(fraction=0.3),
+    "oracle": Oracle(fraction=0.3),
+}
+
+
+def tiny() -> Any:
+    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    return make_model("llama", num_hidden_layers=LAYERS, **shape)
+
+
+def count_limit(capacity: int = CAPACITY, batch: int = 1) -> int:
+    """Return the host limit of this capacity: while a layer grows, its old rows are still there."""
+    return (LAYERS + 1) * batch * ROW * (capacity + 1)
+
+
+def read(model: Any, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = None, chunk: int = CHUNK) -> Any:
+    """Read a prompt in chunks."""
+    out = None
+    for start in range(0, ids.shape[1], chunk):
+        part = ids[:, start : start + chunk]
+        inputs = {} if mask is None else {"attention_mask": mask[:, : start + part.shape[1]]}
+        out = model(input_ids=part, past_key_values=cache, use_cache=True, **inputs).logits
+        check(cache)
+    return out
+
+
+def check(cache: Any) -> None:
+    """The books agree with one another, sinks and the newest are there, and the limit holds."""
+    recipe = cache.recipe
+    store, spiller = recipe.store, recipe.spiller
+    assert store.host.peak <= store.host.limit
+    for layer in range(LAYERS):
+        n_rows, seen = store.length(layer), store.seen(layer)
+        assert n_rows <= spiller.capacity + 1
+        assert store.evicted[layer] == seen - n_rows
+        places = store.kept[layer].places.view()[..., 0]
+        assert (places.diff(dim=-1) > 0).all(), "every record is there once, in the order of the text"
+        assert (places[..., -1] == seen - 1).all()
+        recent = min(spiller.recent, seen)
+        assert torch.equal(places[..., -recent:], torch.arange(seen - recent, seen).expand(places[..., -recent:].shape))
+        if recipe.padding.real is None:
+            sinks = min(spiller.sinks, n_rows)
+            assert torch.equal(places[..., :sinks], torch.arange(sinks).expand(places[..., :sinks].shape))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_pool_stays_within_its_limit_and_keeps_whom_it_must(method: str, policy: str) -> None:
+    model = tiny()
+    with farkv.attach(model, METHODS[method], host=count_limit(), evict=policy) as far:
+        cache = far.new_cache()
+        ids = make_prompt(1, tokens=44)["input_ids"]
+        read(model, ids, cache)
+        for token in torch.randint(1, VOCAB, (10, 1, 1)):
+            model(input_ids=token, past_key_values=cache)
+            check(cache)
+        receipt = far.receipt(cache)
+        assert cache.get_seq_length() == 54
+        lengths = [cache.recipe.store.length(i) for i in range(LAYERS)]
+        assert receipt.evicted_records == sum(54 - n for n in lengths)
+        assert receipt.kv_bytes.host_peak <= count_limit()
+        cache.reset()
+        assert cache.recipe.store.host.used == cache.recipe.store.near.used == 0
+        read(model, ids[:, :CHUNK], cache)
+
+
+@pytest.mark.parametrize("n_prompt", range(CAPACITY - 1, CAPACITY + 2))
+@pytest.mark.parametrize("method", ["full", "ours"])
+@pytest.mark.parametrize("reserve", [0, 60])
+def test_a_prompt_that_just_fits_is_decoded_on(n_prompt: int, method: str, reserve: int) -> None:
+    model = tiny()
+    with farkv.attach(model, METHODS[method], host=count_limit(), evict="lru") as far:
+        cache = far.new_cache(tokens=reserve)
+        read(model, make_prompt(1, tokens=n_prompt)["input_ids"], cache, chunk=n_prompt)
+        for token in torch.randint(1, VOCAB, (4, 1, 1)):
+            model(input_ids=token, past_key_values=cache)
+            check(cache)
+
+
+@pytest.mark.parametrize("policy", ["lru", "score", "clock"])
+def test_padding_goes_before_any_record(policy: str) -> None:
+    model, prompt = tiny(), make_prompt(2, tokens=48, pad=20)
+    with farkv.attach(model, METHODS["ours"], host=count_limit(batch=2), evict=policy) as far:
+        cache = far.new_cache()
+        mask = prompt["attention_mask"]
+        read(model, prompt["input_ids"], cache, mask)
+        store = cache.recipe.store
+        for layer in range(LAYERS):
+            places = store.kept[layer].places.view()[0, ..., 0].long()
+            n_real = int(mask[0].sum())
+            real_left = int(mask[0][places].sum(-1).min())
+            pads_left = places.shape[-1] - real_left
+            assert pads_left == 0 or real_left == n_real
+
+
+def test_a_crop_takes_back_only_what_nothing_was_taken_from() -> None:
+    model = tiny()
+    with farkv.attach(model, METHODS["ours"], host=count_limit(), evict="lru") as far:
+        cache = far.new_cache()
+        ids = make_prompt(1, tokens=60)["input_ids"]
+        read(model, ids[:, :56], cache)
+        store = cache.recipe.store
+        gapless = min(store.kept[i].gapless for i in range(LAYERS))
+        assert gapless >= CHUNK
+        before = [store.kept[i].places.view().clone() for i in range(LAYERS)]
+        cache.crop(-CHUNK)
+        assert cache.get_seq_length() == 56 - CHUNK
+        check(cache)
+        # The same tokens again: the same records, though others may have gone for them.
+        read(model, ids[:, 48:56], cache)
+        for i in range(LAYERS):
+            assert torch.equal(store.kept[i].places.view(), before[i])
+        most = max(store.kept[i].gapless for i in range(LAYERS))
+        with pytest.raises(CacheStateError, match="take back"):
+            cache.crop(-most - 1)
+
+
+def test_a_pass_that_cannot_fit_is_refused_before_anything_is_stored() -> None:
+    model = tiny()
+    with farkv.attach(model, METHODS["ours"], host=count_limit(), evict="lru") as far:
+        cache = far.new_cache()
+        ids = make_prompt(1, tokens=200)["input_ids"]
+        with pytest.raises(CapacityError, match="prefill_chunk_size"):
+            forward(model, ids[:, :100], cache)
+        assert cache.recipe.store.host.used == cache.get_seq_length() == 0
+        read(model, ids[:, :40], cache)
+        used = cache.recipe.store.host.used
+        with pytest.raises(CapacityError, match="prefill_chunk_size"):
+            forward(model, ids[:, :CAPACITY], cache)
+        assert cache.get_seq_length() == 40
+        assert cache.recipe.store.host.used == used
+        read(model, ids[:, 40:], cache)
+
+
+class RowTape(Tape):
+    """Records tokens, not rows; of dense passes, too, which records there were."""
+
+    def __enter__(self) -> RowTape:
+        super().__enter__()
+        recipe = self.cache.recipe
+        read, attend = recipe.store.read, recipe.attend
+
+        def record_read(layer: int, *args: Any) -> Any:
+            out = read(layer, *args)
+            _, valid = self.passes[-1].reads[layer]
+            self.passes[-1].reads[layer] = (recipe.store.locate(layer, out.positions), valid)
+            return out
+
+        def record_attend(layer: int, step: Any, kernel: Any) -> Any:
+            n_rows, (batch, heads) = recipe.store.length(layer), recipe.store.heads(layer)
+            if recipe.store.evicted[layer]:
+                rows = torch.arange(n_rows).expand(batch, heads, -1)
+                self.passes[-1].reads[layer] = (recipe.store.locate(layer, rows).clone(), None)
+            return attend(layer, step, kernel)
+
+        recipe.store.read, recipe.attend = record_read, record_attend
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        del self.cache.recipe.attend
+
+
+@pytest.mark.parametrize(
+    ("method", "policy", "near"),
+    [(m, p, None) for m in METHODS for p in ("lru", "score")]
+    + [("ours", p, "1MiB") for p in POLICIES]
+    + [("full", "lru", "1MiB")],
+)
+def test_attention_sees_exactly_the_records_that_are_left(method: str, policy: str, near: str | None) -> None:
+    model, prompt = tiny(), make_prompt(2, tokens=48, pad=14)
+    reference = copy.deepcopy(model)
+    with farkv.attach(model, METHODS[method], host=count_limit(batch=2), evict=policy, near=near) as far:
+        cache = far.new_cache()
+        with RowTape(model, cache) as tape:
+            mask = prompt["attention_mask"]
+            read(model, prompt["input_ids"], cache, mask)
+            for token in torch.randint(1, VOCAB, (5, 2, 1)):
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                model(input_ids=token, attention_mask=mask, past_key_values=cache)
+                check(cache)
+    check_replay(reference, tape)
