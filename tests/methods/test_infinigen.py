@@ -83,7 +83,7 @@ def test_a_short_prompts_skew_is_fitted_again() -> None:
         fitted = []
         for t in range(10, 85):
             forward(model, IDS[:, t : t + 1], cache)
-            fitted.append(cache.recipe.fitted_tokens[1])
+            fitted.append(min(cache.recipe.fitted_tokens[1]))
         assert fitted == sorted(fitted)
         assert fitted[-1] >= 64
         assert len(set(fitted)) <= 4, "it doubles, it is not fitted at every step"

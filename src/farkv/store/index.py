@@ -43,6 +43,16 @@ class LayerIndex:
         """Add codes of new tokens, [B, Hkv, T, R]."""
         self.rows.append(codes)
 
+    def replace(self, new: Projection, sequences: Int[Tensor, " n"], batch: int, codes: Tensor) -> None:
+        """Give some of the `batch` sequences another projection, and the codes that it makes of what is indexed."""
+        old = self.projection or Projection._make(torch.zeros_like(t[:1]) for t in new)
+        self.projection = Projection._make(
+            was.expand(batch, -1, -1, -1).index_copy(0, sequences, now.expand(len(sequences), -1, -1, -1))
+            for was, now in zip(old, new, strict=True)
+        )
+        if self.length:
+            self.rows.view()[sequences] = codes
+
     def codes(self) -> Tensor:
         """Return all codes in place, [B, Hkv, S, R]."""
         return self.rows.view()

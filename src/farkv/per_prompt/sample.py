@@ -1,0 +1,79 @@
+"""Thin samples of what a sequence was read with: by its own tokens, whatever padding stands before them.
+
+In: queries or keys, and which tokens are real. Out: a few of them, evenly spaced, and which count. Keeps nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Bool, Float, Int, Tensor
+
+
+def order_real(real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Return the columns of the real tokens in their order, those of padding behind them."""
+    return (~real).byte().argsort(dim=-1, stable=True)
+
+
+def take_columns(rows: Float[Tensor, "B H T D"], columns: Int[Tensor, "b N"]) -> Float[Tensor, "B H N D"]:
+    """Return rows at columns that differ from sequence to sequence, the same for all heads."""
+    batch, heads, _, dim = rows.shape
+    return rows.gather(2, columns[:, None, :, None].expand(batch, heads, -1, dim))
+
+
+def thin_keys(
+    k: Float[Tensor, "B Hkv T D"], real: Bool[Tensor, "B T"] | None, most: int
+) -> tuple[Float[Tensor, "B Hkv N D"], Bool[Tensor, "B N"] | None]:
+    """Return at most `most` keys of every sequence, evenly spaced, zeros where it has fewer than others.
+
+    Cost: without padding a view.
+    """
+    n = k.shape[2]
+    if real is None:
+        return k[:, :, :: -(-n // most)], None
+    lengths = real.sum(-1, keepdim=True)
+    stride = ((lengths + most - 1) // most).clamp_min(1)
+    at = torch.arange(min(n, most), device=k.device) * stride
+    valid = at < lengths
+    sample = take_columns(k, order_real(real).gather(1, at.clamp_max(n - 1)))
+    return sample.masked_fill(~valid[:, None, :, None], 0), valid
+
+
+def widen_stride(stride: int, n_tokens: int, most: int) -> int:
+    """Return the stride, doubled as often as it takes, that leaves at most `most` of `n_tokens`."""
+    while -(-n_tokens // stride) > most:
+        stride *= 2
+    return stride
+
+
+def thin_queries(
+    old: Float[Tensor, "B Hq M D"] | None,
+    q: Float[Tensor, "B Hq T D"],
+    real: Bool[Tensor, "B T"] | None,
+    tokens: Int[Tensor, "4 B"],
+    n_slots: int,
+) -> Float[Tensor, "B Hq N D"]:
+    """Return a sample of a sequence's queries so far: its tokens 0, s, 2 s, ...; zeros behind the last.
+
+    Strides only double, so the sample is the same however many passes the tokens came in.
+
+    Args:
+        old: the sample before this pass.
+        q: this pass's queries.
+        tokens: per sequence, real tokens before and after this pass, stride before and after it.
+        n_slots: the length of the longest sequence's sample.
+    """
+    seen, total, was, stride = tokens[..., None].unbind(0)
+    at = torch.arange(n_slots, device=q.device) * stride
+    n_new, n_old = q.shape[2], 0 if old is None else old.shape[2]
+    new = (at - seen).clamp(0, n_new - 1)
+    new = new if real is None else order_real(real).gather(1, new)
+    valid = at < total
+    if old is None:
+        # Of tokens before this pass nothing is known.
+        valid = valid & (at >= seen)
+        both, columns = q, new
+    else:
+        both = torch.cat([old, q], 2)
+        columns = torch.where(at < seen, (at // was).clamp_max(n_old - 1), n_old + new)
+    return take_columns(both, columns).masked_fill_(~valid[:, None, :, None], 0)
