@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +65,22 @@ def test_a_decode_step_reads_no_value_back() -> None:
         model(input_ids=prompt["input_ids"], past_key_values=cache)
         with NoSync():
             model(input_ids=prompt["input_ids"][:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("method", [Full(), InfiniGen(fraction=0.3)], ids=repr)
+def test_pages_and_coded_records_read_as_on_a_cpu(method: Method, tmp_path: Path) -> None:
+    ids = make_prompt(1, tokens=300)["input_ids"]
+
+    def run(model: Any, **storage: Any) -> list[torch.Tensor]:
+        with farkv.attach(model, method, near="64MiB", **storage) as far, torch.no_grad():
+            cache = far.new_cache(tokens=320)
+            where = next(model.parameters()).device
+            for start in range(0, 280, 140):
+                model(input_ids=ids[:, start : start + 140].to(where), past_key_values=cache)
+            steps = [model(input_ids=ids[:, t : t + 1].to(where), past_key_values=cache) for t in range(280, 290)]
+        return [out.logits.cpu() for out in steps]
+
+    for storage in ({"disk": f"{tmp_path}:64MiB"}, {"quant": "int8"}):
+        here, there = run(make_model("llama"), **storage), run(on_gpu("llama"), **storage)
+        # Choices may differ where two scores round to one; outputs differ little then.
+        assert sum(torch.allclose(a, b, atol=1e-3) for a, b in zip(here, there, strict=True)) >= 8
