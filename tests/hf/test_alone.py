@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import farkv
-from farkv.methods import Full, InfiniGen, Oracle, Random, Window
+from farkv.errors import CacheStateError, CapacityError
+from farkv.methods import XKV, Full, InfiniGen, Oracle, Random, Window
 from tests.hf.tape import Tape
 from tests.models import generate, make_model, make_prompt
 
@@ -127,3 +128,161 @@ def test_random_reads_as_many_as_alone() -> None:
                 for run, j in ((together, i), (Run(far, [text]), 0))
             ]
             assert counts[0] == counts[1]
+
+
+# --- joining and leaving ----------------------------------------------------------------------------------------
+
+
+class Serving:
+    """A batch whose sequences come and go: each is read alone, decodes greedily, and has its tokens and logits kept."""
+
+    def __init__(self, far: Any):
+        self.far, self.model = far, far.model
+        self.cache: Any = None
+        self.names: list[str] = []
+        self.masks: list[torch.Tensor] = []
+        self.logits: dict[str, list[torch.Tensor]] = {}
+
+    def read(self, name: str, text: torch.Tensor) -> None:
+        """Read a text alone and let it join."""
+        cache = self.far.new_cache()
+        self.logits[name] = [self.model(input_ids=text[None], past_key_values=cache).logits[0, -1]]
+        if self.cache is None:
+            self.cache = cache
+        else:
+            self.cache.join(cache)
+            assert cache.get_seq_length() == 0
+            assert cache.recipe.store.host.used == cache.recipe.store.near.used == 0
+        n = self.cache.get_seq_length()
+        self.names.append(name)
+        self.masks = [*self.masks, torch.ones(len(text), dtype=torch.long)]
+        self.masks = [torch.nn.functional.pad(mask, (n - len(mask), 0)) for mask in self.masks]
+
+    def step(self) -> None:
+        """Decode one token of every sequence."""
+        ids = torch.stack([self.logits[name][-1][1:].argmax() + 1 for name in self.names])[:, None]
+        self.masks = [torch.nn.functional.pad(mask, (0, 1), value=1) for mask in self.masks]
+        mask = torch.stack(self.masks)
+        places = mask.sum(-1, keepdim=True) - 1
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=self.cache)
+        for name, logits in zip(self.names, out.logits[:, -1], strict=True):
+            self.logits[name].append(logits)
+
+    def leave(self, name: str) -> None:
+        """Let a sequence go."""
+        stay = [i for i, other in enumerate(self.names) if other != name]
+        self.cache.batch_select_indices(torch.tensor(stay))
+        self.names, self.masks = [self.names[i] for i in stay], [self.masks[i] for i in stay]
+
+
+def run_alone(far: Any, text: torch.Tensor, steps: int) -> list[torch.Tensor]:
+    serving = Serving(far)
+    serving.read("alone", text)
+    for _ in range(steps):
+        serving.step()
+    return serving.logits["alone"]
+
+
+def assert_near(ours: list[torch.Tensor], alone: list[torch.Tensor], tolerance: float = 1e-5) -> None:
+    assert len(ours) == len(alone)
+    for step, (a, b) in enumerate(zip(ours, alone, strict=True)):
+        assert (a - b).abs().max() <= tolerance * b.abs().max(), f"step {step}"
+
+
+COMERS = {"a": 80, "b": 23, "c": 41, "d": 5}
+
+
+@pytest.mark.parametrize(
+    ("method", "limits", "family"),
+    [
+        ("ours", {}, "llama"),
+        ("ours", {"near": "1MiB", "host": "4MiB"}, "llama"),
+        ("top_p", {"near": "1MiB"}, "llama"),
+        ("window", {}, "llama"),
+        ("full", {"near": "1MiB"}, "llama"),
+        ("ours", {}, "gemma3"),
+    ],
+)
+def test_sequences_join_and_leave_as_they_like(method: str, limits: dict[str, str], family: str) -> None:
+    model = make_model(family)
+    texts = dict(zip(COMERS, make_texts(tuple(COMERS.values())), strict=True))
+    with farkv.attach(model, METHODS[method], profile=False, **limits) as far:
+        serving = Serving(far)
+        for coming, going in (("a", ""), ("b", ""), ("c", "a"), ("d", "c")):
+            serving.read(coming, texts[coming])
+            for _ in range(3):
+                serving.step()
+            if going:
+                serving.leave(going)
+                serving.step()
+        for name, text in texts.items():
+            assert_near(serving.logits[name], run_alone(far, text, len(serving.logits[name]) - 1))
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_coded_records_join_too(quant: str) -> None:
+    model = make_model("llama")
+    texts = make_texts((60, 23))
+    with farkv.attach(model, InfiniGen(fraction=0.3), profile=False, near="1MiB", quant=quant) as far:
+        serving = Serving(far)
+        for name, text in zip("ab", texts, strict=True):
+            serving.read(name, text)
+        for _ in range(4):
+            serving.step()
+        for name, text in zip("ab", texts, strict=True):
+            # Rounding to codes makes more of a difference in the last bit.
+            assert_near(serving.logits[name], run_alone(far, text, 4), tolerance=1e-3)
+
+
+def test_after_one_has_left_the_others_are_as_they_were() -> None:
+    model = make_model("llama")
+    texts = make_texts((60, 23, 41))
+    with farkv.attach(model, InfiniGen(fraction=0.3), profile=False) as far:
+        serving = Serving(far)
+        for name, text in zip("abc", texts, strict=True):
+            serving.read(name, text)
+        serving.step()
+        recipe = serving.cache.recipe
+        pool = [rows.view()[1:].clone() for rows in recipe.store.pool.values()]
+        codes = [index.codes()[1:].clone() for index in recipe.index.values()]
+        serving.leave("a")
+        assert all(torch.equal(a, rows.view()) for a, rows in zip(pool, recipe.store.pool.values(), strict=True))
+        assert all(torch.equal(a, index.codes()) for a, index in zip(codes, recipe.index.values(), strict=True))
+        for _ in range(4):
+            serving.step()
+        for name, text in zip("bc", texts[1:], strict=True):
+            assert_near(serving.logits[name], run_alone(far, text, 5))
+
+
+def test_what_cannot_join_says_why_and_changes_nothing() -> None:
+    model = make_model("llama")
+    ids = make_texts((40,))[0][None]
+
+    def read(far: Any) -> Any:
+        cache = far.new_cache()
+        model(input_ids=ids, past_key_values=cache)
+        return cache
+
+    with farkv.attach(model, InfiniGen(fraction=0.3), host="44KiB") as far:
+        a, b = read(far), read(far)
+        before = a.recipe.store.pool[0].view().clone()
+        with pytest.raises(CapacityError, match=r"host limit: a batch of 2 sequences of 40 tokens needs"):
+            a.join(b)
+        assert torch.equal(a.recipe.store.pool[0].view(), before)
+        assert a.get_seq_length() == b.get_seq_length() == 40
+        with pytest.raises(CacheStateError, match="one of them is empty"):
+            a.join(far.new_cache())
+        with pytest.raises(CacheStateError, match="made by one attached model"):
+            a.join(a)
+    with farkv.attach(model, Window(fraction=0.3)) as far, pytest.raises(CacheStateError, match="of one method"):
+        read(far).join(a)
+    with farkv.attach(model, XKV(fraction=0.5)) as far, pytest.raises(CacheStateError, match="may be evicted"):
+        read(far).join(read(far))
+    with (
+        farkv.attach(make_model("lfm2"), Window(fraction=0.3)) as far,
+        pytest.raises(CacheStateError, match="keys and"),
+    ):
+        caches = [far.new_cache(), far.new_cache()]
+        for cache in caches:
+            far.model(input_ids=ids, past_key_values=cache)
+        caches[0].join(caches[1])

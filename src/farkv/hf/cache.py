@@ -139,6 +139,25 @@ class FarCache(_compat.Cache):
             if isinstance(layer, FarLayer):
                 layer.dtype, layer.device, layer.is_initialized = dtype, device, True
 
+    def join(self, other: FarCache) -> None:
+        """Let the sequences of another cache continue in this one's batch; shorter ones are padded on the left.
+
+        They come behind this one's own. From then on `attention_mask` says what is padding, as for any padded batch.
+        `other` is empty afterwards.
+
+        Raises:
+            CacheStateError: they are not of one model, method and limits, or not all their records are in memory.
+            CapacityError: a limit cannot hold both; nothing has changed.
+
+        Cost: one copy of all records of both, a layer at a time.
+        """
+        # As for sessions: joining knows caches, not the other way round.
+        from farkv.hf.join import join_caches
+
+        join_caches(self, other)
+        # Of several texts none is the cache's own.
+        self._ids = []
+
     def note_tokens(self, ids: Tensor | None) -> None:
         """Note the ids of the pass that begins; without them what is cached is no text that can be saved."""
         n = self.get_seq_length()

@@ -53,6 +53,21 @@ class LayerIndex:
         if self.length:
             self.rows.view()[sequences] = codes
 
+    def join(self, other: LayerIndex, length: int, batches: tuple[int, int]) -> None:
+        """Put another's sequences behind these, all with `length` codes; a projection that is missing is zeros."""
+        known = [p for p in (self.projection, other.projection) if p is not None]
+        if not known:
+            return
+        parts = [
+            p or Projection._make(torch.zeros_like(t[:1]) for t in known[0])
+            for p in (self.projection, other.projection)
+        ]
+        wide = [[t.expand(n, -1, -1, -1) for t in part] for part, n in zip(parts, batches, strict=True)]
+        self.projection = Projection._make(torch.cat(pair) for pair in zip(*wide, strict=True))
+        if self.length or other.length:
+            self.rows.join(other.rows, length, batches)
+        other.clear()
+
     def codes(self) -> Tensor:
         """Return all codes in place, [B, Hkv, S, R]."""
         return self.rows.view()

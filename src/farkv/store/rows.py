@@ -159,6 +159,33 @@ class Rows:
         self.data = chosen
         self.ledger.release(old_bytes)
 
+    def join(self, other: Rows, length: int, batches: tuple[int, int]) -> None:
+        """Put another's sequences behind these, all of `length` rows: zeros before those that have fewer, or none.
+
+        `other` is empty afterwards.
+
+        Args:
+            batches: the sequences of both, where one has no rows yet.
+
+        Cost: one copy of both.
+        """
+        like = self if self.data is not None else other
+        assert like.data is not None
+        heads, width, dtype = like.data.shape[1], like.width, like.dtype
+        row_bytes = sum(batches) * heads * width * dtype.itemsize
+        wanted = max(length, self.reserve, max(self.capacity, other.capacity) if self.ledger.roomy else 0)
+        wanted = wanted if self.ledger.has_room(wanted * row_bytes) else length
+        self.ledger.charge(wanted * row_bytes)
+        joined = torch.empty(sum(batches), heads, wanted, width, dtype=dtype, device=self.device, pin_memory=self.pin)
+        for rows, part in zip((self, other), joined.split(batches), strict=True):
+            start = length - rows.length
+            part[:, :, :start] = 0
+            if rows.length:
+                part[:, :, start:length].copy_(rows.view())
+        self.ledger.release(self.n_bytes)
+        self.data, self.length = joined, length
+        other.clear()
+
     def clear(self) -> None:
         """Free everything."""
         self.ledger.release(self.n_bytes)

@@ -1,0 +1,74 @@
+"""Two stores become one: the sequences of another stand behind this one's, shorter ones behind rows of zeros.
+
+In: two stores of one form. Out: one that holds both batches; the other is empty. Knows rows, not which are real.
+"""
+
+from __future__ import annotations
+
+from farkv.errors import CacheStateError
+from farkv.store.rows import Rows
+from farkv.store.sizes import LayerShape, NearNeed
+from farkv.store.tiers import Tiers
+
+
+def check_join(store: Tiers, other: Tiers) -> None:
+    """Raise CacheStateError unless both stores are plain pools of one form, with records in them."""
+    for each in (store, other):
+        reasons = {
+            "one of them is empty": not all(each.length(layer) for layer in each.order),
+            "records are on disk or in a session file": each.paged,
+            "records may be evicted": bool(each.kept),
+            "some records are held near by a plan": each.holds,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), None)
+        if why is not None:
+            raise CacheStateError(
+                f"join: expected two caches that keep all their records in memory, but {why}; "
+                "read both texts as one batch instead"
+            )
+    forms = [
+        [(rows.heads[1], rows.width, rows.dtype) for rows in each.pool.values()] + [each.k_dims]
+        for each in (store, other)
+    ]
+    if forms[0] != forms[1] or store.device != other.device:
+        raise CacheStateError("join: the caches' records differ in shape, type or device; expected one model's")
+
+
+def admit_join(store: Tiers, shape: LayerShape, tokens: int, need: NearNeed) -> None:
+    """Refuse, before anything changes, a joined batch that some limit cannot hold.
+
+    Args:
+        shape: of every layer of the joined batch.
+        need: near bytes of the passes after it.
+
+    Raises:
+        CapacityError: with the bytes needed, the limit and the remedy.
+    """
+    purpose = f"a batch of {shape.batch} sequences of {tokens} tokens"
+    n_layers = len(store.pool)
+    new = tokens * store.stored_bytes(shape) * shape.batch * shape.kv_heads
+    old = max(rows.n_bytes for rows in store.pool.values())
+    # One layer after the other: its old rows are still there, and those of the layers behind it; so are old codes.
+    total = max(n_layers * new + old, new + n_layers * old)
+    besides = need.total + need.index // n_layers
+    if store.near.parent is not None:
+        total += besides
+    for ledger, wanted in ((store.home, total), (store.near, besides)):
+        if ledger.limit is not None and (ledger is store.home or store.far) and wanted > ledger.limit:
+            raise ledger.refuse(wanted - ledger.used, purpose)
+    # What is admitted is what fits: the next pass says how far rows may grow.
+    store.home.roomy = store.home.limit is None
+    store.index.roomy = store.index.roomy and store.near.limit is None
+
+
+def join_layer(store: Tiers, other: Tiers, layer: int) -> None:
+    """Join one layer's records. Cost: one copy of both."""
+    rows, more = store.pool[layer], other.pool[layer]
+    assert isinstance(rows, Rows)
+    assert isinstance(more, Rows)
+    batches = store.batch(layer), other.batch(layer)
+    rows.join(more, max(rows.length, more.length), batches)
+    # The newest rows come from the pool when they are next read.
+    for each in (store, other) if store.far else ():
+        each.tails[layer].clear()
+        each.buffers.clear()
