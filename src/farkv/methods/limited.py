@@ -129,10 +129,11 @@ class Limited:
             # One layer more while what is remembered grows.
             n_layers = len(self.layers) + (0 if store.limits.reserve_tokens >= tokens else 1)
             besides += n_layers * tokens * shape.token_bytes
-        need = self.near_need(shape, tokens if self.spiller is None else max(rows.values()), (n_new, at_once))
+        n_rows = tokens if self.spiller is None else max(rows.values())
+        need = self.near_need(shape, n_rows, (n_new, at_once), context=tokens)
         admit(store, shape, rows, need, n_new=at_once, besides=besides)
 
-    def near_need(self, shape: LayerShape, tokens: int, new: tuple[int, int]) -> NearNeed:
+    def near_need(self, shape: LayerShape, tokens: int, new: tuple[int, int], *, context: int = 0) -> NearNeed:
         """Return the near bytes at the widest moments of a pass and of the steps after it.
 
         A dense read has the whole layer near where that fits, else two blocks of it in turn.
@@ -140,12 +141,13 @@ class Limited:
         Args:
             tokens: rows at the widest.
             new: tokens of the pass, and how many of them are read at once.
+            context: tokens at the widest, where some of them are no rows any more.
         """
         store = self.store
         # A coded record stands beside what it is decoded to.
         coded = store.stored_bytes(shape) * shape.batch * shape.kv_heads if store.limits.quant else 0
         token_bytes = shape.token_bytes + coded
-        need = self.near_need_of(shape, tokens, new[0], tokens * token_bytes)
+        need = self.near_need_of(shape, tokens, new[0], tokens * token_bytes, context=context)
         store.streams = self.must_stream(need)
         if not store.streams:
             return need
@@ -153,20 +155,22 @@ class Limited:
         block = min(BLOCK_TOKENS, max(LEAST_BLOCK, new[1])) if store.near.parent is not None else BLOCK_TOKENS
         own = new[1] * shape.token_bytes if new[0] > 1 else 0
         if store.near.limit is not None:
-            room = store.near.limit - self.near_need_of(shape, tokens, 0, 0).total - own
+            room = store.near.limit - self.near_need_of(shape, tokens, 0, 0, context=context).total - own
             # A prompt whose passes can still be chosen gets blocks as large as they are: time goes with both.
             least = max(LEAST_BLOCK, min(block, new[1] // 2)) if new[1] < new[0] else LEAST_BLOCK
             block = max(least, min(block, room // (2 * token_bytes)))
         store.block_tokens = block
-        need = self.near_need_of(shape, tokens, new[0], 2 * min(block, tokens) * token_bytes)
+        blocks = 2 * min(block, tokens) * token_bytes
+        need = self.near_need_of(shape, tokens, new[0], blocks, context=context)
         return need._replace(prefill=need.prefill + own)
 
-    def near_need_of(self, shape: LayerShape, tokens: int, n_new: int, dense: int) -> NearNeed:
+    def near_need_of(self, shape: LayerShape, tokens: int, n_new: int, dense: int, *, context: int = 0) -> NearNeed:
         """Return the near bytes where a dense read of one layer takes `dense`."""
         store, heads = self.store, shape.batch * shape.kv_heads
         stored = store.stored_bytes(shape) * heads
-        budgets = [self.split(tokens, i) for i in self.layers]
-        rows = max(b.early + b.late + b.tail for b in budgets)
+        budgets = [self.split(max(tokens, context), i) for i in self.layers]
+        # A share of all tokens, as long as there are so many rows.
+        rows = min(tokens, max(b.early + b.late + b.tail for b in budgets))
         sparse = [i for i in self.layers if not self.reads_all(i)]
         index = self.index_token_bytes(shape) * tokens
         some_dense = self.verifying or len(sparse) < len(self.layers)
@@ -194,8 +198,10 @@ class Limited:
     def fit_chunk(self, n_tokens: int) -> int:
         """Return how many tokens of a prompt to read at once, at most `n_tokens`: what the limits have room for."""
         n_tokens = min(n_tokens, self.chunk_tokens) if self.chunk_tokens else n_tokens
-        capacity = 0 if self.spiller is None else self.spiller.capacity
-        return min(n_tokens, max(1, capacity // 4)) if capacity else n_tokens
+        if self.spiller is None or not self.spiller.capacity:
+            return n_tokens
+        capacity, pinned = self.spiller.capacity, self.spiller.sinks + self.spiller.recent
+        return min(n_tokens, max(1, min(capacity // 4, capacity - pinned)))
 
     # --- the books ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,114 @@
+"""Promise 2 over every combination of tiers: no limit is passed, the books are the allocations, refusals come first."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import farkv
+from farkv.errors import CapacityError
+from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.store import pages as pages_module
+from farkv.store.eviction import POLICIES
+from tests.hf.test_limits import LAYERS, TOKEN, tiny
+from tests.models import VOCAB
+from tests.store.test_frames import check_copies
+from tests.store.test_stateful import count_bytes, count_host, count_near
+
+NEW, PAGE_TOKENS = 3, 8
+METHODS: dict[str, Method] = {
+    "ours": InfiniGen(fraction=0.3),
+    "paper": InfiniGen(fraction=0.7, paper=True),
+    "full": Full(),
+    "window": Window(fraction=0.3),
+    "random": Random(fraction=0.3),
+    "oracle": Oracle(fraction=0.3),
+}
+
+
+def check_books(cache: Any, options: dict[str, Any]) -> None:
+    """What is allocated is what the books say, and the peaks are within the limits."""
+    recipe = cache.recipe
+    store = recipe.store
+    index = count_bytes([index.rows.data for index in getattr(recipe, "index", {}).values()])
+    marks = 0 if recipe.spiller is None else count_bytes([m.data for m in recipe.spiller.marks.values()])
+    near = count_near(store) + index + (marks if store.far else 0)
+    assert store.near.used == near
+    host = count_host(store) + (0 if store.far else marks)
+    assert store.host.used == host + (near if store.near.parent is not None else 0)
+    # Where near memory is no tier of its own and the pool is read in place, the index is told of, not limited.
+    if store.far:
+        assert store.near.peak <= (store.near.limit or store.near.peak)
+    assert store.host.peak <= (store.host.limit or store.host.peak)
+    if store.frames is not None:
+        check_copies(store.frames)
+        disk = store.limits.disk
+        assert disk is None or disk.ledger.used == store.disk_bytes <= (disk.ledger.limit or store.disk_bytes)
+    assert len({store.seen(i) for i in range(LAYERS)}) == 1, "half a token was stored"
+
+
+def run(model: Any, far: Any, cache: Any, ids: torch.Tensor, options: dict[str, Any], chunk: int) -> None:
+    for start in range(0, ids.shape[1] - NEW, chunk):
+        model(input_ids=ids[:, start : min(start + chunk, ids.shape[1] - NEW)], past_key_values=cache)
+        check_books(cache, options)
+    for token in ids[:, -NEW:].split(1, 1):
+        model(input_ids=token, past_key_values=cache)
+        check_books(cache, options)
+
+
+def attempt(method: str, ids: torch.Tensor, options: dict[str, Any], chunk: int, *, reserve: bool) -> bool:
+    """Read a context under limits; return whether it was done, having checked what must hold either way."""
+    model, (batch, n_tokens) = tiny(), ids.shape
+    with farkv.attach(model, METHODS[method], **options) as far:
+        try:
+            cache = far.new_cache(tokens=n_tokens if reserve else 0, batch=batch)
+        except CapacityError as error:
+            assert "raise --" in str(error)
+            return False
+        try:
+            if reserve:
+                chunk = min(chunk, cache.recipe.chunk_tokens, cache.recipe.fit_chunk(chunk))
+            run(model, far, cache, ids, options, chunk)
+        except CapacityError as error:
+            assert "raise --" in str(error)
+            check_books(cache, options)
+            assert not reserve or cache.get_seq_length() == 0, f"refused only after the prompt was read: {error}"
+            return False
+    return True
+
+
+def size(low: int, high: int) -> st.SearchStrategy[int | None]:
+    """Draw a limit between two shares, in sixteenths, of the whole context; or none."""
+    return st.none() | st.integers(low, high)
+
+
+@settings(max_examples=200, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+@given(
+    method=st.sampled_from(sorted(METHODS)), near=size(4, 48), host=size(4, 48), disk=size(8, 24),
+    evict=st.sampled_from(["refuse", *POLICIES]), quant=st.sampled_from([None, None, "int8", "int4"]),
+    chunk=st.sampled_from([8, 17, 40, 200]), batch=st.integers(1, 2), n_tokens=st.integers(NEW + 2, 60),
+    reserve=st.booleans(),
+)  # fmt: skip
+def test_no_limit_is_ever_passed(
+    method: str, near: int | None, host: int | None, disk: int | None, evict: str, quant: str | None,
+    chunk: int, batch: int, n_tokens: int, reserve: bool,
+) -> None:  # fmt: skip
+    whole = batch * (n_tokens + 16) * TOKEN
+    options: dict[str, Any] = {"quant": quant}
+    options |= {name: whole * n // 16 for name, n in (("near", near), ("host", host)) if n is not None}
+    if host is not None:
+        options["evict"] = evict
+    ids = torch.randint(1, VOCAB, (batch, n_tokens))
+    held = (pages_module.PAGE_BYTES, pages_module.MOST_TOKENS)
+    pages_module.PAGE_BYTES, pages_module.MOST_TOKENS = 1 << 20, PAGE_TOKENS
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            if disk is not None:
+                options["disk"] = f"{folder}:{whole * disk // 16}"
+            attempt(method, ids, options, chunk, reserve=reserve)
+    finally:
+        pages_module.PAGE_BYTES, pages_module.MOST_TOKENS = held
