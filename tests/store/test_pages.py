@@ -37,6 +37,9 @@ def test_a_page_is_large_but_not_a_whole_toy_context(record_bytes: int) -> None:
     assert tokens.bit_count() == 1
     assert tokens <= MOST_TOKENS
     assert tokens == MOST_TOKENS or tokens * record_bytes >= PAGE_BYTES
+    short = count_page_tokens(record_bytes, 4096)
+    assert short <= tokens
+    assert short in (tokens, 64), "a short context has pages to choose from"
     assert tokens == 1 or tokens * record_bytes < 2 * PAGE_BYTES
     assert PageForm(tokens, record_bytes, torch.uint8).n_bytes == tokens * record_bytes
 

@@ -18,6 +18,8 @@ from farkv.store.disk import PageFile, PageReader
 PAGE_BYTES = 64 * 1024
 # Tokens of a page where records are tiny: a page of a toy model must not be its whole context.
 MOST_TOKENS = 256
+# Pages that a context should have at least, so that a share of them can be chosen; and the least tokens of one.
+SOME_PAGES, LEAST_TOKENS = 64, 16
 
 
 class PageForm(NamedTuple):
@@ -33,11 +35,19 @@ class PageForm(NamedTuple):
         return self.tokens * self.width * self.dtype.itemsize
 
 
-def count_page_tokens(record_bytes: int) -> int:
-    """Return the tokens of a page: a power of two, of 64 KiB or more where records have 256 bytes or more."""
+def count_page_tokens(record_bytes: int, context: int = 0) -> int:
+    """Return the tokens of a page: a power of two, of 64 KiB or more where records have 256 bytes or more.
+
+    A short context gets smaller pages: of SOME_PAGES a step can still choose some.
+
+    Args:
+        context: tokens that are expected; 0: many.
+    """
     tokens = 1
     while tokens * record_bytes < PAGE_BYTES and tokens < MOST_TOKENS:
         tokens *= 2
+    while context and tokens > LEAST_TOKENS and tokens * SOME_PAGES > context:
+        tokens //= 2
     return tokens
 
 

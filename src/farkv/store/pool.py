@@ -92,11 +92,16 @@ class FarMemory:
     # --- pages ----------------------------------------------------------------------------------------------
 
     def page_form(self, shape: LayerShape, dtype: torch.dtype) -> PageForm:
-        """Return the form of a page of records of this shape."""
+        """Return the form of a page: as large as the context asks for, or as the saved text has it."""
         record_bytes = self.stored_bytes(shape)
+        if self.limits.saved is not None:
+            tokens = self.limits.saved.form.tokens
+        else:
+            context = max(self.limits.reserve_tokens, *(rows.length for rows in self.pool.values()))
+            tokens = count_page_tokens(record_bytes, context)
         if self.limits.quant is not None:
-            return PageForm(count_page_tokens(record_bytes), record_bytes, torch.uint8)
-        return PageForm(count_page_tokens(record_bytes), shape.k_dim + shape.v_dim, dtype)
+            return PageForm(tokens, record_bytes, torch.uint8)
+        return PageForm(tokens, shape.k_dim + shape.v_dim, dtype)
 
     def open_pages(self, shape: LayerShape, dtype: torch.dtype) -> None:
         """Set up page copies and page tables, once the records' shape is known.
