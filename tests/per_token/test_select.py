@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from hypothesis import given
@@ -129,3 +130,24 @@ def test_a_top_up_takes_the_best_of_the_rest(case: tuple[torch.Tensor, torch.Ten
             left = real - len([p for p in a if valid is None or valid[i // HKV, p]])
             assert not set(a) & set(b), "a record that is read twice would weigh twice"
             assert len(b) == min(late, left)
+
+
+@given(cases(), st.integers(1, 10))
+def test_every_sequence_keeps_to_its_own_cap(
+    case: tuple[torch.Tensor, torch.Tensor | None, int, int], fewer: int
+) -> None:
+    scores, _, cap, _ = case
+    own = torch.tensor([cap, max(1, cap - fewer)])[:, None, None]
+    rules: list[Callable[..., Choice]] = [
+        select_top,
+        lambda s, k, own=None: select_within(s, k, 2.0, own),
+        lambda s, k, own=None: select_mass(s, k, 0.7, own),
+    ]
+    for rule in rules:
+        rows = chosen(rule(scores, cap, own))
+        for b in range(B):
+            alone, values = rule(scores[b : b + 1], int(own[b])), scores[b]
+            for h, (mine, theirs) in enumerate(zip(rows[b * HKV : (b + 1) * HKV], chosen(alone), strict=True)):
+                # Of equal scores any may be taken; what is out of reach is not.
+                reached = [p for p in theirs if values[h, p] > -math.inf]
+                assert sorted(values[h, mine].tolist()) == sorted(values[h, reached].tolist())

@@ -91,3 +91,21 @@ def test_a_tight_limit_is_used_to_the_last_byte() -> None:
     rows = Rows(Ledger("host", 10 * row), device=CPU)
     rows.append(torch.zeros(1, HEADS, 10, WIDTH))
     assert rows.ledger.used == 10 * row
+
+
+def test_joined_rows_stand_right_and_are_charged_once() -> None:
+    mine, theirs = Ledger("host", None), Ledger("host", None)
+    a, b = Rows(mine, device=CPU), Rows(theirs, device=CPU)
+    few, many = torch.randn(2, HEADS, 3, WIDTH), torch.randn(1, HEADS, 70, WIDTH)
+    a.append(few)
+    b.append(many)
+    a.join(b, 70, (2, 1))
+    assert a.heads == (3, HEADS)
+    assert torch.equal(a.view()[:2, :, -3:], few)
+    assert not a.view()[:2, :, :-3].any()
+    assert torch.equal(a.view()[2:], many)
+    assert (mine.used, theirs.used) == (a.n_bytes, 0)
+    assert b.data is None
+    a.join(b, 70, (3, 1))
+    assert not a.view()[3].any(), "who has none yet gets zeros"
+    assert torch.equal(a.view()[2:3], many)
