@@ -25,6 +25,8 @@ from farkv.store.sizes import LayerShape
 class SparseRecipe(Evicting):
     """A recipe that reads a fraction of the records at decode steps."""
 
+    shape: LayerShape | None
+
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
         super().__init__(place, fraction=fraction, sinks=sinks, window=window, top_up=top_up)
         self.dense = False

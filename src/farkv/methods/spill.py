@@ -108,7 +108,7 @@ class Spiller:
         weights = None
         if self.policy.dtype.is_floating_point:
             seen = None if read.valid is None else read.valid[:, :, None]
-            weights = weigh_rows(query.q, read.k, seen, query.scaling, query.softcap)[:, :, 0]
+            weights = weigh_rows(query.q, [read.k], seen, query.scaling, query.softcap)[:, :, 0]
         self.policy.touch(self.of_layer(layer), read.positions, read.valid, self.now, weights)
 
     def vote(self, layer: int, query: Query, cap: int, own: Int[Tensor, "b 1 1"] | None, padding: Padding) -> None:
@@ -128,8 +128,8 @@ class Spiller:
             visible = visible & real[:, :, None]
         blocks = range(0, n_rows, BLOCK_TOKENS)
         # A block at a time: where records are coded, no more of them are decoded at once.
-        keys = [self.store.keys(layer, s, min(s + BLOCK_TOKENS, n_rows)).to(q.device) for s in blocks]
-        weights = weigh_rows(q, torch.cat(keys, 2), visible, query.scaling, query.softcap)
+        keys = (self.store.keys(layer, s, min(s + BLOCK_TOKENS, n_rows)).to(q.device) for s in blocks)
+        weights = weigh_rows(q, keys, visible, query.scaling, query.softcap)
         for t in range(n):
             self.now += 1
             best = weights[:, :, t].topk(min(cap, n_rows), -1)

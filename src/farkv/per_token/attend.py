@@ -5,6 +5,8 @@ In: queries, keys, values, what is visible. Out: attention output, or how much o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from farkv._axes import Bool, Float, Float32, Int, Tensor
@@ -33,18 +35,23 @@ def weigh_keys(
 
 def weigh_rows(
     q: Float[Tensor, "B Hq T D"],
-    k: Float[Tensor, "B Hkv K D"],
+    keys: Iterable[Float[Tensor, "B Hkv n D"]],
     visible: Bool[Tensor, "b h t K"] | None,
     scaling: float,
     softcap: float | None = None,
 ) -> Float32[Tensor, "B Hkv T K"]:
     """Return the softmax weights of some records, which may differ from head to head, mean over the query group.
 
+    Args:
+        keys: in blocks, K in all; one at a time is held as float32.
+
     Cost: 2 Hq T K D operations; Hq T K floats.
     """
-    batch, kv_heads, _, dim = k.shape
-    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[2], dim)
-    logits = grouped @ k.float()[:, :, None].mT * scaling
+    parts: list[Tensor] = []
+    for k in keys:
+        grouped = q.float().reshape(k.shape[0], k.shape[1], -1, q.shape[2], k.shape[-1])
+        parts.append(grouped @ k.float()[:, :, None].mT * scaling)
+    logits = torch.cat(parts, -1)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     if visible is not None:

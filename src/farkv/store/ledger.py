@@ -5,6 +5,10 @@ In: charges and releases, in bytes. Out: `used`, `peak`, or a CapacityError befo
 
 from __future__ import annotations
 
+import copy
+import threading
+from typing import Any
+
 from farkv.config import format_bytes
 from farkv.errors import CapacityError
 
@@ -16,8 +20,15 @@ class Ledger:
         self.tier, self.limit, self.parent = tier, limit, parent
         self.used = 0
         self.peak = 0
+        # The link's thread charges too.
+        self._lock = threading.RLock()
         # Whether growing rows may take more than they need: not where another layer must still find its place.
         self.roomy = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        twin = memo[id(self)] = Ledger(self.tier, self.limit, copy.deepcopy(self.parent, memo))
+        twin.used, twin.peak, twin.roomy = self.used, self.peak, self.roomy
+        return twin
 
     def has_room(self, n_bytes: int) -> bool:
         """Say whether `n_bytes` more fit this tier and the one it is counted against."""
@@ -30,19 +41,21 @@ class Ledger:
         Raises:
             CapacityError: they do not fit; nothing is taken.
         """
-        if not self.has_room(n_bytes):
-            raise self.refuse(n_bytes, "this step")
-        if self.parent is not None:
-            self.parent.charge(n_bytes)
-        self.used += n_bytes
-        self.peak = max(self.peak, self.used)
+        with self._lock:
+            if not self.has_room(n_bytes):
+                raise self.refuse(n_bytes, "this step")
+            if self.parent is not None:
+                self.parent.charge(n_bytes)
+            self.used += n_bytes
+            self.peak = max(self.peak, self.used)
 
     def release(self, n_bytes: int) -> None:
         """Give `n_bytes` back."""
-        assert 0 <= n_bytes <= self.used
-        if self.parent is not None:
-            self.parent.release(n_bytes)
-        self.used -= n_bytes
+        with self._lock:
+            assert 0 <= n_bytes <= self.used
+            if self.parent is not None:
+                self.parent.release(n_bytes)
+            self.used -= n_bytes
 
     def refuse(self, n_bytes: int, purpose: str) -> CapacityError:
         """Make the error for `n_bytes` that do not fit."""

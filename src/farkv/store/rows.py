@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Int, Tensor
+from farkv.errors import CapacityError
 from farkv.store.ledger import Ledger
 from farkv.store.sizes import grow_capacity
 
@@ -67,8 +68,10 @@ class Rows:
 
         Cost: N * W elements read and written.
         """
-        assert self.data is not None
-        torch.index_select(self.data.view(-1, self.width), 0, heads * self.data.shape[2] + positions, out=out)
+        # One reference: the model's thread may replace the rows by more of them meanwhile.
+        data = self.data
+        assert data is not None
+        torch.index_select(data.view(-1, data.shape[3]), 0, heads * data.shape[2] + positions, out=out)
 
     def append(self, *parts: Tensor) -> None:
         """Write new rows; `parts` ([B, Hkv, T, w] each) lie side by side in a row.
@@ -100,7 +103,14 @@ class Rows:
         if not self.ledger.has_room(wanted * row_bytes):
             wanted = need
         self.ledger.charge(wanted * row_bytes)
-        grown = torch.empty(batch, heads, wanted, width, dtype=dtype, device=self.device, pin_memory=self.pin)
+        try:
+            grown = torch.empty(batch, heads, wanted, width, dtype=dtype, device=self.device, pin_memory=self.pin)
+        except RuntimeError as error:
+            self.ledger.release(wanted * row_bytes)
+            raise CapacityError(
+                f"{self.ledger.tier}: the system refuses {wanted * row_bytes:,} bytes of memory; give a lower "
+                f"{self.ledger.tier} limit, or shorten the context"
+            ) from error
         if self.data is not None:
             grown[:, :, : self.length] = self.view()
             self.ledger.release(self.n_bytes)
