@@ -286,3 +286,22 @@ def test_what_cannot_join_says_why_and_changes_nothing() -> None:
         for cache in caches:
             far.model(input_ids=ids, past_key_values=cache)
         caches[0].join(caches[1])
+
+
+def test_a_second_turn_whose_padding_leaves_holes() -> None:
+    model = make_model("llama")
+    first, second = make_texts((60, 23, 9)), make_texts((3, 7, 1), seed=40)
+
+    def talk(far: Any, texts: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
+        cache, batch, turn = far.new_cache(), pad_left(texts), pad_left(more)
+        heard = generate(model, batch, cache, n=4, suppress_tokens=[0]).sequences
+        ids = torch.cat([heard, turn["input_ids"]], 1)
+        answered = torch.ones(len(texts), 4, dtype=torch.long)
+        mask = torch.cat([batch["attention_mask"], answered, turn["attention_mask"]], 1)
+        prompt = {"input_ids": ids, "attention_mask": mask}
+        return list(generate(model, prompt, cache, n=6, suppress_tokens=[0]).logits)
+
+    with farkv.attach(model, InfiniGen(fraction=0.3), profile=False, near="1MiB") as far:
+        together = talk(far, first, second)
+        for i in range(3):
+            assert_near([logits[i] for logits in together], [x[0] for x in talk(far, [first[i]], [second[i]])])
