@@ -23,8 +23,10 @@ from farkv.store import pages as pages_module
 from farkv.store.admission import admit
 from farkv.store.disk import DiskSpace
 from farkv.store.quantize import Codec
-from farkv.store.records import Fetch, Keep, Needs, StoreLimits
+from farkv.store.records import Fetch, Keep, Needs, SavedText, StoreLimits
+from farkv.store.saved import Saved, write_saved
 from farkv.store.sizes import LayerShape, NearNeed
+from farkv.store.text import list_pages, open_tail, take_text
 from farkv.store.tiers import Tiers
 from tests.store.test_frames import check_copies
 
@@ -284,6 +286,33 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.host.used == self.store.near.used == 0
         self.model = Model(batch)
         self.store.open_pages(self.shape(), torch.float32)
+
+    def is_one_text(self) -> bool:
+        whole = self.model.length == self.model.seen and not (self.case.evicts or self.case.holds)
+        return self.is_filled() and self.model.batch == 1 and whole
+
+    @precondition(is_one_text)
+    @rule()
+    def save_and_load(self) -> None:
+        """Go on from a file: what is asked afterwards is read from there."""
+        old, length = self.store, self.model.length
+        form = old.page_form(self.shape(), torch.float32)
+        n_pages = length // form.tokens
+        path = Path(self.folder.name) / "text.farkv"
+        tails = {str(layer): open_tail(old, layer, form) for layer in LAYERS}
+        write_saved(path, {}, tails, list_pages(old, form), n_pages * HEADS * len(LAYERS), form.n_bytes)
+        saved = Saved.open(path)
+        text = SavedText(saved.reader, saved.n_pages, form)
+        new = Tiers(list(LAYERS), old.limits._replace(saved=text), CPU, Needs(WINDOW))
+        new.open_pages(self.shape(), torch.float32)
+        try:
+            admit(new, self.shape(), dict.fromkeys(LAYERS, length + 1), self.need(), n_new=1)
+        except CapacityError:
+            return  # Open pages, index and buffers are counted together where a text is on disk.
+        for layer in LAYERS:
+            new.describe(layer, D, DV, torch.float32)
+        take_text(new, n_pages, {layer: saved.tensor(str(layer)) for layer in LAYERS})
+        self.store = new
 
     @rule()
     def copy(self) -> None:

@@ -271,8 +271,8 @@ class Tiers(FarMemory):
             self.buffers.clear()
         if self.frames is not None and not any(rows.length for rows in self.pool.values()):
             self.frames.clear()
-            # Pages go with their file: whatever comes next opens another.
-            self.frames = None
+            # Pages go with their file, and the saved text with them: whatever comes next opens another.
+            self.frames, self.limits = None, self.limits._replace(saved=None)
 
 
 def spread_heads(positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, " N"]:
