@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 
 import allocate
+import disk
+import eviction
 import limits
+import prefill
 import quality
+import quant
 import xkv_batch
 import xkv_coverage
 import xkv_light
@@ -58,6 +62,13 @@ def make_tables() -> dict[Path, dict[str, str]]:
             "batch": xkv_batch.format_table(RESULTS / "xkv_batch.jsonl"),
             "allocate": allocate.format_table(RESULTS / "allocate.jsonl"),
             "light": xkv_light.format_table(RESULTS / "xkv_light.jsonl"),
+        },
+        ROOT / "docs/tiers.md": {
+            "eviction": eviction.format_table(RESULTS / "eviction.jsonl"),
+            "disk": disk.format_table(RESULTS / "disk.jsonl"),
+            "disk-quality": disk.format_quality(RESULTS / "disk.jsonl"),
+            "quant": quant.format_table(RESULTS / "quant.jsonl"),
+            "prefill": prefill.format_table(RESULTS / "prefill.jsonl"),
         },
     }
 
