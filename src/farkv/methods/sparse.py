@@ -157,8 +157,7 @@ class SparseRecipe(Evicting):
         stream = Stream(query.q, Softmax(query.scaling, query.softcap, kernel.sinks))
         n_old = store.length(layer) - n_new
         for start, k, v in store.read_blocks(layer, n_old):
-            rows = torch.arange(start, start + k.shape[2], device=query.q.device).expand(*k.shape[:2], -1)
-            stream.add(k, v, self._see(layer, step, rows))
+            stream.add(k, v, self._see(layer, step, start, start + k.shape[2]))
         with store.hold((step.k.numel() + step.v.numel()) * step.k.element_size()):
             own = None if step.mask is None else step.mask[..., -n_new:]
             # A deliberate sync, once per pass and layer, for the same reason.
@@ -166,15 +165,16 @@ class SparseRecipe(Evicting):
             stream.add(step.k, step.v, None if causal else own, causal=causal)
         return kernel.wrap(stream.finish())
 
-    def _see(self, layer: int, step: Step, rows: Int[Tensor, "B Hkv K"]) -> Tensor | None:
-        """Return what the new queries see of stored rows, None where all see all."""
+    def _see(self, layer: int, step: Step, start: int, stop: int) -> Tensor | None:
+        """Return what the new queries see of the rows from `start` to `stop`, None where all see all."""
         if step.mask is None:
             return None
         if self.store.evicted[layer]:
+            rows = torch.arange(start, stop, device=step.mask.device).expand(*step.k.shape[:2], -1)
             n_groups = step.query.q.shape[1] // step.k.shape[1]
             visible = align_rows(step.mask, self.store.locate(layer, rows), n_groups)
         else:
-            visible = step.mask[..., rows[0, 0]]
+            visible = step.mask[..., start:stop]
         # A deliberate sync, once per block: the fused kernel is faster without a mask.
         return None if bool(visible.all()) else visible
 
