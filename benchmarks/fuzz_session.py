@@ -143,7 +143,8 @@ def change_spot(where: Any, key: Any, other: Any, rng: random.Random) -> None:
     elif kind == "dtype" and isinstance(where, dict) and "dtype" in where:
         where["dtype"] = rng.choice(list(DTYPES))
     else:
-        where[key] = rng.choice(NASTY)
+        # A copy: what is put into it later must not be in the next one, or in itself.
+        where[key] = copy.deepcopy(rng.choice(NASTY))
 
 
 def change_text(text: str, rng: random.Random) -> str:
@@ -176,8 +177,8 @@ def seal(data: bytes, rng: random.Random) -> bytes:
             for _ in range(rng.choice([1, 1, 1, 2, 3])):
                 change_tree(root, rng)
             text = json.dumps(root, separators=(",", ":"))
-        except (KeyError, TypeError, ValueError):
-            # A first change has left nothing for the second one.
+        except (KeyError, TypeError, ValueError, OverflowError):
+            # A first change has left nothing for the second one, or a number that is no float.
             text = change_text(text, rng)
     else:
         text = change_text(text, rng)

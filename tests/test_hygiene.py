@@ -21,7 +21,7 @@ SYNCS = {"item", "tolist", "synchronize", "nonzero", "cpu", "numpy"}
 ALLOWED = {
     ("store/rows.py", "select", "tolist"): "beam search itself waits for the device here",
     ("store/transfer.py", "_stage", "synchronize"): "one side stream, waited for by the link's own thread",
-    ("hf/cache.py", "batch_select_indices", "cpu"): "the user's own call, not a step",
+    ("hf/layer.py", "batch_select_indices", "cpu"): "the user's own call, not a step",
     ("methods/padding.py", "count", "tolist"): "once per pass, where something is padded",
     ("methods/indexed.py", "select", "tolist"): "the store has waited for them already",
     ("methods/indexed.py", "take_fitted", "tolist"): "once per session",
@@ -36,7 +36,9 @@ ALLOWED = {
 # These work on host memory alone, whatever the model's device is: nothing there waits for one.
 HOST = {f"store/{name}.py" for name in ("disk", "frames", "header", "paged", "pages", "reader", "saved")}
 # Once per answer or file, outside the forward passes.
-OUTSIDE = {"hf/ask.py", "hf/load.py", "hf/report.py", "hf/measure.py", "hf/losses.py", "methods/planning.py"}
+OUTSIDE = {f"hf/{name}.py" for name in ("ask", "load", "losses", "measure", "report", "session")} | {
+    "methods/planning.py"
+}
 
 
 def calls_of(path: Path) -> list[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -157,11 +158,10 @@ def run(
     if query_aware and session is not None:
         raise ConfigError("--query-aware: a session holds the text only; leave one of them out")
     text = read_text(file)
-    asks_again = session is not None and session.exists()
-    if not (text + question).strip() and not asks_again:
+    if session is not None:
+        check_session(session, text, configs, spills=evict != "refuse" and disk is None)
+    elif not (text + question).strip():
         raise InputError("prompt: text and question are both empty; give --file with text, or a question")
-    if session is not None and not asks_again and not text.strip():
-        raise InputError(f"--session {session}: there is no such file; give --file with the text to write it")
     import torch
 
     from farkv.hf.ask import Decoding, Listener, ask
@@ -185,6 +185,26 @@ def run(
     if not as_json:
         typer.echo()
     print_receipt(receipt, as_json=as_json)
+
+
+def check_session(path: Path, text: str, methods: list[Method], *, spills: bool) -> None:
+    """Refuse a session that can be neither asked nor written, before anything is loaded."""
+    if any(isinstance(method, XKV) and {"keep", "near"} & set(method.levers) for method in methods):
+        raise ConfigError(
+            "--session: holds the whole text, and XKV's levers keep and near do not; leave one of them out"
+        )
+    try:
+        if path.exists():
+            return
+        is_writable = path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(f"--session {path}: cannot be reached ({error.strerror}); choose another folder") from error
+    if not text.strip():
+        raise InputError(f"--session {path}: there is no such file; give --file with the text to write it")
+    if not is_writable:
+        raise InputError(f"--session {path}: expected a folder that can be written; make it, or choose another one")
+    if spills:
+        raise ConfigError("--evict: what is evicted cannot be saved in a session; give --disk, or leave evict out")
 
 
 class Job(NamedTuple):

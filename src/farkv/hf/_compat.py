@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     get_layer_types_and_kwargs,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -77,35 +78,52 @@ def make_stock_layer(layer_type: str, arguments: dict[str, Any]) -> Any:
     return DYNAMIC_LAYER_TYPE_MAPPING[layer_type.removeprefix("shared_")](**arguments)
 
 
-def export_state(layer: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the numbers and flags, and the tensors, that a stock cache layer holds.
+def export_state(layer: Any) -> dict[str, torch.Tensor]:
+    """Return the keys and values that a stock cache layer still needs, nothing where it holds none.
 
     Raises:
-        CacheStateError: it holds something else.
+        CacheStateError: it is of a kind that holds more than that.
     """
-    numbers, tensors = {}, {}
-    for name, value in vars(layer).items():
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value
-        elif value is None or isinstance(value, bool | int | float):
-            numbers[name] = value
-        elif not isinstance(value, torch.dtype | torch.device):
-            raise CacheStateError(
-                f"save: a {type(layer).__name__} holds {name}, a {type(value).__name__}, which no session can hold; "
-                "this model's caches cannot be saved"
-            )
-    return numbers, tensors
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise CacheStateError(
+            f"save: expected cache layers of keys and values, got a {type(layer).__name__}, which no session can hold; "
+            "this model's caches cannot be saved"
+        )
+    if layer.keys is None or not layer.get_seq_length():
+        return {}
+    n = count_stock_rows(layer, layer.get_seq_length())
+    # While steps are recorded to be taken back, it holds more.
+    return {"keys": layer.keys[:, :, -n:], "values": layer.values[:, :, -n:]}
 
 
-def import_state(layer: Any, numbers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """Give a new stock cache layer what `export_state` returned of another."""
-    for name, value in {**numbers, **tensors}.items():
-        if not hasattr(layer, name) and name not in tensors:
-            raise SessionError(f"a layer of type {type(layer).__name__} has no {name}; make the session anew")
-        setattr(layer, name, value)
-    kept = next(iter(tensors.values()), None)
-    if kept is not None:
-        layer.dtype, layer.device = kept.dtype, kept.device
+def import_state(layer: Any, tensors: dict[str, torch.Tensor], like: Any, n_tokens: int) -> None:
+    """Give a new stock cache layer what `export_state` returned of one that had read `n_tokens`.
+
+    Args:
+        like: a layer of the same model that has read a token.
+
+    Raises:
+        SessionError: these are not the keys and values of such a layer.
+    """
+    expected = {}
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and getattr(like, "keys", None) is not None:
+        n = count_stock_rows(layer, n_tokens)
+        pairs = {"keys": like.keys, "values": like.values}
+        expected = {name: ((1, t.shape[1], n, t.shape[3]), t.dtype) for name, t in pairs.items()}
+    got = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    if got != expected:
+        raise SessionError(f"a {type(layer).__name__} holds {expected}, got {got}; make the session anew")
+    if tensors:
+        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = n_tokens
+
+
+def count_stock_rows(layer: Any, n_tokens: int) -> int:
+    """Return how many tokens' keys a stock layer needs after `n_tokens`: of a window all but the oldest."""
+    window = getattr(layer, "sliding_window", None)
+    return n_tokens if window is None else min(n_tokens, max(1, window - 1))
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:

@@ -8,89 +8,34 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from farkv._axes import Int, Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
-from farkv.methods.contract import Kernel, Recipe, Step
+from farkv.hf.layer import FarLayer
+from farkv.methods.contract import Recipe
+from farkv.methods.saved import State, note_state, restore_state
 from farkv.receipt import Account
 
 
-class FarLayer(_compat.DynamicLayer):
-    """One managed layer: routes what Hugging Face asks of a cache layer to the recipe."""
+class Before(NamedTuple):
+    """What a pass finds: enough to take it back."""
 
-    def __init__(self, layer: int, recipe: Recipe):
-        super().__init__()
-        self.layer, self.recipe = layer, recipe
-        self.is_initialized = False
+    tokens: int
+    # Of layers that are left to Hugging Face: their attributes.
+    stock: dict[int, dict[str, Any]]
+    state: State
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Note dtype and device; memory is the store's."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new tokens and hand them back unchanged."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.recipe.append(self.layer, key_states, value_states)
-        return key_states, value_states
+class Outer(NamedTuple):
+    """A module around the one that reads; the identity, not the module: a cache must not hold a model."""
 
-    def attend(self, step: Step, kernel: Kernel) -> object:
-        """Let the recipe attend."""
-        return self.recipe.attend(self.layer, step, kernel)
-
-    def get_seq_length(self) -> int:
-        """Return the tokens seen."""
-        return self.recipe.store.seen(self.layer)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the mask's width, over all tokens seen, and its offset."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no maximum in tokens, only in bytes."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.recipe.clear(self.layer)
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Forget the newest tokens; the number is negative, and a tensor in older releases."""
-        n_tokens = -int(tokens_to_remove)
-        if n_tokens < 0:
-            raise CacheStateError(f"crop: expected a negative number of tokens to remove, got {-n_tokens}")
-        if n_tokens > 0 and self.is_initialized:
-            self.recipe.crop(n_tokens, self.layer)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams."""
-        if self.get_seq_length() > 0:
-            self.recipe.select(beam_idx, self.layer)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence."""
-        if self.get_seq_length() > 0:
-            batch = self.recipe.store.batch(self.layer)
-            self.recipe.select(torch.arange(batch).repeat_interleave(repeats), self.layer)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these sequences."""
-        if self.get_seq_length() > 0:
-            batch = self.recipe.store.batch(self.layer)
-            # A mask, a slice's result or numbers: indexing a range understands them all.
-            self.recipe.select(torch.arange(batch)[indices.cpu()], self.layer)
-
-    def offload(self) -> None:
-        """Nothing: the store moves records itself."""
-
-    def prefetch(self) -> None:
-        """Nothing: the store moves records itself."""
+    module: int
+    started: float
+    ids: Tensor | None
 
 
 class FarCache(_compat.Cache):
@@ -103,10 +48,10 @@ class FarCache(_compat.Cache):
         # What was read, token by token, where ids are known.
         self._ids: list[Tensor] = []
         self.identity: dict[str, str] = {}
-        self._started = 0.0
-        # The identity of a module, not the module: an exception must not leave a model inside a cache.
-        self._outermost: int | None = None
-        self._before = 0
+        self._before: Before | None = None
+        self._is_reading = False
+        self._outer: Outer | None = None
+        self._started = self._seconds = 0.0
         self._broken = ""
 
     @property
@@ -167,34 +112,64 @@ class FarCache(_compat.Cache):
         if ids is not None:
             self._ids.append(ids[0].detach())
 
-    def begin(self, module: object, n_new: int, ids: Tensor | None) -> None:
-        """Note that a forward pass over `n_new` tokens starts; of nested modules the outermost counts.
+    def begin(self, module: object, n_new: int, ids: Tensor | None, *, reads: bool) -> None:
+        """Note that a forward pass over `n_new` tokens starts.
+
+        Args:
+            reads: this module's pass is what stores the tokens; another one holds such a pass.
 
         Raises:
             CacheStateError: a pass failed half way before, and what it had stored cannot be taken back.
         """
-        if self._outermost not in (None, id(module)):
+        now = time.perf_counter()
+        if not reads:
+            self._outer = Outer(id(module), now, ids)
             return
-        if self._outermost is not None:
-            # It ended with neither output nor exception: it was killed from outside.
-            self.take_back()
+        self.settle()
         self.check_whole()
-        self._outermost, self._before = id(module), self.get_seq_length()
+        self._before, self._is_reading, self._started = self._note(), True, now
+        if ids is None and self._outer is not None:
+            # A decoder is often called with the embeddings of the tokens that the whole model was called with.
+            given = self._outer.ids
+            ids = given if given is not None and given.shape[1] == n_new else None
         self.note_tokens(ids)
-        self.account.decoding = n_new == 1 and self._before > 0
-        self._started = time.perf_counter()
+        self.account.decoding = n_new == 1 and self._before.tokens > 0
+
+    def _note(self) -> Before:
+        layers: list[Any] = self.layers
+        # Layers of keys and values get new tensors in every pass: what they hold now stays as it is.
+        stock = {
+            i: dict(vars(layer))
+            for i, layer in enumerate(layers)
+            if not isinstance(layer, FarLayer) and not hasattr(layer, "conv_states")
+        }
+        return Before(self.get_seq_length(), stock, note_state(self.recipe))
+
+    def settle(self) -> None:
+        """Take back a pass that ended with neither output nor exception: it was killed, by Ctrl-C for example."""
+        if self._is_reading:
+            self.take_back()
 
     def take_back(self) -> None:
         """Forget the tokens of a pass that failed: what was there before it is there after it."""
-        self._outermost = None
+        before, self._before, self._is_reading = self._before, None, False
+        if before is None:
+            return
+        # What was on its way near must not arrive in the middle of the next pass.
+        self.recipe.store.link.drain()
         layers: list[Any] = self.layers
         for i, layer in enumerate(layers):
-            try:
-                n_new = layer.get_seq_length() - self._before
+            if isinstance(layer, FarLayer):
+                n_new = layer.get_seq_length() - before.tokens
                 if n_new > 0:
-                    layer.crop(-n_new)
-            except (CacheStateError, ValueError, NotImplementedError, AttributeError):
+                    self._crop_layer(i, n_new)
+            elif i in before.stock:
+                vars(layer).clear()
+                vars(layer).update(before.stock[i])
+            else:
+                # Linear attention writes its states in place.
                 self._broken = f"layer {i} ({type(layer).__name__})"
+        restore_state(self.recipe, before.state)
 
     def step_back(self, n_tokens: int) -> None:
         """Forget the newest tokens of every layer.
@@ -202,9 +177,17 @@ class FarCache(_compat.Cache):
         Raises:
             CacheStateError: a layer cannot: what came before them is gone.
         """
-        self._before = self.get_seq_length() - n_tokens
-        self.take_back()
+        self.settle()
+        for i in range(len(self.layers) if n_tokens else 0):
+            self._crop_layer(i, n_tokens)
         self.check_whole()
+
+    def _crop_layer(self, i: int, n_tokens: int) -> None:
+        layers: list[Any] = self.layers
+        try:
+            layers[i].crop(-n_tokens)
+        except (CacheStateError, ValueError, RuntimeError, AttributeError):
+            self._broken = f"layer {i} ({type(layers[i]).__name__})"
 
     def check_whole(self) -> None:
         """Raise CacheStateError where layers hold different tokens."""
@@ -214,24 +197,50 @@ class FarCache(_compat.Cache):
                 f"{self._broken} cannot step back; start a new cache"
             )
 
-    def end(self, module: object, *, failed: bool) -> None:
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._ids, self._broken = [], ""
+        self._before, self._is_reading = None, False
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the newest tokens, in the form of the transformers release in use."""
+        self.settle()
+        super().crop(*args, **kwargs)
+
+    def end(self, module: object, *, reads: bool, failed: bool) -> None:
         """Count the forward pass that ends; verified steps are not timed. What a failed one stored is taken back."""
-        if self._outermost != id(module):
-            return
-        if failed:
+        now, outer = time.perf_counter(), self._outer
+        if not reads:
+            if outer is None or outer.module != id(module):
+                return
+            self._outer = None
+            if failed:
+                self.take_back()
+            elif self._before is not None:
+                self._add_seconds(now - outer.started - self._seconds)
+        elif failed:
             self.take_back()
-            return
-        self._outermost = None
-        account, seconds = self.account, time.perf_counter() - self._started
-        account.context_tokens = self.get_seq_length()
-        if not account.decoding:
-            account.prefill_s += seconds
-            return
-        account.decode_steps += 1
-        self._count_stock_layers()
-        if not self.recipe.measuring:
-            account.decode_s += seconds
-            account.timed_steps += 1
+        elif self._is_reading:
+            self._is_reading = False
+            self._count_pass(now - self._started)
+        if not reads or outer is None:
+            self._before = None
+
+    def _count_pass(self, seconds: float) -> None:
+        self.account.context_tokens = self.get_seq_length()
+        self._seconds = seconds
+        self._add_seconds(seconds)
+        if self.account.decoding:
+            self.account.decode_steps += 1
+            self.account.timed_steps += not self.recipe.measuring
+            self._count_stock_layers()
+
+    def _add_seconds(self, seconds: float) -> None:
+        if not self.account.decoding:
+            self.account.prefill_s += seconds
+        elif not self.recipe.measuring:
+            self.account.decode_s += seconds
 
     def _count_stock_layers(self) -> None:
         """Layers left to Hugging Face read all they hold."""

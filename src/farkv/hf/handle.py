@@ -50,6 +50,8 @@ class Handle(AbstractContextManager["Handle"]):
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
+        # Layers left to Hugging Face, as one token leaves them.
+        self.stock: dict[int, Any] = {}
         self._read_architecture()
         self.base = _compat.get_attention_name(model)
         if self.base not in BASES:
@@ -206,6 +208,7 @@ class Handle(AbstractContextManager["Handle"]):
                 shape = LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
                 shapes.append((shape, k.dtype))
             self._shape = max(shapes, key=lambda s: s[0].token_bytes)
+            self.stock = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
@@ -225,12 +228,12 @@ class Handle(AbstractContextManager["Handle"]):
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None and not cache.recipe.dense:
-            cache.begin(module, count_new(args, kwargs), find_ids(args, kwargs))
+            cache.begin(module, count_new(args, kwargs), find_ids(args, kwargs), reads=module is self.decoder)
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None and not cache.recipe.dense:
-            cache.end(module, failed=out is None)
+            cache.end(module, reads=module is self.decoder, failed=out is None)
         self._flight.block = None
 
     def _make_inject(self, i: int) -> Any:

@@ -7,6 +7,7 @@ needs of it, when it needs it. The file is never changed by asking. docs/session
 from __future__ import annotations
 
 import hashlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
+from farkv.config import QUANT
 from farkv.errors import CacheStateError, SessionError
 from farkv.hf import _compat
 from farkv.hf.cache import FarCache, FarLayer
 from farkv.hf.handle import CHUNK_TOKENS, Handle, find_handle
+from farkv.methods.contract import Levers
 from farkv.methods.saved import describe_index, list_tensors, take_tensors
 from farkv.store.pages import PageForm
+from farkv.store.reader import bytes_of
 from farkv.store.records import SavedText
 from farkv.store.saved import Saved, write_saved
 from farkv.store.sizes import LayerShape
@@ -42,14 +46,15 @@ def save_cache(cache: FarCache, path: str | Path, *, tokenizer: Any = None, text
         CacheStateError: this cache does not hold one whole text.
         SessionError, StoreError: the file cannot be written; what was there before still is.
     """
+    cache.settle()
     shape = check_whole(cache)
     store = cache.recipe.store
     dtype = next(layer.dtype for layer in cache.layers if isinstance(layer, FarLayer))
     form = store.page_form(shape, dtype)
     n_pages = cache.get_seq_length() // form.tokens
-    tensors = {"tokens": cache.token_ids, "text": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    tensors = {"tokens": cache.token_ids, "text": write_text(text)}
     tensors |= {f"tail/{layer}": open_tail(store, layer, form).to("cpu") for layer in store.pool}
-    tensors |= list_tensors(cache.recipe)
+    tensors |= list_tensors(cache.recipe) | list_stock(cache)
     notes: dict[str, Any] = {
         "identity": cache.identity,
         "tokenizer": identify_tokenizer(tokenizer),
@@ -58,8 +63,7 @@ def save_cache(cache: FarCache, path: str | Path, *, tokenizer: Any = None, text
         "quant": store.limits.quant,
         "index": describe_index(cache.recipe),
         "layers": list(store.pool),
-        "stock": list_stock(cache, tensors),
-        "transformers": _compat.version,
+        "versions": {"farkv": version("farkv"), "transformers": _compat.version},
     }
     write_saved(
         Path(path), notes, tensors, list_pages(store, form), n_pages * shape.kv_heads * len(store.pool), form.n_bytes
@@ -116,31 +120,42 @@ def load_cache(
 
 
 def _load(saved: Saved, handle: Handle, tokens: int, verify: int, tokenizer: Any) -> FarCache:
+    check_levers(handle.setting.levers)
     notes = read_notes(saved.notes)
     check_notes(notes, handle, tokenizer)
     page_tokens, width, page_dtype = notes["page"]
     kv_heads, k_dim, v_dim, name = notes["record"]
-    dtype = _DTYPES[name]
-    form = PageForm(page_tokens, width, _DTYPES[page_dtype])
-    ids = saved.tensor("tokens").long()
-    if form.n_bytes != saved.page_bytes or saved.n_pages != len(ids) // page_tokens * kv_heads * len(notes["layers"]):
+    dtype, form = _DTYPES[name], PageForm(page_tokens, width, _DTYPES[page_dtype])
+    ids = saved.tensor("tokens")
+    if ids.dim() != 1 or ids.dtype != torch.int64 or len(ids) == 0:
+        raise SessionError(f"its tokens are {list(ids.shape)}, {ids.dtype}, expected a row of int64; make it anew")
+    n_pages = len(ids) // page_tokens
+    if form.n_bytes != saved.page_bytes or saved.n_pages != n_pages * kv_heads * len(notes["layers"]):
         raise SessionError("its pages are not those of its text; make it anew")
-    text = SavedText(saved.reader, saved.n_pages, form)
-    cache = handle.make_cache(max(tokens, len(ids) + 1), verify, text, notes["quant"])
+    n_tokens = max(tokens, len(ids) + 1)
+    cache = handle.make_cache(n_tokens, verify, SavedText(saved.reader, saved.n_pages, form), notes["quant"])
     recipe, store = cache.recipe, cache.recipe.store
     shape = LayerShape(1, kv_heads, k_dim, v_dim, dtype.itemsize)
+    if store.page_form(shape, dtype) != form:
+        raise SessionError(f"its pages are {form}, expected {store.page_form(shape, dtype)}; make it anew")
     store.open_pages(shape, dtype)
     # Refused before anything is read. The text is there; what comes near of it and after it needs room.
-    recipe.admit(shape, max(tokens, len(ids) + 1), CHUNK_TOKENS)
+    recipe.admit(shape, n_tokens, CHUNK_TOKENS)
     tails = {layer: saved.tensor(f"tail/{layer}") for layer in store.pool}
     if any(t.shape != (1, kv_heads, len(ids) % page_tokens, width) or t.dtype != form.dtype for t in tails.values()):
         raise SessionError("the end of its text has another shape than its pages; make it anew")
-    recipe.take_text(shape, dtype, lambda: take_text(store, len(ids) // page_tokens, tails))
+    recipe.take_text(shape, dtype, lambda: take_text(store, n_pages, tails))
     tensors = {name: saved.tensor(name) for name in saved.names if name.startswith("index/")}
-    take_tensors(recipe, notes["index"], tensors)
-    take_stock(cache, notes["stock"], saved, handle.device)
+    take_tensors(recipe, notes["index"], tensors, dtype)
+    take_stock(cache, saved, handle, len(ids))
     cache.take_text(ids, dtype, handle.device)
     return cache
+
+
+def check_levers(levers: Levers) -> None:
+    """Raise SessionError where a method does not keep the whole text, or holds some of it where it was read."""
+    if levers.keep or levers.near is not None:
+        raise SessionError("a session holds the whole text, and XKV's levers keep and near do not; ask without them")
 
 
 def read_notes(notes: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +164,11 @@ def read_notes(notes: dict[str, Any]) -> dict[str, Any]:
         tokens, width, dtype = notes["page"]
         heads, k_dim, v_dim, record = notes["record"]
         numbers = (tokens, width, heads, k_dim, v_dim, *notes["layers"])
-        plain = all(isinstance(n, int) and 0 <= n < 2**31 for n in numbers) and tokens * width * heads > 0
-        if plain and dtype in _DTYPES and record in _DTYPES and isinstance(notes["stock"], dict):
-            return {key: notes[key] for key in ("identity", "tokenizer", "page", "record", "quant", "index")} | {
-                key: notes[key] for key in ("layers", "stock", "transformers")
-            }
+        plain = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tokens * width * heads > 0
+        plain = plain and notes["quant"] in (None, *QUANT) and isinstance(notes["index"], dict | None)
+        if plain and dtype in _DTYPES and record in _DTYPES and len(notes["layers"]) > 0:
+            keys = ("identity", "tokenizer", "page", "record", "quant", "index", "layers")
+            return {key: notes[key] for key in keys}
     except (KeyError, TypeError, ValueError) as error:
         raise SessionError(f"its notes are not a farkv session's ({error!r}); make it anew") from error
     raise SessionError("its notes are not a farkv session's; make it anew")
@@ -162,10 +177,7 @@ def read_notes(notes: dict[str, Any]) -> dict[str, Any]:
 def check_notes(notes: dict[str, Any], handle: Handle, tokenizer: Any) -> None:
     """Raise SessionError unless this model, in this dtype, with this tokenizer, read the text."""
     shape, dtype = handle.measure_shape()
-    quant = handle.setting.limits.quant
-    made = notes["tokenizer"]
-    if handle.setting.levers.keep or handle.setting.levers.near is not None:
-        raise SessionError("a session holds the whole text, and XKV's levers keep and near do not; ask without them")
+    quant, made = handle.setting.limits.quant, notes["tokenizer"]
     pairs = [
         ("model", notes["identity"], handle.identity),
         ("layers", notes["layers"], handle.managed),
@@ -202,27 +214,40 @@ def identify_tokenizer(tokenizer: Any) -> str | None:
 # --- layers that are left to Hugging Face -------------------------------------------------------------------
 
 
-def list_stock(cache: FarCache, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Add the tensors of unmanaged layers to `tensors`; return their numbers and flags."""
-    notes: dict[str, Any] = {}
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, FarLayer):
-            numbers, found = _compat.export_state(layer)
-            notes[str(i)] = numbers
-            tensors |= {f"stock/{i}/{name}": t.to("cpu") for name, t in found.items()}
-    return notes
+def list_stock(cache: FarCache) -> dict[str, Tensor]:
+    """Return what unmanaged layers hold, by name, in host memory."""
+    return {
+        f"stock/{i}/{name}": tensor.to("cpu")
+        for i, layer in enumerate(cache.layers)
+        if not isinstance(layer, FarLayer)
+        for name, tensor in _compat.export_state(layer).items()
+    }
 
 
-def take_stock(cache: FarCache, notes: dict[str, Any], saved: Saved, device: torch.device) -> None:
-    """Give unmanaged layers what they held."""
+def take_stock(cache: FarCache, saved: Saved, handle: Handle, n_tokens: int) -> None:
+    """Give unmanaged layers what they held after `n_tokens`."""
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, FarLayer):
             start = f"stock/{i}/"
             found = {n.removeprefix(start): saved.tensor(n) for n in saved.names if n.startswith(start)}
-            _compat.import_state(layer, notes.get(str(i), {}), {k: t.to(device) for k, t in found.items()})
+            placed = {name: tensor.to(handle.device) for name, tensor in found.items()}
+            _compat.import_state(layer, placed, handle.stock[i], n_tokens)
 
 
 # --- one text, several questions ----------------------------------------------------------------------------
+
+
+def write_text(text: str) -> Tensor:
+    """Return a text's UTF-8 bytes.
+
+    Raises:
+        SessionError: it is none: half a letter stands in it.
+    """
+    try:
+        data = bytearray(text.encode())
+    except UnicodeEncodeError as error:
+        raise SessionError(f"the text cannot be written as UTF-8 ({error.reason}); correct it") from error
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def read_session_text(path: str | Path, longer: str = "") -> str:
@@ -232,8 +257,16 @@ def read_session_text(path: str | Path, longer: str = "") -> str:
         SessionError: the session holds no text, or another one.
     """
     saved = Saved.open(Path(path))
-    text = bytes(saved.tensor("text").tolist()).decode("utf-8", errors="replace")
-    saved.close()
+    try:
+        data = saved.tensor("text")
+    finally:
+        saved.close()
+    try:
+        if data.dtype != torch.uint8:
+            raise SessionError(f"session {path}: its text is {data.dtype}, expected bytes; make it anew")
+        text = bytes(bytes_of(data)).decode()
+    except UnicodeDecodeError as error:
+        raise SessionError(f"session {path}: its text is not UTF-8 (byte {error.start}); make it anew") from error
     if not text and not longer:
         raise SessionError(f"session {path}: it was saved without its text; give --file")
     if longer and not longer.startswith(text):

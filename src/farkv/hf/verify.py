@@ -26,7 +26,11 @@ class Verifier(threading.local):
     def before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Run the dense pass and keep its logits."""
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, FarCache) or cache.recipe.dense or cache.verify_steps <= 0:
+        if not isinstance(cache, FarCache) or cache.recipe.dense:
+            return
+        # A step that failed before its comparison has left these.
+        self.reference, cache.recipe.measuring = None, False
+        if cache.verify_steps <= 0:
             return
         tokens = kwargs.get("input_ids")
         tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")

@@ -50,8 +50,7 @@ class PageReader:
 
     def __init__(self, fd: int, base: int, page_bytes: int, checksums: Sequence[int], name: str):
         self.fd, self.base, self.page_bytes, self.checksums, self.name = fd, base, page_bytes, checksums, name
-        # It starts a thread only when there is work for it, and ends them when it is gone.
-        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="farkv-disk")
+        self._pool, self._owner = _make_pool(), os.getpid()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageReader:
         return self  # it only reads, so copies share it
@@ -77,6 +76,9 @@ class PageReader:
         if len(pieces) == 1:
             self._read_all(pieces, place)
             return
+        if self._owner != os.getpid():
+            # A forked child has none of its parent's threads.
+            self._pool, self._owner = _make_pool(), os.getpid()
         shares = [pieces[k::READERS] for k in range(min(READERS, len(pieces)))]
         work = [self._pool.submit(self._read_all, share, place) for share in shares]
         # All of them, also when one has failed: nothing may write to `out` once this returns.
@@ -132,3 +134,8 @@ class PageReader:
                     f"{self.name}: page {piece.first + j} is damaged: expected checksum {expected:08x}, "
                     f"got {got:08x}; check the disk, and write the file again"
                 )
+
+
+def _make_pool() -> ThreadPoolExecutor:
+    """Make threads that start only when there is work for them, and end when they are gone."""
+    return ThreadPoolExecutor(READERS, thread_name_prefix="farkv-disk")

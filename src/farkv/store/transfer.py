@@ -7,6 +7,7 @@ leaves an event. Knows nothing of why a record was chosen.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -53,6 +54,7 @@ class Link:
     def __init__(self, device: torch.device):
         self.device = device
         self._worker: ThreadPoolExecutor | None = None
+        self._owner = 0
         self._stream: Any = None
         self._staging: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -61,14 +63,15 @@ class Link:
 
     def submit(self, work: Callable[[], Any]) -> Ticket:
         """Run `work` on the link's thread."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="farkv-link")
+        if self._worker is None or self._owner != os.getpid():
+            # A forked child has none of its parent's threads.
+            self._worker, self._owner = ThreadPoolExecutor(1, thread_name_prefix="farkv-link"), os.getpid()
         return Ticket(self._worker.submit(work))
 
     def drain(self) -> None:
         """Wait for all that was submitted: what was read for one layer is then known when the next one chooses."""
         if self._worker is not None:
-            self._worker.submit(lambda: None).result()
+            self.submit(lambda: None).result()
 
     def fetch(
         self,

@@ -1,0 +1,174 @@
+"""Real faults, each with a few seeds: a right answer or an error in words, and nothing lost that was there before.
+
+`benchmarks/faults.py` injects the same ones many times.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import farkv
+from farkv.errors import CacheStateError
+from farkv.methods import XKV, InfiniGen
+from tests.models import forward, make_model, make_prompt, plain_cache
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("the benchmarks are not part of a source distribution", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+from fault_kinds import FAULTS  # noqa: E402
+from fault_stage import Stage  # noqa: E402
+from faults import run_fault  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    folder = tmp_path_factory.mktemp("faults")
+    folder.chmod(0o755)
+    with torch.no_grad():
+        yield Stage(folder, 0)
+
+
+# A child that is forked while threads run is what these two are about.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    "seed", [0, 1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_fault_is_never_a_wrong_answer(stage: Stage, fault: str, seed: int) -> None:
+    assert run_fault(stage, fault, seed) in ("correct", "refused")
+
+
+class Stop(Exception):
+    """Stands for whatever a user's hook raises."""
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_a_stopped_pass_leaves_every_layer_as_it_was(family: str, error: type[BaseException]) -> None:
+    """Sliding layers too, which cannot step back by themselves; and what is known of the tokens and the index."""
+    model, text = make_model(family), make_prompt(1, tokens=30)["input_ids"]
+    other = make_prompt(1, tokens=9, seed=5)["input_ids"]
+
+    def fail(module: Any, args: Any, out: Any) -> None:
+        raise error
+
+    def stop(block: int, ids: torch.Tensor, cache: Any) -> None:
+        hook = model.model.layers[block].mlp.register_forward_hook(fail)
+        with pytest.raises(error):
+            forward(model, ids, cache)
+        hook.remove()
+
+    with farkv.attach(model, InfiniGen(fraction=0.4)) as far:
+        calm, cache = far.new_cache(), far.new_cache()
+        stop(2, other, cache)
+        expected, got = forward(model, text, calm), forward(model, text, cache)
+        assert torch.equal(expected, got)
+        for token in other.split(1, 1):
+            stop(3, token, cache)
+            assert torch.equal(forward(model, token, cache), forward(model, token, calm))
+        # The decoder alone, after a pass of the whole model was stopped.
+        stop(1, other, cache)
+        far.decoder(input_ids=other, past_key_values=cache)
+        far.decoder(input_ids=other, past_key_values=calm)
+        assert torch.equal(forward(model, other[:, :1], cache), forward(model, other[:, :1], calm))
+        assert torch.equal(cache.token_ids, calm.token_ids)
+        assert cache.token_ids.tolist() == torch.cat([text, other, other, other[:, :1]], 1)[0].tolist()
+        one, two = far.receipt(calm), far.receipt(cache)
+        assert (one.context_tokens, one.generated_tokens) == (two.context_tokens, two.generated_tokens)
+
+
+def test_a_stopped_pass_is_forgotten_by_reset_save_and_crop(tmp_path: Path) -> None:
+    model, text = make_model("gemma3"), make_prompt(1, tokens=30)["input_ids"]
+
+    def fail(module: Any, args: Any, out: Any) -> None:
+        raise KeyboardInterrupt
+
+    def stop(cache: Any) -> None:
+        hook = model.model.layers[2].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            forward(model, text, cache)
+        hook.remove()
+
+    plain = plain_cache(model)
+    forward(model, text, plain)
+    expected = forward(model, text[:, :1], plain)
+    with farkv.attach(model, InfiniGen(fraction=1.0)) as far:
+        cache = far.new_cache()
+        forward(model, text, cache)
+        stop(cache)
+        cache.save(tmp_path / "a")
+        assert torch.equal(forward(model, text[:, :1], farkv.load_cache(tmp_path / "a", model)), expected)
+        stop(cache)
+        cache.reset()
+        forward(model, text, cache)
+        assert torch.equal(forward(model, text[:, :1], cache), expected)
+
+
+def test_what_cannot_be_taken_back_is_said() -> None:
+    model, prompt = make_model("qwen3_next"), make_prompt(1)["input_ids"]
+    evicting = make_model("llama")
+
+    def fail(module: Any, args: Any, out: Any) -> None:
+        raise Stop
+
+    for one, method in ((model, InfiniGen(fraction=0.5)), (evicting, XKV(fraction=0.5))):
+        with farkv.attach(one, method) as far:
+            cache = far.new_cache()
+            hook = one.model.layers[3].register_forward_hook(fail)
+            with pytest.raises(Stop):
+                forward(one, prompt, cache)
+            hook.remove()
+            try:
+                forward(one, prompt, cache)
+            except CacheStateError as error:
+                assert "start a new cache" in str(error)
+            cache.reset()
+            forward(one, prompt, cache)
+
+
+def test_a_full_pool_stays_of_use_after_a_stopped_pass() -> None:
+    model, text = make_model("llama"), make_prompt(1, tokens=400)["input_ids"]
+
+    def fail(module: Any, args: Any, out: Any) -> None:
+        raise Stop
+
+    with farkv.attach(model, InfiniGen(fraction=0.3), host="150KiB", evict="lru") as far:
+        cache = far.new_cache()
+        for i, piece in enumerate(text.split(50, 1)):
+            hook = model.model.layers[i % 4].register_forward_hook(fail)
+            with pytest.raises(Stop):
+                forward(model, piece, cache)
+            hook.remove()
+            assert forward(model, piece, cache).isfinite().all()
+        assert cache.get_seq_length() == 400
+        assert far.receipt(cache).kv_bytes.host_peak <= 150 * 1024
+        assert far.receipt(cache).evicted_records > 0
+
+
+def test_a_verified_step_that_fails_is_compared_with_nothing() -> None:
+    model, prompt = make_model("llama"), make_prompt(1)["input_ids"]
+
+    def fail(module: Any, args: Any, out: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stop
+
+    calls: list[int] = []
+    with farkv.attach(model, InfiniGen(fraction=0.4)) as far:
+        cache = far.new_cache(verify=1)
+        forward(model, prompt, cache)
+        hook = model.model.layers[3].register_forward_hook(fail)
+        # The dense pass goes well, the step itself does not.
+        with pytest.raises(Stop):
+            forward(model, prompt[:, :1], cache)
+        hook.remove()
+        forward(model, prompt[:, :1], cache)
+        assert far.receipt(cache).quality is None
+        assert far.receipt(cache).time.tokens_per_s > 0
