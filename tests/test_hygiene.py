@@ -27,6 +27,7 @@ ALLOWED = {
     ("methods/indexed.py", "take_fitted", "tolist"): "once per session",
     ("hf/verify.py", "after", "tolist"): "verified steps are not timed",
     ("hf/identity.py", "identify_model", "numpy"): "once, at attach",
+    ("hf/identity.py", "digest_weights", "numpy"): "the same",
     ("store/transfer.py", "_copy_missing", "nonzero"): "of host memory, by the link's own thread",
     ("store/transfer.py", "_copy", "nonzero"): "the same",
     ("methods/spill.py", "choose_kept", "nonzero"): "once per eviction of many records",

@@ -189,8 +189,16 @@ def test_a_prefix_is_reused_and_another_text_refused(tmp_path: Path) -> None:
         read_session_text(tmp_path / "b")
 
 
+def train_on() -> Any:
+    """Return a model of which one projection has moved, as a merged adapter leaves it."""
+    model = copy.deepcopy(make())
+    model.model.layers[2].self_attn.q_proj.weight.data *= 1.02
+    return model
+
+
 REFUSED: dict[str, tuple[str, Callable[[], tuple[Any, tuple[Method, ...], dict[str, Any]]]]] = {
     "model": ("its model", lambda: (make(initializer_range=0.1), (Full(),), {})),
+    "adapter": ("its model", lambda: (train_on(), (Full(),), {})),
     "family": ("its model", lambda: (make("qwen2"), (Full(),), {})),
     "layers": ("its model", lambda: (make(num_hidden_layers=3), (Full(),), {})),
     "dtype": ("its records.*float32.*bfloat16", lambda: (copy.deepcopy(make()).to(torch.bfloat16), (Full(),), {})),
@@ -333,14 +341,19 @@ def list_forged(path: Path) -> list[tuple[dict[str, Any], dict[str, torch.Tensor
     return made + [(notes, {**tensors, name: WRONG_TENSORS[2]}) for name in extra]
 
 
+def pages_of(saved: Saved) -> torch.Tensor:
+    pages = torch.empty(saved.n_pages, saved.page_bytes, dtype=torch.uint8)
+    saved.reader.read(torch.arange(saved.n_pages), pages)
+    return pages
+
+
 @pytest.mark.parametrize(("family", "tokens"), [("gemma3", 20), ("llama", 300)])
 def test_a_forged_session_is_refused_or_does_no_harm(family: str, tokens: int, tmp_path: Path) -> None:
     model, path, refused = make(family), tmp_path / "a", 0
     with farkv.attach(model, InfiniGen(fraction=0.3)) as far:
         write(far, path, tokens, text="x")
         saved, good = Saved.open(path), ask(model, load_cache(path, model))
-        pages = torch.empty(saved.n_pages, saved.page_bytes, dtype=torch.uint8)
-        saved.reader.read(torch.arange(saved.n_pages), pages)
+        pages = pages_of(saved)
         forged = list_forged(path)
         for notes, tensors in forged:
             write_saved(tmp_path / "b", notes, tensors, [pages], saved.n_pages, saved.page_bytes)
@@ -354,6 +367,17 @@ def test_a_forged_session_is_refused_or_does_no_harm(family: str, tokens: int, t
     assert refused > 0.9 * len(forged)
 
 
+def test_an_empty_page_of_any_size_takes_no_memory(tmp_path: Path) -> None:
+    with farkv.attach(make(), Full()) as far:
+        write(far, tmp_path / "a", 5)
+        saved = Saved.open(tmp_path / "a")
+        tensors = {name: saved.tensor(name) for name in saved.names}
+        notes = saved.notes | {"page": [2**31 - 1, 16, "float32"]}
+        write_saved(tmp_path / "a", notes, tensors, [], 0, (2**31 - 1) * 64)
+        with pytest.raises(SessionError, match="its notes"):
+            load_cache(tmp_path / "a", make())
+
+
 def test_the_file_says_who_made_it(tmp_path: Path) -> None:
     with farkv.attach(make(), InfiniGen(fraction=0.3)) as far:
         write(far, tmp_path / "a", 30, text="☺", tokenizer=Words("x"))
@@ -365,7 +389,7 @@ def test_the_file_says_who_made_it(tmp_path: Path) -> None:
     # Another release of transformers is no obstacle, another format is.
     saved = Saved.open(tmp_path / "a")
     tensors = {name: saved.tensor(name) for name in saved.names}
-    write_saved(tmp_path / "b", notes | {"versions": {"transformers": "9.9"}}, tensors, [], 0, saved.page_bytes)
+    write_saved(tmp_path / "b", notes | {"versions": 9}, tensors, [pages_of(saved)], saved.n_pages, saved.page_bytes)
     with farkv.attach(make(), InfiniGen(fraction=0.3)):
         load_cache(tmp_path / "b", make())
         data = (tmp_path / "b").read_bytes().replace(b"farkv-session-1", b"farkv-session-2")

@@ -24,7 +24,7 @@ from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
 from farkv.hf.attention import NAME, probing
 from farkv.hf.cache import FarCache, FarLayer
-from farkv.hf.identity import identify_model
+from farkv.hf.identity import digest_weights, identify_model
 from farkv.hf.query import Rope, add_attention, hidden_of, probe_query, with_hidden
 from farkv.hf.report import make_receipt
 from farkv.hf.verify import Verifier
@@ -192,8 +192,8 @@ class Handle(AbstractContextManager["Handle"]):
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Who the model is."""
-        return identify_model(self.model)
+        """Who the model is, its weights looked at more closely than a profile asks for."""
+        return {**identify_model(self.model), "every_weight": digest_weights(self.model)}
 
     @torch.no_grad()
     def measure_shape(self) -> tuple[LayerShape, torch.dtype]:

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 
 from farkv.hf import _compat
 
+# Values of each parameter.
+SAMPLED = 512
+
 
 def identify_model(model: PreTrainedModel) -> dict[str, str]:
     """Return the model's family, shape and a digest of a few weights.
@@ -28,3 +31,16 @@ def identify_model(model: PreTrainedModel) -> dict[str, str]:
         "hidden": str(config.hidden_size),
         "weights": digest.hexdigest()[:32],
     }
+
+
+def digest_weights(model: PreTrainedModel) -> str:
+    """Return a digest of some of every weight: what was trained on from another model is not that model.
+
+    Cost: SAMPLED values of every parameter copied to the host.
+    """
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
+        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

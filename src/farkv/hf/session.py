@@ -22,7 +22,7 @@ from farkv.hf.cache import FarCache, FarLayer
 from farkv.hf.handle import CHUNK_TOKENS, Handle, find_handle
 from farkv.methods.contract import Levers
 from farkv.methods.saved import describe_index, list_tensors, take_tensors
-from farkv.store.pages import PageForm
+from farkv.store.pages import MOST_TOKENS, PageForm
 from farkv.store.reader import bytes_of
 from farkv.store.records import SavedText
 from farkv.store.saved import Saved, write_saved
@@ -165,6 +165,8 @@ def read_notes(notes: dict[str, Any]) -> dict[str, Any]:
         heads, k_dim, v_dim, record = notes["record"]
         numbers = (tokens, width, heads, k_dim, v_dim, *notes["layers"])
         plain = all(type(n) is int and 0 <= n < 2**31 for n in numbers) and tokens * width * heads > 0
+        # An open page takes memory, however few tokens are in it.
+        plain = plain and tokens <= MOST_TOKENS
         plain = plain and notes["quant"] in (None, *QUANT) and isinstance(notes["index"], dict | None)
         if plain and dtype in _DTYPES and record in _DTYPES and len(notes["layers"]) > 0:
             keys = ("identity", "tokenizer", "page", "record", "quant", "index", "layers")
