@@ -145,7 +145,7 @@ class LayerCount:
 
 @dataclass
 class Account:
-    """Everything counted during a run, mutable; `paused` while a verifying dense pass runs."""
+    """Everything counted during a run, mutable."""
 
     layers: dict[int, LayerCount] = field(default_factory=dict)
     record_bytes: dict[int, int] = field(default_factory=dict)
@@ -161,7 +161,8 @@ class Account:
     agreements: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     decoding: bool = False
-    paused: bool = False
+    # False while a step is verified: what it moves is no part of the run.
+    counts_bytes: bool = True
 
     def layer(self, layer: int) -> LayerCount:
         """Return the counts of one layer."""
@@ -169,8 +170,17 @@ class Account:
 
     def add_fallback(self, name: str) -> None:
         """Count one use of a slower or different path than the one asked for."""
-        if not self.paused:
-            self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
+        self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
+
+    def count_fetch(self, n_bytes: int) -> None:
+        """Count bytes that crossed the link, at decode steps."""
+        if self.decoding and self.counts_bytes:
+            self.fetched_bytes += n_bytes
+
+    def count_disk(self, n_bytes: int) -> None:
+        """Count bytes that were read from disk, at decode steps."""
+        if self.decoding and self.counts_bytes:
+            self.disk_bytes += n_bytes
 
     def read_fraction(self) -> float:
         """Return the bytes of chosen records over the bytes of all records, all layers and decode steps."""

@@ -29,13 +29,14 @@ class Verifier(threading.local):
         if not isinstance(cache, FarCache) or cache.recipe.dense:
             return
         # A step that failed before its comparison has left these.
-        self.reference, cache.recipe.measuring = None, False
+        self.reference, cache.recipe.measuring, cache.account.counts_bytes = None, False, True
         if cache.verify_steps <= 0:
             return
         tokens = kwargs.get("input_ids")
         tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
         if tokens is None or tokens.shape[1] != 1 or cache.get_seq_length() == 0:
             return
+        cache.account.counts_bytes = False
         self.reference = run_dense(model, cache, args, kwargs)
         cache.recipe.measuring = True
         cache.verify_steps -= 1
@@ -46,7 +47,7 @@ class Verifier(threading.local):
         if self.reference is None or not isinstance(cache, FarCache) or cache.recipe.dense:
             return
         reference, self.reference = self.reference, None
-        cache.recipe.measuring = False
+        cache.recipe.measuring, cache.account.counts_bytes = False, True
         logits = out.logits[:, -1].float().log_softmax(-1)
         full = reference.float().log_softmax(-1)
         kl = (full.exp() * (full - logits)).sum(-1)

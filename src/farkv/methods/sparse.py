@@ -32,7 +32,8 @@ class SparseRecipe(Evicting):
         self.dense = False
         self.measuring = False
         self.pending: dict[int, tuple[Fetch, Budget]] = {}
-        self.store.on_fetch, self.store.on_disk = self.count_fetch, self.count_disk
+        # The account's, not ours: a store that knew its recipe would keep both alive until the collector comes.
+        self.store.on_fetch, self.store.on_disk = place.account.count_fetch, place.account.count_disk
 
     # --- what a method fills in -----------------------------------------------------------------------------
 
@@ -206,18 +207,6 @@ class SparseRecipe(Evicting):
         if self.measuring:
             real = self.padding.of_tokens(self.store.seen(layer))
             self.account.layer(layer).add_mass(*measure_found(self.store, layer, step, read, real))
-
-    # --- the books ------------------------------------------------------------------------------------------
-
-    def count_fetch(self, n_bytes: int) -> None:
-        """Count bytes that crossed the link at decode steps."""
-        if self.account.decoding and not self.dense and not self.measuring:
-            self.account.fetched_bytes += n_bytes
-
-    def count_disk(self, n_bytes: int) -> None:
-        """Count bytes that were read from disk at decode steps."""
-        if self.account.decoding and not self.dense and not self.measuring:
-            self.account.disk_bytes += n_bytes
 
     # --- a text that was read before ------------------------------------------------------------------------
 

@@ -60,8 +60,9 @@ class Spiller:
             assert home.limit is not None
             record_bytes = self.store.stored_bytes(shape) + ROW_BYTES + MARK_BYTES
             row_bytes = record_bytes * shape.batch * shape.kv_heads
-            # While a layer grows, its old rows are still there.
-            self.capacity = home.limit // ((len(layers) + 1) * row_bytes + near_token_bytes)
+            # While a layer grows, its old rows are still there; what was announced is allocated at once.
+            growing, whole = (home.limit // (n * row_bytes + near_token_bytes) for n in (len(layers) + 1, len(layers)))
+            self.capacity = max(growing, min(self.store.limits.reserve_tokens, whole))
         pinned = self.sinks + self.recent
         least = max(at_once + min(self.store.length(layers[0]), pinned), min(tokens, 1 + pinned))
         if least > self.capacity:
