@@ -13,10 +13,12 @@ from pathlib import Path
 import allocate
 import disk
 import eviction
+import faults
 import limits
 import prefill
 import quality
 import quant
+import session
 import xkv_batch
 import xkv_coverage
 import xkv_light
@@ -69,6 +71,8 @@ def make_tables() -> dict[Path, dict[str, str]]:
             "disk-quality": disk.format_quality(RESULTS / "disk.jsonl"),
             "quant": quant.format_table(RESULTS / "quant.jsonl"),
             "prefill": prefill.format_table(RESULTS / "prefill.jsonl"),
+            "session": session.format_table(RESULTS / "session.jsonl"),
+            "faults": faults.format_table(RESULTS / "faults.jsonl"),
         },
     }
 
