@@ -259,7 +259,6 @@ def two_processes_on_one_session(stage: Stage) -> str:
             return "refused"
         return "correct"
 
-    # What Full reads has no index, so another method could not ask it.
     stage.method = METHODS[0]
     with stage.attach("ram") as far:
         cache = stage.read(far)

@@ -62,9 +62,7 @@ def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
     """
     if disk is None:
         return None
-    folder, colon, size = str(disk).rpartition(":")
-    if not colon:
-        folder, size = size, ""
+    folder, size = str(disk).rsplit(":", 1) if ":" in str(disk) else (str(disk), "")
     if not folder:
         raise ConfigError(f"{option}: expected a folder and a limit, for example /data/kv:100GiB; got {disk!r}")
     return Path(folder), parse_bytes(size, option) if size else None

@@ -16,12 +16,13 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from farkv.config import Method
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
+from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.attention import NAME, probing
 from farkv.hf.cache import FarCache, FarLayer
 from farkv.hf.identity import digest_weights, identify_model
@@ -205,8 +206,7 @@ class Handle(AbstractContextManager["Handle"]):
             shapes: list[tuple[LayerShape, torch.dtype]] = []
             for i in self.managed:
                 k, v = layers[i].keys, layers[i].values
-                shape = LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
-                shapes.append((shape, k.dtype))
+                shapes.append((LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype))
             self._shape = max(shapes, key=lambda s: s[0].token_bytes)
             self.stock = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
@@ -291,29 +291,10 @@ class Handle(AbstractContextManager["Handle"]):
         cache.recipe.speculate(i, query)
 
 
-# Attached models, by identity: a handle that nobody holds any more is not kept for this.
+# Attached models, by identity; this keeps no handle alive.
 _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
 
 
 def find_handle(model: nn.Module) -> Handle | None:
     """Return the handle of an attached model."""
     return _handles.get(id(model))
-
-
-def find_cache(args: Any, kwargs: dict[str, Any]) -> FarCache | None:
-    """Return our cache among a module's arguments: its name and place differ from model to model."""
-    return next((v for v in (*kwargs.values(), *args) if isinstance(v, FarCache)), None)
-
-
-def find_ids(args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Return the token ids that a model is called with, None where it is called with embeddings."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() else None
-
-
-def count_new(args: Any, kwargs: dict[str, Any]) -> int:
-    """Return how many tokens a decoder is called with."""
-    for name in ("inputs_embeds", "input_ids"):
-        if kwargs.get(name) is not None:
-            return kwargs[name].shape[1]
-    return args[0].shape[1]
