@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Int, Tensor
-from farkv.errors import CacheStateError
+from farkv.errors import CacheStateError, FarKVError
 from farkv.hf import _compat
 from farkv.hf.layer import FarLayer
 from farkv.methods.contract import Recipe
@@ -186,7 +186,7 @@ class FarCache(_compat.Cache):
         layers: list[Any] = self.layers
         try:
             layers[i].crop(-n_tokens)
-        except (CacheStateError, ValueError, RuntimeError, AttributeError):
+        except (FarKVError, ValueError, RuntimeError, AttributeError):
             self._broken = f"layer {i} ({type(layers[i]).__name__})"
 
     def check_whole(self) -> None:
