@@ -348,8 +348,8 @@ def test_every_layer_reads_its_own_share(method: Any, near: Any) -> None:
     for row, share in zip(receipt.layers, shares, strict=True):
         assert row.read_fraction <= share
         if getattr(method, "top_p", None) is None:
-            # One record of 61 is what rounding may cost.
-            assert row.read_fraction > share - 1 / 61
+            # One record of 52 is what rounding may cost; of padding nobody has a share.
+            assert row.read_fraction > share * (1 - 9 / 120) - 1 / 52
     check_replay(model, tape)
 
 
