@@ -6,6 +6,8 @@ PIP_FLAGS ?=
 
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
+# A process per core; each test runs on one thread.
+IN_PARALLEL := -n auto --dist worksteal
 INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 
 .PHONY: demo test lint matrix-oldest clean
@@ -15,7 +17,7 @@ demo: .venv/installed
 	$(BIN)/farkv demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -24,7 +26,7 @@ lint: .venv/installed-dev
 	$(BIN)/basedpyright
 
 matrix-oldest: .venv-oldest/installed
-	$(OLDEST)/python -m pytest -q -m "not slow" tests/hf
+	$(OLDEST)/python -m pytest -q $(IN_PARALLEL) -m "not slow" tests/hf
 
 clean:
 	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

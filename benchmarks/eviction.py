@@ -95,7 +95,8 @@ class Bench:
         for run in runs:
             host = None if run.limit is None else int(run.limit * token_bytes * len(text))
             with attach(self.model, METHODS[run.method], host=host, evict=run.policy or "refuse") as far:
-                cache = far.new_cache()
+                # Announced, so that the pool is allocated at once and no layer needs room to grow.
+                cache = far.new_cache(tokens=len(text) + CODE_STEPS, chunk_tokens=CHUNK_TOKENS)
                 prefill(far, cache, text, CHUNK_TOKENS, Listener())
                 yield run, far, cache, host
 

@@ -55,7 +55,7 @@ def check(cache: Any) -> None:
     assert store.host.peak <= store.host.limit
     for layer in range(LAYERS):
         n_rows, seen = store.length(layer), store.seen(layer)
-        assert n_rows <= spiller.capacity + 1
+        assert n_rows <= spiller.capacity
         assert store.evicted[layer] == seen - n_rows
         places = store.kept[layer].places.view()[..., 0]
         assert (places.diff(dim=-1) > 0).all(), "every record is there once, in the order of the text"
@@ -128,8 +128,8 @@ def test_a_crop_takes_back_only_what_nothing_was_taken_from() -> None:
         assert gapless >= CHUNK
         before = [store.kept[i].places.view().clone() for i in range(LAYERS)]
         cache.crop(-CHUNK)
+        # What left the window may have gone before the window came back to it.
         assert cache.get_seq_length() == 56 - CHUNK
-        check(cache)
         # The same tokens again: the same records, though others may have gone for them.
         read(model, ids[:, 48:56], cache)
         for i in range(LAYERS):
@@ -204,3 +204,16 @@ def test_attention_sees_exactly_the_records_that_are_left(method: str, policy: s
                 model(input_ids=token, attention_mask=mask, past_key_values=cache)
                 check(cache)
     check_replay(reference, tape)
+
+
+def test_the_token_after_a_prompt_that_fills_the_pool_has_room() -> None:
+    # Announced, the pool is allocated at once: no layer could grow for one token more.
+    model, ids = make_model("llama"), make_prompt(1, tokens=96)["input_ids"]
+    for host in range(30_000, 60_000, 5_000):
+        with farkv.attach(model, InfiniGen(fraction=0.3), host=host, evict="fifo") as far:
+            cache = far.new_cache(tokens=110, chunk_tokens=16)
+            for start in range(0, 96, 16):
+                model(input_ids=ids[:, start : start + 16], past_key_values=cache)
+            for token in ids[0, :8]:
+                model(input_ids=token[None, None], past_key_values=cache)
+            assert far.receipt().kv_bytes.host_peak <= host

@@ -61,12 +61,12 @@ class Evicting(Limited):
     # --- a full pool ----------------------------------------------------------------------------------------
 
     def _make_room(self, layer: int, step: Step) -> None:
-        """Let the prompt's last queries say what is used; while decoding, evict where the next token has no room."""
+        """Let the prompt's last queries say what is used; evict where the next token has no room."""
         assert self.spiller is not None
-        if step.k.shape[2] > 1 or self.reads_all(layer):
+        decodes = step.k.shape[2] == 1
+        if not decodes or self.reads_all(layer):
             self._vote(layer, step)
-        if step.k.shape[2] == 1:
-            self._spill(layer, self.spiller.count_excess(layer, 1))
+        self._spill(layer, self.spiller.count_excess(layer, 1, spare=decodes))
 
     def _vote(self, layer: int, step: Step) -> None:
         """Mark what the last queries would read, each sequence within its own cap."""

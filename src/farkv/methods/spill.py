@@ -79,14 +79,14 @@ class Spiller:
             marks.reserve = rows
         return dict.fromkeys(layers, rows)
 
-    def count_excess(self, layer: int, n_new: int) -> int:
-        """Return how many records must go before `n_new` more find room; while decoding a few more than that."""
+    def count_excess(self, layer: int, n_new: int, *, spare: bool = False) -> int:
+        """Return how many records must go before `n_new` more find room; with `spare` a few more than that."""
         n_rows = self.store.length(layer)
         excess = n_rows + n_new - self.capacity
-        if excess <= 0 or n_new > 1:
+        if excess <= 0 or not spare:
             return max(0, excess)
-        spare = n_rows - self.sinks - self.recent
-        return min(spare, max(excess, int(SLACK * self.capacity)))
+        unpinned = n_rows - self.sinks - self.recent
+        return min(unpinned, max(excess, int(SLACK * self.capacity)))
 
     # --- what is read ---------------------------------------------------------------------------------------
 
