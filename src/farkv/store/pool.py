@@ -162,18 +162,7 @@ class FarMemory:
         return rows if codec is None else codec.decode(rows)
 
     def store(self, layer: int, k: Tensor, v: Tensor, parts: tuple[Tensor, ...]) -> None:
-        """Add the new tokens' records, `parts`, to a layer.
-
-        Raises:
-            ConfigError: pages hold records of one size, and this layer has another.
-        """
-        if self.frames is not None:
-            form, width = self.frames.pages.form, sum(part.shape[-1] for part in parts)
-            if (width, parts[0].dtype) != (form.width, form.dtype):
-                raise ConfigError(
-                    f"disk: expected records of {form.width} values of {form.dtype} in every layer, layer {layer} has "
-                    f"{width} of {parts[0].dtype}; run this model without a disk"
-                )
+        """Add the new tokens' records, `parts`, to a layer."""
         if layer in self.shadow:
             self.shadow[layer].append(k, v)
         if layer in self.kept:
