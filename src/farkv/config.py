@@ -16,9 +16,11 @@ from farkv.errors import ConfigError
 Source = Literal["attn", "residual", "post_attn"]
 SOURCES: tuple[Source, ...] = ("attn", "residual", "post_attn")
 
-# What goes when the host pool is full; over a disk, which copy. And how far records are stored.
+# What goes when the host pool is full (over a disk: which copy), how far records are stored, and which kernels run at
+# decode steps: the fast ones where a choice of records is read; also where all are; nowhere.
 EVICT = ("refuse", "fifo", "lru", "counter", "clock", "score")
 QUANT = ("int8", "int4")
+KERNELS = ("auto", "native", "plain")
 
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
@@ -74,9 +76,9 @@ def check_storage(evict: str, quant: str | None, *, host: int | None) -> None:
     Args:
         host: the pool's limit, without which nothing is ever evicted.
     """
-    _check_name("evict", evict, EVICT)
+    check_name("evict", evict, EVICT)
     if quant is not None:
-        _check_name("quant", quant, QUANT)
+        check_name("quant", quant, QUANT)
     if evict != "refuse" and host is None:
         raise ConfigError(f"evict: {evict} says what goes when the host pool is full; give its limit: host='24GiB'")
 
@@ -224,8 +226,7 @@ LEVERS: tuple[Lever, ...] = ("keep", "near", "fetch")
 Rule = Literal["xkv", "maxmin", "pyramid", "uniform"]
 RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
 SCORERS = ("window", "expected", "value")
-# XKV's published average: 61.6 % fewer KV bytes.
-KEPT_FRACTION = 0.384
+KEPT_FRACTION = 0.384  # XKV's published average: 61.6 % fewer KV bytes.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,10 +278,9 @@ class XKV:
         _check_counts(tokens=self.tokens or 0, window=self.window, sinks=self.sinks or 0)
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
             raise ConfigError(f"window and pool: expected at least 1, pool odd; got {self.window} and {self.pool}")
-        for lever in self.levers:
-            _check_name("levers", lever, LEVERS)
-        _check_name("rule", self.rule, RULES)
-        _check_name("scorer", self.scorer, SCORERS)
+        names = {"rule": (self.rule, RULES), "scorer": (self.scorer, SCORERS)}
+        for option, (got, known) in [*names.items(), *(("levers", (lever, LEVERS)) for lever in self.levers)]:
+            check_name(option, got, known)
         if not self.levers:
             raise ConfigError(f"levers: expected some of {', '.join(LEVERS)}, got none")
 
@@ -290,7 +290,8 @@ class XKV:
         return KEPT_FRACTION if self.fraction is None else self.fraction
 
 
-def _check_name(option: str, got: str, names: tuple[str, ...]) -> None:
+def check_name(option: str, got: str, names: tuple[str, ...]) -> None:
+    """Raise ConfigError unless an option's value is one of its names."""
     if got not in names:
         raise ConfigError(f"{option}: expected {', '.join(names[:-1])} or {names[-1]}, got {got!r}")
 

@@ -158,6 +158,8 @@ class Account:
     fetched_bytes: int = 0
     disk_bytes: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
+    # Fast kernels that ran at decode steps.
+    kernels: set[str] = field(default_factory=set)
     agreements: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     decoding: bool = False

@@ -6,12 +6,24 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from farkv.config import XKV, Full, InfiniGen, Method, Selector, check_storage, parse_bytes, parse_disk
+from farkv.config import (
+    KERNELS,
+    XKV,
+    Full,
+    InfiniGen,
+    Method,
+    Selector,
+    check_name,
+    check_storage,
+    parse_bytes,
+    parse_disk,
+)
 from farkv.errors import CacheStateError, ConfigError, FarKVError, PlanError
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
-from farkv.methods.contract import Levers, Setting
+from farkv.kernels.native import load_native
+from farkv.methods.contract import Fast, Levers, Setting
 from farkv.per_model.profile import Profile
 from farkv.plan import Plan
 from farkv.store.disk import DiskSpace
@@ -29,6 +41,7 @@ def attach(
     disk: str | None = None,
     evict: str = "refuse",
     quant: str | None = None,
+    kernel: str = "auto",
     profile: Profile | str | Path | bool | None = None,
     plan: Plan | str | Path | None = None,
 ) -> Handle:
@@ -45,6 +58,9 @@ def attach(
             (InfiniGen's), "clock" or "score". With a disk a copy goes and nothing is lost ("refuse": the longest
             unused); without one the records are gone, and the receipt counts them.
         quant: store records as "int8" or "int4" in host memory and on disk; None: as the model made them.
+        kernel: "auto" runs the fast kernels of this machine where a choice of records is read, "native" also where
+            everything is (then equal to the plain model to rounding, not bit for bit), "plain" nowhere. The receipt
+            says which ran.
         profile: a profile or its path. None: the one beside the model's weights, if there is one; False: none,
             the skew is then estimated from each prompt.
         plan: a plan or its path. With XKV it drives XKV's levers; without, what a selector may fetch per layer.
@@ -57,6 +73,7 @@ def attach(
     """
     limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"), evict=evict, quant=quant)
     check_storage(evict, quant, host=limits.host)
+    fast = find_kernels(kernel, model)
     place = parse_disk(disk, "disk")
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
         raise CacheStateError("attach: the model is attached already; detach it first")
@@ -70,7 +87,7 @@ def attach(
     if place is not None:
         limits = limits._replace(disk=DiskSpace(*place))
     try:
-        handle = Handle(model, selector or xkv or InfiniGen(), Setting(limits, loaded, levers))
+        handle = Handle(model, selector or xkv or InfiniGen(), Setting(limits, loaded, levers, fast))
     except FarKVError:
         if limits.disk is not None:
             limits.disk.close()
@@ -82,6 +99,24 @@ def attach(
             handle.detach()
             raise
     return handle
+
+
+def find_kernels(kernel: str, model: PreTrainedModel) -> Fast:
+    """Return the fast kernels for the device that a model is on.
+
+    Raises:
+        ConfigError: the name is not known, or native kernels were asked for and there are none.
+    """
+    check_name("kernel", kernel, KERNELS)
+    if kernel == "plain":
+        return Fast()
+    kernels = load_native() if model.device.type == "cpu" else None
+    if kernels is None and kernel == "native":
+        raise ConfigError(
+            f"kernel: native kernels for {model.device.type} were not built on this machine; install a C compiler and "
+            'farkv again, or use kernel="auto"'
+        )
+    return Fast(kernels, kernel == "native")
 
 
 def check_levers(levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:

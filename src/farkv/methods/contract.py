@@ -7,7 +7,7 @@ A recipe holds the steps of one method in the method's order. It joins the rooms
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +18,9 @@ from farkv.receipt import Account
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed, LayerShape
 from farkv.store.tiers import Tiers
+
+if TYPE_CHECKING:
+    from farkv.kernels.native import Native
 
 
 class Query(NamedTuple):
@@ -110,22 +113,37 @@ class Levers(NamedTuple):
     fetch: dict[int, float] | None = None
 
 
+class Fast(NamedTuple):
+    """The fast kernels of this machine, and where they stand in for the plain operations.
+
+    kernels: None where there are none, or none are wanted.  everywhere: also where every record is read, which is then
+    equal to the model's own attention to rounding, not bit for bit.  dense_tokens: up to here reading everything is
+    faster than choosing, where no cap was asked for.
+    """
+
+    kernels: Native | None = None
+    everywhere: bool = False
+    dense_tokens: int = 0
+
+
 class Setting(NamedTuple):
-    """What a user set around a method: byte limits, what was measured of the model, what a plan limits."""
+    """What a user set around a method: byte limits, what was measured of the model, what a plan limits, kernels."""
 
     limits: StoreLimits = StoreLimits()
     profile: Profile | None = None
     levers: Levers = Levers()
+    fast: Fast = Fast()
 
 
 class Place(NamedTuple):
-    """Where a recipe works: the managed layers, the limits, the device, the books and the levers."""
+    """Where a recipe works: the managed layers, the limits, the device, the books, the levers and the kernels."""
 
     layers: list[int]
     limits: StoreLimits
     device: torch.device
     account: Account
     levers: Levers = Levers()
+    fast: Fast = Fast()
 
 
 @runtime_checkable

@@ -25,8 +25,8 @@ from farkv.store.sizes import LayerShape
 # Without a profile, the skew is final once it was fitted to this many tokens per head dimension.
 FIT_TOKENS_PER_DIM = 8
 SAMPLED_QUERIES = 256
-# Index bytes scored per step over the KV bytes, all passes over the index together.
-INDEX_SHARE = 0.10
+# Index bytes scored per step over the KV bytes, in one pass over the index.
+INDEX_SHARE = 1 / 32
 FIT_KEYS = 4096
 
 
@@ -66,19 +66,21 @@ class Indexed(SparseRecipe):
             due = self.find_due(layer, total, lambda n, fitted: fitted == 0 and n >= least) if n_new > 1 else []
             if due:
                 self.fit(layer, step.k if total == n_new else self.store.keys(layer), due)
-        if index.projection is not None and index.length == total - n_new:
+        # In place, a token is indexed when it leaves the window, many at a time; of a far one the key is here now.
+        waits = n_new == 1 and not self.store.far and self.window > 0
+        if index.projection is not None and index.length == total - n_new and not waits:
             self.encode(layer, step.k)
 
     def catch_up(self, layer: int, n_tokens: int) -> None:
-        """Bring a layer's index up to `n_tokens`: after a short prompt, or while the skew is still young."""
-        index = self.index[layer]
+        """Bring a layer's index up to `n_tokens` at least: tokens left the window, or the skew is still young."""
+        index, total = self.index[layer], self.store.length(layer)
         if not self.is_final(layer):
-            due = self.find_due(layer, n_tokens, lambda n, fitted: n >= 2 * fitted)
+            due = self.find_due(layer, total, lambda n, fitted: n >= 2 * fitted)
             if due:
-                self.fit(layer, self.store.keys(layer, 0, n_tokens), due)
+                self.fit(layer, self.store.keys(layer, 0, total), due)
         if index.length < n_tokens:
             # A deliberate copy where the pool is far: these keys were stored before the index could be built.
-            self.encode(layer, self.store.keys(layer, index.length, n_tokens).to(self.store.device))
+            self.encode(layer, self.store.keys(layer, index.length, total).to(self.store.device))
 
     def fit_tokens(self, layer: int) -> int:
         """Tokens after which a skew from the prompt is final."""
@@ -204,14 +206,13 @@ class Indexed(SparseRecipe):
         return pack_codes(codes) if self.bits == 4 else codes
 
     def count_columns(self, k_dim: int, record_bytes: int) -> int:
-        """Index columns R: ours fill an index fraction of 0.10, the paper's are 0.3 of the head dimension."""
+        """Index columns R: ours fill 1/32 of the KV bytes, the paper's are 0.3 of the head dimension."""
         if self.config.columns is not None:
             wanted = self.config.columns
         elif self.config.paper:
             wanted = max(1, round(0.3 * k_dim))
         else:
-            scans = 2 if self.share_late else 1
-            wanted = int(INDEX_SHARE * record_bytes * 8 / self.bits / scans)
+            wanted = int(INDEX_SHARE * record_bytes * 8 / self.bits)
         # Two codes share a byte.
         even = wanted - wanted % 2 if self.bits == 4 else wanted
         # A profile holds every column of the paper's basis, but only the leading ones of ours.

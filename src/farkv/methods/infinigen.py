@@ -14,6 +14,7 @@ from __future__ import annotations
 from farkv._axes import Tensor
 from farkv.config import InfiniGen
 from farkv.errors import ConfigError
+from farkv.kernels.native import IndexView, Logits
 from farkv.methods.contract import Budget, Place, Query
 from farkv.methods.indexed import Indexed
 from farkv.per_model.profile import Profile
@@ -64,9 +65,32 @@ class InfiniGenRecipe(Indexed):
 
     def score_and_select(self, layer: int, query: Query, rows: int, budget: Budget) -> Choice:
         """Choose `budget.early` of `rows` records, the newest and not yet indexed one included, but for the tail."""
-        self.catch_up(layer, rows - 1)
-        scores = self.score(layer, query, rows - budget.tail)
-        return self.select_records(layer, scores, budget)
+        n_old = rows - budget.tail
+        self.catch_up(layer, n_old)
+        if self._selects_fast(layer, query):
+            return self._select_fast(layer, query, n_old, budget.early, n_sinks=budget.sinks)
+        return self.select_records(layer, self.score(layer, query, n_old), budget)
+
+    def _selects_fast(self, layer: int, query: Query) -> bool:
+        """Say whether the fast kernel has this rule: the cap's best, of all records but padding."""
+        config = self.config
+        by_cap = not config.paper and config.alpha is None and config.top_p is None
+        return by_cap and not self.reaches_disk(layer) and self.may_use_kernels(query)
+
+    def _select_fast(
+        self, layer: int, query: Query, n_old: int, cap: int, *, n_sinks: int = 0, taken: Tensor | None = None
+    ) -> Choice:
+        """Score the index and choose in one pass."""
+        kernels, index = self.fast.kernels, self.index[layer]
+        assert kernels is not None
+        assert index.projection is not None
+        codes = index.codes()
+        self.count_index(layer, codes[:, :, :n_old].numel() * codes.element_size())
+        view = IndexView(codes, self.bits, index.projection.query, index.projection.scale)
+        logits = Logits(query.scaling, query.softcap)
+        positions = kernels.select(query.q, view, logits, cap=cap, n=n_old, sinks=n_sinks, taken=taken)
+        self.account.kernels.add(kernels.name)
+        return Choice(positions, None)
 
     def score(self, layer: int, query: Query, n_old: int) -> Tensor:
         """Score the first `n_old` records of a layer with its index."""
@@ -97,6 +121,8 @@ class InfiniGenRecipe(Indexed):
         if budget.late == 0:
             return None
         n_old = self.store.length(layer) - budget.tail
+        if early.valid is None and self._selects_fast(layer, query):
+            return self._select_fast(layer, query, n_old, budget.late, taken=early.positions)
         valid, _ = self.find_open(layer, n_old, budget)
         pooled, taken = pool_group(self.score(layer, query, n_old), valid), Choice(early.positions, early.valid)
         if valid is not None or self.reaches_disk(layer):

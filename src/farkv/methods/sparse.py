@@ -12,7 +12,7 @@ import torch
 
 from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.methods.contract import Budget, Kernel, Place, Query, Step
-from farkv.methods.evicting import Evicting
+from farkv.methods.in_place import InPlace
 from farkv.methods.mass import measure_found
 from farkv.methods.padding import Padding
 from farkv.per_token.attend import align_mask, align_rows
@@ -22,7 +22,7 @@ from farkv.store.records import Fetch, Read
 from farkv.store.sizes import LayerShape
 
 
-class SparseRecipe(Evicting):
+class SparseRecipe(InPlace):
     """A recipe that reads a fraction of the records at decode steps."""
 
     shape: LayerShape | None
@@ -30,7 +30,6 @@ class SparseRecipe(Evicting):
     def __init__(self, place: Place, *, fraction: float, sinks: int, window: int, top_up: float = 0.0):
         super().__init__(place, fraction=fraction, sinks=sinks, window=window, top_up=top_up)
         self.dense = False
-        self.measuring = False
         self.pending: dict[int, tuple[Fetch, Budget]] = {}
         # The account's, not ours: a store that knew its recipe would keep both alive until the collector comes.
         self.store.on_fetch, self.store.on_disk = place.account.count_fetch, place.account.count_disk
@@ -138,6 +137,8 @@ class SparseRecipe(Evicting):
         q, k, v = step.query.q, step.k, step.v
         total = self.store.seen(layer)
         if q.shape[2] == 1 and total > 1 and not self.dense:
+            if self.fast.everywhere and self.reads_in_place(step):
+                return self.read_in_place(layer, step, kernel, None, 0)
             self.count_read(layer, k.shape[0] * k.shape[1] * self.store.length(layer), k)
             self._measure(layer, step, None)
         if total == k.shape[2]:
@@ -184,7 +185,12 @@ class SparseRecipe(Evicting):
         pending, late = self.pending.pop(layer, None), None
         if pending is None:
             budget = join_late(self.share(self.store.seen(layer), layer))
+            in_place = self.reads_in_place(step)
+            if in_place and budget.early + budget.tail >= self.store.length(layer):
+                return self.read_in_place(layer, step, kernel, None, 0)
             chosen = self.choose(layer, step.query, budget)
+            if in_place and chosen.valid is None:
+                return self.read_in_place(layer, step, kernel, chosen.positions, budget.tail)
             early = self.store.fetch(layer, chosen.positions, chosen.valid, budget.tail)
         else:
             early, budget = pending
