@@ -32,6 +32,7 @@ __all__ = [
     "export_state",
     "find_attention",
     "find_decoder",
+    "find_rotation",
     "get_attention_name",
     "get_eager_attention",
     "import_state",
@@ -166,6 +167,13 @@ def supports_sdpa(model: PreTrainedModel) -> bool:
 def get_eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     """Return the model file's own plain attention: it knows softcap, sinks and whatever else is special."""
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def find_rotation(module: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """Return the model file's own rotary embedding of a query, None where it has none of the usual name."""
+    rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+    # It turns a query and a key; one head is enough of a key that nobody reads.
+    return None if rotate is None else lambda q, cos, sin: rotate(q, q[:, :1], cos, sin)[0]
 
 
 def is_compiling() -> bool:

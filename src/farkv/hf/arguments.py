@@ -14,7 +14,14 @@ from farkv.hf.cache import FarCache
 
 def find_cache(args: Any, kwargs: dict[str, Any]) -> FarCache | None:
     """Return our cache among a module's arguments: its name and place differ from model to model."""
-    return next((v for v in (*kwargs.values(), *args) if isinstance(v, FarCache)), None)
+    # Asked several times per layer and step, so the usual name comes first.
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, FarCache):
+        return cache
+    for value in (*kwargs.values(), *args):
+        if isinstance(value, FarCache):
+            return value
+    return None
 
 
 def find_ids(args: Any, kwargs: dict[str, Any]) -> Tensor | None:

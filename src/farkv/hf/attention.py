@@ -34,6 +34,7 @@ class QueryProbed(Exception):
 
 
 probing: ContextVar[bool] = ContextVar("farkv_probing", default=False)
+is_probing = probing.get
 
 
 def far_attention(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from contextlib import AbstractContextManager
 from functools import cached_property
 from types import TracebackType
@@ -23,10 +22,10 @@ from farkv.config import Method
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
 from farkv.hf.arguments import count_new, find_cache, find_ids
-from farkv.hf.attention import NAME, probing
+from farkv.hf.attention import NAME
 from farkv.hf.cache import FarCache, FarLayer
 from farkv.hf.identity import digest_weights, identify_model
-from farkv.hf.query import Rope, add_attention, hidden_of, probe_query, with_hidden
+from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.report import make_receipt
 from farkv.hf.verify import Verifier
 from farkv.methods import make_recipe
@@ -46,8 +45,6 @@ class Handle(AbstractContextManager["Handle"]):
 
     def __init__(self, model: PreTrainedModel, method: Method, setting: Setting = Setting()):  # noqa: B008 - immutable
         self.model, self.method, self.setting = model, method, setting
-        self.rope = Rope()
-        self._flight = threading.local()
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
@@ -60,7 +57,9 @@ class Handle(AbstractContextManager["Handle"]):
                 f"attention implementation: expected one of {', '.join(BASES)}, got {self.base!r}; "
                 'load the model with attn_implementation="sdpa"'
             )
-        make_recipe(method, self._place(Account()), setting.profile)
+        recipe = make_recipe(method, self._place(Account()), setting.profile)
+        layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
+        self._ahead = Lookahead(layers, recipe.query_source)
         self._attach()
         _handles[id(model)] = self
 
@@ -75,7 +74,6 @@ class Handle(AbstractContextManager["Handle"]):
         if found is None:
             raise UnsupportedModelError(f"{name}: no list of decoder blocks with attention modules was found")
         self.decoder, self.blocks = found
-        self.block_of: dict[int, nn.Module] = dict(enumerate(self.blocks))
         self.attention = _compat.find_attention(self.blocks)
         self.layer_types, self._stock_arguments = _compat.describe_layers(_compat.text_config(model))
         self.managed = [
@@ -108,14 +106,9 @@ class Handle(AbstractContextManager["Handle"]):
             # Called after an exception too: what a pass had stored is then taken back.
             hooks.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
         hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
-        for module in self.decoder.modules():
-            if type(module).__name__.endswith("RotaryEmbedding"):
-                hooks.append(module.register_forward_hook(self.rope.note, with_kwargs=True))
-        for i, module in self.attention.items():
-            hooks.append(module.register_forward_pre_hook(self._make_inject(i), with_kwargs=True))
-            hooks.append(module.register_forward_hook(self._make_after_attention(i)))
-        for i, block in enumerate(self.blocks):
-            hooks.append(block.register_forward_pre_hook(self._make_before_block(i), with_kwargs=True))
+        for i in self.managed:
+            hooks.append(self.attention[i].register_forward_pre_hook(make_inject(i), with_kwargs=True))
+        hooks += self._ahead.register(self.decoder)
 
     def detach(self) -> None:
         """Remove every hook and restore the model's attention. Caches made before can no longer be used."""
@@ -144,7 +137,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _place(self, account: Account, reserve_tokens: int = 0) -> Place:
         limits = self.setting.limits._replace(reserve_tokens=reserve_tokens)
-        return Place(self.managed, limits, self.device, account, self.setting.levers)
+        return Place(self.managed, limits, self.device, account, self.setting.levers, self.setting.fast)
 
     def new_cache(
         self, *, tokens: int = 0, batch: int = 1, verify: int = 0, chunk_tokens: int = CHUNK_TOKENS
@@ -220,7 +213,8 @@ class Handle(AbstractContextManager["Handle"]):
         cache = cache or self._last
         if cache is None:
             raise CacheStateError("receipt: no cache was made yet; call new_cache() and generate with it")
-        kernel = f"torch-{self.base}"
+        # What read everything, the prompt at least, is the model's own attention.
+        kernel = "+".join([*sorted(cache.account.kernels), f"torch-{self.base}"])
         return make_receipt(self.model, self.method, self.setting, self.layer_types, kernel, cache)
 
     # --- hooks: each returns None unless the pass runs on one of our caches ---------------------------------
@@ -234,61 +228,22 @@ class Handle(AbstractContextManager["Handle"]):
         cache = find_cache(args, kwargs)
         if cache is not None and not cache.recipe.dense:
             cache.end(module, reads=module is self.decoder, failed=out is None)
-        self._flight.block = None
+        self._ahead.land()
 
-    def _make_inject(self, i: int) -> Any:
-        def inject(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            cache = find_cache(args, kwargs)
-            layer = cache.layers[i] if cache is not None else None
-            if not isinstance(layer, FarLayer):
-                return None
-            assert cache is not None
-            if cache.recipe.query_source == "attn":
-                self._speculate(cache, i + 1, self.attention, args, kwargs)
-            return args, {**kwargs, "far_layer": layer}
 
-        return inject
+def make_inject(i: int) -> Any:
+    """Return a hook that hands layer i of one of our caches to the attention function."""
 
-    def _make_before_block(self, i: int) -> Any:
-        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            cache = find_cache(args, kwargs)
-            self._flight.block = None
-            if cache is None or probing.get():
-                return
-            source = cache.recipe.query_source
-            if source == "post_attn" and i in self.attention:
-                self._flight.block = (cache, args, kwargs)
-            elif source is not None and (source != "attn" or i not in self.attention):
-                # A linear-attention block has no attention output to add: its input is what there is.
-                self._speculate(cache, i + 1, self.block_of, args, kwargs)
+    def inject(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        cache = find_cache(args, kwargs)
+        layer = None if cache is None else cache.layers[i]
+        if not isinstance(layer, FarLayer):
+            return None
+        # The dict is this call's own.
+        kwargs["far_layer"] = layer
+        return args, kwargs
 
-        return before
-
-    def _make_after_attention(self, i: int) -> Any:
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            flight = getattr(self._flight, "block", None)
-            if flight is None or probing.get():
-                return
-            cache, block_args, block_kwargs = flight
-            attention = out[0] if isinstance(out, tuple) else out
-            hidden = add_attention(self.blocks[i], hidden_of(block_args, block_kwargs), attention)
-            args, kwargs = with_hidden(block_args, block_kwargs, hidden)
-            self._speculate(cache, i + 1, self.block_of, args, kwargs)
-
-        return after
-
-    @torch.compiler.disable(recursive=True)
-    def _speculate(
-        self, cache: FarCache, i: int, modules: dict[int, nn.Module], args: Any, kwargs: dict[str, Any]
-    ) -> None:
-        """Estimate layer i's query and let the recipe choose; decode steps only."""
-        if i not in self.managed or hidden_of(args, kwargs).shape[-2] != 1 or not cache.recipe.wants_estimate(i):
-            return
-        query = probe_query(modules[i], args, kwargs, self.rope.get(self.layer_types[i]))
-        if query is None:
-            cache.account.add_fallback("own_query")
-            return
-        cache.recipe.speculate(i, query)
+    return inject
 
 
 # Attached models, by identity; this keeps no handle alive.

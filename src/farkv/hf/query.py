@@ -2,7 +2,7 @@
 
 In: a block's arguments and a hidden state. Out: the post-RoPE query that layer i would form of it. The block is run
 only up to its attention call, so fused projections, norms, biases, partial rotary and scaling are all the model's
-own.  Cost: the norm and the q, k, v projections of one token.
+own.  Cost: the norm and the q, k, v projections of one token; where an adapter found the same, the q projection alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 
 from farkv._axes import Tensor
 from farkv.hf import _compat
+from farkv.hf.adapters import Adapter, find_adapter
 from farkv.hf.attention import QueryProbed, probing
 from farkv.methods.contract import Query
 
@@ -45,6 +46,36 @@ def with_hidden(
     if args:
         return (hidden, *args[1:]), kwargs
     return (), {**kwargs, "hidden_states": hidden}
+
+
+class Queries:
+    """The estimated queries of a model: by an adapter where one was found to equal the probe, else by the probe."""
+
+    def __init__(self, attention: dict[int, nn.Module]):
+        self._attention = attention
+        # None: the layer has no adapter.
+        self._adapters: dict[int, Adapter | None] = {}
+
+    def estimate(
+        self, layer: int, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rope: Any
+    ) -> Query | None:
+        """Return layer i's query, None if it makes none; arguments as for `probe_query`.
+
+        The first estimate of a layer is made in both ways, and so is the first after its modules changed.
+        """
+        known = self._adapters.get(layer)
+        tables = kwargs.get("position_embeddings") if rope is None else rope
+        if known is not None and known.still_holds(part):
+            return known.estimate(hidden_of(args, kwargs), tables)
+        query = probe_query(part, args, kwargs, rope)
+        if query is not None and (known is not None or layer not in self._adapters):
+            attention = self._attention[layer]
+            self._adapters[layer] = find_adapter(part, attention, hidden_of(args, kwargs), tables, query)
+        return query
+
+    def count_generic(self) -> int:
+        """Return how many layers were found to have no adapter."""
+        return sum(adapter is None for adapter in self._adapters.values())
 
 
 def probe_query(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rope: Any) -> Query | None:
