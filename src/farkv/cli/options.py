@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from farkv.config import EVICT, QUANT
+from farkv.config import EVICT, KERNELS, QUANT
 from farkv.errors import InputError
 from farkv.show import draw_receipt
 
@@ -36,6 +36,12 @@ EvictOption = Annotated[
 ]
 QuantOption = Annotated[
     str | None, typer.Option(help="Store records as " + " or ".join(QUANT) + " in host memory and on disk.")
+]
+KernelOption = Annotated[
+    str,
+    typer.Option(
+        help=" or ".join(KERNELS) + ": fast kernels where a choice of records is read, also where all are, nowhere."
+    ),
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 VerifyOption = Annotated[int, typer.Option(min=0, help="Compare this many decode steps with full attention.")]

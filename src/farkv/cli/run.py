@@ -19,6 +19,7 @@ from farkv.cli.options import (
     FractionOption,
     HostOption,
     JsonOption,
+    KernelOption,
     ModelOption,
     NearOption,
     ProfileOption,
@@ -30,6 +31,7 @@ from farkv.cli.options import (
     read_text,
 )
 from farkv.config import (
+    KERNELS,
     LEVERS,
     XKV,
     Full,
@@ -39,6 +41,7 @@ from farkv.config import (
     Oracle,
     Random,
     Window,
+    check_name,
     check_storage,
     format_bytes,
     parse_bytes,
@@ -119,6 +122,7 @@ def run(
     disk: DiskOption = None,
     evict: EvictOption = "refuse",
     quant: QuantOption = None,
+    kernel: KernelOption = "auto",
     chunk_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the text read at once (default: 2048, or what fits).")
     ] = None,
@@ -155,6 +159,7 @@ def run(
     limits = parse_bytes(near, "--near"), parse_bytes(host, "--host")
     parse_disk(disk, "--disk")
     check_storage(evict, quant, host=limits[1])
+    check_name("kernel", kernel, KERNELS)
     if query_aware and session is not None:
         raise ConfigError("--query-aware: a session holds the text only; leave one of them out")
     text = read_text(file)
@@ -175,7 +180,7 @@ def run(
     storage: dict[str, Any] = {"near": limits[0], "host": limits[1], "disk": disk, "evict": evict, "quant": quant}
     measured = False if profile == "none" else profile
     decoding = Decoding(max_new_tokens, temperature, tuple(stop or ()), chunk_tokens)
-    with attach(loaded, *configs, **storage, profile=measured, plan=plan) as far:
+    with attach(loaded, *configs, **storage, kernel=kernel, profile=measured, plan=plan) as far:
         job = Job(far, tokenizer, text, question, decoding, verify)
         with show_progress(err, "reading", quiet=as_json) as on_prefill:
             listener = Listener(on_prefill, (lambda piece: None) if as_json else _write)

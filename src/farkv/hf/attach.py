@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from farkv.calibration import load_crossover
 from farkv.config import (
     KERNELS,
     XKV,
@@ -31,6 +32,8 @@ from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
 
 PROFILE_NAME = "profile.safetensors"
+# Up to here reading everything is faster than choosing, where `farkv bench --calibrate` has not measured it.
+DENSE_TOKENS = 1024
 
 
 def attach(
@@ -116,7 +119,10 @@ def find_kernels(kernel: str, model: PreTrainedModel) -> Fast:
             f"kernel: native kernels for {model.device.type} were not built on this machine; install a C compiler and "
             'farkv again, or use kernel="auto"'
         )
-    return Fast(kernels, kernel == "native")
+    if kernels is None:
+        return Fast()
+    measured = load_crossover(kernels.name)
+    return Fast(kernels, kernel == "native", DENSE_TOKENS if measured is None else measured)
 
 
 def check_levers(levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:

@@ -46,8 +46,6 @@ class InPlace(Evicting):
         self.count_read(layer, batch * heads * (n if positions is None else positions.shape[-1] + n_tail), step.k)
         rows = Rows(self.store.rows(layer), step.k.shape[-1], step.v.shape[-1])
         logits = Logits(query.scaling, query.softcap)
-        out = self.fast.kernels.attend(
-            query.q, rows, logits, positions=positions, n=n, tail=n_tail, sinks=kernel.sinks
-        )
+        out = self.fast.kernels.attend(query.q, rows, logits, positions=positions, n=n, tail=n_tail, sinks=kernel.sinks)
         self.account.kernels.add(self.fast.kernels.name)
         return kernel.wrap(out)

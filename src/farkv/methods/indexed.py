@@ -44,6 +44,8 @@ class Indexed(SparseRecipe):
         # A light profile has curves alone: the skew is then the prompt's.
         self.config, self.profile = config, profile if profile is not None and profile.has_skew else None
         self.least = config.least_records
+        if config.least_records > 1 and not self.store.far:
+            self.dense_tokens = place.fast.dense_tokens
         # 0: the paper's partial keys are not rounded.
         self.bits = config.index_bits or 0
         self.query_source: Source | None = config.source

@@ -47,7 +47,7 @@ class InfiniGenRecipe(Indexed):
         return self.config.paper and layer == self.layers[0]
 
     def wants_estimate(self, layer: int) -> bool:
-        """Every sparse layer with records is speculated, unless ours reads them where they are: nothing has to travel."""
+        """Every sparse layer with records is speculated; ours not where it reads them in place: nothing travels."""
         if not self.store.far and not self.config.paper:
             return False
         return not self.dense and not self.reads_all(layer) and self.store.length(layer) > 0

@@ -16,6 +16,7 @@ from farkv.methods.watch import Watcher
 from farkv.store.admission import admit
 from farkv.store.records import Needs
 from farkv.store.sizes import LayerShape, NearNeed, count_cap, count_forced
+from farkv.store.spare import Pass, admit_hot
 from farkv.store.tiers import BLOCK_TOKENS, Tiers
 
 # The smallest block of a dense read that comes block by block.
@@ -47,6 +48,8 @@ class Limited:
         self.account = place.account
         self.layers = place.layers
         self.least = 1
+        # Up to here everything is read, because choosing would take longer; 0 where a cap was asked for.
+        self.dense_tokens = 0
         self.verifying = False
         self.prompt_tokens = 0
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
@@ -68,7 +71,8 @@ class Limited:
 
     def count_cap(self, tokens: int, layer: int, pads: int = 0) -> int:
         """Return how many records of every KV head a layer may read of a context of `tokens`, and `pads` besides."""
-        cap = count_cap(self.share_of(layer), tokens, self.least if self.fetch_shares is None else 1)
+        least = tokens if tokens <= self.dense_tokens else self.least
+        cap = count_cap(self.share_of(layer), tokens, least if self.fetch_shares is None else 1)
         evicted = self.store.evicted[layer]
         if evicted:
             # Of an evicted layer there are fewer rows than tokens; padding went first.
@@ -132,6 +136,10 @@ class Limited:
         n_rows = tokens if self.spiller is None else max(rows.values())
         need = self.near_need(shape, n_rows, (n_new, at_once), context=tokens)
         admit(store, shape, rows, need, n_new=at_once, besides=besides)
+        fetched = {i: n for i, n in rows.items() if not self.reads_all(i)}
+        decodes = n_new == 1 and not chunk and store.length(first) > 0
+        # Where the context was announced, the limits above are those of its end.
+        admit_hot(store, Pass(shape, fetched, need, store.limits.reserve_tokens >= tokens, decodes))
 
     def near_need(self, shape: LayerShape, tokens: int, new: tuple[int, int], *, context: int = 0) -> NearNeed:
         """Return the near bytes at the widest moments of a pass and of the steps after it.
