@@ -9,7 +9,8 @@ import torch
 
 import farkv
 from farkv.errors import CapacityError
-from farkv.methods import Full, InfiniGen, Method, Oracle, Window
+from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.store import spare as spare_module
 from tests.models import generate, make_model, make_prompt
 
 TOKENS, NEW, LAYERS = 48, 4, 2
@@ -42,6 +43,7 @@ def near_tensors(recipe: Any) -> list[Any]:
     """Return every long-lived near tensor by its place in the objects, not by the books."""
     store = recipe.store
     found = [tail.data for tail in store.tails.values()] + list(store.buffers._areas)
+    found += [hot.rows.data for hot in store.hot.values()]
     return found + [index.rows.data for index in getattr(recipe, "index", {}).values()]
 
 
@@ -51,7 +53,8 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
     def after(*_: object) -> None:
         store = cache.recipe.store
         near = count_storages(near_tensors(cache.recipe)) if store.far else 0
-        pool = count_storages([rows.data for rows in store.pool.values()])
+        books = [t for hot in store.hot.values() for t in (hot.slot_of, hot.owner, hot.last_read)]
+        pool = count_storages([rows.data for rows in store.pool.values()] + books)
         assert pool == store.host.used <= limits.get("host", pool)
         if store.far:
             assert near == store.near.used <= limits.get("near", near)
@@ -134,6 +137,27 @@ def test_a_limit_changes_no_answer() -> None:
         for a, b in zip(other.logits, answers[0].logits, strict=True):
             # The same records through another kernel shape at most: float32 sums in another order.
             assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize("method", [METHODS["ours"], METHODS["paper"], Random(fraction=0.3)])
+def test_a_hot_set_changes_no_bit(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runs = tiny(), []
+    padded = make_prompt(2, tokens=TOKENS, pad=9)
+    for least, share in ((10**9, 32), (1, 32), (1, 64)):
+        monkeypatch.setattr(spare_module, "LEAST_SLOTS", least)
+        with farkv.attach(model, method, near=2 * WHOLE * share // 16) as far:
+            cache = far.new_cache()
+            answer = generate(model, padded, cache, n=8)
+            slots = [hot.size.slots for hot in cache.recipe.store.hot.values()]
+            runs.append((answer, slots, far.receipt(cache).fetched_bytes_per_token))
+    (without, none, all_bytes), *others = runs
+    assert none == []
+    for answer, slots, n_bytes in others:
+        assert min(slots) > 0
+        assert n_bytes < all_bytes
+        assert torch.equal(answer.sequences, without.sequences)
+        for a, b in zip(answer.logits, without.logits, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_cache_goes_on_after_a_refusal() -> None:

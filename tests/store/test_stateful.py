@@ -20,12 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from farkv.errors import CacheStateError, CapacityError
 from farkv.store import pages as pages_module
+from farkv.store import spare as spare_module
 from farkv.store.admission import admit
 from farkv.store.disk import DiskSpace
 from farkv.store.quantize import Codec
 from farkv.store.records import Fetch, Keep, Needs, SavedText, StoreLimits
 from farkv.store.saved import Saved, write_saved
 from farkv.store.sizes import LayerShape, NearNeed
+from farkv.store.spare import Pass, admit_hot
 from farkv.store.text import list_pages, open_tail, take_text
 from farkv.store.tiers import Tiers
 from tests.store.test_frames import check_copies
@@ -54,6 +56,10 @@ CASES = {
     "near": Case(near=1 << 20),
     "near, evicting, holding": Case(near=1 << 20, evicts=True, holds=True),
     "near, host": Case(near=60_000, host=40_000),
+    "near, small hot set": Case(near=30_000),
+    "near, small hot set, evicting": Case(near=30_000, evicts=True),
+    "near, small hot set, disk, tight host": Case(near=30_000, disk=True, host=40_000, evict="lru"),
+    "near, small hot set, int8": Case(near=30_000, quant="int8"),
     "disk": Case(disk=True),
     "disk, tight host": Case(disk=True, host=40_000, evict="lru"),
     "disk, tight host, clock": Case(disk=True, host=32_000, evict="clock"),
@@ -106,8 +112,9 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self, batch: int, seed: int) -> None:
         self.case = type(self).case
         self.torch = torch.Generator().manual_seed(seed)
-        self.held = (pages_module.PAGE_BYTES, pages_module.MOST_TOKENS)
+        self.held = (pages_module.PAGE_BYTES, pages_module.MOST_TOKENS, spare_module.LEAST_SLOTS)
         pages_module.PAGE_BYTES, pages_module.MOST_TOKENS = PAGE_TOKENS * ROW, PAGE_TOKENS
+        spare_module.LEAST_SLOTS = 1
         self.folder = tempfile.TemporaryDirectory()
         self.space = DiskSpace(Path(self.folder.name), None) if self.case.disk else None
         case = self.case
@@ -118,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "held"):
-            pages_module.PAGE_BYTES, pages_module.MOST_TOKENS = self.held
+            pages_module.PAGE_BYTES, pages_module.MOST_TOKENS, spare_module.LEAST_SLOTS = self.held
             if self.space is not None:
                 self.space.close()
             self.folder.cleanup()
@@ -151,14 +158,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     # --- rules ----------------------------------------------------------------------------------------------
 
-    @rule(n=st.integers(1, 40))
+    @rule(n=st.one_of(st.just(1), st.integers(1, 40)))
     def append(self, n: int) -> None:
-        model, store = self.model, self.store
-        store.open_pages(self.shape(), torch.float32)
+        model, store, shape = self.model, self.store, self.shape()
+        store.open_pages(shape, torch.float32)
+        rows = dict.fromkeys(LAYERS, model.length + n)
         try:
-            admit(store, self.shape(), dict.fromkeys(LAYERS, model.length + n), self.need(), n_new=n)
+            admit(store, shape, rows, self.need(), n_new=n)
         except CapacityError:
             return  # Nothing was stored: the invariants say so.
+        admit_hot(store, Pass(shape, rows, self.need(), announced=False, decodes=n == 1 and model.length > 0))
         for layer in LAYERS:
             new = torch.randn(model.batch, HEADS, n, D + DV, generator=self.torch)
             store.append(layer, new[..., :D], new[..., D:])
@@ -361,6 +370,7 @@ class StoreMachine(RuleBasedStateMachine):
     def copies_are_right(self) -> None:
         stores = [self.store, *([self.twin[0]] if self.twin else [])]
         for store in stores:
+            check_hot(store)
             if store.frames is not None:
                 check_copies(store.frames)
         if self.space is not None:
@@ -374,7 +384,7 @@ def count_bytes(tensors: list[Any]) -> int:
 
 def count_near(store: Tiers) -> int:
     """Return the bytes of everything near, by the tensors themselves."""
-    held = [h.rows.data for h in store.held.values()]
+    held = [h.rows.data for h in (*store.held.values(), *store.hot.values())]
     return count_bytes([t.data for t in store.tails.values()] + list(store.buffers._areas) + held)
 
 
@@ -383,9 +393,21 @@ def count_host(store: Tiers) -> int:
     pool: list[Any] = [part.data for rows in store.pool.values() for part in parts_of(rows)]
     pool += [rows.data for kept in store.kept.values() for rows in (kept.places, kept.marks)]
     pool += [held.slots.data for held in store.held.values()]
+    pool += [books for hot in store.hot.values() for books in (hot.slot_of, hot.owner, hot.last_read)]
     if store.frames is None:
         return count_bytes(pool)
     return count_bytes([*pool, store.frames.scratch]) + store.frames.used * store.frames.pages.form.n_bytes
+
+
+def check_hot(store: Tiers) -> None:
+    """Every copy in a hot set that can be found is its record's."""
+    for layer, hot in store.hot.items():
+        head, slot = (hot.owner >= 0).nonzero(as_tuple=True)
+        at = hot.owner[head, slot].long()
+        assert (at < store.length(layer)).all()
+        if len(at):
+            stored = store.pool[layer].read(0, store.length(layer)).flatten(0, 1)
+            assert torch.equal(hot.rows.view().flatten(0, 1)[head, slot], stored[head, at])
 
 
 def parts_of(rows: Any) -> list[Any]:

@@ -73,6 +73,20 @@ class Rows:
         assert data is not None
         torch.index_select(data.view(-1, data.shape[3]), 0, heads * data.shape[2] + positions, out=out)
 
+    def take_each(self, positions: Int[Tensor, "B Hkv K"], out: Tensor) -> None:
+        """Copy the rows at `positions` of every sequence and head into `out`, [B, Hkv, K, W].
+
+        Cost: B * Hkv * K * W elements read and written.
+        """
+        heads, places = spread_heads(positions), positions.reshape(-1)
+        if out.is_contiguous():
+            self.take(heads, places, out.view(-1, out.shape[3]))
+            return
+        # A head's rows lie together in a buffer that has room for more.
+        n = out.shape[2]
+        for at, where, part in zip(heads.split(n), places.split(n), out.view(-1, n, out.shape[3]), strict=True):
+            self.take(at, where, part)
+
     def append(self, *parts: Tensor) -> None:
         """Write new rows; `parts` ([B, Hkv, T, w] each) lie side by side in a row.
 
@@ -200,6 +214,12 @@ class Rows:
         """Free everything."""
         self.ledger.release(self.n_bytes)
         self.data, self.length = None, 0
+
+
+def spread_heads(positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, " N"]:
+    """Return, for every position, the number of its head over all sequences."""
+    batch, heads, n = positions.shape
+    return torch.arange(batch * heads, device=positions.device).repeat_interleave(n)
 
 
 def gather_rows(rows: Tensor, positions: Int[Tensor, "B Hkv K"]) -> Tensor:

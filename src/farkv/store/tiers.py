@@ -13,11 +13,12 @@ from contextlib import contextmanager
 import torch
 
 from farkv._axes import Bool, Int, Tensor
+from farkv.store.hot import Hot
 from farkv.store.near import Buffers, Held, Tail
 from farkv.store.paged import PagedRows
 from farkv.store.pool import FarMemory
 from farkv.store.records import Fetch, Keep, Needs, Read, StoreLimits
-from farkv.store.rows import Rows
+from farkv.store.rows import Rows, spread_heads
 from farkv.store.transfer import Link, Ticket
 
 # Tokens that a dense read brings near at once, where the whole layer has no room.
@@ -33,6 +34,8 @@ class Tiers(FarMemory):
         self.tails = {layer: Tail(self.near, device, form.window + 1) for layer in layers} if self.far else {}
         self.holds = form.holds and self.far
         self.held: dict[int, Held] = {}
+        # What a near limit leaves, where nothing is held by a plan: admission makes and frees these.
+        self.hot: dict[int, Hot] = {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device)
         # True where dense reads come block by block: admission says so.
@@ -56,6 +59,8 @@ class Tiers(FarMemory):
         super().evict(layer, kept)
         if layer in self.held:
             self.held[layer].keep(kept.positions.to(self.pool[layer].device))
+        if layer in self.hot:
+            self.hot[layer].keep(kept.positions.to(self.pool[layer].device))
 
     def reserve(self, rows: dict[int, int]) -> None:
         """Make every layer's first allocation this many rows."""
@@ -73,6 +78,17 @@ class Tiers(FarMemory):
         at = positions.to(pool.device)
         # The slots go as far as the pool does.
         held.hold(self.gather(layer, at), at, (pool.length, pool.capacity))
+
+    def drop_hot(self) -> None:
+        """Free every hot set: something else needs the memory, or the batch is another one."""
+        # A deliberate wait: what still travels is taken in there.
+        self.link.drain()
+        while self.hot:
+            self.hot.popitem()[1].clear()
+
+    def find_near(self, layer: int) -> Held | Hot | None:
+        """Return the records of a layer that need not be fetched."""
+        return self.held.get(layer) or self.hot.get(layer)
 
     def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
         """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
@@ -186,7 +202,7 @@ class Tiers(FarMemory):
         n = positions.shape[-1]
         shape = (positions.shape[0], positions.shape[1], n + spare, pool.width)
         buffer = self.buffers.take(self.order[layer] % 2, shape, pool.dtype)
-        ticket = self.link.fetch(pool, positions, valid, buffer, self.on_fetch, self.held.get(layer)) if n else None
+        ticket = self.link.fetch(pool, positions, valid, buffer, self.on_fetch, self.find_near(layer)) if n else None
         return Fetch(positions, valid, ticket, buffer)
 
     def read(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Read:
@@ -217,8 +233,8 @@ class Tiers(FarMemory):
         at = parts[0].positions.shape[-1]
         for part in parts[1:]:
             n = part.positions.shape[-1]
-            place, held = buffer[:, :, at : at + n], self.held.get(layer)
-            self.link.fetch(self.pool[layer], part.positions, part.valid, place, self.on_fetch, held).wait()
+            place, near = buffer[:, :, at : at + n], self.find_near(layer)
+            self.link.fetch(self.pool[layer], part.positions, part.valid, place, self.on_fetch, near).wait()
             at += n
         buffer[:, :, at : at + n_tail].copy_(self._newest(layer, n_tail))
         if parts[0].ticket is not None:
@@ -249,12 +265,19 @@ class Tiers(FarMemory):
         super().crop(layer, n_tokens)
         if layer in self.held:
             self.held[layer].crop(n_tokens)
+        if layer in self.hot:
+            self.hot[layer].crop(self.length(layer))
         if self.far:
             self.tails[layer].crop(n_tokens)
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
+        if len(sequences) != self.batch(layer):
+            # More sequences need its memory.
+            self.drop_hot()
         super().select(layer, sequences)
+        if layer in self.hot:
+            self.hot[layer].select(sequences)
         if layer in self.held:
             self.held[layer].select(sequences)
         if self.far:
@@ -266,6 +289,8 @@ class Tiers(FarMemory):
         super().clear(layer)
         if layer in self.held:
             self.held[layer].clear()
+        if layer in self.hot:
+            self.hot.pop(layer).clear()
         if self.far:
             self.tails[layer].clear()
             self.buffers.clear()
@@ -273,9 +298,3 @@ class Tiers(FarMemory):
             self.frames.clear()
             # Pages go with their file, and the saved text with them: whatever comes next opens another.
             self.frames, self.limits = None, self.limits._replace(saved=None)
-
-
-def spread_heads(positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, " N"]:
-    """Return, for every position, the number of its head over all sequences."""
-    batch, heads, n = positions.shape
-    return torch.arange(batch * heads, device=positions.device).repeat_interleave(n)

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Bool, Int, Tensor
+from farkv.store.hot import Hot
 from farkv.store.near import Held
 from farkv.store.paged import PagedRows
-from farkv.store.rows import Rows
+from farkv.store.rows import Rows, spread_heads
+
+# Bytes of one head's rows from which a copy of them costs more than a call for every head.
+LEAST_DIRECT_BYTES = 1 << 16
 
 
 class Ticket:
@@ -45,7 +49,8 @@ class Job(NamedTuple):
     valid: Tensor | None
     out: Tensor
     report: Callable[[int], None]
-    held: Held | None
+    # What is near already, and need not cross.
+    near: Held | Hot | None
 
 
 class Link:
@@ -80,7 +85,7 @@ class Link:
         valid: Bool[Tensor, "B Hkv K"] | None,
         out: Tensor,
         count: Callable[[int], None],
-        held: Held | None = None,
+        near: Held | Hot | None = None,
     ) -> Ticket:
         """Copy the rows at `positions` into `out` ([B, Hkv, >= K, W], near).
 
@@ -89,11 +94,11 @@ class Link:
         Args:
             rows: the layer's pool: in host memory, or on disk with copies there.
             count: is told the bytes that crossed, from the worker.
-            held: records that are near already, and need not cross.
+            near: records that are near already, and need not cross; a hot set takes in what does.
 
         Cost: B * Hkv * n * W elements read from the pool and written near, n the longest valid run.
         """
-        job = Job(rows, positions, valid, out, count, held)
+        job = Job(rows, positions, valid, out, count, near)
         if self.device.type != "cuda":
             return self.submit(lambda: self._copy(job))
         ready = torch.cuda.Event()
@@ -101,27 +106,52 @@ class Link:
         return self.submit(lambda: self._copy_to_gpu(job, ready))
 
     def _copy(self, job: Job) -> None:
-        rows, positions, valid, out, count, held = job
+        rows, positions, valid, out, count, near = job
         # `positions` is in host memory here: reading its counts waits for nothing.
         n = positions.shape[-1] if valid is None else int(valid.sum(-1).max())
         if n == 0:
             return
-        slots = None if held is None else held.find(positions[..., :n])
-        if held is not None and slots is not None:
-            self._copy_missing(job._replace(positions=positions[..., :n]), held.rows.view(), slots)
+        if isinstance(near, Hot):
+            self._copy_cold(job, near, n)
+            return
+        slots = None if near is None else near.find(positions[..., :n])
+        if near is not None and slots is not None:
+            self._copy_missing(job._replace(positions=positions[..., :n]), near.rows.view(), slots)
             return
         if valid is not None and isinstance(rows, PagedRows):
             # No page is read for a row that does not count.
             missing = (torch.arange(n) < valid.sum(-1, keepdim=True)).nonzero()
             self._bring(job, missing)
             return
-        batch, heads = positions.shape[:2]
-        which = torch.arange(batch * heads).repeat_interleave(n)
-        staged = self._stage(len(which), rows)
-        rows.take(which, positions[..., :n].reshape(-1), staged)
-        # A deliberate copy: this is the link.
-        out[:, :, :n].copy_(staged.view(batch, heads, n, -1), non_blocking=True)
-        count(staged.numel() * staged.element_size())
+        place, positions = out[:, :, :n], positions[..., :n]
+        n_bytes = place.numel() * place.element_size()
+        is_direct = place.is_contiguous() or n * place.shape[3] * place.element_size() >= LEAST_DIRECT_BYTES
+        # Both are deliberate copies: this is the link.
+        if isinstance(rows, Rows) and place.device == rows.device and is_direct:
+            rows.take_each(positions, place)
+        else:
+            staged = self._stage(positions.numel(), rows)
+            rows.take(spread_heads(positions), positions.reshape(-1), staged)
+            place.copy_(staged.view(place.shape), non_blocking=True)
+        count(n_bytes)
+
+    def _copy_cold(self, job: Job, hot: Hot, n: int) -> None:
+        """Bring what is not in the hot set, which keeps some of it; the rest goes near to near."""
+        positions = job.positions[..., :n].flatten(0, 1)
+        out = job.out.view(-1, *job.out.shape[2:])
+        wanted = hot.find(positions, None if job.valid is None else job.valid[..., :n].flatten(0, 1))
+        head, column = wanted.missing
+        staged = self._stage(len(head), job.rows)
+        if len(head):
+            # Where a page cannot be read the hot set stays as it is.
+            job.rows.take(head, positions[head, column], staged)
+        hot.read(wanted, out)
+        # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
+        cold = staged.to(out.device, non_blocking=True)
+        if len(head):
+            out.index_put_((head.to(out.device), column.to(out.device)), cold)
+            job.report(staged.numel() * staged.element_size())
+        hot.take_in(wanted, positions, cold)
 
     def _bring(self, job: Job, missing: Int[Tensor, "N 3"]) -> None:
         """Bring the rows at some places (sequence, head, column) of the job's positions."""
