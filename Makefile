@@ -12,6 +12,9 @@ IN_PARALLEL := -n auto --dist worksteal
 BOOKS := $(addprefix --ignore=tests/hf/test_,alone.py levers.py limits.py limits_tiers.py losses.py)
 INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 
+# What the package's build compiles.
+NATIVE := hatch_build.py $(wildcard src/farkv/kernels/csrc/*)
+
 .PHONY: demo test lint matrix-oldest clean
 .DELETE_ON_ERROR:
 
@@ -35,15 +38,15 @@ clean:
 	find src tests training benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: nothing is installed again until what is pinned, or what is asked for, changes.
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+.venv/installed: pyproject.toml $(NATIVE) constraints.txt | .venv/bin/pip
 	$(BIN)/python $(INSTALL) -c constraints.txt -e .
 	touch $@
 
-.venv/installed-dev: pyproject.toml constraints.txt | .venv/bin/pip
+.venv/installed-dev: pyproject.toml $(NATIVE) constraints.txt | .venv/bin/pip
 	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@ .venv/installed
 
-.venv-oldest/installed: pyproject.toml constraints-oldest.txt | .venv-oldest/bin/pip
+.venv-oldest/installed: pyproject.toml $(NATIVE) constraints-oldest.txt | .venv-oldest/bin/pip
 	$(OLDEST)/python $(INSTALL) -c constraints-oldest.txt -e '.[test]'
 	touch $@
 

@@ -1,0 +1,86 @@
+"""Compile the native CPU kernels while the package is built.
+
+In: the C sources of farkv/kernels/csrc, CC and CFLAGS of the environment. Out: one shared library beside native.py; the
+wheel is tagged for this platform and any Python. Without a working compiler it is pure, and torch computes instead.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+KERNELS = Path("src/farkv/kernels")
+LIBRARY = "_native.so"
+BASE = "-std=gnu11 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread".split()
+AVX2 = "-mavx2 -mfma -mf16c".split()
+AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
+X86 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}
+ARM = {"generic": [], "neon": []}
+
+
+def list_units(machine: str) -> dict[str, list[str]]:
+    """Return the flags of each instruction set that the machine's compiler can make."""
+    if machine in ("x86_64", "AMD64", "i686"):
+        return X86
+    return ARM if machine in ("aarch64", "arm64") else {"generic": []}
+
+
+def compile_library(root: Path, out: Path, machine: str) -> None:
+    """Compile and link all kernels into `out`.
+
+    Raises:
+        OSError: there is no compiler.
+        subprocess.CalledProcessError: it failed; its output is in `stderr`.
+    """
+    cc = shlex.split(os.environ.get("CC", "cc"))
+    flags = [*BASE, *shlex.split(os.environ.get("CFLAGS", ""))]
+    sources = root / KERNELS / "csrc"
+    with tempfile.TemporaryDirectory() as work:
+        jobs = [(name, "unit.c", [*more, f"-DFARKV_ISA={name}"]) for name, more in list_units(machine).items()]
+        jobs += [("dispatch", "dispatch.c", []), ("pool", "pool.c", [])]
+        objects = [f"{work}/{name}.o" for name, _, _ in jobs]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [[*cc, *more, *flags, "-c", str(sources / source)] for _, source, more in jobs]
+            list(pool.map(run, [[*command, "-o", made] for command, made in zip(commands, objects, strict=True)]))
+        run([*cc, *flags, "-shared", *objects, "-o", f"{work}/{LIBRARY}", "-lm"])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # A process that has the old library loaded keeps it: the name gets a new file.
+        shutil.copyfile(f"{work}/{LIBRARY}", out.with_suffix(".new"))
+        out.with_suffix(".new").replace(out)
+
+
+def run(command: list[str]) -> None:
+    """Run the compiler."""
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+class CustomBuildHook(BuildHookInterface):
+    """What hatchling calls before it writes a wheel, editable or not."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile; put the library into the source tree (editable) or into the wheel."""
+        root = Path(self.root)
+        editable = version == "editable"
+        out = root / (KERNELS if editable else "build") / LIBRARY
+        try:
+            compile_library(root, out, platform.machine())
+        except (OSError, subprocess.CalledProcessError) as error:
+            out.unlink(missing_ok=True)
+            lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+            why = next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
+            self.app.display_warning(f"farkv: native kernels were not built, torch computes instead: {why}")
+            return
+        if not editable:
+            build_data["force_include"][str(out)] = f"farkv/kernels/{LIBRARY}"
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

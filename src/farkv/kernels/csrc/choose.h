@@ -1,0 +1,174 @@
+/* From candidates to chosen records, and the calls that do it for all heads. */
+#include "select.h"
+
+static void mark_taken(struct head *h, int64_t head) {
+    const struct select_args *a = h->args;
+    memset(h->taken, 0, a->n / 8 + 1);
+    for (int64_t i = 0; i < a->n_taken; i++) {
+        int64_t at = a->taken[head * a->n_taken + i];
+        if (at >= 0 && at < a->n) h->taken[at / 8] |= (uint8_t)(1 << at % 8);
+    }
+}
+
+static int is_taken(const struct head *h, int64_t at) { return h->args->n_taken && h->taken[at / 8] >> at % 8 & 1; }
+
+/* Move all parts' candidates side by side, with keys of their exact weights; returns how many there are. */
+static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts, uint32_t *keys) {
+    const struct select_args *a = h->args;
+    int64_t n = 0, group = a->group;
+    for (int64_t part = 0; part < n_parts; part++) {
+        int64_t from = find_part(a, part, n_parts);
+        for (int64_t i = from; i < from + h->n_kept[part]; i++) {
+            int32_t at = h->kept[i];
+            float mass = 0;
+            for (int64_t g = 0; g < group; g++) mass += h->weights[i * group + g] * h->inverse[g];
+            h->kept[n] = at;
+            keys[n++] = at < sinks || is_taken(h, at) ? 0 : key_of(mass);
+        }
+    }
+    return n;
+}
+
+/* Choose from the candidates; returns 0 where what was not kept might be better. */
+static int choose(struct head *h, int64_t head, int64_t n_parts) {
+    const struct select_args *a = h->args;
+    float worst = 0;
+    for (int64_t g = 0; g < a->group; g++) {
+        h->sums[g] = 0;
+        for (int64_t tile = 0; tile < count_tiles(a); tile++) h->sums[g] += h->tile_sums[tile * a->group + g];
+        worst = fmaxf(worst, (float)(h->guess[g] / h->sums[g]));
+        h->inverse[g] = (float)(1 / h->sums[g]);
+    }
+    int64_t sinks = a->sinks < a->cap ? a->sinks : a->cap, chosen = 0, *out = a->out + head * a->cap;
+    /* The weights of what is kept are read before their keys are written over them, one word of `group` per record. */
+    uint32_t *keys = (uint32_t *)h->weights;
+    int64_t n = weigh_kept(h, sinks, n_parts, keys);
+    for (int64_t i = 0; i < sinks; i++)
+        if (!is_taken(h, i)) out[chosen++] = i;
+    int64_t wanted = a->cap - chosen, eligible = 0;
+    if (wanted == 0) return 1;
+    for (int64_t i = 0; i < n; i++) eligible += keys[i] != 0;
+    if (eligible < wanted) return 0;
+    struct threshold t = find_threshold(keys, n, wanted);
+    if (h->bound > 0 && float_of(t.prefix << 9) < h->bound * worst * 1.0001f) return 0;
+    for (int64_t i = 0; i < n && chosen < a->cap; i++) {
+        uint32_t prefix = PREFIX(keys[i]);
+        int64_t equal = prefix == t.prefix && keys[i] && t.n_equal > 0;
+        out[chosen] = h->kept[i];
+        chosen += prefix > t.prefix || equal;
+        t.n_equal -= equal;
+    }
+    return 1;
+}
+
+static int is_cut_off(const struct head *h) {
+    for (int64_t g = 0; g < h->args->group; g++)
+        if (h->sums[g] >= 0x1p99) return 1;
+    return 0;
+}
+
+/* The reference lay so far below the largest logit that weights were cut off: take the largest of all records. */
+static void raise_reference(struct head *h) {
+    const struct select_args *a = h->args;
+    float *highest = h->inverse;
+    for (int64_t g = 0; g < a->group; g++) highest[g] = 0;
+    for (int64_t i = 0; i < a->n; i += RUN) {
+        int64_t n = a->n - i < RUN ? a->n - i : RUN;
+        weigh_run(h, i, n);
+        for (int64_t g = 0; g < a->group; g++)
+            for (int64_t j = 0; j < n; j++) highest[g] = fmaxf(highest[g], h->run[g * RUN + j]);
+    }
+    for (int64_t g = 0; g < a->group; g++) h->offset[g] += highest[g];
+}
+
+/* After a choice that failed: guess what is now known; the second time, keep everything. */
+static void prepare_again(struct head *h, int64_t attempt) {
+    int cut_off = is_cut_off(h);
+    h->bound = attempt || cut_off ? 0 : h->bound * 0.5f;
+    if (cut_off) raise_reference(h);
+    for (int64_t g = 0; g < h->args->group; g++) {
+        h->guess[g] = cut_off ? 1 : h->sums[g];
+        h->inverse[g] = (float)(1 / h->guess[g]);
+    }
+}
+
+static void prepare_head(struct head *h, int64_t head) {
+    const struct select_args *a = h->args;
+    h->codes = a->codes + head / a->heads * a->batch_stride + head % a->heads * a->head_stride;
+    project(h, head);
+    quantize(h);
+    take_sample(h, a->cap + a->n_taken);
+    if (a->n_taken) mark_taken(h, head);
+}
+
+static void finish_head(struct head *h, int64_t head, int64_t n_parts) {
+    for (int64_t attempt = 0; !choose(h, head, n_parts) || (is_cut_off(h) && attempt < 2); attempt++) {
+        prepare_again(h, attempt);
+        scan(h, 0, 1);
+        n_parts = 1;
+    }
+}
+
+struct select_call {
+    const struct select_args *args;
+    struct head *heads;
+    int64_t n_parts, scratch_bytes;
+    _Atomic int status;
+};
+
+/* A task's own run; 0 where there is no memory. */
+static int take_run(struct select_call *call, struct head *h, int64_t more_bytes) {
+    uint8_t *at = farkv_scratch(SCRATCH_TASK, (size_t)(more_bytes + (int64_t)(uintptr_t)lay_out_run(call->args, h, NULL)));
+    if (!at) {
+        call->status = FARKV_NO_MEMORY;
+        return 0;
+    }
+    at = lay_out_run(call->args, h, at);
+    if (more_bytes) lay_out(call->args, h, at);
+    return 1;
+}
+
+static void select_head(void *context, int64_t task) {
+    struct select_call *call = context;
+    struct head h = {.args = call->args};
+    if (!take_run(call, &h, call->scratch_bytes)) return;
+    prepare_head(&h, task);
+    scan(&h, 0, 1);
+    finish_head(&h, task, 1);
+}
+
+static void prepare_task(void *context, int64_t task) {
+    struct select_call *call = context;
+    if (take_run(call, &call->heads[task], 0)) prepare_head(&call->heads[task], task);
+}
+
+static void scan_task(void *context, int64_t task) {
+    struct select_call *call = context;
+    struct head h = call->heads[task / call->n_parts];
+    if (take_run(call, &h, 0)) scan(&h, task % call->n_parts, call->n_parts);
+}
+
+static void finish_task(void *context, int64_t task) {
+    struct select_call *call = context;
+    if (take_run(call, &call->heads[task], 0)) finish_head(&call->heads[task], task, call->n_parts);
+}
+
+static int select_records(const struct select_args *a) {
+    int64_t n_heads = a->batch * a->heads, tiles = count_tiles(a);
+    struct head unused;
+    struct select_call call = {a, NULL, 1, (int64_t)(uintptr_t)lay_out(a, &unused, NULL), FARKV_OK};
+    if (a->threads > 1 && n_heads % a->threads && n_heads < 4 * a->threads && tiles > 1)
+        call.n_parts = tiles < a->threads ? tiles : a->threads;
+    if (call.n_parts == 1) {
+        farkv_parallel(a->threads, n_heads, select_head, &call);
+        return call.status;
+    }
+    uint8_t *at = farkv_scratch(SCRATCH_CALL, (size_t)(n_heads * ((int64_t)sizeof(struct head) + 64 + call.scratch_bytes)));
+    if (!at) return FARKV_NO_MEMORY;
+    call.heads = carve(&at, n_heads * (int64_t)sizeof(struct head));
+    for (int64_t i = 0; i < n_heads; i++) at = lay_out(a, &call.heads[i], at);
+    farkv_parallel(a->threads, n_heads, prepare_task, &call);
+    if (!call.status) farkv_parallel(a->threads, n_heads * call.n_parts, scan_task, &call);
+    if (!call.status) farkv_parallel(a->threads, n_heads, finish_task, &call);
+    return call.status;
+}

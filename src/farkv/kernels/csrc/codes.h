@@ -1,0 +1,156 @@
+/* Codes of an index times queries of 16 bits: exact integer logits of some records, then their weights.
+
+   Sixteen bytes of VL records are transposed, so that a lane is a record; codes are widened to 16 bits and multiplied in
+   pairs. The queries stand in a table in the order in which codes appear, each pair in all lanes. */
+#ifndef FARKV_CODES_H
+#define FARKV_CODES_H
+
+#include "simd.h"
+
+#define PIECE 16          /* bytes of a row that are transposed at once */
+#define RUN 64            /* records whose weights stand in the cache at once */
+#define LEAST_EXP (-126.0f) /* weights outside 2^-126 .. 2^100 of the reference's count as these */
+#define MOST_EXP 100.0f
+
+typedef int16_t vh __attribute__((vector_size(VB)));
+
+/* The queries of one KV head against its index. */
+struct index_query {
+    int64_t group, n_words, n_parts; /* 4-byte words of a row; pairs of codes in a word */
+    const vi *table;                 /* [group][n_words][n_parts] */
+    const float *step, *offset;      /* log2 of a weight = step * integer logit - offset, [group] */
+    float softcap;                   /* in units of log2; 0: none */
+};
+
+#if defined(__AVX512VNNI__)
+INLINE vi add_products(vi acc, vh a, vi b) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
+#elif defined(__AVX512BW__)
+INLINE vi add_products(vi acc, vh a, vi b) { return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+INLINE vi add_products(vi acc, vh a, vi b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#elif defined(__SSE2__)
+INLINE vi add_products(vi acc, vh a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b); }
+#elif defined(__aarch64__)
+INLINE vi add_products(vi acc, vh a, vi b) {
+    int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
+    return acc + (vi)vpaddq_s32(low, high);
+}
+#else
+INLINE vi add_products(vi acc, vh a, vi b) {
+    vi x = (vi)a;
+    return acc + ((x << 16) >> 16) * ((b << 16) >> 16) + (x >> 16) * (b >> 16);
+}
+#endif
+
+#if VL == 4
+#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
+#elif VL == 8
+#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#else
+#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#endif
+
+/* word[w], lane t: bytes 4 w .. 4 w + 3 of a piece of row t. */
+INLINE void transpose(const uint8_t *rows, int64_t stride, vi *word) {
+    vi v[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+#if VL == 4
+        memcpy(&v[i], rows + i * stride, 16);
+#elif VL == 8
+        __m128i low = _mm_loadu_si128((const void *)(rows + i * stride));
+        v[i] = (vi)_mm256_inserti128_si256(_mm256_castsi128_si256(low),
+                                           _mm_loadu_si128((const void *)(rows + (i + 4) * stride)), 1);
+#else
+        __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(rows + i * stride)));
+        x = _mm512_inserti32x4(x, _mm_loadu_si128((const void *)(rows + (i + 4) * stride)), 1);
+        x = _mm512_inserti32x4(x, _mm_loadu_si128((const void *)(rows + (i + 8) * stride)), 2);
+        v[i] = (vi)_mm512_inserti32x4(x, _mm_loadu_si128((const void *)(rows + (i + 12) * stride)), 3);
+#endif
+    }
+    vi a = LOW_WORDS(v[0], v[1]), b = LOW_WORDS(v[2], v[3]), c = HIGH_WORDS(v[0], v[1]), d = HIGH_WORDS(v[2], v[3]);
+    word[0] = LOW_PAIRS(a, b);
+    word[1] = HIGH_PAIRS(a, b);
+    word[2] = LOW_PAIRS(c, d);
+    word[3] = HIGH_PAIRS(c, d);
+}
+
+/* Integer logits of VL records and `heads` queries from `first` on. */
+INLINE void multiply(int bits, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
+                     int64_t stride, vi *acc) {
+    const int parts = bits == 4 ? 4 : 2;
+    const vi *table = q->table + first * q->n_words * parts;
+    UNROLL for (int g = 0; g < heads; g++) acc[g] = (vi){0};
+    for (int64_t w = 0; w < q->n_words; w += 4) {
+        vi word[4];
+        transpose(rows + 4 * w, stride, word);
+        UNROLL for (int i = 0; i < 4; i++) {
+            if (w + i >= q->n_words) break;
+            vh x = (vh)word[i];
+            vh part[4];
+            if (bits == 4) {
+                part[0] = (x << 12) >> 12, part[1] = (x << 8) >> 12, part[2] = (x << 4) >> 12, part[3] = x >> 12;
+            } else {
+                part[0] = (x << 8) >> 8, part[1] = x >> 8;
+            }
+            UNROLL for (int g = 0; g < heads; g++) {
+                const vi *pairs = table + (g * q->n_words + w + i) * parts;
+                UNROLL for (int p = 0; p < parts; p++) acc[g] = add_products(acc[g], part[p], pairs[p]);
+            }
+        }
+    }
+}
+
+/* 2^t of a clamped t, relative error below 2^-13. */
+INLINE vf exp2_of(vf t) {
+    t = min_of(max_of(t, fill(LEAST_EXP)), fill(MOST_EXP));
+    vf shifted = t + 12582912.0f, f = t - (shifted - 12582912.0f);
+    vf p = f * 5.5171669e-2f + 2.4022651e-1f;
+    p = p * f + 6.9315308e-1f;
+    p = p * f + 1.0f;
+    return (vf)((vi)p + ((vi)shifted << 23));
+}
+
+/* exponents[g][record] = log2 of the weights of n_vectors * VL records. */
+INLINE void form_exponents(int bits, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
+                           int64_t stride, int64_t n_vectors, float *exponents) {
+    for (int64_t v = 0; v < n_vectors; v++) {
+        vi acc[4];
+        multiply(bits, heads, q, first, rows + v * VL * stride, stride, acc);
+        UNROLL for (int g = 0; g < heads; g++) {
+            vf t = __builtin_convertvector(acc[g], vf) * q->step[first + g];
+            if (q->softcap != 0) t = cap_softly(t, q->softcap);
+            store(exponents + (first + g) * RUN + v * VL, t - q->offset[first + g]);
+        }
+    }
+}
+
+/* weights[g][record] of up to RUN records, all queries of the group. */
+INLINE void form_run(int bits, const struct index_query *q, const uint8_t *rows, int64_t stride, int64_t n_vectors,
+                     float *exponents) {
+    int64_t g = 0;
+    for (; g + 4 <= q->group; g += 4) form_exponents(bits, 4, q, g, rows, stride, n_vectors, exponents);
+    for (; g + 2 <= q->group; g += 2) form_exponents(bits, 2, q, g, rows, stride, n_vectors, exponents);
+    for (; g < q->group; g++) form_exponents(bits, 1, q, g, rows, stride, n_vectors, exponents);
+}
+
+static __attribute__((noinline)) void form_run4(const struct index_query *q, const uint8_t *rows, int64_t stride,
+                                                int64_t n_vectors, float *exponents) {
+    form_run(4, q, rows, stride, n_vectors, exponents);
+}
+
+static __attribute__((noinline)) void form_run8(const struct index_query *q, const uint8_t *rows, int64_t stride,
+                                                int64_t n_vectors, float *exponents) {
+    form_run(8, q, rows, stride, n_vectors, exponents);
+}
+
+#endif

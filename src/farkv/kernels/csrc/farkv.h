@@ -1,0 +1,67 @@
+/* The C interface of the native kernels: what native.py hands over, and what the parts of the library share.
+
+   Strides are bytes. Tensors are on the CPU and their last stride is one element. A function returns 0, or one of the
+   codes below; it writes no memory but its output and its own scratch. */
+#ifndef FARKV_H
+#define FARKV_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { FARKV_OK = 0, FARKV_NO_MEMORY = 1, FARKV_BAD_POSITION = 2 };
+enum { FORM_F32, FORM_BF16, FORM_F16, FORM_INT8, FORM_INT4, N_FORMS };
+enum { ISA_GENERIC, ISA_AVX2, ISA_AVX512, ISA_AVX512VNNI, ISA_NEON, N_ISAS };
+
+/* One-query attention over stored records, [k | v] side by side. */
+struct attend_args {
+    const float *q;           /* [batch, heads * group, k_dim] */
+    const uint8_t *rows;      /* [batch, heads, capacity] records */
+    const int64_t *positions; /* [batch, heads, n_chosen] */
+    const float *sinks;       /* [heads * group] logits that only join the denominator, or NULL */
+    float *out;               /* [batch, heads * group, v_dim] */
+    int64_t batch_stride, head_stride, row_stride;
+    int64_t batch, heads, group, k_dim, v_dim;
+    int64_t n_chosen, n_rows, tail; /* n_chosen -1: all of the first n_rows */
+    int64_t form, threads;
+    double scaling, softcap; /* softcap 0: none */
+};
+
+/* The cap best records of an index, per sequence and KV head. */
+struct select_args {
+    const float *q;        /* [batch, heads * group, dim] */
+    const float *query;    /* [batch or 1, heads, dim, columns] */
+    const float *scale;    /* [batch, heads, columns] */
+    const uint8_t *codes;  /* [batch, heads, capacity] rows of code_bytes */
+    const int64_t *taken;  /* [batch, heads, n_taken], or NULL */
+    int64_t *out;          /* [batch, heads, cap] */
+    int64_t batch_stride, head_stride, row_stride;
+    int64_t batch, heads, group, dim, columns, code_bytes, bits;
+    int64_t query_batch; /* 1 where all sequences share the query side */
+    int64_t n, cap, sinks, n_taken, threads;
+    double scaling, softcap;
+};
+
+/* Rows of a tensor [n_heads, capacity, row_bytes] copied side by side. */
+struct gather_args {
+    const uint8_t *data;
+    const int64_t *heads, *positions;
+    uint8_t *out;
+    int64_t n, row_bytes, n_heads, capacity, threads;
+};
+
+struct kernels {
+    int (*attend)(const struct attend_args *);
+    int (*select)(const struct select_args *);
+    int (*gather)(const struct gather_args *);
+    uint64_t (*read)(const uint8_t *data, int64_t n_bytes, int64_t threads);
+    uint64_t (*read_rows)(const uint8_t *data, const int64_t *positions, int64_t n, int64_t row_bytes, int64_t threads);
+};
+
+/* Calls work(context, task) for every task, on up to `threads` threads, this one included (pool.c). */
+void farkv_parallel(int64_t threads, int64_t n_tasks, void (*work)(void *context, int64_t task), void *context);
+
+/* Memory of this thread, aligned to 64 bytes, that stays until it asks for more; NULL where there is none (pool.c). */
+enum { SCRATCH_CALL, SCRATCH_TASK, N_SCRATCH };
+void *farkv_scratch(int slot, size_t n_bytes);
+
+#endif

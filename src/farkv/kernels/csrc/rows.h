@@ -1,0 +1,113 @@
+/* Stored values as float vectors, for every form of a record.
+
+   Values are read in chunks of two vectors. The order inside a chunk is the form's own (`place`): what is multiplied
+   with it is put in that order once. Plain forms stand side by side; coded ones are described in store/quantize.py. */
+#ifndef FARKV_ROWS_H
+#define FARKV_ROWS_H
+
+#include "farkv.h"
+#include "simd.h"
+
+#define CHUNK (2 * VL)
+#define CODE_GROUP 32
+
+/* K or V of a record: where it stands in the row, and how many chunks it has. */
+struct half {
+    int64_t dim, n_full, n_chunks; /* chunks that are read in one piece; all of them */
+    int64_t codes, marks, n_groups;
+};
+
+/* Which value of a chunk stands in lane `lane` of its vector `which`. */
+INLINE int place(int form, int which, int lane) { return form == FORM_BF16 ? 2 * lane + which : which * VL + lane; }
+
+INLINE float mark(const uint8_t *p) {
+    uint16_t bits;
+    memcpy(&bits, p, 2);
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+}
+
+INLINE void load_plain(int form, const uint8_t *p, vf *x) {
+    if (form == FORM_F32) {
+        x[0] = load((const float *)p);
+        x[1] = load((const float *)p + VL);
+    } else if (form == FORM_BF16) {
+        vu bits = load_bits(p);
+        x[0] = (vf)(bits << 16);
+        x[1] = (vf)(bits & 0xffff0000u);
+    } else {
+        x[0] = widen_f16(p);
+        x[1] = widen_f16(p + 2 * VL);
+    }
+}
+
+INLINE int64_t element_bytes(int form) { return form == FORM_F32 ? 4 : 2; }
+
+INLINE void load_chunk(int form, const uint8_t *row, const struct half *at, int64_t c, vf *x) {
+    if (form < FORM_INT8) {
+        load_plain(form, row + at->codes + c * CHUNK * element_bytes(form), x);
+        return;
+    }
+    int64_t group = c * CHUNK / CODE_GROUP;
+    float step = mark(row + at->marks + 2 * group);
+    if (form == FORM_INT8) {
+        const uint8_t *p = row + at->codes + c * CHUNK;
+        UNROLL for (int i = 0; i < 2; i++) x[i] = __builtin_convertvector(widen_i8(p + i * VL), vf) * step;
+        return;
+    }
+    float low = mark(row + at->marks + 2 * (at->n_groups + group));
+    UNROLL for (int i = 0; i < 2; i++) {
+        int64_t first = c * CHUNK % CODE_GROUP + i * VL;
+        vi bytes = widen_u8(row + at->codes + group * CODE_GROUP / 2 + first % (CODE_GROUP / 2));
+        vi codes = (first >= CODE_GROUP / 2 ? bytes >> 4 : bytes) & 15;
+        x[i] = __builtin_convertvector(codes, vf) * step + low;
+    }
+}
+
+/* Value i of coded rows, for groups that are shorter than a chunk. */
+static float decode(int form, const uint8_t *row, const struct half *at, int64_t i) {
+    int64_t group = i / CODE_GROUP, first = group * CODE_GROUP, place = i - first;
+    float step = mark(row + at->marks + 2 * group);
+    if (form == FORM_INT8) return (float)(int8_t)row[at->codes + i] * step;
+    int64_t size = at->dim - first < CODE_GROUP ? at->dim - first : CODE_GROUP, half = (size + 1) / 2;
+    uint8_t byte = row[at->codes + first / 2 + place % half];
+    return (float)(place >= half ? byte >> 4 : byte & 15) * step + mark(row + at->marks + 2 * (at->n_groups + group));
+}
+
+/* A chunk that reaches behind the last value: zeros stand there. */
+static __attribute__((noinline)) void load_end(int form, const uint8_t *row, const struct half *at, int64_t c, vf *x) {
+    int64_t first = c * CHUNK, n = at->dim - first < CHUNK ? at->dim - first : CHUNK;
+    float values[CHUNK] = {0};
+    if (form < FORM_INT8) {
+        int64_t size = element_bytes(form);
+        memcpy(values, row + at->codes + first * size, n * size);
+        load_plain(form, (const uint8_t *)values, x);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) values[i] = decode(form, row, at, first + i);
+    x[0] = load(values);
+    x[1] = load(values + VL);
+}
+
+static struct half find_half(int form, int64_t dim, int64_t codes, int64_t marks) {
+    int64_t whole = form == FORM_INT4 ? dim / CODE_GROUP * CODE_GROUP : dim;
+    return (struct half){dim, whole / CHUNK, (dim + CHUNK - 1) / CHUNK, codes, marks, (dim + CODE_GROUP - 1) / CODE_GROUP};
+}
+
+/* Where K and V stand in a row. */
+static void find_halves(int form, int64_t k_dim, int64_t v_dim, struct half *k, struct half *v) {
+    if (form < FORM_INT8) {
+        *k = find_half(form, k_dim, 0, 0);
+        *v = find_half(form, v_dim, k_dim * element_bytes(form), 0);
+        return;
+    }
+    int64_t bits = form == FORM_INT8 ? 8 : 4, kinds = form == FORM_INT8 ? 1 : 2;
+    int64_t k_bytes = (k_dim * bits + 7) / 8, bytes = k_bytes + (v_dim * bits + 7) / 8;
+    int64_t marks = bytes + bytes % 2;
+    *k = find_half(form, k_dim, 0, marks);
+    *v = find_half(form, v_dim, k_bytes, marks + 2 * kinds * k->n_groups);
+}
+
+#endif

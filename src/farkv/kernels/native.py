@@ -1,0 +1,298 @@
+"""Native CPU kernels: choose records by their codes, attend to records where they lie, gather them, measure reading.
+
+In: views of the index and of the pool, never copied. Out: positions, attention output, copied rows, bytes per second.
+Each method computes what its plain twin in per_token computes; the difference is rounding. Knows numbers and raw
+views, no recipe. Where the library was not built, `load_native` returns None and nothing here is called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Float, Float32, Int, Tensor
+from farkv.errors import CacheStateError, ConfigError
+from farkv.kernels.native_abi import (
+    BAD_POSITION,
+    FORMS,
+    ISAS,
+    NO_MEMORY,
+    AttendArgs,
+    GatherArgs,
+    SelectArgs,
+    load_library,
+)
+
+PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class IndexView(NamedTuple):
+    """The index of one layer, as it is stored.
+
+    codes: int8 [B, Hkv, S, W], a view; heads and rows may have any stride, bytes of a row stand side by side. With
+    `bits` 4, W = R/2 and byte j holds column j in its low half and column j + R/2 in its high half
+    (per_token.speculate.unpack_codes); with 8, W = R.
+    """
+
+    codes: Tensor
+    bits: int
+    query: Float32[Tensor, "b Hkv D R"]
+    scale: Float32[Tensor, "B Hkv 1 R"]
+
+
+class Logits(NamedTuple):
+    """How a logit is formed: softcap(scaling * q . k)."""
+
+    scaling: float
+    softcap: float | None = None
+
+
+class Rows(NamedTuple):
+    """Stored records of one layer.
+
+    data: [B, Hkv, S, W], [k | v] side by side; float32, bfloat16 or float16, or uint8 where they are coded.
+    form: "plain", or the code of store/quantize.py, "int8" or "int4".
+    """
+
+    data: Tensor
+    k_dim: int
+    v_dim: int
+    form: str = "plain"
+
+
+class Native:
+    """The kernels for one instruction set. It holds no state; scratch memory and threads are the library's.
+
+    Raises:
+        ConfigError: the library was not built, or this machine cannot run the instruction set.
+    """
+
+    def __init__(self, isa: str):
+        library = load_library()
+        possible = [name for name, number in ISAS.items() if library and library.farkv_can_run(number)]
+        if library is None or isa not in possible:
+            raise ConfigError(
+                f"native kernels: expected one of {', '.join(['plain', *possible])} on this machine, got {isa!r}; "
+                "set FARKV_KERNEL to one of these or unset it"
+            )
+        self.name = f"native-{isa}"
+        self._library, self._isa = library, ISAS[isa]
+
+    def select(
+        self,
+        q: Float[Tensor, "B Hq 1 D"],
+        index: IndexView,
+        logits: Logits,
+        *,
+        cap: int,
+        n: int,
+        sinks: int = 0,
+        taken: Int[Tensor, "B Hkv N"] | None = None,
+    ) -> Int[Tensor, "B Hkv K"]:
+        """Choose `cap` of the first `n` records per KV head: those of the largest group mass, and the first `sinks`.
+
+        w_s = sum_g softmax_s(softcap(scaling * (q_g A) . (codes_s * scale)))
+
+        Weights that differ by less than 2^-7 may change places; so may weights below 2^-120 of the largest.
+
+        Args:
+            taken: positions that are not chosen, sinks or not.
+
+        Returns:
+            Positions in ascending order, the same for any number of threads.
+
+        Raises:
+            CacheStateError: the arguments do not fit one another, or fewer than `cap` records can be chosen.
+
+        Cost: n * W index bytes read per KV head, for some heads twice; 2 Hq n R operations.
+        """
+        batch, heads, stored, width = index.codes.shape
+        hq, dim, columns, n_taken = (
+            q.shape[1],
+            q.shape[-1],
+            index.scale.shape[-1],
+            0 if taken is None else taken.shape[-1],
+        )
+        _expect(
+            index.codes.dtype == torch.int8 and index.codes.stride(-1) == 1, "codes of int8, side by side", index.codes
+        )
+        _expect(index.bits in (4, 8) and width * 8 == columns * index.bits, f"codes of {index.bits} bits", index.codes)
+        _expect(q.shape[0] == batch and hq % heads == 0, "queries of the index's heads", q)
+        _expect(
+            index.query.shape[1:] == (heads, dim, columns) and len(index.query) in (1, batch), "a side", index.query
+        )
+        _expect(index.scale.shape == (batch, heads, 1, columns), "one step per column", index.scale)
+        if not 0 <= cap + n_taken <= n <= stored:
+            raise CacheStateError(
+                f"native select: expected cap + taken <= n <= stored records, got {cap} + {n_taken}, {n}, {stored}; "
+                "choose fewer records"
+            )
+        out = torch.empty(batch, heads, cap, dtype=torch.int64)
+        held = [_flat(q), _flat(index.query), _flat(index.scale)]
+        strides = index.codes.stride()
+        args = SelectArgs(
+            *[x.data_ptr() for x in held], index.codes.data_ptr(), _point_at(taken, held), out.data_ptr(),
+            *strides[:3], batch, heads, hq // heads, dim, columns, width, index.bits,
+            len(index.query), n, cap, sinks, n_taken, torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
+        )  # fmt: skip
+        if cap:
+            self._call("farkv_select", args)
+        return out
+
+    def attend(
+        self,
+        q: Float[Tensor, "B Hq 1 Dk"],
+        rows: Rows,
+        logits: Logits,
+        *,
+        positions: Int[Tensor, "B Hkv K"] | None,
+        n: int,
+        tail: int = 0,
+        sinks: Float[Tensor, " Hq"] | None = None,
+    ) -> Float[Tensor, "B Hq 1 Dv"]:
+        """Attend with one query to chosen records and the `tail` newest of the first `n`; to all n without positions.
+
+        out = softmax(softcap(scaling * q K^T)) V, accumulated in float32; a query that reads nothing gets zeros.
+
+        Args:
+            positions: below n - tail; sorted ones are read fastest.
+            sinks: logits that only join the denominator.
+
+        Raises:
+            CacheStateError: the arguments do not fit one another, or a position is out of reach.
+
+        Cost: (K + tail) row bytes read per KV head, once for the whole query group.
+        """
+        data = rows.data
+        batch, heads, stored, _ = data.shape
+        hq = q.shape[1]
+        form = PLAIN.get(data.dtype, "") if rows.form == "plain" else rows.form
+        _expect(form in FORMS and (rows.form == "plain" or data.dtype == torch.uint8), "records of a known form", data)
+        _expect(
+            _row_bytes(rows) == data.shape[-1] * data.element_size() and data.stride(-1) == 1, "rows of k and v", data
+        )
+        _expect(q.shape[0] == batch and hq % heads == 0 and q.shape[-1] == rows.k_dim, "queries of these records", q)
+        _expect(positions is None or positions.shape[:2] == (batch, heads), "positions of every KV head", positions)
+        _expect(sinks is None or sinks.shape == (hq,), "a sink of every query head", sinks)
+        if not 0 <= tail <= n <= stored:
+            raise CacheStateError(
+                f"native attend: expected tail <= n <= stored records, got {tail}, {n}, {stored}; append them first"
+            )
+        out = torch.empty(batch, hq, 1, rows.v_dim, dtype=torch.float32)
+        held = [_flat(q)]
+        strides = [stride * data.element_size() for stride in data.stride()[:3]]
+        args = AttendArgs(
+            held[0].data_ptr(), data.data_ptr(), _point_at(positions, held), _point_at(sinks, held), out.data_ptr(),
+            *strides, batch, heads, hq // heads, rows.k_dim, rows.v_dim,
+            -1 if positions is None else positions.shape[-1], n, tail, FORMS[form], torch.get_num_threads(),
+            logits.scaling, logits.softcap or 0.0,
+        )  # fmt: skip
+        self._call("farkv_attend", args)
+        return out.to(q.dtype)
+
+    def gather(self, data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Copy out[j] = data.view(B * Hkv, capacity, W)[heads[j], positions[j]].
+
+        Raises:
+            CacheStateError: the tensors are not contiguous or do not fit one another, or a row does not exist.
+
+        Cost: N rows read and written.
+        """
+        _expect(data.ndim == 4 and data.is_contiguous(), "a contiguous pool", data)
+        width = data.shape[-1]
+        _expect(out.shape == (len(heads), width) and out.dtype == data.dtype and out.is_contiguous(), "room", out)
+        for x in (heads, positions):
+            _expect(x.shape == (len(heads),) and x.dtype == torch.int64 and x.is_contiguous(), "int64 per row", x)
+        args = GatherArgs(
+            data.data_ptr(), heads.data_ptr(), positions.data_ptr(), out.data_ptr(), len(heads),
+            width * data.element_size(), data.shape[0] * data.shape[1], data.shape[2], torch.get_num_threads(),
+        )  # fmt: skip
+        self._call("farkv_gather", args)
+
+    def read_bandwidth(self, data: Tensor) -> float:
+        """Return the bytes per second of one pass over a contiguous tensor."""
+        _expect(data.is_contiguous(), "a contiguous tensor", data)
+        n_bytes = data.numel() * data.element_size()
+        start = time.perf_counter()
+        self._library.farkv_read(self._isa, data.data_ptr(), n_bytes, torch.get_num_threads())
+        return n_bytes / (time.perf_counter() - start)
+
+    def gather_bandwidth(self, data: Tensor, positions: Tensor, row_bytes: int) -> float:
+        """Return the bytes per second of reading rows of `row_bytes` at sorted positions, prefetched, not copied."""
+        _expect(data.is_contiguous(), "a contiguous tensor", data)
+        _expect(positions.dtype == torch.int64 and positions.is_contiguous(), "contiguous int64 positions", positions)
+        n_rows = data.numel() * data.element_size() // row_bytes
+        if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= n_rows:
+            raise CacheStateError(f"gather bandwidth: expected positions within {n_rows} rows; name rows that exist")
+        start = time.perf_counter()
+        self._library.farkv_read_rows(
+            self._isa, data.data_ptr(), positions.data_ptr(), len(positions), row_bytes, torch.get_num_threads()
+        )
+        return len(positions) * row_bytes / (time.perf_counter() - start)
+
+    def can_read(self, dtype: torch.dtype) -> bool:
+        """Return whether records of this dtype are read as they are stored."""
+        return dtype in PLAIN
+
+    def _call(self, name: str, args: ctypes.Structure) -> None:
+        status = getattr(self._library, name)(self._isa, ctypes.addressof(args))
+        if status == BAD_POSITION:
+            raise CacheStateError(f"{name}: a position is out of reach; choose among the records that are stored")
+        if status == NO_MEMORY:
+            raise MemoryError(f"{name}: no memory for scratch")
+
+
+def _row_bytes(rows: Rows) -> int:
+    """Bytes of one record, as store/quantize.py states them."""
+    if rows.form == "plain":
+        return (rows.k_dim + rows.v_dim) * rows.data.element_size()
+    bits, kinds = (8, 1) if rows.form == "int8" else (4, 2)
+    codes = -(-rows.k_dim * bits // 8) - (-rows.v_dim * bits // 8)
+    return codes + codes % 2 + 2 * kinds * (-(-rows.k_dim // 32) - (-rows.v_dim // 32))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Small operands as the library reads them: contiguous float32."""
+    return x.detach().float().contiguous()
+
+
+def _point_at(x: Tensor | None, held: list[Tensor]) -> int | None:
+    """Address of an optional operand; a copy that it needs lives as long as `held`."""
+    if x is None:
+        return None
+    held.append(_flat(x) if x.is_floating_point() else x.to(torch.int64).contiguous())
+    return held[-1].data_ptr()
+
+
+def _expect(fits: bool, what: str, got: Tensor | None) -> None:
+    if not fits:
+        form = None if got is None else f"{got.dtype} {tuple(got.shape)} with strides {got.stride()}"
+        raise CacheStateError(f"native kernels: expected {what}, got {form}; pass tensors of one layer as it is stored")
+
+
+def list_native() -> tuple[str, ...]:
+    """Return the instruction sets that were built and can run here, best first."""
+    library = load_library()
+    return tuple(name for name, number in ISAS.items() if library and library.farkv_can_run(number))
+
+
+def load_native() -> Native | None:
+    """Return the kernels for the best instruction set, or for the one that FARKV_KERNEL names; None for "plain".
+
+    Raises:
+        ConfigError: FARKV_KERNEL names an instruction set that is not known or cannot run here.
+    """
+    return _load(os.environ.get("FARKV_KERNEL", ""))
+
+
+@cache
+def _load(wanted: str) -> Native | None:
+    if wanted == "plain":
+        return None
+    possible = list_native()
+    return Native(wanted or possible[0]) if wanted or possible else None

@@ -1,0 +1,67 @@
+"""The shared library's C interface: its structures, and where it is found.
+
+In: nothing but the file that the build put beside this one. Out: the loaded library, or None where there is none.
+Mirrors csrc/farkv.h. Calls go through ctypes, which lets other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int, c_int64, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+
+LIBRARY = Path(__file__).with_name("_native.so")
+FORMS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
+# Instruction sets by name, each with its number in the library; the best one that can run is taken.
+ISAS = {"avx512vnni": 3, "avx512": 2, "avx2": 1, "neon": 4, "generic": 0}
+NO_MEMORY, BAD_POSITION = 1, 2
+
+
+class AttendArgs(ctypes.Structure):
+    """`struct attend_args`."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("q", "rows", "positions", "sinks", "out")],
+        *[(name, c_int64) for name in ("batch_stride", "head_stride", "row_stride")],
+        *[(name, c_int64) for name in ("batch", "heads", "group", "k_dim", "v_dim")],
+        *[(name, c_int64) for name in ("n_chosen", "n_rows", "tail", "form", "threads")],
+        *[(name, c_double) for name in ("scaling", "softcap")],
+    )
+
+
+class SelectArgs(ctypes.Structure):
+    """`struct select_args`."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("q", "query", "scale", "codes", "taken", "out")],
+        *[(name, c_int64) for name in ("batch_stride", "head_stride", "row_stride")],
+        *[(name, c_int64) for name in ("batch", "heads", "group", "dim", "columns", "code_bytes", "bits")],
+        *[(name, c_int64) for name in ("query_batch", "n", "cap", "sinks", "n_taken", "threads")],
+        *[(name, c_double) for name in ("scaling", "softcap")],
+    )
+
+
+class GatherArgs(ctypes.Structure):
+    """`struct gather_args`."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("data", "heads", "positions", "out")],
+        *[(name, c_int64) for name in ("n", "row_bytes", "n_heads", "capacity", "threads")],
+    )
+
+
+@cache
+def load_library() -> ctypes.CDLL | None:
+    """Return the library, or None where it was not built."""
+    if not LIBRARY.is_file():
+        return None
+    library = ctypes.CDLL(str(LIBRARY))
+    library.farkv_can_run.argtypes = [c_int64]
+    for name in ("attend", "select", "gather"):
+        call = getattr(library, f"farkv_{name}")
+        call.argtypes, call.restype = [c_int64, c_void_p], c_int
+    library.farkv_read.argtypes = [c_int64, c_void_p, c_int64, c_int64]
+    library.farkv_read_rows.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]
+    library.farkv_read.restype = library.farkv_read_rows.restype = c_uint64
+    return library
