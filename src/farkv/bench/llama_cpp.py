@@ -1,0 +1,289 @@
+"""llama.cpp as a peer: what a decode step's attention costs there, at the best setting of its KV cache.
+
+In: a shape, layers, a context, threads. Out: seconds per layer and token of attention.
+
+A random-weight model with the shape's attention is written and loaded, its KV cache is filled as from a saved sequence,
+one token is decoded behind it and taken back. What a decode behind BASE_TOKENS takes is subtracted:
+
+    attention = (t(context) - t(BASE_TOKENS)) / layers
+
+llama.cpp attends to at least PAD_TOKENS cells, masked or not, so this leaves out PAD_TOKENS / context of its time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections import deque
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from farkv.bench.fill import require_memory
+from farkv.bench.gguf import VOCABULARY, write_gguf
+from farkv.bench.llama_state import SETTINGS, KVSetting, StateForm, draw_state
+from farkv.bench.shapes import ModelShape, format_tokens
+from farkv.errors import ConfigError
+
+BASE_TOKENS = 64
+PAD_TOKENS = 256
+LEAST_TOKENS = 4 * PAD_TOKENS
+# Rounds that find the best setting; a setting whose first round takes this many times the best's median gets no more.
+SCREEN_ROUNDS = 5
+HOPELESS = 2.0
+
+
+def require_llama_cpp() -> Any:
+    """Return the llama_cpp package, its log kept off the terminal.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        library = import_module("llama_cpp")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"--peer llama.cpp: expected the package llama-cpp-python, got {type(error).__name__} ({error}); "
+            "install it with: pip install 'farkv[peer]', or leave the peer out"
+        ) from error
+    library.llama_log_set(_keep_log(library), ctypes.c_void_p(0))
+    return library
+
+
+_log: deque[str] = deque(maxlen=4)
+# The library holds a bare pointer to it.
+_callback: Any = None
+
+
+def _keep_log(library: Any) -> Any:
+    global _callback  # noqa: PLW0603
+    if _callback is None:
+        _callback = library.llama_log_callback(lambda level, text, data: _log.append(text.decode(errors="replace")))
+    return _callback
+
+
+def refuse(what: str) -> ConfigError:
+    """Return the error for what llama.cpp does not do, with the last lines of its log."""
+    said = " ".join(line.strip() for line in _log if line.strip())
+    return ConfigError(
+        f"--peer llama.cpp: {what}; its log ends with: {said!r}; leave the peer out, or lower --contexts"
+    )
+
+
+class LlamaModel:
+    """A random-weight model of a shape's attention, loaded."""
+
+    def __init__(self, shape: ModelShape, layers: int):
+        self.library, self.shape, self.layers = require_llama_cpp(), shape, layers
+        params = self.library.llama_model_default_params()
+        params.n_gpu_layers = 0
+        with TemporaryDirectory(prefix="farkv-bench-") as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(path, shape, layers)
+            # Read into memory, so that the file can go.
+            params.use_mmap = False
+            self.handle = self.library.llama_model_load_from_file(str(path).encode(), params)
+        if not self.handle:
+            raise refuse("expected it to load a model of this shape, it did not")
+
+    @property
+    def width(self) -> int:
+        """Return the elements of one token's K in one layer."""
+        return self.shape.kv_heads * self.shape.head_dim
+
+    def close(self) -> None:
+        """Free it; every sequence is closed before."""
+        self.library.llama_model_free(self.handle)
+
+
+class LlamaSequence:
+    """One sequence with room for `room` tokens, in one setting of the KV cache."""
+
+    def __init__(self, model: LlamaModel, setting: KVSetting, room: int, threads: int):
+        self.model, self.setting, self.library = model, setting, model.library
+        params = self.library.llama_context_default_params()
+        params.n_ctx = -(-room // PAD_TOKENS) * PAD_TOKENS
+        params.n_batch = params.n_ubatch = params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = threads
+        params.type_k, params.type_v, params.flash_attn_type = setting.type_k, setting.type_v, int(setting.flash)
+        params.offload_kqv = params.op_offload = False
+        self.handle = self.library.llama_init_from_model(model.handle, params)
+        if not self.handle:
+            raise refuse(f"expected room for {format_tokens(room)} tokens as {setting.name}, got none")
+        self.memory = self.library.llama_get_memory(self.handle)
+        self.token = (ctypes.c_int32 * 1)()
+
+    def decode(self, token: int) -> float:
+        """Append a token and return the seconds that it takes."""
+        self.token[0] = token % VOCABULARY
+        start = time.perf_counter()
+        failed = self.library.llama_decode(self.handle, self.library.llama_batch_get_one(self.token, 1))
+        self.library.llama_synchronize(self.handle)
+        seconds = time.perf_counter() - start
+        if failed:
+            raise refuse(f"expected it to decode a token behind {len(self)}, got error {failed}")
+        return seconds
+
+    def __len__(self) -> int:
+        return self.library.llama_memory_seq_pos_max(self.memory, 0) + 1
+
+    def cut(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens."""
+        self.library.llama_memory_seq_rm(self.memory, 0, tokens, -1)
+
+    def logits(self) -> np.ndarray:
+        """Return the newest token's logits, [vocabulary], float32."""
+        return np.ctypeslib.as_array(self.library.llama_get_logits(self.handle), (VOCABULARY,)).copy()
+
+    def save(self) -> np.ndarray:
+        """Return the sequence's state, uint8."""
+        state = np.empty(self.library.llama_state_seq_get_size(self.handle, 0), dtype=np.uint8)
+        self.library.llama_state_seq_get_data(self.handle, point_to(state), state.size, 0)
+        return state
+
+    def load(self, state: np.ndarray, tokens: int) -> None:
+        """Take a state of `tokens` tokens instead of what is there.
+
+        Raises:
+            ConfigError: this llama.cpp does not read it.
+        """
+        read = self.library.llama_state_seq_set_data(self.handle, point_to(state), state.size, 0)
+        if read != state.size or len(self) != tokens:
+            raise refuse(
+                f"expected it to take {tokens} tokens ({state.size} bytes), it took {len(self)} ({read} bytes)"
+            )
+
+    def learn_form(self, tokens: int) -> StateForm:
+        """Return the form of a state of `tokens` tokens, with the header that this version puts in front.
+
+        Raises:
+            ConfigError: this llama.cpp writes another form.
+        """
+        self.decode(0)
+        real = self.save()
+        self.cut(0)
+        form = StateForm(self.setting, self.model.layers, 1, self.model.width)
+        n = real.size - form.n_bytes
+        # One stream, one token.
+        if n < 0 or real[n : n + 8].view("<u4").tolist() != [1, 1]:
+            raise refuse(f"expected a state of {form.n_bytes} bytes and a header, got {real.size} bytes")
+        return form._replace(tokens=tokens, header=real[:n].tobytes())
+
+    def fill(self, tokens: int) -> None:
+        """Hold `tokens` random tokens. Cost: twice their bytes for a moment."""
+        form = self.learn_form(tokens)
+        self.load(draw_state(form), tokens)
+
+    def close(self) -> None:
+        """Free it."""
+        self.library.llama_free(self.handle)
+
+
+def point_to(array: np.ndarray) -> Any:
+    """Return a C pointer to its bytes."""
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+class LlamaPair:
+    """A sequence of the whole context beside a short one, in one setting."""
+
+    def __init__(self, model: LlamaModel, setting: KVSetting, context: int, threads: int):
+        self.layers, self.sequences = model.layers, []
+        for tokens in (context, BASE_TOKENS):
+            sequence = LlamaSequence(model, setting, tokens + 1, threads)
+            self.sequences.append((sequence, tokens))
+            sequence.fill(tokens)
+
+    def measure(self) -> float:
+        """Return the seconds of attention per layer and token of one round; both sequences stay as they were."""
+        seconds = []
+        for sequence, tokens in self.sequences:
+            seconds.append(sequence.decode(tokens))
+            sequence.cut(tokens)
+        return (seconds[0] - seconds[1]) / self.layers
+
+    def close(self) -> None:
+        """Free both."""
+        for sequence, _ in self.sequences:
+            sequence.close()
+
+
+class LlamaCppPeer:
+    """llama.cpp at one context. `prepare`, `measure_once` as often as wanted, `close`.
+
+    `medians` holds the seconds per layer and token of every setting that was tried, `setting` the best one's name.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, shape: ModelShape, layers: int, context: int, threads: int):
+        if context < LEAST_TOKENS:
+            raise ConfigError(
+                f"--peer llama.cpp: expected --contexts of at least {LEAST_TOKENS}, got {context}: it computes "
+                f"{PAD_TOKENS} tokens at a time, so a short context cannot be told from none"
+            )
+        self.context, self.threads = context, threads
+        # The cache, and the state that it is filled from.
+        require_memory(2 * layers * shape.layer_bytes(context), f"llama.cpp at {format_tokens(context)} tokens")
+        self.model = LlamaModel(shape, layers)
+        self.medians: dict[str, float] = {}
+        self.pair: LlamaPair | None = None
+
+    @property
+    def setting(self) -> str:
+        """Return the name of the setting with the smallest median."""
+        return min(self.medians, key=self.medians.__getitem__)
+
+    def prepare(self, screen_rounds: int = SCREEN_ROUNDS) -> None:
+        """Try every setting of the KV cache for a few rounds and keep the best one ready."""
+        for setting in SETTINGS:
+            best = min(self.medians.values(), default=float("inf"))
+            self._open(setting)
+            assert self.pair is not None
+            seconds = [self.pair.measure()]
+            while len(seconds) < screen_rounds and seconds[0] < HOPELESS * best:
+                seconds.append(self.pair.measure())
+            self.medians[setting.name] = median(seconds)
+        self._open(next(setting for setting in SETTINGS if setting.name == self.setting))
+
+    def _open(self, setting: KVSetting) -> None:
+        self._close_pair()
+        self.pair = LlamaPair(self.model, setting, self.context, self.threads)
+        # The first decode pays for memory that was never touched.
+        self.pair.measure()
+
+    def measure_once(self) -> float:
+        """Return the seconds of attention per layer and token of one round, at the best setting."""
+        if self.pair is None:
+            self.prepare()
+        assert self.pair is not None
+        return self.pair.measure()
+
+    def _close_pair(self) -> None:
+        if self.pair is not None:
+            self.pair.close()
+        self.pair = None
+
+    def close(self) -> None:
+        """Free everything."""
+        self._close_pair()
+        self.model.close()
+
+
+def measure_llama_cpp(shape: ModelShape, layers: int, context: int, threads: int, rounds: int) -> list[float]:
+    """Return the seconds of attention per layer and token of every round, at the best setting of the KV cache.
+
+    Raises:
+        ConfigError: llama-cpp-python is missing, does not read what is written for it, or the context is too short.
+        CapacityError: memory cannot hold the context.
+    """
+    peer = LlamaCppPeer(shape, layers, context, threads)
+    try:
+        peer.prepare()
+        return [peer.measure_once() for _ in range(rounds)]
+    finally:
+        peer.close()
