@@ -1,0 +1,253 @@
+"""Fast kernels for a GPU: the interface of `native.Native`, with near memory's tensors.
+
+In: tensors of one layer. Out: chosen positions, attention, rows brought near. No call waits for the device, and none
+allocates anything but its result once the scratch has its size; with `n` (and counts) on the device, a step can be
+captured in a CUDA graph and replayed while the context grows. Scratch is kept per stream: calls on one stream follow
+each other, calls on two do not share any. Triton is imported here and nowhere else in farkv, when `Gpu` is made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Float, Float32, Int, Tensor
+from farkv.errors import ConfigError
+from farkv.kernels.native import IndexView, Logits, Rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = ("plain", "int8", "int4")
+
+
+class Blocks(NamedTuple):
+    """Rows that one program works on at once, and how many programs should share the device."""
+
+    select: int = 1024
+    attend: int = 64
+    gather: int = 16
+    programs: int = 264
+
+
+class Held(NamedTuple):
+    """Records that are near: their rows [B, Hkv, N, W], and per pool row the place of its copy, -1 without one."""
+
+    rows: Tensor
+    slots: Int[Tensor, "B Hkv S"]
+
+
+class Gpu:
+    """The kernels of one GPU; stateless but for scratch memory.
+
+    Args:
+        blocks: sizes of the work of one program; the defaults are for Hopper-class devices.
+        interpreted: the kernels run in Triton's interpreter, on a CPU: slow, for tests.
+    """
+
+    name = "triton"
+
+    def __init__(self, blocks: Blocks | None = None, *, interpreted: bool = False):
+        from farkv.kernels import gpu_attend, gpu_gather, gpu_select
+
+        self._select, self._attend, self._gather = gpu_select, gpu_attend, gpu_gather
+        self.blocks, self.interpreted = blocks or Blocks(), interpreted
+        self._scratch: dict[tuple[str, int], Tensor] = {}
+
+    # --- numbers ----------------------------------------------------------------------------------------------
+
+    def can_read(self, dtype: torch.dtype) -> bool:
+        """Return whether plain rows of this dtype can be attended to."""
+        return dtype in DTYPES
+
+    def select(
+        self,
+        q: Float[Tensor, "B Hq 1 D"],
+        index: IndexView,
+        logits: Logits,
+        *,
+        cap: int,
+        n: int | Tensor,
+        sinks: int = 0,
+        taken: Int[Tensor, "B Hkv N"] | None = None,
+    ) -> Int[Tensor, "B Hkv K"]:
+        """Choose exactly `cap` of the first `n` records per sequence and KV head: those of the largest group mass.
+
+            w_s = sum_g softmax_s(softcap(scaling (q_g A) . (codes_s scale)))
+
+        Args:
+            n: a number, or one int32 on the device (for graphs; the launches then cover all rows of `index.codes`, and
+                whoever advances it sees to it that `cap` records stay open).
+            sinks: the first records, always chosen unless taken.
+            taken: positions that must not be chosen.
+
+        Returns:
+            int64 [B, Hkv, cap], ascending. Among equal weights the lowest positions are chosen.
+
+        Raises:
+            ConfigError: fewer than `cap` records are open.
+
+        Cost: the codes are read twice; 4 bytes per record and head written once and read three times.
+        """
+        batch, kv_heads, rows, width = index.codes.shape
+        n_taken = 0 if taken is None else taken.shape[-1]
+        if isinstance(n, int) and not 0 < cap <= n - n_taken:
+            raise ConfigError(f"select: expected a cap from 1 to the {n - n_taken} open records, got {cap}; lower it")
+        if index.codes.stride(-1) != 1 or index.bits not in (4, 8):
+            raise ConfigError(f"select: expected an index of 4 or 8 bits with rows side by side, got {index.bits} bits")
+        heads, group = batch * kv_heads, q.shape[1] // kv_heads
+        # Sized for all rows that there is room for, so that it stays while the context grows.
+        room = index.codes.stride(1) // max(1, index.codes.stride(2))
+        blocks = -(-max(room, rows) // self.blocks.select)
+        columns = width * 8 // index.bits
+        sizes = self._select.size_scratch(heads, group, columns, blocks, self.blocks.select)
+        scratch = self._select.Scratch(**{name: self._lend(name, size, q) for name, size in sizes.items()})
+        request = self._select.Request(cap, n, sinks, None if taken is None else taken.contiguous())
+        return self._select.run_select(q, index, logits, request, scratch, self.blocks.select)
+
+    def attend(
+        self,
+        q: Float[Tensor, "B Hq 1 D"],
+        rows: Rows,
+        logits: Logits,
+        *,
+        positions: Int[Tensor, "B Hkv K"] | None,
+        n: int | Tensor,
+        tail: int = 0,
+        sinks: Float32[Tensor, " Hq"] | None = None,
+        counts: Int[Tensor, "B Hkv"] | None = None,
+    ) -> Float[Tensor, "B Hq 1 Dv"]:
+        """Attend with one query per head: softmax(softcap(scaling q k)) v over some rows, in float32.
+
+        Args:
+            rows: near rows; coded ones are decoded on the way, and rounded to q's dtype.
+            positions: the rows that are read, then the `tail` newest of the first `n`. None: all of the first `n`.
+            n: a number, or one int32 on the device.
+            sinks: logits that only join the denominator.
+            counts: on the device: of `positions`, or of the rows before the tail, only so many are read.
+
+        Raises:
+            ConfigError: rows of a form or dtype that no kernel reads.
+
+        Cost: every row that is read crosses near memory once; 4 Dv bytes per part and query head written and read.
+        """
+        plain = rows.form == "plain"
+        if rows.form not in FORMS or not self.can_read(rows.data.dtype if plain else q.dtype):
+            raise ConfigError(
+                f"attend: expected rows of {', '.join(FORMS)} in float32, bfloat16 or float16, got {rows.form} in "
+                f"{rows.data.dtype} for queries in {q.dtype}; use the plain path"
+            )
+        (kv_heads, room), heads = rows.data.shape[1:3], rows.data.shape[0] * rows.data.shape[1]
+        most = room if positions is None else positions.shape[-1] + tail
+        parts = min(-(-most // self.blocks.attend), -(-self.blocks.programs // heads))
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        sizes = self._attend.size_parts(heads, q.shape[1] // kv_heads, rows.v_dim, max(1, parts))
+        scratch = self._attend.Parts(**{name: self._lend(name, size, q) for name, size in sizes.items()})
+        at = None if positions is None else positions.contiguous()
+        choice = self._attend.Choice(at, None if counts is None else counts.contiguous(), n, tail)
+        tuning = self._attend.Tuning(self.blocks.attend, max(1, parts), self.interpreted)
+        return self._attend.run_attend(q, rows, logits, choice, sinks, scratch, tuning)
+
+    # --- bytes ------------------------------------------------------------------------------------------------
+
+    def gather(self, data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Copy out[j] = data[head heads[j] of all sequences, position positions[j]].
+
+        Args:
+            data: [B, Hkv, S, W], near or in pinned host memory, which the kernel reads over the link in place.
+            heads, positions: [N], on the device.
+            out: [N, W], near, contiguous.
+
+        Cost: N rows read, over the link where they are in host memory, and written.
+        """
+        self._check_rows(data)
+        if len(positions):
+            self._gather.run_gather(data, heads.contiguous(), positions.contiguous(), out, self.blocks.gather)
+
+    def fetch(
+        self,
+        data: Tensor,
+        positions: Int[Tensor, "B Hkv K"],
+        out: Tensor,
+        crossed: Int[Tensor, " 1"],
+        *,
+        counts: Int[Tensor, "B Hkv"] | None = None,
+        held: Held | None = None,
+    ) -> None:
+        """Bring the rows at some positions into a near buffer; those that are near already cross nothing.
+
+        Args:
+            data: [B, Hkv, S, W] in pinned host memory.
+            out: [B, Hkv, at least K, W], near.
+            crossed: int64 on the device; the bytes that crossed the link are added.
+            counts: on the device: only so many positions of every head are brought; the others' rows are not touched.
+            held: what is near already.
+
+        Cost: W bytes over the link per row that is not held; every row written near once.
+        """
+        for rows in (data, out) if held is None else (data, out, held.rows):
+            self._check_rows(rows)
+        if positions.shape[-1]:
+            counts = None if counts is None else counts.contiguous()
+            order = self._gather.Order(positions.contiguous(), counts, held, out, crossed)
+            self._gather.run_fetch(data, order, self.blocks.gather)
+
+    def read_bandwidth(self, data: Tensor) -> float:
+        """Return bytes per second of one sequential pass; waits for the device."""
+        words = self._gather.to_words(data.reshape(-1, data.shape[-1]))
+        return self._time_sum(words, None, data.numel() * data.element_size())
+
+    def gather_bandwidth(self, data: Tensor, positions: Int[Tensor, " N"], row_bytes: int) -> float:
+        """Return bytes per second of reading sorted rows of `row_bytes` each; waits for the device."""
+        words = self._gather.to_words(data.reshape(-1).view(torch.uint8).view(-1, row_bytes))
+        return self._time_sum(words, positions.contiguous(), len(positions) * row_bytes)
+
+    def _time_sum(self, words: Tensor, positions: Tensor | None, n_bytes: int) -> float:
+        n = len(words) if positions is None else len(positions)
+        at = words if words.is_cuda or positions is None else positions
+        out = self._lend("read", (-(-n // self.blocks.gather), torch.int32), at)
+        best = float("inf")
+        for _ in range(3):
+            self._wait()
+            started = time.perf_counter()
+            self._gather.run_sum(words, positions, out, self.blocks.gather)
+            self._wait()
+            best = min(best, time.perf_counter() - started)
+        return n_bytes / best
+
+    def _wait(self) -> None:
+        # A deliberate sync: a measurement.
+        if not self.interpreted:
+            torch.cuda.synchronize()
+
+    # --- memory -----------------------------------------------------------------------------------------------
+
+    def _check_rows(self, rows: Tensor) -> None:
+        """Raise where rows do not stand as the kernels address them."""
+        near = rows.is_cuda or rows.is_pinned() or self.interpreted
+        packed = rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1]
+        if not near or not packed or (rows.shape[0] > 1 and rows.stride(0) != rows.shape[1] * rows.stride(1)):
+            raise ConfigError(
+                f"fetch: expected packed rows in GPU or pinned host memory, got strides {tuple(rows.stride())} on "
+                f"{rows.device}; keep the pool in pinned memory"
+            )
+
+    def _lend(self, name: str, size: tuple[int, torch.dtype], like: Tensor) -> Tensor:
+        """Return scratch of at least so many elements; it grows by powers of two and is never given back."""
+        n, dtype = size
+        key = (name, torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0)
+        area = self._scratch.get(key)
+        if area is None or area.numel() < n or area.device != like.device:
+            area = torch.empty(1 << (n - 1).bit_length(), dtype=dtype, device=like.device)
+            self._scratch[key] = area
+        return area
+
+
+@lru_cache(maxsize=1)
+def load_gpu() -> Gpu | None:
+    """Return the GPU's kernels; None without a CUDA device or without Triton."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    return Gpu()

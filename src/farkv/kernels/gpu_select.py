@@ -1,0 +1,300 @@
+"""Choose records on the GPU: score the index, find the threshold of the cap by histogram, write positions in order.
+
+In: queries, codes. Out: positions, ascending, exactly as many as the cap. No value goes to the host, no launch depends
+on one, and all scratch has the size of the layer's allocation, so that a step can be captured in a CUDA graph.
+
+    1 project   p = q A scale
+    2 measure   max and sum of exp2 of every block of tokens: one program per head and block, here and below
+    3 weigh     sum the blocks' parts; the rank of each token; histogram of the ranks' upper 11 bits
+    4 exclude   what is taken leaves the ranks and the histogram
+    5 refine    histogram of the next 10 bits, in the bin where the cap is reached
+    6 count     tokens before, and on, the threshold, per block
+    7 write     positions, at the sum of the counts before
+
+A rank is the float bits of y = 2 + log2 G - log2 w, as an integer: y is positive, so smaller is better. The 17 bits of
+mantissa that are compared tell weights apart whose log2 differs by y / 2^17, however small the weights are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+
+from farkv._axes import Int, Tensor
+from farkv.kernels.native import IndexView, Logits
+
+LOG2E = tl.constexpr(math.log2(math.e))
+BINS = tl.constexpr(2048)
+FINE = tl.constexpr(1024)
+# The rank of what must not be chosen; its bin, the last, takes no other.
+WORST = tl.constexpr((2047 << 16) | 0xFFFF)
+LEAST = tl.constexpr((2046 << 16) | 0xFFFF)
+ONE = tl.constexpr(0x3F800000)
+
+
+@triton.jit
+@no_type_check
+def _tanh(x):
+    # exp2 overflows to infinity and underflows to zero: both ends are exact.
+    return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E)))
+
+
+@triton.jit
+@no_type_check
+def _project(q, query, scale, out, factor, q_b, q_h, q_d, a_b, a_h, a_d, a_r, s_b, s_h, s_r,
+             HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+             RP: tl.constexpr):  # fmt: skip
+    head = tl.program_id(0)
+    b, h = head // HEADS, head % HEADS
+    d, r = tl.arange(0, DP), tl.arange(0, RP)
+    inside = (d < D)[:, None] & (r < R)[None, :]
+    a = tl.load(query + b * a_b + h * a_h + d[:, None] * a_d + r[None, :] * a_r, mask=inside, other=0.0)
+    step = tl.load(scale + b * s_b + h * s_h + r * s_r, mask=r < R, other=0.0) * factor
+    for g in tl.static_range(G):
+        row = tl.load(q + b * q_b + (h * G + g) * q_h + d * q_d, mask=d < D, other=0.0).to(tl.float32)
+        tl.store(out + (head * G + g) * R + r, tl.sum(row[:, None] * a, 0) * step, mask=r < R)
+
+
+@triton.jit
+@no_type_check
+def _load_codes(codes, head, s, ok, c_b, c_h, c_s, HEADS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    w = tl.arange(0, WP)
+    start = (head // HEADS).to(tl.int64) * c_b + (head % HEADS).to(tl.int64) * c_h
+    return tl.load(codes + start + s[:, None] * c_s + w[None, :], mask=ok[:, None] & (w < W)[None, :], other=0)
+
+
+@triton.jit
+@no_type_check
+def _score(raw, projected, gain, W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, CAPPED: tl.constexpr):
+    """Logits of one query in units of log2."""
+    w = tl.arange(0, WP)
+    p = tl.load(projected + w, mask=w < W, other=0.0)
+    if BITS == 8:
+        x = tl.sum(raw.to(tl.float32) * p[None, :], 1)
+    else:
+        high = tl.load(projected + W + w, mask=w < W, other=0.0)
+        wide = raw.to(tl.int32)
+        # Arithmetic shifts keep the sign of both halves.
+        x = tl.sum(((wide << 28) >> 28).to(tl.float32) * p[None, :] + (wide >> 4).to(tl.float32) * high[None, :], 1)
+    if CAPPED:
+        x = gain * _tanh(x)
+    return x
+
+
+@triton.jit(do_not_specialize=["n"])
+@no_type_check
+def _measure(codes, projected, parts, histograms, n, gain, c_b, c_h, c_s, HEADS: tl.constexpr, G: tl.constexpr,
+             W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
+    head, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if ON_DEVICE:
+        n = tl.load(n).to(tl.int32)
+    if block == 0:
+        # Both histograms of this head start empty; the next launch fills them.
+        tl.store(histograms + head * 2 * BINS + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int32))
+    s = block * BLOCK + tl.arange(0, BLOCK)
+    raw = _load_codes(codes, head, s, s < n, c_b, c_h, c_s, HEADS, W, WP)
+    for g in tl.static_range(G):
+        x = _score(raw, projected + (head * G + g) * (W * 8 // BITS), gain, W, WP, BITS, CAPPED)
+        x = tl.where(s < n, x, -1e38)
+        top = tl.max(x, 0)
+        tl.store(parts + (head * G + g) * 2 * blocks + block, top)
+        tl.store(parts + ((head * G + g) * 2 + 1) * blocks + block, tl.sum(tl.where(s < n, tl.exp2(x - top), 0.0), 0))
+
+
+@triton.jit
+@no_type_check
+def _join_parts(parts, blocks, BLOCKS: tl.constexpr):
+    """log2 of one query's sum over all tokens."""
+    i = tl.arange(0, BLOCKS)
+    tops = tl.load(parts + i, mask=i < blocks, other=-1e38)
+    sums = tl.load(parts + blocks + i, mask=i < blocks, other=0.0)
+    top = tl.max(tops, 0)
+    return top + tl.log2(tl.sum(sums * tl.exp2(tops - top), 0))
+
+
+@triton.jit
+@no_type_check
+def _add_histogram(histogram, bins, last: tl.constexpr):
+    counts = tl.histogram(bins, BINS)
+    i = tl.arange(0, BINS)
+    # Few bins of a block are hit: only these cost an atomic operation.
+    tl.atomic_add(histogram + i, counts, mask=(counts > 0) & (i < last), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n", "sinks"])
+@no_type_check
+def _weigh(codes, projected, parts, ranks, histograms, n, sinks, gain, base, c_b, c_h, c_s, rank_h,
+           HEADS: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr,
+           CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    head, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    if ON_DEVICE:
+        n = tl.load(n).to(tl.int32)
+    s = block * BLOCK + tl.arange(0, BLOCK)
+    raw = _load_codes(codes, head, s, s < n, c_b, c_h, c_s, HEADS, W, WP)
+    joined = tl.full([BLOCK], -1e38, tl.float32)
+    for g in tl.static_range(G):
+        x = _score(raw, projected + (head * G + g) * (W * 8 // BITS), gain, W, WP, BITS, CAPPED)
+        x -= _join_parts(parts + (head * G + g) * 2 * blocks, blocks, BLOCKS)
+        top = tl.maximum(joined, x)
+        joined = top + tl.log2(tl.exp2(joined - top) + tl.exp2(x - top))
+    y = tl.maximum(base - joined, 1.0)
+    rank = tl.minimum(y.to(tl.int32, bitcast=True) - ONE, LEAST)
+    rank = tl.where(s < n, tl.where(s < sinks, 0, rank), WORST)
+    tl.store(ranks + head.to(tl.int64) * rank_h + s, rank)
+    _add_histogram(histograms + head * 2 * BINS, rank >> 16, 2047)
+
+
+@triton.jit(do_not_specialize=["n_taken", "n"])
+@no_type_check
+def _exclude(taken, ranks, histograms, n_taken, n, rank_h, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr):
+    head = tl.program_id(0)
+    if ON_DEVICE:
+        n = tl.load(n).to(tl.int32)
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.load(taken + head.to(tl.int64) * n_taken + j, mask=j < n_taken, other=-1)
+    inside = (at >= 0) & (at < n)
+    # Exchanged, so that a position that is given twice leaves the histogram once.
+    worst = tl.full([BLOCK], WORST, tl.int32)
+    old = tl.atomic_xchg(ranks + head.to(tl.int64) * rank_h + at, worst, mask=inside, sem="relaxed")
+    inside = inside & (old != WORST)
+    old = tl.where(inside, old, 0)
+    place = histograms + head * 2 * BINS + (old >> 16)
+    tl.atomic_add(place, tl.full([BLOCK], -1, tl.int32), mask=inside, sem="relaxed")
+
+
+@triton.jit
+@no_type_check
+def _find(histogram, wanted):
+    """Return the bin in which the running count reaches what is wanted, and the count before that bin."""
+    counts = tl.load(histogram + tl.arange(0, BINS))
+    short = tl.cumsum(counts, 0) < wanted
+    return tl.sum(short.to(tl.int32), 0), tl.sum(tl.where(short, counts, 0), 0)
+
+
+@triton.jit(do_not_specialize=["cap"])
+@no_type_check
+def _refine(ranks, histograms, cap, rank_h, BLOCK: tl.constexpr):
+    head = tl.program_id(0)
+    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    histogram = histograms + head * 2 * BINS
+    coarse, _ = _find(histogram, cap)
+    rank = tl.load(ranks + head.to(tl.int64) * rank_h + s)
+    fine = tl.where((rank >> 16) == coarse, (rank >> 6) & (FINE - 1), BINS - 1)
+    _add_histogram(histogram + BINS, fine, FINE)
+
+
+@triton.jit(do_not_specialize=["cap"])
+@no_type_check
+def _count(ranks, histograms, counts, cap, rank_h, BLOCK: tl.constexpr):
+    head, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    histogram = histograms + head * 2 * BINS
+    coarse, before = _find(histogram, cap)
+    fine, _ = _find(histogram + BINS, cap - before)
+    threshold = coarse * FINE + fine
+    s = block * BLOCK + tl.arange(0, BLOCK)
+    rank = tl.load(ranks + head.to(tl.int64) * rank_h + s) >> 6
+    at = counts + head * (2 * blocks + 1)
+    tl.store(at + block, tl.sum((rank < threshold).to(tl.int32), 0))
+    tl.store(at + blocks + block, tl.sum((rank == threshold).to(tl.int32), 0))
+    tl.store(at + 2 * blocks, threshold)
+
+
+@triton.jit(do_not_specialize=["cap"])
+@no_type_check
+def _write(ranks, counts, out, cap, rank_h, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    head, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    at = counts + head * (2 * blocks + 1)
+    threshold = tl.load(at + 2 * blocks)
+    i = tl.arange(0, BLOCKS)
+    better = tl.load(at + i, mask=i < blocks, other=0)
+    equal = tl.load(at + blocks + i, mask=i < blocks, other=0)
+    # What is left of the cap goes to those on the threshold, lowest position first.
+    ties = cap - tl.sum(better, 0)
+    better_before = tl.sum(tl.where(i < block, better, 0), 0)
+    equal_before = tl.sum(tl.where(i < block, equal, 0), 0)
+    s = block * BLOCK + tl.arange(0, BLOCK)
+    rank = tl.load(ranks + head.to(tl.int64) * rank_h + s) >> 6
+    tied = (rank == threshold).to(tl.int32)
+    kept = (rank < threshold) | ((tied == 1) & (equal_before + tl.cumsum(tied, 0) <= ties))
+    place = better_before + tl.minimum(equal_before, ties) + tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(out + head.to(tl.int64) * cap + place, s.to(tl.int64), mask=kept)
+
+
+class Request(NamedTuple):
+    """What is asked of one layer; see `gpu.Gpu.select`."""
+
+    cap: int
+    n: int | Tensor
+    sinks: int
+    taken: Tensor | None
+
+
+class Scratch(NamedTuple):
+    """Memory that the launches share, of one size for all steps of a layer."""
+
+    projected: Tensor
+    parts: Tensor
+    ranks: Tensor
+    histograms: Tensor
+    counts: Tensor
+
+
+def size_scratch(heads: int, group: int, columns: int, blocks: int, block: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Return the elements and dtype of every scratch tensor."""
+    return {
+        "projected": (heads * group * columns, torch.float32),
+        "parts": (heads * group * 2 * blocks, torch.float32),
+        "ranks": (heads * blocks * block, torch.int32),
+        "histograms": (heads * 2 * BINS.value, torch.int32),
+        "counts": (heads * (2 * blocks + 1), torch.int32),
+    }
+
+
+def _project_queries(q: Tensor, index: IndexView, logits: Logits, out: Tensor) -> None:
+    batch, heads, dim, columns = index.scale.shape[0], *index.query.shape[1:]
+    factor = logits.scaling / logits.softcap if logits.softcap else logits.scaling * LOG2E.value
+    a_b, *a_rest = index.query.stride()
+    strides = (*(q.stride(i) for i in (0, 1, 3)), a_b if index.query.shape[0] > 1 else 0, *a_rest)
+    sizes = dict(HEADS=heads, G=q.shape[1] // heads, D=dim, DP=triton.next_power_of_2(dim), R=columns,
+                 RP=triton.next_power_of_2(columns))  # fmt: skip
+    steps = (index.scale.stride(i) for i in (0, 1, 3))
+    _project[(batch * heads,)](q, index.query, index.scale, out, factor, *strides, *steps, **sizes)
+
+
+def run_select(
+    q: Tensor, index: IndexView, logits: Logits, request: Request, scratch: Scratch, block: int
+) -> Int[Tensor, "B Hkv cap"]:
+    """Launch the seven kernels (six where nothing is taken).
+
+    Cost: the codes are read twice, 4 bytes per token and head written and read three times.
+    """
+    (batch, kv_heads, rows, width), (cap, n, sinks, taken) = index.codes.shape, request
+    heads, group, on_device = batch * kv_heads, q.shape[1] // kv_heads, isinstance(n, Tensor)
+    blocks = triton.cdiv(rows if isinstance(n, Tensor) else n, block)
+    padded, base = triton.next_power_of_2(blocks), 2.0 + math.log2(group)
+    grid, rank_h = (heads, blocks), scratch.ranks.numel() // heads
+    _project_queries(q, index, logits, scratch.projected)
+    gain = logits.softcap * LOG2E.value if logits.softcap else 1.0
+    sizes: dict[str, Any] = dict(HEADS=kv_heads, G=group, W=width, WP=triton.next_power_of_2(width), BITS=index.bits,
+                 CAPPED=bool(logits.softcap), ON_DEVICE=on_device, BLOCK=block)  # fmt: skip
+    strides = index.codes.stride()[:3]
+    projected, parts, ranks, histograms, counts = scratch
+    _measure[grid](index.codes, projected, parts, histograms, n, gain, *strides, **sizes)
+    launch: Any = _weigh[grid]
+    launch(index.codes, projected, parts, ranks, histograms, n, sinks, gain, base, *strides, rank_h,
+                 **sizes, BLOCKS=padded)  # fmt: skip
+    if taken is not None and taken.shape[-1]:
+        n_taken = taken.shape[-1]
+        _exclude[heads, triton.cdiv(n_taken, 256)](
+            taken, ranks, histograms, n_taken, n, rank_h, ON_DEVICE=on_device, BLOCK=256
+        )
+    out = torch.empty(batch, kv_heads, cap, dtype=torch.int64, device=q.device)
+    _refine[grid](ranks, histograms, cap, rank_h, BLOCK=block)
+    _count[grid](ranks, histograms, counts, cap, rank_h, BLOCK=block)
+    _write[grid](ranks, counts, out, cap, rank_h, BLOCKS=padded, BLOCK=block)
+    return out
