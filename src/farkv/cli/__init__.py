@@ -1,4 +1,4 @@
-"""The command line: `farkv run`, `farkv profile`, `farkv plan`, `farkv demo`; one file per command.
+"""The command line: `farkv run`, `farkv profile`, `farkv plan`, `farkv demo`, `farkv bench`; one file per command.
 
 In: arguments. Out: the answer (or one JSON object) on stdout, all else on stderr. A mistake of the caller's is one
 line and exit code 2.
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from farkv.cli.bench import app as bench
 from farkv.cli.demo import demo
 from farkv.cli.plan import plan_layers
 from farkv.cli.profile import profile_model
@@ -30,6 +31,7 @@ app.command()(run)
 app.command(name="profile")(profile_model)
 app.command(name="plan")(plan_layers)
 app.command()(demo)
+app.add_typer(bench)
 
 
 def show_version(asked: bool) -> None:

@@ -1,0 +1,156 @@
+"""`farkv bench --calibrate`: from which context on choosing records beats reading all of them, on this machine.
+
+In: nothing. Out: the times of both ways at every context, the crossover, and its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from farkv.bench.case import Case
+from farkv.bench.fill import KVSource
+from farkv.bench.machine import require_native
+from farkv.bench.ours import DenseNativeRunner
+from farkv.bench.report import draw_machine, format_ms, make_table
+from farkv.bench.shapes import SHAPES, ModelShape, format_tokens
+from farkv.bench.timing import measure_interleaved, summarize
+from farkv.calibration import read_cpu_model, save_crossover
+from farkv.config import InfiniGen
+from farkv.kernels.native import IndexView, Logits, Native, Rows
+from farkv.methods.contract import Place
+from farkv.methods.infinigen import InfiniGenRecipe
+from farkv.receipt import Account
+from farkv.store.records import StoreLimits
+
+SHAPE = SHAPES["llama3.2-1b"]
+CONTEXTS = tuple(2**i for i in range(7, 15))
+ROUNDS = 25
+# More would not make the short contexts' caches any colder than a model's weights do.
+MOST_LAYERS = 16
+
+
+class Times(NamedTuple):
+    """Milliseconds per layer of both ways at one context."""
+
+    context: int
+    dense_ms: float
+    select_ms: float
+
+
+class SelectRunner:
+    """Selection and attention over what was selected, by the native kernels, over the dense twin's own rows."""
+
+    name = "select"
+    least_tokens = 1
+
+    def __init__(self, dense: DenseNativeRunner):
+        self.dense, self.n_layers = dense, dense.n_layers
+        case = dense.case
+        place = Place([0], StoreLimits(), case.device, Account())
+        recipe = InfiniGenRecipe(place, InfiniGen(), None)
+        cap = recipe.split(case.context + 1, 0)
+        self.sinks, self.tail, self.cap = cap.sinks, cap.tail, cap.early + cap.late
+        columns = recipe.count_columns(case.shape.head_dim, case.shape.record_bytes())
+        heads = (case.batch, case.shape.kv_heads)
+        projection = torch.randn(*heads, case.shape.head_dim, columns)
+        scale = torch.full((*heads, 1, columns), 0.1)
+        self.index = [
+            IndexView(self._draw_codes(heads, columns * recipe.bits // 8), recipe.bits, projection, scale)
+            for _ in range(self.n_layers)
+        ]
+
+    def _draw_codes(self, heads: tuple[int, int], width: int) -> torch.Tensor:
+        return torch.randint(-128, 128, (*heads, self.dense.case.context + 1, width), dtype=torch.int8)
+
+    def step(self, layer: int) -> None:
+        """Write a token's record, choose, and attend to what was chosen."""
+        dense, native = self.dense, self.dense.native
+        n, dim = dense.case.context + 1, dense.case.shape.head_dim
+        dense.write(layer)
+        q, logits = dense.queries[layer], Logits(dense.case.shape.scaling)
+        chosen = native.select(q, self.index[layer], logits, cap=self.cap, n=n - self.tail, sinks=self.sinks)
+        rows = Rows(dense.rows[layer], dim, dim)
+        native.attend(q, rows, logits, positions=chosen, n=n, tail=self.tail)
+
+    def restore(self) -> None:
+        """Nothing: every step writes the same record."""
+
+
+def measure_times(native: Native, shape: ModelShape, context: int, rounds: int) -> Times:
+    """Time both ways, in turn, over the same records."""
+    case = Case(shape, context, layers=MOST_LAYERS)
+    dense = DenseNativeRunner(case, KVSource(shape, 1, case.device), native)
+    seconds = measure_interleaved([dense, SelectRunner(dense)], rounds)
+    return Times(context, *(1e3 * summarize(seconds[name]).median_s for name in ("dense-native", "select")))
+
+
+def find_crossover(times: list[Times]) -> int | None:
+    """Return the smallest context from which on selecting wins at every longer one too; None where it never does."""
+    found = None
+    for one in sorted(times, reverse=True):
+        if one.select_ms >= one.dense_ms:
+            break
+        found = one.context
+    return found
+
+
+class Calibration(NamedTuple):
+    """What was measured, and where it was written; no file where selecting never won."""
+
+    times: list[Times]
+    tokens: int | None
+    kernel: str
+    path: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        rows = [
+            {"method": name, "context": one.context, "batch": 1, "ms_per_layer": round(ms, 4)}
+            for one in self.times
+            for name, ms in (("dense-native", one.dense_ms), ("infinigen", one.select_ms))
+        ]
+        path = None if self.path is None else str(self.path)
+        machine = {"cpu": read_cpu_model(), "threads": torch.get_num_threads(), "kernel": self.kernel}
+        return {"crossover_tokens": self.tokens, "path": path, "rows": rows, "machine": machine}
+
+
+def calibrate(
+    tell: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    shape: ModelShape = SHAPE,
+    contexts: tuple[int, ...] = CONTEXTS,
+    rounds: int = ROUNDS,
+) -> Calibration:
+    """Measure both ways at every context and write the crossover down.
+
+    Raises:
+        ConfigError: there is no native kernel, or the file cannot be written.
+    """
+    native, times = require_native("--calibrate"), []
+    for context in contexts:
+        times.append(measure_times(native, shape, context, rounds))
+        tell(len(times), len(contexts))
+    tokens = find_crossover(times)
+    if tokens is None:
+        return Calibration(times, None, native.name, None)
+    details = {"threads": torch.get_num_threads(), "times_ms": [one._asdict() for one in times]}
+    return Calibration(times, tokens, native.name, save_crossover(native.name, tokens, details))
+
+
+def draw_calibration(found: Calibration) -> RenderableType:
+    """Return a table of both ways, and the crossover in words."""
+    table = make_table("dense against selecting: ms per layer", ("dense-native", "select", "faster"))
+    for one in found.times:
+        faster = "select" if one.select_ms < one.dense_ms else "dense"
+        table.add_row(format_tokens(one.context), format_ms(one.dense_ms), format_ms(one.select_ms), faster)
+    said = f"selecting never won up to {format_tokens(found.times[-1].context)} tokens; nothing was written"
+    if found.tokens is not None:
+        said = f"selecting wins from {format_tokens(found.tokens)} tokens on; written to {found.path}"
+    machine = found.to_dict()["machine"] | {"read_gb_per_s": None}
+    return Group(table, Text(said), draw_machine(machine))

@@ -1,0 +1,141 @@
+"""`farkv bench decode`: milliseconds per layer and token of attention, choosing and appending included.
+
+In: settings. Out: a report. Every method is timed in the same run, round by round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+
+from farkv.bench.case import Traffic, find_floor
+from farkv.bench.fill import require_memory
+from farkv.bench.machine import Machine, describe_machine
+from farkv.bench.methods import Settings, check_native, count_bytes, make_runners
+from farkv.bench.report import Report, Row, make_row
+from farkv.bench.shapes import format_tokens
+from farkv.bench.timing import Spread, measure_interleaved, summarize
+from farkv.errors import ConfigError
+from farkv.kernels.native import Native, load_native
+
+# Told (done, total).
+Tell = Callable[[int, int], None]
+
+
+class Measured(NamedTuple):
+    """One method at one context; its floor is known once the machine was measured for the last time."""
+
+    method: str
+    context: int
+    spread: Spread
+    traffic: Traffic | None
+    more: dict[str, Any]
+
+
+def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) -> Report:
+    """Measure every context and method.
+
+    Raises:
+        ConfigError: a method or peer is not there.
+        CapacityError: memory cannot hold a context.
+    """
+    native = load_native() if settings.device == "cpu" else None
+    settings, notes = check_native(settings, native)
+    peers = {name: find_peer(name) for name in settings.peers}
+    for context in settings.contexts:
+        require_memory(count_bytes(settings, context), f"a context of {format_tokens(context)} tokens")
+    machine = None if native is None else Machine(native, settings.fraction, buffer_bytes=settings.buffer_bytes)
+    done, total = 0, len(settings.contexts) * (len(settings.methods) * (settings.rounds + 1) + len(peers))
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        tell(done, total)
+
+    measured: list[Measured] = []
+    for context in settings.contexts:
+        measured += measure_context(settings, context, native, advance)
+        for name, measure in peers.items():
+            measured.append(measure_peer(settings, context, name, measure))
+            advance()
+    rows = make_rows(settings, measured, machine)
+    kernel = "torch" if native is None else native.name
+    found = describe_machine(machine, kernel, row_bytes=settings.shape.record_bytes())
+    return Report(title_of(settings), rows, found, settings.to_dict(), notes + explain(settings))
+
+
+def title_of(settings: Settings) -> str:
+    """Return what is measured, in words."""
+    batch = f", batch {settings.batch}" if settings.batch > 1 else ""
+    return f"decode, {settings.shape.name}{batch}: attention per layer and token, cap {settings.fraction:.1%}"
+
+
+def explain(settings: Settings) -> list[str]:
+    """Return what a reader must know to judge the numbers."""
+    notes = []
+    if any(name.startswith("hf-") for name in settings.methods):
+        notes.append("hf: DynamicCache copies all K and V with torch.cat at every token; that is part of its time")
+    if "hf-sdpa-bf16" in settings.methods and settings.device == "cpu":
+        notes.append("hf-sdpa-bf16: torch's bfloat16 sdpa is slow for one query on a CPU; see matmul-bf16 beside it")
+    return notes
+
+
+def find_peer(name: str) -> Callable[..., list[float]]:
+    """Return the function that measures a peer.
+
+    Raises:
+        ConfigError: the peer is not installed.
+    """
+    try:
+        return import_module(f"farkv.bench.{name.replace('.', '_')}").measure_llama_cpp
+    except ImportError as error:
+        raise ConfigError(
+            f"--peer {name}: not installed ({error}); install it: pip install llama-cpp-python, or leave it out"
+        ) from error
+
+
+def measure_peer(settings: Settings, context: int, name: str, measure: Callable[..., list[float]]) -> Measured:
+    """Measure a program that has its own cache and clock, after the methods of the same context."""
+    layers = settings.case(context).slow_layers
+    seconds = measure(settings.shape, layers, context, torch.get_num_threads(), settings.rounds)
+    return Measured(name, context, summarize(seconds), None, {"layers": layers})
+
+
+def measure_context(
+    settings: Settings, context: int, native: Native | None, advance: Callable[[], None]
+) -> list[Measured]:
+    """Measure every method at one context; its memory is free again afterwards."""
+    runners = make_runners(settings, context, native)
+    wait = torch.cuda.synchronize if settings.device == "cuda" else (lambda: None)
+    seconds = measure_interleaved(runners, settings.rounds, wait=wait, advance=advance)
+    found = []
+    for runner in runners:
+        more: dict[str, Any] = {"layers": runner.n_layers}
+        if hasattr(runner, "account"):
+            more |= {"index_fraction": runner.index_fraction, "kernel": runner.kernel_name}
+        found.append(Measured(runner.name, context, summarize(seconds[runner.name]), runner.traffic, more))
+    return found
+
+
+def make_rows(settings: Settings, measured: list[Measured], machine: Machine | None) -> list[Row]:
+    """Hold every method to its floor, by the best bandwidth that was measured."""
+    if machine is not None:
+        for one in measured:
+            if one.traffic is not None and one.traffic.row_bytes:
+                machine.gather(one.traffic.row_bytes)
+        machine.measure_again()
+    rows = []
+    for one in measured:
+        floor: dict[str, Any] = {}
+        if machine is not None and one.traffic is not None:
+            floor_s = find_floor(one.traffic, machine.bandwidth)
+            percent = round(100 * floor_s / one.spread.median_s, 1)
+            floor = {"floor_ms": float(f"{1e3 * floor_s:.4g}"), "floor_percent": percent}
+        read = 1.0 if one.traffic is None else one.traffic.read_fraction
+        rows.append(
+            make_row(one.method, one.context, settings.batch, one.spread, read_fraction=read, **floor, **one.more)
+        )
+    return rows

@@ -1,0 +1,187 @@
+"""`farkv bench e2e`: tokens per second of a whole model, farkv attached against the plain one, caches filled directly.
+
+In: a shape, contexts. Out: a report with the cost's growth over the context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from transformers import DynamicCache, PreTrainedModel
+
+from farkv.bench.fill import KVSource, require_memory
+from farkv.bench.machine import describe_machine
+from farkv.bench.models import count_weight_bytes, make_model, share_weights
+from farkv.bench.ours import MOST_GROWTH
+from farkv.bench.report import OURS, Report, Row, compare, draw_notes, format_ms, format_share, make_row, make_table
+from farkv.bench.shapes import ModelShape, format_tokens
+from farkv.bench.timing import divide, measure_interleaved, summarize
+from farkv.config import InfiniGen
+from farkv.errors import ConfigError
+from farkv.hf.attach import attach
+from farkv.hf.handle import Handle
+from farkv.kernels.native import load_native
+from farkv.methods.contract import Query, Step
+
+METHODS = (OURS, "hf-sdpa-bf16", "hf-eager-bf16")
+DEFAULT = METHODS[:2]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a user asked for."""
+
+    shape: ModelShape
+    contexts: tuple[int, ...]
+    layers: int
+    methods: tuple[str, ...] = DEFAULT
+    batch: int = 1
+    fraction: float = 0.05
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name not in METHODS:
+                raise ConfigError(f"--methods: of e2e expected some of {', '.join(METHODS)}, got {name!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        names = ("layers", "methods", "batch", "fraction", "rounds")
+        return {"shape": self.shape.name, "contexts": list(self.contexts)} | {n: getattr(self, n) for n in names}
+
+
+class ModelRunner:
+    """A model that reads one token after another behind a filled cache; a step runs all its layers."""
+
+    n_layers = 1
+
+    def __init__(self, name: str, model: PreTrainedModel, cache: Any, batch: int):
+        self.name, self.model, self.cache, self.grown = name, model, cache, 0
+        self.least_tokens = InfiniGen().window or 1 if name == OURS else 1
+        self.ids = torch.arange(batch)[:, None]
+
+    @torch.no_grad()
+    def step(self, layer: int) -> None:
+        """Read one token."""
+        self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
+        self.grown += 1
+
+    def restore(self) -> None:
+        """Forget the tokens of the rounds before, once they are many."""
+        if self.grown >= MOST_GROWTH:
+            self.cache.crop(-self.grown)
+            self.grown = 0
+
+
+def fill_plain(settings: ModelSettings, context: int, source: KVSource) -> DynamicCache:
+    """Return Hugging Face's cache with a context in it."""
+    cache = DynamicCache()
+    for layer in range(settings.layers):
+        cache.update(*source.draw_kv(layer, 0, context), layer)
+    return cache
+
+
+def fill_far(settings: ModelSettings, context: int, source: KVSource, far: Handle) -> Any:
+    """Return farkv's cache with a context stored and indexed as a prompt's pass does it, without its attention."""
+    cache: Any = far.new_cache(tokens=context + MOST_GROWTH + 32, batch=settings.batch)
+    for layer in range(settings.layers):
+        for start, n in source.chunks(context):
+            k, v = cache.layers[layer].update(*source.draw_kv(layer, start, n))
+            query = Query(source.draw_q(layer, start, n), settings.shape.scaling, None)
+            cache.recipe.observe(layer, Step(query, k, v, None))
+    return cache
+
+
+def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Measure every context and method.
+
+    Raises:
+        CapacityError: memory cannot hold the model and all caches.
+    """
+    shape, longest = settings.shape, max(settings.contexts)
+    kv_bytes = int((len(settings.methods) + 1 / 16) * settings.layers + 3) * shape.layer_bytes(longest, settings.batch)
+    weights = count_weight_bytes(shape, settings.layers, 2)
+    require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
+    plain = make_model(shape, settings.layers, longest + 1024, torch.bfloat16)
+    rows: list[Row] = []
+    done, total = 0, len(settings.contexts) * len(settings.methods) * (settings.rounds + 1)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        tell(done, total)
+
+    with attach(share_weights(plain), InfiniGen(fraction=settings.fraction), profile=False) as far:
+        for context in settings.contexts:
+            rows += measure_context(settings, context, (plain, far), advance)
+    native = load_native()
+    found = describe_machine(None, "torch" if native is None else native.name, row_bytes=shape.record_bytes())
+    growth = find_growth(rows)
+    notes = [
+        f"{name}: {slope['ms_per_1k_tokens']:.3g} ms more per token for 1 K tokens more of context"
+        + (f", {slope['share']:.3f} of hf-sdpa-bf16's" if slope.get("share") and name == OURS else "")
+        for name, slope in growth.items()
+    ]
+    title = f"e2e, {shape.name}, {settings.layers} layers, bfloat16, cap {settings.fraction:.1%}: whole model per token"
+    return Report(title, rows, found, settings.to_dict(), notes, {"growth": growth})
+
+
+def measure_context(
+    settings: ModelSettings, context: int, models: tuple[PreTrainedModel, Handle], advance: Callable[[], None]
+) -> list[Row]:
+    """Measure every method at one context."""
+    plain, far = models
+    source = KVSource(settings.shape, settings.batch, torch.device("cpu"))
+    runners = []
+    for name in settings.methods:
+        if name == OURS:
+            runners.append(ModelRunner(name, far.model, fill_far(settings, context, source, far), settings.batch))
+            continue
+        model = share_weights(plain)
+        model.set_attn_implementation(name.split("-")[1])
+        runners.append(ModelRunner(name, model, fill_plain(settings, context, source), settings.batch))
+    seconds = measure_interleaved(runners, settings.rounds, advance=advance)
+    rows = []
+    for runner in runners:
+        spread, read = summarize(seconds[runner.name]), 1.0
+        more: dict[str, Any] = {"layers": settings.layers}
+        if runner.name == OURS:
+            account = runner.cache.account
+            read = account.read_fraction()
+            more |= {"index_fraction": account.index_fraction(), "fallbacks": dict(account.fallbacks)}
+        more |= {"ms_per_token": round(1e3 * spread.median_s, 3)}
+        more |= {"tokens_per_s": round(settings.batch / spread.median_s, 3)}
+        layer = divide(spread, settings.layers)
+        rows.append(make_row(runner.name, context, settings.batch, layer, read_fraction=read, **more))
+    return rows
+
+
+def find_growth(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Return by method how a token's time grows from the smallest to the largest context, and its share of sdpa's."""
+    growth: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(row.method for row in rows):
+        own = sorted((row for row in rows if row.method == name), key=lambda row: row.context)
+        if own[-1].context > own[0].context:
+            more_ms = own[-1].more["ms_per_token"] - own[0].more["ms_per_token"]
+            growth[name] = {"ms_per_1k_tokens": 1024 * more_ms / (own[-1].context - own[0].context)}
+    base = growth.get("hf-sdpa-bf16", {}).get("ms_per_1k_tokens", 0.0)
+    if base > 0:
+        for slope in growth.values():
+            slope["share"] = slope["ms_per_1k_tokens"] / base
+    return growth
+
+
+def draw_model(report: Report) -> RenderableType:
+    """Return a table of contexts and methods: whole tokens."""
+    table = make_table(report.title, ("context", "ms/token", "tokens/s", "ms/layer", "reads", f"× {OURS}"))
+    for row in report.rows:
+        table.add_row(
+            row.method, format_tokens(row.context), format_ms(row.more["ms_per_token"]),
+            f"{row.more['tokens_per_s']:.2f}", format_ms(row.ms_per_layer), format_share(row.read_fraction),
+            compare(row, report.rows),
+        )  # fmt: skip
+    return Group(table, *draw_notes(report))

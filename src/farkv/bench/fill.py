@@ -1,0 +1,101 @@
+"""Random records, made so fast that 128 K tokens take seconds, and the check that memory holds them.
+
+In: a shape, tokens. Out: K and V of any layer and stretch of tokens, the same for every method that asks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from farkv._axes import Float, Tensor
+from farkv.bench.shapes import ModelShape
+from farkv.config import format_bytes
+from farkv.errors import CapacityError
+
+# Rows of the block that records are drawn from, and tokens drawn at once.
+BLOCK_ROWS = 1 << 17
+CHUNK_TOKENS = 4096
+# What the system and other programs keep.
+SPARE_BYTES = 512 << 20
+
+
+class Noise:
+    """Normal random numbers: record t of a head is row (t * stride + offset) of one block, with an offset per head.
+
+    Random keys have no locality: the chosen records lie anywhere, which is the worst case for reading them.
+
+    Args:
+        width: elements of a row.
+    """
+
+    def __init__(self, width: int, device: torch.device, *, seed: int = 0, rows: int = BLOCK_ROWS):
+        generator = torch.Generator().manual_seed(seed)
+        self.block = torch.randn(rows, width, generator=generator).to(device, torch.bfloat16)
+        # Odd, so that the rows of one head are all different as long as the block has as many.
+        self.stride = 0x9E37_79B1 % rows | 1
+
+    def draw(
+        self, size: tuple[int, int, int], start: int, salt: int, dtype: torch.dtype = torch.bfloat16
+    ) -> Float[Tensor, "B H T D"]:
+        """Return rows of `size` = (B, H, T), from token `start` on; the same arguments give the same rows.
+
+        Cost: B * H * T * D elements read and written.
+        """
+        batch, heads, n = size
+        device, rows = self.block.device, self.block.shape[0]
+        tokens = torch.arange(start, start + n, device=device) * self.stride
+        offsets = (torch.arange(batch * heads, device=device) + 1009 * salt) * 40_503
+        where = (tokens[None] + offsets[:, None]) % rows
+        return self.block.index_select(0, where.view(-1)).view(batch, heads, n, -1).to(dtype)
+
+
+class KVSource:
+    """Keys, values and queries of every layer of a shape."""
+
+    def __init__(self, shape: ModelShape, batch: int, device: torch.device, *, rows: int = BLOCK_ROWS):
+        self.shape, self.batch, self.device = shape, batch, device
+        self.noise = Noise(shape.head_dim, device, rows=rows)
+
+    def draw_kv(
+        self, layer: int, start: int, n: int, dtype: torch.dtype = torch.bfloat16
+    ) -> tuple[Float[Tensor, "B Hkv T D"], Float[Tensor, "B Hkv T D"]]:
+        """Return K and V of `n` tokens from `start` on."""
+        size = (self.batch, self.shape.kv_heads, n)
+        return self.noise.draw(size, start, 3 * layer, dtype), self.noise.draw(size, start, 3 * layer + 1, dtype)
+
+    def draw_q(self, layer: int, start: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "B Hq T D"]:
+        """Return queries of `n` tokens from `start` on."""
+        return self.noise.draw((self.batch, self.shape.heads, n), start, 3 * layer + 2, dtype)
+
+    def chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Yield the start and length of every stretch that is drawn at once."""
+        for start in range(0, tokens, CHUNK_TOKENS):
+            yield start, min(CHUNK_TOKENS, tokens - start)
+
+
+def find_available_bytes() -> int:
+    """Return the bytes of memory that can be had without swapping."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def require_memory(n_bytes: int, what: str) -> None:
+    """Refuse what memory cannot hold, before anything is made.
+
+    Raises:
+        CapacityError: it cannot.
+    """
+    available = find_available_bytes() - SPARE_BYTES
+    if n_bytes > available:
+        raise CapacityError(
+            f"bench: {what} takes {format_bytes(n_bytes)}, expected at most the {format_bytes(max(0, available))} that "
+            "are available; give shorter --contexts, fewer --layers, a smaller --batch or fewer --methods"
+        )

@@ -1,0 +1,100 @@
+"""Whole models of a shape, with random weights and a small vocabulary; two of them can share their weights.
+
+In: a shape, layers, a dtype. Out: a Hugging Face model that computes finite nonsense at the real one's cost.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from farkv.bench.shapes import ModelShape
+
+VOCABULARY = 1024
+# Weights repeat one block of random numbers, of a length that no row's length divides.
+BLOCK = (1 << 20) + 7
+
+
+def make_config(shape: ModelShape, layers: int, tokens: int) -> tuple[type[Any], Any]:
+    """Return the model class and configuration of a shape with room for `tokens`."""
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": tokens,
+        "attn_implementation": "sdpa",
+    }
+    if shape.family == "opt":
+        return OPTForCausalLM, OPTConfig(ffn_dim=shape.mlp, word_embed_proj_dim=shape.hidden, **common)
+    common |= {
+        "intermediate_size": shape.mlp,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "tie_word_embeddings": True,
+    }
+    if shape.family == "qwen3":
+        return Qwen3ForCausalLM, Qwen3Config(**common)
+    return LlamaForCausalLM, LlamaConfig(**common)
+
+
+def make_model(shape: ModelShape, layers: int, tokens: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model with random weights, without the minutes that a real initialisation takes.
+
+    Args:
+        tokens: the longest context it is asked to read.
+    """
+    kind, config = make_config(shape, layers, tokens)
+    with torch.device("meta"):
+        model = kind(config)
+    model = model.to(dtype).to_empty(device="cpu").eval()
+    fill_weights(model)
+    model.tie_weights()
+    # Tables that are no weights (RoPE's) are those of a model with one layer, which is made as usual.
+    small = kind(make_config(shape, 1, tokens)[1])
+    tables = dict(small.named_buffers())
+    for name, table in model.named_buffers():
+        table.copy_(tables[name])
+    return model
+
+
+@torch.no_grad()
+def fill_weights(model: PreTrainedModel) -> None:
+    """Give every weight matrix small random numbers, norms ones and biases zeros.
+
+    Cost: one write of all weights.
+    """
+    block = 0.02 * torch.randn(BLOCK, generator=torch.Generator().manual_seed(0))
+    for name, weight in model.named_parameters():
+        flat = weight.view(-1)
+        if weight.dim() < 2:
+            flat.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        typed = block.to(weight.dtype)
+        for start in range(0, flat.numel(), BLOCK):
+            piece = flat[start : start + BLOCK]
+            piece.copy_(typed[: piece.numel()])
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a second model over the same weights: hooks on the one are none on the other."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def count_weight_bytes(shape: ModelShape, layers: int, itemsize: int) -> int:
+    """Return the bytes of a model's weights, but for the few of its norms and its small vocabulary."""
+    width = shape.heads * shape.head_dim + shape.kv_heads * shape.head_dim
+    matrices = 2 if shape.family == "opt" else 3
+    return layers * shape.hidden * (2 * width + matrices * shape.mlp) * itemsize

@@ -1,0 +1,145 @@
+"""farkv's own methods over directly filled layers: the recipe as the door drives it, and the dense native kernel.
+
+In: a case, a source of records. Out: runners.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Tensor
+from farkv.bench.case import Case, Traffic
+from farkv.bench.fill import KVSource
+from farkv.bench.torch_attention import Attention
+from farkv.config import InfiniGen
+from farkv.kernels.native import Logits, Native, Rows
+from farkv.methods import make_recipe
+from farkv.methods.contract import Fast, Place, Query, Step
+from farkv.methods.infinigen import InfiniGenRecipe
+from farkv.receipt import Account
+from farkv.store.records import StoreLimits
+
+# Tokens of growth after which a layer is as long as it was again. A step's share of indexing is in it: keys enter the
+# index when they leave the window, a window's worth at a time.
+MOST_GROWTH = 64
+QUERIES = 64
+
+
+class InfiniGenRunner:
+    """The recipe through its contract: append, speculate where it wants to, attend."""
+
+    def __init__(self, name: str, case: Case, source: KVSource, *, kernels: Native | None, quant: str | None = None):
+        self.name, self.case, self.n_layers = name, case, case.fast_layers
+        config = InfiniGen(fraction=case.fraction)
+        # A round has its share of what happens once in a window.
+        self.least_tokens = config.window or 1
+        self.account, self.grown = Account(), 0
+        limits = StoreLimits(reserve_tokens=case.context + MOST_GROWTH + 2 * self.least_tokens, quant=quant)
+        layers = list(range(self.n_layers))
+        place = Place(layers, limits, case.device, self.account, fast=Fast(kernels))
+        recipe = make_recipe(config, place, None)
+        assert isinstance(recipe, InfiniGenRecipe)
+        self.recipe = recipe
+        self.kernel = Attention(case.shape)
+        for start, n in source.chunks(case.context):
+            for layer in layers:
+                self._fill(source, layer, start, n)
+        self.steps = [[self._make_step(source, layer, i) for i in range(QUERIES)] for layer in layers]
+        self.account.decoding = True
+
+    def _fill(self, source: KVSource, layer: int, start: int, n: int) -> None:
+        """Store and index tokens as a prompt's pass does, without its attention."""
+        k, v = source.draw_kv(layer, start, n)
+        query = Query(source.draw_q(layer, start, n), self.case.shape.scaling, None)
+        self.recipe.append(layer, k, v)
+        self.recipe.observe(layer, Step(query, k, v, None))
+
+    def _make_step(self, source: KVSource, layer: int, i: int) -> Step:
+        k, v = source.draw_kv(layer, self.case.context + i, 1)
+        query = Query(source.draw_q(layer, self.case.context + i, 1), self.case.shape.scaling, None)
+        return Step(query, k, v, None)
+
+    def step(self, layer: int) -> None:
+        """Append a token's record and attend to the chosen ones."""
+        self.attend(layer)
+
+    def attend(self, layer: int) -> Tensor:
+        """Return one step's output, [B, Hq, 1, D]."""
+        step = self.steps[layer][self.grown % QUERIES]
+        if self.recipe.wants_estimate(layer):
+            # Random weights have no layer before this one: the estimate is the query itself.
+            self.recipe.speculate(layer, step.query)
+        self.recipe.append(layer, step.k, step.v)
+        out = self.recipe.attend(layer, step, self.kernel)
+        self.grown += layer == self.n_layers - 1
+        assert isinstance(out, Tensor)
+        return out
+
+    def restore(self) -> None:
+        """Forget the tokens of the rounds before, once they are many."""
+        if self.grown >= MOST_GROWTH:
+            for layer in range(self.n_layers):
+                self.recipe.crop(self.grown, layer)
+            self.grown = 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return the mean of all steps so far, as the receipt counts them."""
+        read, kv_bytes = self.account.read_fraction(), self.case.layer_bytes
+        row_bytes = self.recipe.store.stored_bytes(self.recipe.shape) if self.recipe.shape else 1
+        coded = row_bytes / self.case.shape.record_bytes()
+        return Traffic(read, self.account.index_fraction() * kv_bytes, read * coded * kv_bytes, row_bytes)
+
+    @property
+    def index_fraction(self) -> float:
+        """Return the index bytes over the KV bytes of a step."""
+        return self.account.index_fraction()
+
+    @property
+    def kernel_name(self) -> str:
+        """Return what ran."""
+        return "+".join(sorted(self.account.kernels)) or "torch"
+
+
+class DenseNativeRunner:
+    """The dense twin of the selective kernel: reads every record, as fast as this machine's native kernel can."""
+
+    name = "dense-native"
+    least_tokens = 1
+
+    def __init__(self, case: Case, source: KVSource, native: Native):
+        shape = case.shape
+        self.case, self.native, self.n_layers = case, native, case.slow_layers
+        size = (case.batch, shape.kv_heads, case.context + 1, 2 * shape.head_dim)
+        self.rows = [torch.empty(size, dtype=torch.bfloat16, device=case.device) for _ in range(self.n_layers)]
+        for start, n in source.chunks(case.context):
+            for layer, rows in enumerate(self.rows):
+                k, v = source.draw_kv(layer, start, n)
+                rows[:, :, start : start + n, : shape.head_dim] = k
+                rows[:, :, start : start + n, shape.head_dim :] = v
+        self.new = [source.draw_kv(layer, case.context, 1) for layer in range(self.n_layers)]
+        self.queries = [source.draw_q(layer, case.context, 1) for layer in range(self.n_layers)]
+
+    def step(self, layer: int) -> None:
+        """Write a token's record and attend to all."""
+        self.attend(layer)
+
+    def write(self, layer: int) -> None:
+        """Write a token's record behind the others."""
+        rows, dim, n = self.rows[layer], self.case.shape.head_dim, self.case.context
+        rows[:, :, n:, :dim], rows[:, :, n:, dim:] = self.new[layer]
+
+    def attend(self, layer: int) -> Tensor:
+        """Return one step's output, [B, Hq, 1, D]."""
+        self.write(layer)
+        rows, dim, n = self.rows[layer], self.case.shape.head_dim, self.case.context
+        logits = Logits(self.case.shape.scaling)
+        return self.native.attend(self.queries[layer], Rows(rows, dim, dim), logits, positions=None, n=n + 1)
+
+    def restore(self) -> None:
+        """Nothing: every step writes the same record."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """Return all records."""
+        return Traffic(1.0, self.case.layer_bytes)

@@ -1,0 +1,110 @@
+"""`farkv bench prefill`: seconds per 1 K tokens of a prompt, farkv attached against the plain model.
+
+In: a shape, contexts. Out: a report. Both read the same chunks in turn, so that noise meets both alike.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from farkv.bench.fill import require_memory
+from farkv.bench.machine import describe_machine
+from farkv.bench.models import VOCABULARY, count_weight_bytes, make_model, share_weights
+from farkv.bench.report import OURS, Report, Row, make_row
+from farkv.bench.shapes import ModelShape, format_tokens
+from farkv.bench.timing import summarize
+from farkv.config import InfiniGen
+from farkv.hf.attach import attach
+from farkv.kernels.native import load_native
+
+DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class PrefillSettings:
+    """What a user asked for. `fraction` None: the default method's own."""
+
+    shape: ModelShape
+    contexts: tuple[int, ...] = (4096,)
+    layers: int = 2
+    batch: int = 1
+    rounds: int = 3
+    chunk_tokens: int = 2048
+    dtype: str = "float32"
+    fraction: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        names = ("layers", "batch", "rounds", "chunk_tokens", "dtype", "fraction")
+        return {"shape": self.shape.name, "contexts": list(self.contexts)} | {n: getattr(self, n) for n in names}
+
+
+def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] = lambda done, total: None) -> Report:
+    """Measure every context.
+
+    Raises:
+        CapacityError: memory cannot hold the model and both caches.
+    """
+    shape, dtype = settings.shape, getattr(torch, settings.dtype)
+    longest = max(settings.contexts)
+    # Both caches, and the copy that the plain one makes of a layer.
+    kv_bytes = (2 * settings.layers + 2) * shape.layer_bytes(longest, settings.batch, dtype.itemsize)
+    weights = count_weight_bytes(shape, settings.layers, dtype.itemsize)
+    require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
+    plain = make_model(shape, settings.layers, longest + 1, dtype)
+    rows, done = [], 0
+    total = sum(settings.rounds * -(-context // settings.chunk_tokens) for context in settings.contexts)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        tell(done, total)
+
+    with attach(share_weights(plain), InfiniGen(fraction=settings.fraction), profile=False) as far:
+        for context in settings.contexts:
+            passes = [read_prompts(settings, context, plain, far, i, advance) for i in range(settings.rounds)]
+            rows += make_rows(settings, context, passes)
+    native = load_native()
+    found = describe_machine(None, "torch" if native is None else native.name)
+    title = f"prefill, {shape.name}, {settings.layers} layers, {settings.dtype}: ms per layer of the whole prompt"
+    ratios = {row.context: row.more["ratio"] for row in rows if row.method == OURS}
+    notes = [f"{format_tokens(n)} tokens: {ratio:.3f} × the plain model's time" for n, ratio in ratios.items()]
+    return Report(title, rows, found, settings.to_dict(), notes)
+
+
+@torch.no_grad()
+def read_prompts(
+    settings: PrefillSettings, context: int, plain: PreTrainedModel, far: Any, i: int, advance: Callable[[], None]
+) -> tuple[float, float]:
+    """Read one prompt with both models, chunk by chunk in turn; return the seconds of farkv and of the plain one."""
+    ids = torch.randint(VOCABULARY, (settings.batch, context), generator=torch.Generator().manual_seed(i))
+    ours: Any = far.new_cache(tokens=context, batch=settings.batch, chunk_tokens=settings.chunk_tokens)
+    theirs, seconds = DynamicCache(config=plain.config), [0.0, 0.0]
+    for n, chunk in enumerate(ids.split(settings.chunk_tokens, dim=1)):
+        pair = ((0, far.model, ours), (1, plain, theirs))
+        # Each goes first every other time.
+        for which, model, cache in pair if (i + n) % 2 else pair[::-1]:
+            start = time.perf_counter()
+            model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            seconds[which] += time.perf_counter() - start
+        advance()
+    return seconds[0], seconds[1]
+
+
+def make_rows(settings: PrefillSettings, context: int, passes: list[tuple[float, float]]) -> list[Row]:
+    """Return a row of each, and the median of the rounds' ratios."""
+    names = (OURS, f"hf-sdpa-{DTYPES[settings.dtype]}")
+    ratio = summarize([ours / theirs for ours, theirs in passes]).median_s
+    rows = []
+    for which, name in enumerate(names):
+        spread = summarize([seconds[which] / settings.layers for seconds in passes])
+        per_1k = spread.median_s * settings.layers / context * 1024
+        more = {"s_per_1k_tokens": round(per_1k, 4), "ratio": round(ratio, 4) if which == 0 else 1.0}
+        rows.append(make_row(name, context, settings.batch, spread, layers=settings.layers, **more))
+    return rows

@@ -1,0 +1,105 @@
+"""What was measured of this machine once: from which context on choosing records beats reading all of them.
+
+In: `farkv bench --calibrate`. Out: a small JSON file in the user's cache folder, one entry per processor and kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from farkv.errors import ConfigError
+
+FORMAT = "farkv-calibration-1"
+
+
+def find_calibration_path() -> Path:
+    """Return the file's place: in FARKV_CACHE_DIR, or in the user's cache folder."""
+    folder = os.environ.get("FARKV_CACHE_DIR")
+    return (Path(folder) if folder else user_cache_path("farkv")) / "calibration.json"
+
+
+def read_cpu_model() -> str:
+    """Return the processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    fields = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
+    if fields.get("model name"):
+        # A virtual machine often hides the name, but not the family.
+        numbers = [fields[name] for name in ("cpu family", "model") if fields.get(name)]
+        return " ".join([fields["model name"], *(["/".join(numbers)] if numbers else [])])
+    arm = [fields[name] for name in ("CPU implementer", "CPU part") if fields.get(name)]
+    return " ".join([platform.machine(), *arm]) if arm else platform.processor() or platform.machine()
+
+
+def load_crossover(kernel: str) -> int | None:
+    """Return the context from which choosing records is faster on this processor, None where it was never measured.
+
+    Args:
+        kernel: the name of the kernels in use.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    entry = read_entries().get(make_key(kernel))
+    return None if entry is None else int(entry["tokens"])
+
+
+def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
+    """Write this processor's crossover beside those of others; a reader sees the old file or the whole new one.
+
+    Args:
+        details: what else was measured, plain JSON types.
+
+    Raises:
+        ConfigError: the file cannot be written, or what is there is damaged.
+    """
+    path = find_calibration_path()
+    entries = read_entries() | {make_key(kernel): {"tokens": tokens, **details}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
+            json.dump({"format": FORMAT, "entries": entries}, part, indent=1)
+        Path(part.name).replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"calibration file {path}: cannot be written ({error.strerror}); set FARKV_CACHE_DIR to a folder that can"
+        ) from error
+    return path
+
+
+def make_key(kernel: str) -> str:
+    """Return the name of an entry."""
+    return f"{read_cpu_model()} | {kernel}"
+
+
+def read_entries() -> dict[str, dict[str, Any]]:
+    """Return all entries; none where there is no file.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = find_calibration_path()
+    try:
+        row = json.loads(path.read_text())
+        entries = {str(key): dict(entry) for key, entry in row["entries"].items()}
+        if row["format"] != FORMAT or not all(is_count(entry["tokens"]) for entry in entries.values()):
+            raise ValueError("not of this form")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"calibration file {path}: cannot be read ({error!r}); remove it and measure again: farkv bench --calibrate"
+        ) from error
+    return entries
+
+
+def is_count(value: object) -> bool:
+    """Say whether a value from JSON is a number of tokens."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
