@@ -41,7 +41,7 @@ class Tape:
 
     def __enter__(self) -> Tape:
         recipe = self.cache.recipe
-        read, select = recipe.store.read, recipe.select
+        read, select, read_in_place = recipe.store.read, recipe.select, recipe.read_in_place
 
         def record_read(layer: int, *args: Any) -> Any:
             out = read(layer, *args)
@@ -49,12 +49,19 @@ class Tape:
             self.passes[-1].reads[layer] = (out.positions.clone(), valid)
             return out
 
+        def record_read_in_place(layer: int, step: Any, kernel: Any, positions: Tensor | None, n_tail: int) -> Any:
+            n, (batch, heads) = recipe.store.length(layer), recipe.store.heads(layer)
+            tail = torch.arange(0 if positions is None else n - n_tail, n).expand(batch, heads, -1)
+            self.passes[-1].reads[layer] = tail if positions is None else torch.cat([positions, tail], -1), None
+            return read_in_place(layer, step, kernel, positions, n_tail)
+
         def record_select(sequences: Tensor, layer: int) -> None:
             if layer == recipe.layers[0]:
                 self._reorder.append(sequences.clone())
             select(sequences, layer)
 
         recipe.store.read, recipe.select = record_read, record_select
+        recipe.read_in_place = record_read_in_place
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True),
@@ -64,7 +71,7 @@ class Tape:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        del self.cache.recipe.store.read, self.cache.recipe.select
+        del self.cache.recipe.store.read, self.cache.recipe.select, self.cache.recipe.read_in_place
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         names = ("input_ids", "attention_mask", "position_ids")

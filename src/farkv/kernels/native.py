@@ -11,7 +11,7 @@ import ctypes
 import os
 import time
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -82,6 +82,10 @@ class Native:
             )
         self.name = f"native-{isa}"
         self._library, self._isa = library, ISAS[isa]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Native:
+        """Return itself: a copied cache runs on the same machine."""
+        return self
 
     def select(
         self,
