@@ -41,10 +41,10 @@ class Tape:
 
     def __enter__(self) -> Tape:
         recipe = self.cache.recipe
-        read, select, read_in_place = recipe.store.read, recipe.select, recipe.read_in_place
+        join, select, read_in_place = recipe.store.join, recipe.select, recipe.read_in_place
 
-        def record_read(layer: int, *args: Any) -> Any:
-            out = read(layer, *args)
+        def record_join(layer: int, *args: Any) -> Any:
+            out = join(layer, *args)
             valid = None if out.valid is None else out.valid.clone()
             self.passes[-1].reads[layer] = (out.positions.clone(), valid)
             return out
@@ -60,7 +60,7 @@ class Tape:
                 self._reorder.append(sequences.clone())
             select(sequences, layer)
 
-        recipe.store.read, recipe.select = record_read, record_select
+        recipe.store.join, recipe.select = record_join, record_select
         recipe.read_in_place = record_read_in_place
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -71,7 +71,7 @@ class Tape:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        del self.cache.recipe.store.read, self.cache.recipe.select, self.cache.recipe.read_in_place
+        del self.cache.recipe.store.join, self.cache.recipe.select, self.cache.recipe.read_in_place
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         names = ("input_ids", "attention_mask", "position_ids")

@@ -5,12 +5,23 @@ In: a recipe's place and steps. Out: attention by a kernel that reads the chosen
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from farkv._axes import Int, Tensor
 from farkv.kernels.native import Logits, Rows
 from farkv.methods.contract import Kernel, Place, Query, Step
 from farkv.methods.evicting import Evicting
+from farkv.store.records import Stored
+
+
+class Extent(NamedTuple):
+    """How many rows there are, how many of the newest are read besides the chosen ones, and how they are stored."""
+
+    n: int
+    n_tail: int
+    form: str = "plain"
 
 
 class InPlace(Evicting):
@@ -31,21 +42,41 @@ class InPlace(Evicting):
             and not (query.q.requires_grad and torch.is_grad_enabled())
         )
 
+    def may_attend(self, step: Step) -> bool:
+        """Say whether a kernel may attend: it knows the step, and nothing else looks on."""
+        watched = self.measuring or self.spiller is not None or step.mask is not None
+        return not watched and self.may_use_kernels(step.query)
+
     def reads_in_place(self, step: Step) -> bool:
-        """Say whether attention may read the pool where it lies, by a kernel, with nothing else looking on."""
-        plain = self.store.far or self.measuring or self.spiller is not None or step.mask is not None
-        return not plain and self.may_use_kernels(step.query)
+        """Say whether attention may read the pool where it lies, by a kernel."""
+        return not self.store.far and self.may_attend(step)
 
     def read_in_place(
         self, layer: int, step: Step, kernel: Kernel, positions: Int[Tensor, "B Hkv K"] | None, n_tail: int
     ) -> object:
         """Attend to the records at `positions` (all without them) and the `n_tail` newest, in the pool's memory."""
-        assert self.fast.kernels is not None
-        query, n = step.query, self.store.length(layer)
-        batch, heads = self.store.heads(layer)
+        n, (batch, heads) = self.store.length(layer), self.store.heads(layer)
         self.count_read(layer, batch * heads * (n if positions is None else positions.shape[-1] + n_tail), step.k)
-        rows = Rows(self.store.rows(layer), step.k.shape[-1], step.v.shape[-1])
-        logits = Logits(query.scaling, query.softcap)
-        out = self.fast.kernels.attend(query.q, rows, logits, positions=positions, n=n, tail=n_tail, sinks=kernel.sinks)
-        self.account.kernels.add(self.fast.kernels.name)
+        return self._run_kernel(step, kernel, self.store.rows(layer), positions, Extent(n, n_tail))
+
+    def read_near(self, layer: int, step: Step, kernel: Kernel, stored: Stored) -> object:
+        """Attend to records that were brought near, coded ones as they are."""
+        self.count_read(layer, stored.positions.numel(), step.k)
+        codec = self.store.codecs.get(layer)
+        form = "plain" if codec is None else codec.name
+        return self._run_kernel(step, kernel, stored.rows, None, Extent(stored.rows.shape[2], 0, form))
+
+    def _run_kernel(self, step: Step, kernel: Kernel, rows: Tensor, positions: Tensor | None, extent: Extent) -> object:
+        kernels, query = self.fast.kernels, step.query
+        assert kernels is not None
+        out = kernels.attend(
+            query.q,
+            Rows(rows, step.k.shape[-1], step.v.shape[-1], extent.form),
+            Logits(query.scaling, query.softcap),
+            positions=positions,
+            n=extent.n,
+            tail=extent.n_tail,
+            sinks=kernel.sinks,
+        )
+        self.account.kernels.add(kernels.name)
         return kernel.wrap(out)

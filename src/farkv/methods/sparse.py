@@ -196,6 +196,8 @@ class SparseRecipe(InPlace):
             early, budget = pending
             extra = self.top_up(layer, step.query, early, budget)
             late = None if extra is None else Fetch(extra.positions, extra.valid, None, None)
+        if self.store.far and early.valid is None and (late is None or late.valid is None) and self.may_attend(step):
+            return self.read_near(layer, step, kernel, self.store.join(layer, early, late, budget.tail))
         read = self.store.read(layer, early, late, budget.tail)
         if self.spiller is not None:
             self.spiller.note(layer, step.query, read)

@@ -61,6 +61,14 @@ class Keep(NamedTuple):
     gapless: int
 
 
+class Stored(NamedTuple):
+    """What attention reads at one decode step, as it is stored; `positions` are the records' places in the context."""
+
+    rows: Tensor
+    positions: Int[Tensor, "B Hkv K"]
+    valid: Bool[Tensor, "B Hkv K"] | None
+
+
 class Read(NamedTuple):
     """What attention reads at one decode step; `positions` are the records' places in the context."""
 

@@ -17,7 +17,7 @@ from farkv.store.hot import Hot
 from farkv.store.near import Buffers, Held, Tail
 from farkv.store.paged import PagedRows
 from farkv.store.pool import FarMemory
-from farkv.store.records import Fetch, Keep, Needs, Read, StoreLimits
+from farkv.store.records import Fetch, Keep, Needs, Read, Stored, StoreLimits
 from farkv.store.rows import Rows, spread_heads
 from farkv.store.transfer import Link, Ticket
 
@@ -211,6 +211,12 @@ class Tiers(FarMemory):
         Returns:
             K and V, [B, Hkv, K, D], with positions; rows of invalid positions hold anything finite.
         """
+        stored = self.join(layer, early, late, n_tail)
+        rows, k_dim = self.decode(layer, stored.rows), self.k_dims[layer]
+        return Read(rows[..., :k_dim], rows[..., k_dim:], stored.positions, stored.valid)
+
+    def join(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Stored:
+        """Join them as they are stored."""
         batch, heads = early.positions.shape[:2]
         total = self.length(layer)
         device = early.positions.device
@@ -221,9 +227,7 @@ class Tiers(FarMemory):
         if any(p.valid is not None for p in parts):
             flags = [torch.ones_like(p.positions, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
             valid = torch.cat([*flags, torch.ones_like(tail, dtype=torch.bool)], -1)
-        rows = self.decode(layer, self._join(layer, parts, positions, n_tail))
-        k_dim = self.k_dims[layer]
-        return Read(rows[..., :k_dim], rows[..., k_dim:], positions, valid)
+        return Stored(self._join(layer, parts, positions, n_tail), positions, valid)
 
     def _join(self, layer: int, parts: list[Fetch], positions: Tensor, n_tail: int) -> Tensor:
         if not self.far:
