@@ -233,6 +233,7 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="benchmarks/results/overhead.jsonl")
+    parser.add_argument("--add", action="store_true", help="add to the results file")
     parser.add_argument("--models", default="small,1b", help="names, by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="names, by commas")
     parser.add_argument("--rounds", default=30, type=int, help="times that every way is run")
@@ -241,12 +242,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     out = Path(args.out)
-    rows = []
+    if not args.add:
+        out.write_text("")
     for shape in args.models.split(","):
         for dtype in args.dtypes.split(","):
-            rows += measure(shape, dtype, args)
+            rows = measure(shape, dtype, args)
+            with out.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
             sys.stderr.write(f"{shape}, {dtype}: done\n")
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(format_table(out))
 
 

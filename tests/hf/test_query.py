@@ -54,7 +54,7 @@ def test_the_true_hidden_state_gives_the_true_query(family: str) -> None:
             assert got is not None
             assert (got.q - true.q).abs().max() <= 1e-5 * true.q.abs().max()
             assert got[1:] == true[1:]
-    assert queries.count_generic() == 0
+    assert queries.n_generic == 0
 
 
 def test_the_probe_is_asked_once_per_layer_and_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:

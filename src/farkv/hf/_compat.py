@@ -176,6 +176,5 @@ def find_rotation(module: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, to
     return None if rotate is None else lambda q, cos, sin: rotate(q, q[:, :1], cos, sin)[0]
 
 
-def is_compiling() -> bool:
-    """Say whether torch.compile is tracing."""
-    return torch.compiler.is_compiling()
+# Whether torch.compile is tracing.
+is_compiling = torch.compiler.is_compiling

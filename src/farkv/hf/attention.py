@@ -57,17 +57,20 @@ def far_attention(
         far_layer: our cache layer, added by the hook.
     """
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # sdpa knows no softcap: where it ran before, none is applied.
-    softcap = kwargs.get("softcap") if base_of(module) == "eager" else None
-    asked = Query(query, scale, softcap)
-    if not _compat.is_compiling() and probing.get():
-        raise QueryProbed(asked)
-    attend = OwnAttention(module, {"scaling": scale, "dropout": dropout, **kwargs})
+    softcap = kwargs.get("softcap")
+    if softcap is not None and base_of(module) == "sdpa":
+        # sdpa knows no softcap: where it ran before, none is applied.
+        softcap = None
+    if not _compat.is_compiling() and is_probing():
+        raise QueryProbed(Query(query, scale, softcap))
     if far_layer is None:
-        return attend(query, key, value, attention_mask)
-    if "position_bias" in kwargs and kwargs["position_bias"] is not None:
+        return choose_base(module)(module, query, key, value, attention_mask, scaling=scale, dropout=dropout, **kwargs)
+    if kwargs.get("position_bias") is not None:
         raise CacheStateError("position_bias: attention with a bias per position cannot be read sparsely")
-    return far_layer.attend(Step(asked, key, value, attention_mask), attend)
+    # The dict is this call's own.
+    kwargs["scaling"], kwargs["dropout"] = scale, dropout
+    step = Step(Query(query, scale, softcap), key, value, attention_mask)
+    return far_layer.attend(step, OwnAttention(module, kwargs))
 
 
 class OwnAttention:

@@ -121,9 +121,9 @@ def speculate_now(ahead: Lookahead, cache: FarCache, i: int, part: nn.Module, ca
     if query is None:
         cache.account.add_fallback("own_query")
         return
-    n_generic = ahead.queries.count_generic()
-    if n_generic:
-        cache.account.fallbacks["generic_query"] = n_generic
+    if ahead.queries.n_generic:
+        # The layers that have no adapter, not the estimates.
+        cache.account.fallbacks["generic_query"] = ahead.queries.n_generic
     cache.recipe.speculate(i, query)
 
 

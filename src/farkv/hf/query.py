@@ -55,6 +55,8 @@ class Queries:
         self._attention = attention
         # None: the layer has no adapter.
         self._adapters: dict[int, Adapter | None] = {}
+        # How many layers those are.
+        self.n_generic = 0
 
     def estimate(
         self, layer: int, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rope: Any
@@ -71,11 +73,8 @@ class Queries:
         if query is not None and (known is not None or layer not in self._adapters):
             attention = self._attention[layer]
             self._adapters[layer] = find_adapter(part, attention, hidden_of(args, kwargs), tables, query)
+            self.n_generic = sum(adapter is None for adapter in self._adapters.values())
         return query
-
-    def count_generic(self) -> int:
-        """Return how many layers were found to have no adapter."""
-        return sum(adapter is None for adapter in self._adapters.values())
 
 
 def probe_query(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rope: Any) -> Query | None:
