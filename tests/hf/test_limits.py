@@ -53,7 +53,7 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
     def after(*_: object) -> None:
         store = cache.recipe.store
         near = count_storages(near_tensors(cache.recipe)) if store.far else 0
-        books = [t for hot in store.hot.values() for t in (hot.slot_of, hot.owner, hot.last_read)]
+        books = [t for hot in store.hot.values() for t in hot.books]
         pool = count_storages([rows.data for rows in store.pool.values()] + books)
         assert pool == store.host.used <= limits.get("host", pool)
         if store.far:

@@ -315,7 +315,6 @@ def test_its_bytes_are_those_of_the_formula() -> None:
     hot = make(9)
     near, home = hot.rows.ledger, hot.home
     assert near.used == hot.size.near_bytes == 9 * 2 * 4
-    books = (hot.slot_of, hot.owner, hot.last_read)
-    assert home.used == hot.size.book_bytes == sum(t.numel() * t.element_size() for t in books)
+    assert home.used == hot.size.book_bytes == sum(t.numel() * t.element_size() for t in hot.books)
     hot.clear()
     assert near.used == home.used == 0

@@ -393,7 +393,7 @@ def count_host(store: Tiers) -> int:
     pool: list[Any] = [part.data for rows in store.pool.values() for part in parts_of(rows)]
     pool += [rows.data for kept in store.kept.values() for rows in (kept.places, kept.marks)]
     pool += [held.slots.data for held in store.held.values()]
-    pool += [books for hot in store.hot.values() for books in (hot.slot_of, hot.owner, hot.last_read)]
+    pool += [books for hot in store.hot.values() for books in hot.books]
     if store.frames is None:
         return count_bytes(pool)
     return count_bytes([*pool, store.frames.scratch]) + store.frames.used * store.frames.pages.form.n_bytes

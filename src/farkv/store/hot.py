@@ -68,6 +68,11 @@ class Hot:
         self.last_read = torch.zeros(heads, size.slots, dtype=torch.int32)
         self.n_fetches = 0
 
+    @property
+    def books(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what finds the copies."""
+        return self.slot_of, self.owner, self.last_read
+
     # --- one fetch ------------------------------------------------------------------------------------------
 
     def find(self, positions: Int[Tensor, "G K"], valid: Bool[Tensor, "G K"] | None) -> Wanted:
@@ -138,8 +143,8 @@ class Hot:
         self.rows.select(sequences)
         batch, heads = self.size.batch, self.size.kv_heads
         order = (sequences.cpu()[:, None] * heads + torch.arange(heads)).reshape(batch * heads)
-        for books in (self.slot_of, self.owner, self.last_read):
-            books.copy_(books[order])
+        for book in self.books:
+            book.copy_(book[order])
 
     def clear(self) -> None:
         """Free everything."""
