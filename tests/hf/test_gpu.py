@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import farkv
+from farkv.kernels.gpu import load_gpu
 from farkv.methods import Full, InfiniGen, Method
 from tests.hf.tape import Tape, replay, worst
 from tests.models import assert_same, generate, make_model, make_prompt
@@ -84,3 +85,9 @@ def test_pages_and_coded_records_read_as_on_a_cpu(method: Method, tmp_path: Path
         here, there = run(make_model("llama"), **storage), run(on_gpu("llama"), **storage)
         # Choices may differ where two scores round to one; outputs differ little then.
         assert sum(torch.allclose(a, b, atol=1e-3) for a, b in zip(here, there, strict=True)) >= 8
+
+
+def test_a_gpu_has_its_kernels() -> None:
+    kernels = load_gpu()
+    assert kernels is not None and kernels is load_gpu()
+    assert kernels.name == "triton" and not kernels.interpreted

@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+# Without Triton there is nothing to test; the interpreters of older ones stumble over the NumPy of today.
+pytest.importorskip("triton", minversion="3.7" if not torch.cuda.is_available() else None)
+
 # On a machine with a GPU these are its tests (`pytest -m gpu`), with sizes of another order.
 HAS_GPU = torch.cuda.is_available()
 MARKS = [pytest.mark.gpu] if HAS_GPU else []

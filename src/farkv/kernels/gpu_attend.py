@@ -31,27 +31,60 @@ def _read_plain(data, rows, ok, row_s, AT: tl.constexpr, DIM: tl.constexpr, DP: 
 
 @triton.jit
 @no_type_check
-def _read_coded(codes, marks, rows, ok, row_s, AT: tl.constexpr, MARKS: tl.constexpr, DIM: tl.constexpr,
-                DP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Decode K or V of some rows. Offsets: `AT` in bytes, `MARKS` in values of two bytes."""
-    d = tl.arange(0, DP)
-    group = d // GROUP
-    inside = ok[:, None] & (d < DIM)[None, :]
-    mark = marks + rows[:, None] * (row_s // 2) + MARKS + group[None, :]
-    step = tl.load(mark, mask=inside, other=0.0).to(tl.float32)
-    row = codes + rows[:, None] * row_s + AT
+def _read_whole_groups(codes, marks, rows, ok, DP: tl.constexpr, BITS: tl.constexpr):
+    """Decode rows of whole groups: codes as they lie, every mark read once per group."""
+    groups: tl.constexpr = DP // GROUP
+    width: tl.constexpr = GROUP * BITS // 8
+    g, i = tl.arange(0, groups), tl.arange(0, groups * width)
+    mark = marks + rows[:, None] + g[None, :]
+    step = tl.load(mark, mask=ok[:, None], other=0.0).to(tl.float32)
+    raw = tl.load(codes + i[None, :], mask=ok[:, None], other=0).to(tl.int32)
+    raw = tl.reshape(raw, [rows.shape[0], groups, width])
     if BITS == 8:
-        x = tl.load(row + d[None, :], mask=inside, other=0).to(tl.float32) * step
+        x = raw.to(tl.float32) * step[:, :, None]
     else:
-        i, groups = d % GROUP, (DIM + GROUP - 1) // GROUP
-        # The last group may be shorter; its high halves start behind fewer bytes.
+        low = tl.load(mark + groups, mask=ok[:, None], other=0.0).to(tl.float32)
+        # Low halves of the bytes come first in a group, then the high ones.
+        code = tl.permute(tl.join(raw & 15, (raw >> 4) & 15), (0, 1, 3, 2))
+        code = tl.reshape(code, [rows.shape[0], groups, GROUP])
+        x = code.to(tl.float32) * step[:, :, None] + low[:, :, None]
+    return tl.reshape(x, [rows.shape[0], DP])
+
+
+@triton.jit
+@no_type_check
+def _read_any_groups(codes, marks, rows, ok, DIM: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr):
+    """Decode rows whose last group is shorter: value by value."""
+    d = tl.arange(0, DP)
+    group, i = d // GROUP, d % GROUP
+    inside = ok[:, None] & (d < DIM)[None, :]
+    mark = marks + rows[:, None] + group[None, :]
+    step = tl.load(mark, mask=inside, other=0.0).to(tl.float32)
+    if BITS == 8:
+        x = tl.load(codes + d[None, :], mask=inside, other=0).to(tl.float32) * step
+    else:
+        # The high halves of a shorter group start behind fewer bytes.
         half = (tl.minimum(DIM - group * GROUP, GROUP) + 1) // 2
         is_high = i >= half
         byte = group * (GROUP // 2) + tl.where(is_high, i - half, i)
-        pair = tl.load(row + byte[None, :], mask=inside, other=0).to(tl.int32)
+        pair = tl.load(codes + byte[None, :], mask=inside, other=0).to(tl.int32)
         code = (pair >> tl.where(is_high, 4, 0)[None, :]) & 15
-        low = tl.load(mark + groups, mask=inside, other=0.0).to(tl.float32)
+        low = tl.load(mark + (DIM + GROUP - 1) // GROUP, mask=inside, other=0.0).to(tl.float32)
         x = code.to(tl.float32) * step + low
+    return x
+
+
+@triton.jit
+@no_type_check
+def _read_coded(codes, marks, rows, ok, row_s, AT: tl.constexpr, MARKS: tl.constexpr, DIM: tl.constexpr,
+                DP: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Decode K or V of some rows. Offsets: `AT` in bytes, `MARKS` in values of two bytes."""
+    at = codes + rows[:, None] * row_s + AT
+    # A padded size is a power of two: one of at least a group holds whole ones.
+    if DIM == DP and DP >= GROUP:
+        x = _read_whole_groups(at, marks + MARKS, rows * (row_s // 2), ok, DP, BITS)
+    else:
+        x = _read_any_groups(at, marks + MARKS, rows * (row_s // 2), ok, DIM, DP, BITS)
     if HALF:
         # Half a step above the largest float16 there is infinity.
         x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)

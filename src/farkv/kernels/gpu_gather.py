@@ -66,7 +66,7 @@ def _sum_rows(data, positions, out, n, W: tl.constexpr, WP: tl.constexpr, GATHER
     row = tl.load(positions + j, mask=j < n, other=0) if GATHERED else j.to(tl.int64)
     x = tl.load(data + row[:, None] * W + w[None, :], mask=(j < n)[:, None] & (w < W)[None, :], other=0)
     # One number per program: without it nothing would have to be read.
-    tl.store(out + tl.program_id(0), tl.sum(tl.sum(x.to(tl.int32), 1), 0))
+    tl.store(out + tl.program_id(0), tl.sum(tl.sum(x.to(tl.int32) & 0xFFFF, 1), 0))
 
 
 def to_words(rows: Tensor) -> Tensor:
