@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CapacityError
+from farkv.store import rows as rows_module
 from farkv.store.admission import admit
 from farkv.store.ledger import Ledger
 from farkv.store.near import Tail
@@ -66,6 +67,23 @@ def test_what_is_read_is_what_was_stored(near: int | None, late: int) -> None:
         assert torch.equal(read.k, pick(k[layer], read.positions))
         assert torch.equal(read.v, pick(v[layer], read.positions))
         assert read.valid is None
+
+
+@pytest.mark.parametrize("least_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_rows_reach_a_buffer_directly_or_not(spare: int, least_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "LEAST_DIRECT_BYTES", least_bytes)
+    store, k, v, moved = fill(1 << 20)
+    fetch = store.fetch(1, some(6, 30), None, spare)
+    assert fetch.ticket is not None
+    assert fetch.buffer is not None
+    fetch.ticket.wait()
+    rows = fetch.buffer[:, :, :6]
+    assert rows.is_contiguous() == (spare == 0)
+    assert torch.equal(rows[..., :D], pick(k[1], fetch.positions))
+    assert torch.equal(rows[..., D:], pick(v[1], fetch.positions))
+    assert not fetch.buffer[:, :, 6:].any()
+    assert moved == [fetched_bytes(SHAPE, 6)]
 
 
 def test_fetched_bytes_are_those_of_the_formula() -> None:

@@ -41,15 +41,16 @@ class HotSize(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """One fetch against the hot set; places are (head over all sequences, column of the positions)."""
+    """One fetch against the hot set; a place is a head over all sequences, and a column of the positions.
 
-    here: tuple[Tensor, Tensor]
-    # Of those that are here.
-    slots: Int[Tensor, " N"]
-    missing: tuple[Tensor, Tensor]
-    # Which of the missing ones find a slot, and those slots.
-    enter: Bool[Tensor, " M"]
-    victims: Int[Tensor, " E"]
+    enter: which of the missing ones found a slot, None where all did.
+    """
+
+    records: Int[Tensor, "G K"]
+    # Where each record is or will be; anywhere for one that finds no slot.
+    slots: Int[Tensor, "G K"]
+    missing: tuple[Int[Tensor, " M"], Int[Tensor, " M"]]
+    enter: Bool[Tensor, " M"] | None
 
 
 class Hot:
@@ -60,6 +61,8 @@ class Hot:
         self.rows = Rows(near, device=device, reserve=size.slots)
         self.rows.ensure((size.batch, size.kv_heads, size.slots, size.width), size.dtype)
         self.rows.length = size.slots
+        # A slot without a record may be read where a choice is not valid: that is masked, but must be finite.
+        self.rows.view().zero_()
         home.charge(size.book_bytes)
         heads = size.batch * size.kv_heads
         # A record's slot is only right where that slot's owner is the record: so nothing is undone when a copy goes.
@@ -67,6 +70,8 @@ class Hot:
         self.owner = torch.full((heads, size.slots), -1, dtype=torch.int32)
         self.last_read = torch.zeros(heads, size.slots, dtype=torch.int32)
         self.n_fetches = 0
+        # Of every head the first slot, counted over all heads.
+        self.first = (torch.arange(heads) * size.slots)[:, None]
 
     @property
     def books(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,52 +81,47 @@ class Hot:
     # --- one fetch ------------------------------------------------------------------------------------------
 
     def find(self, positions: Int[Tensor, "G K"], valid: Bool[Tensor, "G K"] | None) -> Wanted:
-        """Say which records are here, and which slots the missing ones get; nothing changes yet.
+        """Say which records are missing, and which slots they get; those that are here count as read.
 
-        Cost: some ten operations on G * K elements, and one choice among G * slots.
+        Cost: some ten operations on G * K elements, and where some are missing one choice among G * slots.
         """
+        self.n_fetches += 1
         slots = self.slot_of.gather(1, positions).long()
         is_here = self.owner.gather(1, slots) == positions
-        is_missing = ~is_here
-        if valid is not None:
-            is_here &= valid
-            is_missing &= valid
-        here, missing = locate(is_here), locate(is_missing)
-        found = slots[here]
-        rank = is_missing.cumsum(1)
+        self.last_read.view(-1).index_fill_(0, (slots + self.first)[is_here], self.n_fetches)
+        is_missing = ~is_here if valid is None else ~is_here & valid
+        head, column = is_missing.nonzero(as_tuple=True)
+        if len(head) == 0:
+            return Wanted(positions, slots, (head, column), None)
         # In host memory: reading a count waits for nothing.
+        rank = is_missing.cumsum(1)
         n = min(self.size.slots, int(rank[:, -1].max()))
-        reads = self.last_read.index_put((here[0], found), torch.tensor(self.n_fetches + 1, dtype=torch.int32))
-        oldest = reads.topk(n, largest=False)
-        at = rank[missing] - 1
-        enter = at < n
-        head, at = missing[0][enter], at[enter]
+        oldest = self.last_read.topk(n, largest=False)
+        at = rank[head, column] - 1
+        if positions.shape[1] <= self.size.slots:
+            slots[head, column] = oldest.indices[head, at]
+            return Wanted(positions, slots, (head, column), None)
         # What this fetch reads stays.
-        free = oldest.values[head, at] <= self.n_fetches
-        enter[enter.clone()] = free
-        return Wanted(here, found, missing, enter, oldest.indices[head[free], at[free]])
+        enter = (at < n) & (oldest.values[head, at.clamp(max=n - 1)] < self.n_fetches)
+        slots[head[enter], column[enter]] = oldest.indices[head[enter], at[enter]]
+        return Wanted(positions, slots, (head, column), enter)
+
+    def take_in(self, wanted: Wanted, rows: Tensor) -> None:
+        """Keep those of the missing `rows` ([M, W], near) that found a slot."""
+        head, column = wanted.missing
+        if wanted.enter is not None:
+            rows, head, column = rows[wanted.enter.to(rows.device)], head[wanted.enter], column[wanted.enter]
+        slots, records = wanted.slots[head, column], wanted.records[head, column]
+        at = slots + self.first[head, 0]
+        self.rows.view().view(-1, self.size.width).index_copy_(0, at.to(rows.device), rows)
+        self.owner.view(-1).index_copy_(0, at, records.int())
+        self.last_read.view(-1).index_fill_(0, at, self.n_fetches)
+        self.slot_of[head, records] = slots.int()
 
     def read(self, wanted: Wanted, out: Tensor) -> None:
-        """Copy what is here into its places of `out`, [G, >= K, W], near to near."""
-        rows, (head, column) = self.rows.view().flatten(0, 1), wanted.here
-        where = head.to(out.device)
-        out.index_put_((where, column.to(out.device)), rows[where, wanted.slots.to(out.device)])
-
-    def take_in(self, wanted: Wanted, positions: Int[Tensor, "G K"], rows: Tensor) -> None:
-        """Note a fetch as read, and keep those of the missing `rows` ([M, W], near) that found a slot."""
-        self.n_fetches += 1
-        head, column = (t[wanted.enter] for t in wanted.missing)
-        place = head, wanted.victims
-        if len(head):
-            enter = wanted.enter.to(rows.device)
-            near = self.rows.view().flatten(0, 1)
-            near.index_put_(tuple(t.to(rows.device) for t in place), rows[enter])
-            records = positions[head, column]
-            self.owner[place] = records.int()
-            self.slot_of[head, records] = wanted.victims.int()
-        now = torch.tensor(self.n_fetches, dtype=torch.int32)
-        self.last_read.index_put_((wanted.here[0], wanted.slots), now)
-        self.last_read.index_put_(place, now)
+        """Copy what has a slot into `out`, [B, Hkv, K, W], near to near; elsewhere stands some other row."""
+        shape = self.size.batch, self.size.kv_heads, out.shape[2]
+        self.rows.take_each(wanted.slots.view(shape).to(out.device), out)
 
     # --- the pool changes -----------------------------------------------------------------------------------
 
@@ -151,9 +151,3 @@ class Hot:
         self.rows.clear()
         self.home.release(self.size.book_bytes)
         self.size = self.size._replace(slots=0, records=0)
-
-
-def locate(flags: Bool[Tensor, "G K"]) -> tuple[Tensor, Tensor]:
-    """Return the head and the column of everything that is true."""
-    head, column = flags.nonzero(as_tuple=True)
-    return head, column

@@ -16,6 +16,8 @@ from farkv.store.sizes import grow_capacity
 REORDER_TOKENS = 64
 # Rows that an eviction moves at once, likewise.
 MOVE_ROWS = 512
+# Bytes of one head's rows from which copying them once more costs more than a call for every head.
+LEAST_DIRECT_BYTES = 1 << 16
 
 
 class Rows:
@@ -78,14 +80,17 @@ class Rows:
 
         Cost: B * Hkv * K * W elements read and written.
         """
-        heads, places = spread_heads(positions), positions.reshape(-1)
+        heads, places, n = spread_heads(positions), positions.reshape(-1), out.shape[2]
         if out.is_contiguous():
             self.take(heads, places, out.view(-1, out.shape[3]))
-            return
-        # A head's rows lie together in a buffer that has room for more.
-        n = out.shape[2]
-        for at, where, part in zip(heads.split(n), places.split(n), out.view(-1, n, out.shape[3]), strict=True):
-            self.take(at, where, part)
+        elif out.device.type == "cpu" and n * out.shape[3] * out.element_size() >= LEAST_DIRECT_BYTES:
+            # A head's rows lie together in a buffer that has room for more.
+            for at, where, part in zip(heads.split(n), places.split(n), out.view(-1, n, out.shape[3]), strict=True):
+                self.take(at, where, part)
+        else:
+            rows = torch.empty(len(places), out.shape[3], dtype=out.dtype, device=out.device)
+            self.take(heads, places, rows)
+            out.copy_(rows.view(out.shape))
 
     def append(self, *parts: Tensor) -> None:
         """Write new rows; `parts` ([B, Hkv, T, w] each) lie side by side in a row.

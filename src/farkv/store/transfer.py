@@ -20,9 +20,6 @@ from farkv.store.near import Held
 from farkv.store.paged import PagedRows
 from farkv.store.rows import Rows, spread_heads
 
-# Bytes of one head's rows from which a copy of them costs more than a call for every head.
-LEAST_DIRECT_BYTES = 1 << 16
-
 
 class Ticket:
     """A fetch under way; `wait` makes its rows safe to read."""
@@ -124,34 +121,32 @@ class Link:
             self._bring(job, missing)
             return
         place, positions = out[:, :, :n], positions[..., :n]
-        n_bytes = place.numel() * place.element_size()
-        is_direct = place.is_contiguous() or n * place.shape[3] * place.element_size() >= LEAST_DIRECT_BYTES
         # Both are deliberate copies: this is the link.
-        if isinstance(rows, Rows) and place.device == rows.device and is_direct:
+        if isinstance(rows, Rows) and place.device == rows.device:
             rows.take_each(positions, place)
         else:
             staged = self._stage(positions.numel(), rows)
             rows.take(spread_heads(positions), positions.reshape(-1), staged)
             place.copy_(staged.view(place.shape), non_blocking=True)
-        count(n_bytes)
+        count(place.numel() * place.element_size())
 
     def _copy_cold(self, job: Job, hot: Hot, n: int) -> None:
-        """Bring what is not in the hot set, which keeps some of it; the rest goes near to near."""
-        positions = job.positions[..., :n].flatten(0, 1)
-        out = job.out.view(-1, *job.out.shape[2:])
+        """Bring what is not in the hot set, which takes it in; then all comes from there."""
+        place, positions = job.out[:, :, :n], job.positions[..., :n].flatten(0, 1)
         wanted = hot.find(positions, None if job.valid is None else job.valid[..., :n].flatten(0, 1))
         head, column = wanted.missing
         staged = self._stage(len(head), job.rows)
-        if len(head):
-            # Where a page cannot be read the hot set stays as it is.
-            job.rows.take(head, positions[head, column], staged)
-        hot.read(wanted, out)
         # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
-        cold = staged.to(out.device, non_blocking=True)
         if len(head):
-            out.index_put_((head.to(out.device), column.to(out.device)), cold)
+            job.rows.take(head, positions[head, column], staged)
             job.report(staged.numel() * staged.element_size())
-        hot.take_in(wanted, positions, cold)
+        cold = staged.to(place.device, non_blocking=True)
+        hot.take_in(wanted, cold)
+        hot.read(wanted, place)
+        if wanted.enter is not None:
+            left = ~wanted.enter
+            at = head[left].to(place.device), column[left].to(place.device)
+            place.view(len(positions), n, -1).index_put_(at, cold[left.to(place.device)])
 
     def _bring(self, job: Job, missing: Int[Tensor, "N 3"]) -> None:
         """Bring the rows at some places (sequence, head, column) of the job's positions."""
