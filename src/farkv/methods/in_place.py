@@ -33,19 +33,31 @@ class InPlace(Evicting):
         self.measuring = False
 
     def may_use_kernels(self, query: Query) -> bool:
-        """Say whether the fast kernels know this step: no padding, records that they can read, no gradients."""
+        """Say whether the fast kernels know these queries: their dtype, and no gradients."""
         kernels = self.fast.kernels
-        return (
-            kernels is not None
-            and self.padding.real is None
-            and kernels.can_read(query.q.dtype)
-            and not (query.q.requires_grad and torch.is_grad_enabled())
-        )
+        has_graph = query.q.requires_grad and torch.is_grad_enabled()
+        return kernels is not None and kernels.can_read(query.q.dtype) and not has_graph
+
+    def may_select(self, layer: int, query: Query) -> bool:
+        """Say whether the fast kernels may choose: where tokens are padded, all padding must stand on the left."""
+        if not self.may_use_kernels(query):
+            return False
+        if self.padding.real is None:
+            return True
+        lengths = self.padding.count(self.store.seen(layer))
+        on_left = lengths is not None and lengths.real == lengths.run
+        return on_left and not self.store.evicted[layer] and query.q.device.type == "cpu"
+
+    def find_starts(self, n_tokens: int) -> list[int]:
+        """Return where every sequence's own tokens begin."""
+        lengths = self.padding.count(n_tokens)
+        assert lengths is not None
+        return [n_tokens - n for n in lengths.real]
 
     def may_attend(self, step: Step) -> bool:
         """Say whether a kernel may attend: it knows the step, and nothing else looks on."""
         watched = self.measuring or self.spiller is not None or step.mask is not None
-        return not watched and self.may_use_kernels(step.query)
+        return not watched and self.padding.real is None and self.may_use_kernels(step.query)
 
     def reads_in_place(self, step: Step) -> bool:
         """Say whether attention may read the pool where it lies, by a kernel."""

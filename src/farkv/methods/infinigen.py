@@ -14,8 +14,9 @@ from __future__ import annotations
 from farkv._axes import Tensor
 from farkv.config import InfiniGen
 from farkv.errors import ConfigError
-from farkv.kernels.native import IndexView, Logits
+from farkv.kernels.native import IndexView
 from farkv.methods.contract import Budget, Place, Query
+from farkv.methods.fast_choice import Job, choose_alike, choose_each, share_early, share_late
 from farkv.methods.indexed import Indexed
 from farkv.per_model.profile import Profile
 from farkv.per_token.select import (
@@ -67,30 +68,25 @@ class InfiniGenRecipe(Indexed):
         """Choose `budget.early` of `rows` records, the newest and not yet indexed one included, but for the tail."""
         n_old = rows - budget.tail
         self.catch_up(layer, n_old)
-        if self._selects_fast(layer, query):
-            return self._select_fast(layer, query, n_old, budget.early, n_sinks=budget.sinks)
-        return self.select_records(layer, self.score(layer, query, n_old), budget)
+        job = self._prepare_fast(layer, query, n_old)
+        if job is None:
+            return self.select_records(layer, self.score(layer, query, n_old), budget)
+        if budget.own is None:
+            return choose_alike(job, budget.early, budget.sinks, None)
+        return choose_each(job, share_early(budget, self.find_starts(rows), n_old), None)
 
-    def _selects_fast(self, layer: int, query: Query) -> bool:
-        """Say whether the fast kernel has this rule: the cap's best, of all records but padding."""
-        config = self.config
+    def _prepare_fast(self, layer: int, query: Query, n_old: int) -> Job | None:
+        """Say what the fast kernel chooses from; None where it does not know the rule or the records."""
+        config, kernels, index = self.config, self.fast.kernels, self.index[layer]
         by_cap = not config.paper and config.alpha is None and config.top_p is None
-        return by_cap and not self.reaches_disk(layer) and self.may_use_kernels(query)
-
-    def _select_fast(
-        self, layer: int, query: Query, n_old: int, cap: int, *, n_sinks: int = 0, taken: Tensor | None = None
-    ) -> Choice:
-        """Score the index and choose in one pass."""
-        kernels, index = self.fast.kernels, self.index[layer]
-        assert kernels is not None
+        if kernels is None or not by_cap or self.reaches_disk(layer) or not self.may_select(layer, query):
+            return None
         assert index.projection is not None
         codes = index.codes()
         self.count_index(layer, codes[:, :, :n_old].numel() * codes.element_size())
-        view = IndexView(codes, self.bits, index.projection.query, index.projection.scale)
-        logits = Logits(query.scaling, query.softcap)
-        positions = kernels.select(query.q, view, logits, cap=cap, n=n_old, sinks=n_sinks, taken=taken)
         self.account.kernels.add(kernels.name)
-        return Choice(positions, None)
+        view = IndexView(codes, self.bits, index.projection.query, index.projection.scale)
+        return Job(kernels, view, query, n_old)
 
     def score(self, layer: int, query: Query, n_old: int) -> Tensor:
         """Score the first `n_old` records of a layer with its index."""
@@ -121,8 +117,12 @@ class InfiniGenRecipe(Indexed):
         if budget.late == 0:
             return None
         n_old = self.store.length(layer) - budget.tail
-        if early.valid is None and self._selects_fast(layer, query):
-            return self._select_fast(layer, query, n_old, budget.late, taken=early.positions)
+        job = self._prepare_fast(layer, query, n_old)
+        if job is not None and budget.own is None:
+            return choose_alike(job, budget.late, 0, early.positions)
+        if job is not None:
+            starts = self.find_starts(self.store.length(layer))
+            return choose_each(job, share_late(budget, starts, n_old), Choice(early.positions, early.valid))
         valid, _ = self.find_open(layer, n_old, budget)
         pooled, taken = pool_group(self.score(layer, query, n_old), valid), Choice(early.positions, early.valid)
         if valid is not None or self.reaches_disk(layer):
