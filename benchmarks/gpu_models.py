@@ -7,6 +7,7 @@ as a user runs it: `attach(model, InfiniGen(fraction=...), near=...)`.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -104,12 +105,20 @@ def measure_task(task: Task, plain: PreTrainedModel, picture: Path | None = None
             except (CapacityError, torch.OutOfMemoryError) as error:
                 rows.append({"method": name, "refused": str(error).splitlines()[0]})
             runner = None
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
             sys.stderr.write(f"{name}, batch {task.settings.batch}: {time.perf_counter() - started:.0f} s\n")
     for row in rows:
         row |= {"shape": task.settings.shape.name, "context": task.context, "batch": task.settings.batch}
     return rows
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what the last method took: near, and in pinned host memory."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        # An older torch keeps pinned memory until the end.
+        getattr(torch.accelerator, "empty_host_cache", lambda: None)()
 
 
 def measure_runner(task: Task, runner: ModelRunner, device: torch.device) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from farkv.per_token.speculate import unpack_codes
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
 
 pytestmark = MARKS
-# Weights that differ by less may be chosen either way.
-NEAR_TIE = 2.0**-7
+# Weights that differ by less may be chosen either way; so may those so small that their log2 is no longer told apart.
+NEAR_TIE, NEAR_LOG = 2.0**-7, 2.0**-15
 
 
 class Case(NamedTuple):
@@ -71,7 +71,7 @@ def assert_best(chosen: torch.Tensor, mass: torch.Tensor, sinks: int, taken: tor
     free = ~first & ~barred
     worst = mass.masked_fill(~(marks & free), torch.inf).amin(-1)
     missed = mass.masked_fill(marks | ~free, -torch.inf).amax(-1)
-    assert (missed <= worst + NEAR_TIE).all()
+    assert (missed <= worst + NEAR_TIE + NEAR_LOG * worst.abs().nan_to_num(posinf=0)).all()
 
 
 CASES = {

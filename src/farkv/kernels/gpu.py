@@ -105,7 +105,8 @@ class Gpu:
         sizes = self._select.size_scratch(heads, group, columns, blocks, self.blocks.select)
         scratch = self._select.Scratch(**{name: self._lend(name, size, q) for name, size in sizes.items()})
         request = self._select.Request(cap, n, sinks, None if taken is None else taken.contiguous())
-        return self._select.run_select(q, index, logits, request, scratch, self.blocks.select)
+        with torch.cuda.device_of(q):
+            return self._select.run_select(q, index, logits, request, scratch, self.blocks.select)
 
     def attend(
         self,
@@ -148,7 +149,8 @@ class Gpu:
         at = None if positions is None else positions.contiguous()
         choice = self._attend.Choice(at, None if counts is None else counts.contiguous(), n, tail)
         tuning = self._attend.Tuning(self.blocks.attend, max(1, parts), self.interpreted)
-        return self._attend.run_attend(q, rows, logits, choice, sinks, scratch, tuning)
+        with torch.cuda.device_of(q):
+            return self._attend.run_attend(q, rows, logits, choice, sinks, scratch, tuning)
 
     # --- bytes ------------------------------------------------------------------------------------------------
 
@@ -163,7 +165,9 @@ class Gpu:
         Cost: N rows read, over the link where they are in host memory, and written.
         """
         self._check_rows(data)
-        if len(positions):
+        if len(positions) == 0:
+            return
+        with torch.cuda.device_of(out):
             self._gather.run_gather(data, heads.contiguous(), positions.contiguous(), out, self.blocks.gather)
 
     def fetch(
@@ -189,9 +193,11 @@ class Gpu:
         """
         for rows in (data, out) if held is None else (data, out, held.rows):
             self._check_rows(rows)
-        if positions.shape[-1]:
-            counts = None if counts is None else counts.contiguous()
-            order = self._gather.Order(positions.contiguous(), counts, held, out, crossed)
+        if positions.shape[-1] == 0:
+            return
+        counts = None if counts is None else counts.contiguous()
+        order = self._gather.Order(positions.contiguous(), counts, held, out, crossed)
+        with torch.cuda.device_of(out):
             self._gather.run_fetch(data, order, self.blocks.gather)
 
     def read_bandwidth(self, data: Tensor) -> float:
@@ -206,8 +212,7 @@ class Gpu:
 
     def _time_sum(self, words: Tensor, positions: Tensor | None, n_bytes: int) -> float:
         n = len(words) if positions is None else len(positions)
-        at = words if words.is_cuda or positions is None else positions
-        out = self._lend("read", (-(-n // self.blocks.gather), torch.int32), at)
+        out = self._lend("read", (-(-n // self.blocks.gather), torch.int32), words)
         best = float("inf")
         for _ in range(3):
             self._wait()
@@ -237,10 +242,12 @@ class Gpu:
     def _lend(self, name: str, size: tuple[int, torch.dtype], like: Tensor) -> Tensor:
         """Return scratch of at least so many elements; it grows by powers of two and is never given back."""
         n, dtype = size
-        key = (name, torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0)
+        # Rows in pinned host memory are read by the current device.
+        device = like.device if like.is_cuda or self.interpreted else torch.device("cuda", torch.cuda.current_device())
+        key = (name, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
         area = self._scratch.get(key)
-        if area is None or area.numel() < n or area.device != like.device:
-            area = torch.empty(1 << (n - 1).bit_length(), dtype=dtype, device=like.device)
+        if area is None or area.numel() < n or area.device != device:
+            area = torch.empty(1 << (n - 1).bit_length(), dtype=dtype, device=device)
             self._scratch[key] = area
         return area
 
