@@ -7,7 +7,7 @@
 
 #include "rows.h"
 
-#define BLOCK 32
+#define BLOCK 16 /* two blocks of 512-byte rows, this one and the next, are half of a first-level cache */
 #define LOWEST (-1e30f)
 
 /* One part of the records of one KV head. */
@@ -31,13 +31,14 @@ INLINE void form_logits(int form, int heads, const struct attend_head *h, int64_
     const int records = N_ACC / heads;
     const vf *q = h->q + first * h->k.n_chunks * 2;
     for (int64_t j = 0; j < b->n; j += records) {
-        if (first == 0)
-            for (int r = 0; r < records; r++)
-                if (j + r < b->n_next) prefetch_row(b->next[j + r], h->args->row_stride);
         vf acc[N_ACC] = {0};
         for (int64_t c = 0; c < h->k.n_chunks; c++) {
             vf x[N_ACC][2];
             if (__builtin_expect(c < h->k.n_full, 1)) {
+                if (first == 0 && starts_line(form, c))
+                    UNROLL for (int r = 0; r < records; r++) prefetch(b->next[j + r] + chunk_at(form, &h->k, c));
+                if (first == 0 && form >= FORM_INT8 && c == 0)
+                    UNROLL for (int r = 0; r < records; r++) prefetch(b->next[j + r] + h->k.marks);
                 UNROLL for (int r = 0; r < records; r++) load_chunk(form, b->rows[j + r], &h->k, c, x[r]);
             } else {
                 for (int r = 0; r < records; r++) load_end(form, b->rows[j + r], &h->k, c, x[r]);
@@ -103,6 +104,7 @@ INLINE void add_chunks(int form, int heads, int wide, int whole, const struct at
     for (int64_t j = 0; j < b->n; j++) {
         UNROLL for (int w = 0; w < wide; w++) {
             vf x[2];
+            if (first == 0 && whole && starts_line(form, c + w)) prefetch(b->next[j] + chunk_at(form, &h->v, c + w));
             if (whole) load_chunk(form, b->rows[j], &h->v, c + w, x);
             else load_end(form, b->rows[j], &h->v, c + w, x);
             UNROLL for (int g = 0; g < heads; g++) {
@@ -150,6 +152,7 @@ INLINE int attend_records(int form, const struct attend_head *h, int64_t from, i
         b.n_next = left < BLOCK ? left : BLOCK;
         if (!find_rows(h, a + b.n, b.n_next, b.next)) return FARKV_BAD_POSITION;
         for (int64_t j = b.n; j < BLOCK; j++) b.rows[j] = b.rows[b.n - 1];
+        for (int64_t j = b.n_next; j < BLOCK; j++) b.next[j] = b.rows[j];
         int64_t g = 0, group = h->args->group;
         for (; g + 4 <= group; g += 4) attend_group(form, 4, h, g, &b);
         for (; g + 2 <= group; g += 2) attend_group(form, 2, h, g, &b);

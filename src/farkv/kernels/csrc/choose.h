@@ -12,20 +12,27 @@ static void mark_taken(struct head *h, int64_t head) {
 
 static int is_taken(const struct head *h, int64_t at) { return h->args->n_taken && h->taken[at / 8] >> at % 8 & 1; }
 
-/* Move all parts' candidates side by side, with keys of their exact weights; returns how many there are. */
-static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts, uint32_t *keys) {
+/* Move all parts' candidates side by side, with keys of their exact weights; returns how many there are.
+
+   Sinks and what is taken get key 0. Keys are stored a vector at a time, so some behind the last are written, too. */
+static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
     const struct select_args *a = h->args;
-    int64_t n = 0, group = a->group;
+    int64_t n = 0, group = a->group, stride = a->n + VL;
     for (int64_t part = 0; part < n_parts; part++) {
-        int64_t from = find_part(a, part, n_parts);
-        for (int64_t i = from; i < from + h->n_kept[part]; i++) {
-            int32_t at = h->kept[i];
-            float mass = 0;
-            for (int64_t g = 0; g < group; g++) mass += h->weights[i * group + g] * h->inverse[g];
-            h->kept[n] = at;
-            keys[n++] = at < sinks || is_taken(h, at) ? 0 : key_of(mass);
+        int64_t from = find_part(a, part, n_parts), count = h->n_kept[part];
+        for (int64_t i = 0; i < count; i += VL) {
+            vf mass = {0};
+            for (int64_t g = 0; g < group; g++) mass += load(h->weights + g * stride + from + i) * h->inverse[g];
+            vu key = (vu)mass & 0x7fffffffu;
+            key |= (vu)(key == 0) & 1;
+            memcpy(h->keys + n + i, &key, VB);
         }
+        memmove(h->kept + n, h->kept + from, (size_t)count * 4);
+        n += count;
     }
+    for (int64_t i = 0; i < n && h->kept[i] < sinks; i++) h->keys[i] = 0;
+    for (int64_t i = 0; a->n_taken && i < n; i++)
+        if (is_taken(h, h->kept[i])) h->keys[i] = 0;
     return n;
 }
 
@@ -40,9 +47,8 @@ static int choose(struct head *h, int64_t head, int64_t n_parts) {
         h->inverse[g] = (float)(1 / h->sums[g]);
     }
     int64_t sinks = a->sinks < a->cap ? a->sinks : a->cap, chosen = 0, *out = a->out + head * a->cap;
-    /* The weights of what is kept are read before their keys are written over them, one word of `group` per record. */
-    uint32_t *keys = (uint32_t *)h->weights;
-    int64_t n = weigh_kept(h, sinks, n_parts, keys);
+    const uint32_t *keys = h->keys;
+    int64_t n = weigh_kept(h, sinks, n_parts);
     for (int64_t i = 0; i < sinks; i++)
         if (!is_taken(h, i)) out[chosen++] = i;
     int64_t wanted = a->cap - chosen, eligible = 0;
@@ -67,27 +73,16 @@ static int is_cut_off(const struct head *h) {
     return 0;
 }
 
-/* The reference lay so far below the largest logit that weights were cut off: take the largest of all records. */
-static void raise_reference(struct head *h) {
-    const struct select_args *a = h->args;
-    float *highest = h->inverse;
-    for (int64_t g = 0; g < a->group; g++) highest[g] = 0;
-    for (int64_t i = 0; i < a->n; i += RUN) {
-        int64_t n = a->n - i < RUN ? a->n - i : RUN;
-        weigh_run(h, i, n);
-        for (int64_t g = 0; g < a->group; g++)
-            for (int64_t j = 0; j < n; j++) highest[g] = fmaxf(highest[g], h->run[g * RUN + j]);
-    }
-    for (int64_t g = 0; g < a->group; g++) h->offset[g] += highest[g];
-}
-
 /* After a choice that failed: guess what is now known; the second time, keep everything. */
 static void prepare_again(struct head *h, int64_t attempt) {
-    int cut_off = is_cut_off(h);
-    h->bound = attempt || cut_off ? 0 : h->bound * 0.5f;
-    if (cut_off) raise_reference(h);
+    if (is_cut_off(h)) {
+        /* The reference lay so far below the largest logit that weights were cut off. */
+        find_references(h);
+        return;
+    }
+    h->bound = attempt ? 0 : h->bound * 0.5f;
     for (int64_t g = 0; g < h->args->group; g++) {
-        h->guess[g] = cut_off ? 1 : h->sums[g];
+        h->guess[g] = h->sums[g];
         h->inverse[g] = (float)(1 / h->guess[g]);
     }
 }

@@ -20,6 +20,10 @@ struct index_query {
     const vi *table;                 /* [group][n_words][n_parts] */
     const float *step, *offset;      /* log2 of a weight = step * integer logit - offset, [group] */
     float softcap;                   /* in units of log2; 0: none */
+    /* The same queries in 8 bits, for what is looked at again: [group][n_words][2], their steps, and what the codes'
+       offset of 8 adds to log2 of a weight. */
+    const vi *coarse_table;
+    const float *coarse_step, *coarse_bias;
 };
 
 #if defined(__AVX512VNNI__)
@@ -110,6 +114,43 @@ INLINE void multiply(int bits, int heads, const struct index_query *q, int64_t f
     }
 }
 
+#if defined(__AVX512BW__) || defined(__AVX2__)
+/* Sums of 16 bits hold 8 columns of up to 15 * 127 each in every lane: rows of 16 bytes. */
+#define COARSE_BYTES 16
+#if defined(__AVX512BW__)
+INLINE vh pair_products(vi a, vi b) { return (vh)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
+INLINE vi pair_halves(vh a) { return (vi)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1)); }
+#else
+INLINE vh pair_products(vi a, vi b) { return (vh)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+INLINE vi pair_halves(vh a) { return (vi)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
+#endif
+
+/* As `multiply`, of four-bit codes plus 8 and queries of 8 bits; half the work. */
+INLINE void multiply_coarsely(int heads, const struct index_query *q, int64_t first, const uint8_t *rows, int64_t stride,
+                              vi *acc) {
+    vh sum[4];
+    vi word[4];
+    UNROLL for (int g = 0; g < heads; g++) sum[g] = (vh){0};
+    transpose(rows, stride, word);
+    UNROLL for (int i = 0; i < 4; i++) {
+        if (i >= q->n_words) break;
+        vi x = word[i] ^ (int32_t)0x88888888, low = x & 0x0f0f0f0f, high = (x >> 4) & 0x0f0f0f0f;
+        UNROLL for (int g = 0; g < heads; g++) {
+            const vi *pairs = q->coarse_table + ((first + g) * q->n_words + i) * 2;
+            sum[g] += pair_products(low, pairs[0]);
+            sum[g] += pair_products(high, pairs[1]);
+        }
+    }
+    UNROLL for (int g = 0; g < heads; g++) acc[g] = pair_halves(sum[g]);
+}
+#else
+#define COARSE_BYTES 0
+INLINE void multiply_coarsely(int heads, const struct index_query *q, int64_t first, const uint8_t *rows, int64_t stride,
+                              vi *acc) {
+    multiply(4, heads, q, first, rows, stride, acc);
+}
+#endif
+
 /* 2^t of a clamped t, relative error below 2^-13. */
 INLINE vf exp2_of(vf t) {
     t = min_of(max_of(t, fill(LEAST_EXP)), fill(MOST_EXP));
@@ -120,37 +161,50 @@ INLINE vf exp2_of(vf t) {
     return (vf)((vi)p + ((vi)shifted << 23));
 }
 
+enum { EXACT4, EXACT8, COARSE4 };
+
 /* exponents[g][record] = log2 of the weights of n_vectors * VL records. */
-INLINE void form_exponents(int bits, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
+INLINE void form_exponents(int how, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
                            int64_t stride, int64_t n_vectors, float *exponents) {
     for (int64_t v = 0; v < n_vectors; v++) {
         vi acc[4];
-        multiply(bits, heads, q, first, rows + v * VL * stride, stride, acc);
+        if (how == COARSE4) multiply_coarsely(heads, q, first, rows + v * VL * stride, stride, acc);
+        else multiply(how == EXACT4 ? 4 : 8, heads, q, first, rows + v * VL * stride, stride, acc);
         UNROLL for (int g = 0; g < heads; g++) {
-            vf t = __builtin_convertvector(acc[g], vf) * q->step[first + g];
+            vf t = __builtin_convertvector(acc[g], vf);
+            t = how == COARSE4 ? t * q->coarse_step[first + g] - q->coarse_bias[first + g] : t * q->step[first + g];
             if (q->softcap != 0) t = cap_softly(t, q->softcap);
             store(exponents + (first + g) * RUN + v * VL, t - q->offset[first + g]);
         }
     }
 }
 
-/* weights[g][record] of up to RUN records, all queries of the group. */
-INLINE void form_run(int bits, const struct index_query *q, const uint8_t *rows, int64_t stride, int64_t n_vectors,
+/* Exponents of up to RUN records, all queries of the group. */
+INLINE void form_run(int how, const struct index_query *q, const uint8_t *rows, int64_t stride, int64_t n_vectors,
                      float *exponents) {
     int64_t g = 0;
-    for (; g + 4 <= q->group; g += 4) form_exponents(bits, 4, q, g, rows, stride, n_vectors, exponents);
-    for (; g + 2 <= q->group; g += 2) form_exponents(bits, 2, q, g, rows, stride, n_vectors, exponents);
-    for (; g < q->group; g++) form_exponents(bits, 1, q, g, rows, stride, n_vectors, exponents);
+    for (; g + 4 <= q->group; g += 4) form_exponents(how, 4, q, g, rows, stride, n_vectors, exponents);
+    for (; g + 2 <= q->group; g += 2) form_exponents(how, 2, q, g, rows, stride, n_vectors, exponents);
+    for (; g < q->group; g++) form_exponents(how, 1, q, g, rows, stride, n_vectors, exponents);
 }
 
-static __attribute__((noinline)) void form_run4(const struct index_query *q, const uint8_t *rows, int64_t stride,
-                                                int64_t n_vectors, float *exponents) {
-    form_run(4, q, rows, stride, n_vectors, exponents);
+typedef void form_function(const struct index_query *q, const uint8_t *rows, int64_t stride, int64_t n, float *exponents);
+
+static __attribute__((noinline)) void form_exact4(const struct index_query *q, const uint8_t *rows, int64_t stride,
+                                                  int64_t n, float *exponents) {
+    form_run(EXACT4, q, rows, stride, n, exponents);
 }
 
-static __attribute__((noinline)) void form_run8(const struct index_query *q, const uint8_t *rows, int64_t stride,
-                                                int64_t n_vectors, float *exponents) {
-    form_run(8, q, rows, stride, n_vectors, exponents);
+static __attribute__((noinline)) void form_exact8(const struct index_query *q, const uint8_t *rows, int64_t stride,
+                                                  int64_t n, float *exponents) {
+    form_run(EXACT8, q, rows, stride, n, exponents);
 }
+
+static __attribute__((noinline)) void form_coarse4(const struct index_query *q, const uint8_t *rows, int64_t stride,
+                                                   int64_t n, float *exponents) {
+    form_run(COARSE4, q, rows, stride, n, exponents);
+}
+
+static form_function *const form_functions[] = {form_exact4, form_exact8, form_coarse4};
 
 #endif

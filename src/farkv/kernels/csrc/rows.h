@@ -45,6 +45,17 @@ INLINE void load_plain(int form, const uint8_t *p, vf *x) {
 
 INLINE int64_t element_bytes(int form) { return form == FORM_F32 ? 4 : 2; }
 
+/* Where a chunk starts in its row, in bytes; whether it is the first of 64 bytes. */
+INLINE int64_t chunk_at(int form, const struct half *at, int64_t c) {
+    int64_t first = c * CHUNK;
+    return at->codes + (form == FORM_INT4 ? first / 2 : form == FORM_INT8 ? first : first * element_bytes(form));
+}
+
+INLINE int starts_line(int form, int64_t c) {
+    const int64_t chunks = 64 / (form == FORM_INT4 ? CHUNK / 2 : form == FORM_INT8 ? CHUNK : CHUNK * element_bytes(form));
+    return chunks < 2 || c % chunks == 0;
+}
+
 INLINE void load_chunk(int form, const uint8_t *row, const struct half *at, int64_t c, vf *x) {
     if (form < FORM_INT8) {
         load_plain(form, row + at->codes + c * CHUNK * element_bytes(form), x);

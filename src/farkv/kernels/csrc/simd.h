@@ -46,8 +46,8 @@ INLINE vf pick(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no 
 INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
 INLINE void prefetch_row(const uint8_t *p, int64_t n_bytes) {
-    for (int64_t i = 0; i < n_bytes; i += 64) prefetch(p + i);
-    prefetch(p + n_bytes - 1);
+    const uint8_t *end = p + n_bytes;
+    for (p -= (uintptr_t)p % 64; p < end; p += 64) prefetch(p);
 }
 
 /* Where a lane of x is NaN, the result is x's. */
@@ -120,6 +120,12 @@ INLINE float sum_lanes(vf x) {
     float sum = 0;
     for (int i = 0; i < VL; i++) sum += x[i];
     return sum;
+}
+
+INLINE float largest_lane(vf x) {
+    float largest = x[0];
+    for (int i = 1; i < VL; i++) largest = x[i] > largest ? x[i] : largest;
+    return largest;
 }
 
 /* out[i] = sum of the lanes of x[i], for N_ACC vectors. */

@@ -1,0 +1,136 @@
+/* What a sample of the records says: reference logits, guesses of the softmax sums, a bound; and thresholds. */
+#include <math.h>
+
+#include "head.h"
+
+#define SAMPLE_RUNS 66 /* the first and the last records, and runs in between */
+#define SAMPLE_RUN 16
+#define BINS 2048
+
+/* The threshold's bits and how many of what shares them are taken. */
+struct threshold {
+    uint32_t prefix;
+    int64_t n_equal;
+};
+
+static int64_t find_bin(const uint32_t *bins, int64_t *wanted) {
+    int64_t bin = BINS - 1;
+    for (; bin > 0 && bins[bin] < *wanted; bin--) *wanted -= bins[bin];
+    return bin;
+}
+
+#define PREFIX(key) ((key) >> 9)
+
+/* The wanted-th largest of keys, the bits of positive floats, to 14 bits of the mantissa; key 0 does not count. */
+static struct threshold find_threshold(const uint32_t *keys, int64_t n, int64_t wanted) {
+    uint32_t bins[BINS] = {0};
+    for (int64_t i = 0; i < n; i++) bins[keys[i] >> 20]++;
+    int64_t high = find_bin(bins, &wanted);
+    memset(bins, 0, sizeof bins);
+    for (int64_t i = 0; i < n; i++)
+        if (keys[i] >> 20 == high) bins[keys[i] >> 9 & (BINS - 1)]++;
+    int64_t low = find_bin(bins, &wanted);
+    return (struct threshold){(uint32_t)(high * BINS + low), wanted};
+}
+
+INLINE uint32_t key_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits &= 0x7fffffff;
+    return bits ? bits : 1;
+}
+
+INLINE float float_of(uint32_t key) {
+    float x;
+    memcpy(&x, &key, 4);
+    return x;
+}
+
+/* First record and weight of a sampled run. */
+static int64_t find_sample(const struct select_args *a, int64_t i, double *weight) {
+    int64_t n_between = a->n - 2 * SAMPLE_RUN, n_runs = SAMPLE_RUNS - 2;
+    *weight = i < 2 ? 1 : (double)n_between / (double)(n_runs * SAMPLE_RUN);
+    if (i < 2) return i * (a->n - SAMPLE_RUN);
+    return SAMPLE_RUN + (i - 2) * (n_between - SAMPLE_RUN) / (n_runs - 1);
+}
+
+/* Weigh the sampled runs into samples[run][group][SAMPLE_RUN]; the references are the largest exponents. */
+static void weigh_sample(struct head *h, int64_t n_runs, float *samples) {
+    const struct select_args *a = h->args;
+    double weight;
+    for (int64_t i = 0; i < n_runs; i++) prefetch_row(h->codes + find_sample(a, i, &weight) * a->row_stride, SAMPLE_RUN * a->row_stride);
+    for (int64_t g = 0; g < a->group; g++) h->inverse[g] = -3e38f, h->offset[g] = 0;
+    for (int64_t i = 0; i < n_runs; i++) {
+        weigh_run(h, find_sample(a, i, &weight), SAMPLE_RUN, 0);
+        for (int64_t g = 0; g < a->group; g++) {
+            vf top = load(h->run + g * RUN);
+            for (int j = 0; j < SAMPLE_RUN; j += VL) {
+                vf t = load(h->run + g * RUN + j);
+                top = max_of(t, top);
+                store(samples + (i * a->group + g) * SAMPLE_RUN + j, t);
+            }
+            h->inverse[g] = fmaxf(h->inverse[g], largest_lane(top));
+        }
+    }
+    for (int64_t g = 0; g < a->group; g++) h->offset[g] = h->inverse[g];
+}
+
+/* The reference logits of few records: the largest of all. */
+static void find_references(struct head *h) {
+    const struct select_args *a = h->args;
+    float *highest = h->inverse;
+    for (int64_t g = 0; g < a->group; g++) highest[g] = -3e38f, h->offset[g] = 0;
+    for (int64_t i = 0; i < a->n; i += RUN) {
+        int64_t n = a->n - i < RUN ? a->n - i : RUN;
+        weigh_run(h, i, n, 0);
+        for (int64_t g = 0; g < a->group; g++)
+            for (int64_t j = 0; j < n; j++) highest[g] = fmaxf(highest[g], h->run[g * RUN + j]);
+    }
+    for (int64_t g = 0; g < a->group; g++) {
+        h->offset[g] = highest[g];
+        h->inverse[g] = 1, h->guess[g] = 1;
+    }
+    h->bound = 0;
+    h->coarse = 0;
+}
+
+/* Set reference logits, guesses of the sums, and the bound that about `wanted` records reach. */
+static void take_sample(struct head *h, int64_t wanted) {
+    const struct select_args *a = h->args;
+    int64_t group = a->group, n_runs = SAMPLE_RUNS;
+    if (a->n < 4 * SAMPLE_RUNS * SAMPLE_RUN || wanted > a->n / 4) {
+        find_references(h);
+        return;
+    }
+    h->coarse = a->bits == 4 && a->code_bytes <= COARSE_BYTES;
+    if (h->coarse) quantize_coarsely(h);
+    float *samples = h->weights; /* not in use yet */
+    float mass[SAMPLE_RUNS * SAMPLE_RUN] = {0};
+    weigh_sample(h, n_runs, samples);
+    for (int64_t g = 0; g < group; g++) {
+        vf sum = {0}, edges = {0};
+        double weight = 1;
+        for (int64_t i = 0; i < n_runs; i++) {
+            find_sample(a, i, &weight);
+            for (int j = 0; j < SAMPLE_RUN; j += VL) {
+                float *t = samples + (i * group + g) * SAMPLE_RUN + j;
+                vf e = exp2_of(load(t) - h->offset[g]);
+                store(t, e);
+                if (i < 2) edges += e;
+                else sum += e;
+            }
+        }
+        h->guess[g] = sum_lanes(edges) + weight * sum_lanes(sum);
+        h->inverse[g] = (float)(1 / h->guess[g]);
+        for (int64_t i = 2; i < n_runs; i++)
+            for (int j = 0; j < SAMPLE_RUN; j += VL) {
+                float *to = mass + i * SAMPLE_RUN + j;
+                store(to, load(to) + load(samples + (i * group + g) * SAMPLE_RUN + j) * h->inverse[g]);
+            }
+    }
+    uint32_t keys[(SAMPLE_RUNS - 2) * SAMPLE_RUN];
+    int64_t n_keys = (SAMPLE_RUNS - 2) * SAMPLE_RUN;
+    for (int64_t i = 0; i < n_keys; i++) keys[i] = key_of(mass[2 * SAMPLE_RUN + i]);
+    double rank = 1.1 * (double)wanted / (double)a->n * (double)n_keys;
+    h->bound = float_of(find_threshold(keys, n_keys, (int64_t)(rank + 2 * sqrt(rank) + 3)).prefix << 9);
+}
