@@ -17,6 +17,7 @@ from platformdirs import user_cache_path
 from farkv.errors import ConfigError
 
 FORMAT = "farkv-calibration-1"
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def find_calibration_path() -> Path:
@@ -27,8 +28,7 @@ def find_calibration_path() -> Path:
 
 def read_cpu_model() -> str:
     """Return the processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(errors="replace").splitlines() if info.is_file() else []
+    lines = CPU_INFO.read_text(errors="replace").splitlines() if CPU_INFO.is_file() else []
     fields = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
     if fields.get("model name"):
         # A virtual machine often hides the name, but not the family.
@@ -65,7 +65,11 @@ def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
-            json.dump({"format": FORMAT, "entries": entries}, part, indent=1)
+            try:
+                json.dump({"format": FORMAT, "entries": entries}, part, indent=1)
+            except OSError:
+                Path(part.name).unlink()
+                raise
         Path(part.name).replace(path)
     except OSError as error:
         raise ConfigError(

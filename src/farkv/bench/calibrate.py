@@ -124,7 +124,7 @@ def calibrate(
     tell: Callable[[int, int], None] = lambda done, total: None,
     *,
     shape: ModelShape = SHAPE,
-    contexts: tuple[int, ...] = CONTEXTS,
+    contexts: tuple[int, ...] | None = None,
     rounds: int = ROUNDS,
 ) -> Calibration:
     """Measure both ways at every context and write the crossover down.
@@ -133,6 +133,7 @@ def calibrate(
         ConfigError: there is no native kernel, or the file cannot be written.
     """
     native, times = require_native("--calibrate"), []
+    contexts = contexts or CONTEXTS
     for context in contexts:
         times.append(measure_times(native, shape, context, rounds))
         tell(len(times), len(contexts))
@@ -145,7 +146,7 @@ def calibrate(
 
 def draw_calibration(found: Calibration) -> RenderableType:
     """Return a table of both ways, and the crossover in words."""
-    table = make_table("dense against selecting: ms per layer", ("dense-native", "select", "faster"))
+    table = make_table("dense against selecting: ms per layer", ("dense-native", "select", "faster"), "context")
     for one in found.times:
         faster = "select" if one.select_ms < one.dense_ms else "dense"
         table.add_row(format_tokens(one.context), format_ms(one.dense_ms), format_ms(one.select_ms), faster)

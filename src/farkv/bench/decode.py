@@ -6,7 +6,6 @@ In: settings. Out: a report. Every method is timed in the same run, round by rou
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +43,11 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
     """
     native = load_native() if settings.device == "cpu" else None
     settings, notes = check_native(settings, native)
-    peers = {name: find_peer(name) for name in settings.peers}
+    check_peers(settings)
     for context in settings.contexts:
         require_memory(count_bytes(settings, context), f"a context of {format_tokens(context)} tokens")
     machine = None if native is None else Machine(native, settings.fraction, buffer_bytes=settings.buffer_bytes)
-    done, total = 0, len(settings.contexts) * (len(settings.methods) * (settings.rounds + 1) + len(peers))
+    done, total = 0, len(settings.contexts) * (len(settings.methods) * (settings.rounds + 1) + len(settings.peers))
 
     def advance() -> None:
         nonlocal done
@@ -58,8 +57,8 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
     measured: list[Measured] = []
     for context in settings.contexts:
         measured += measure_context(settings, context, native, advance)
-        for name, measure in peers.items():
-            measured.append(measure_peer(settings, context, name, measure))
+        for name in settings.peers:
+            measured.append(measure_peer(settings, context, name))
             advance()
     rows = make_rows(settings, measured, machine)
     kernel = "torch" if native is None else native.name
@@ -83,24 +82,28 @@ def explain(settings: Settings) -> list[str]:
     return notes
 
 
-def find_peer(name: str) -> Callable[..., list[float]]:
-    """Return the function that measures a peer.
+def check_peers(settings: Settings) -> None:
+    """Refuse a peer that is not installed, before anything else is measured.
 
     Raises:
-        ConfigError: the peer is not installed.
+        ConfigError: it is not, or it decodes one sequence at a time and more were asked for.
     """
-    try:
-        return import_module(f"farkv.bench.{name.replace('.', '_')}").measure_llama_cpp
-    except ImportError as error:
-        raise ConfigError(
-            f"--peer {name}: not installed ({error}); install it: pip install llama-cpp-python, or leave it out"
-        ) from error
+    if "llama.cpp" in settings.peers:
+        from farkv.bench.llama_cpp import require_llama_cpp
+
+        require_llama_cpp()
+        if settings.batch > 1:
+            raise ConfigError(
+                f"--peer llama.cpp: is measured with --batch 1, got {settings.batch}; leave one of them out"
+            )
 
 
-def measure_peer(settings: Settings, context: int, name: str, measure: Callable[..., list[float]]) -> Measured:
+def measure_peer(settings: Settings, context: int, name: str) -> Measured:
     """Measure a program that has its own cache and clock, after the methods of the same context."""
+    from farkv.bench.llama_cpp import measure_llama_cpp
+
     layers = settings.case(context).slow_layers
-    seconds = measure(settings.shape, layers, context, torch.get_num_threads(), settings.rounds)
+    seconds = measure_llama_cpp(settings.shape, layers, context, torch.get_num_threads(), settings.rounds)
     return Measured(name, context, summarize(seconds), None, {"layers": layers})
 
 

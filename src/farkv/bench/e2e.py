@@ -13,10 +13,11 @@ import torch
 from rich.console import Group, RenderableType
 from transformers import DynamicCache, PreTrainedModel
 
+from farkv.bench.case import Case
 from farkv.bench.fill import KVSource, require_memory
 from farkv.bench.machine import describe_machine
 from farkv.bench.models import count_weight_bytes, make_model, share_weights
-from farkv.bench.ours import MOST_GROWTH
+from farkv.bench.ours import MOST_GROWTH, fill_layer
 from farkv.bench.report import OURS, Report, Row, compare, draw_notes, format_ms, format_share, make_row, make_table
 from farkv.bench.shapes import ModelShape, format_tokens
 from farkv.bench.timing import divide, measure_interleaved, summarize
@@ -25,7 +26,6 @@ from farkv.errors import ConfigError
 from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
 from farkv.kernels.native import load_native
-from farkv.methods.contract import Query, Step
 
 METHODS = (OURS, "hf-sdpa-bf16", "hf-eager-bf16")
 DEFAULT = METHODS[:2]
@@ -89,10 +89,9 @@ def fill_far(settings: ModelSettings, context: int, source: KVSource, far: Handl
     """Return farkv's cache with a context stored and indexed as a prompt's pass does it, without its attention."""
     cache: Any = far.new_cache(tokens=context + MOST_GROWTH + 32, batch=settings.batch)
     for layer in range(settings.layers):
-        for start, n in source.chunks(context):
-            k, v = cache.layers[layer].update(*source.draw_kv(layer, start, n))
-            query = Query(source.draw_q(layer, start, n), settings.shape.scaling, None)
-            cache.recipe.observe(layer, Step(query, k, v, None))
+        # As for the cache layers' own `update`, which notes dtype and device besides.
+        cache.layers[layer].lazy_initialization(*source.draw_kv(layer, 0, 1))
+        fill_layer(cache.recipe, Case(settings.shape, context, settings.batch), source, layer)
     return cache
 
 

@@ -73,7 +73,7 @@ def measure_rows(
 
 def draw_gather(report: GatherReport) -> RenderableType:
     """Return a table of row sizes by density, GB/s."""
-    table = make_table("sorted, prefetched row reads: GB/s", tuple(f"{d:.0%} of rows" for d in DENSITIES))
+    table = make_table("sorted, prefetched row reads: GB/s", tuple(f"{d:.0%} of rows" for d in DENSITIES), "rows")
     for row_bytes in ROW_BYTES:
         rates = [rate.bytes_per_s for rate in report.rates if rate.row_bytes == row_bytes]
         table.add_row(f"{row_bytes} bytes", *(f"{rate / 1e9:.2f}" for rate in rates))

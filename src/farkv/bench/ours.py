@@ -9,7 +9,7 @@ import torch
 
 from farkv._axes import Tensor
 from farkv.bench.case import Case, Traffic
-from farkv.bench.fill import KVSource
+from farkv.bench.fill import CHUNK_TOKENS, KVSource
 from farkv.bench.torch_attention import Attention
 from farkv.config import InfiniGen
 from farkv.kernels.native import Logits, Native, Rows
@@ -23,6 +23,16 @@ from farkv.store.records import StoreLimits
 # index when they leave the window, a window's worth at a time.
 MOST_GROWTH = 64
 QUERIES = 64
+
+
+def fill_layer(recipe: InfiniGenRecipe, case: Case, source: KVSource, layer: int) -> None:
+    """Store and index a layer's context as a prompt's passes do it, without their attention."""
+    # The projection is fitted to the first queries; those of later chunks may be the same ones.
+    q = source.draw_q(layer, 0, min(case.context, CHUNK_TOKENS))
+    for start, n in source.chunks(case.context):
+        k, v = source.draw_kv(layer, start, n)
+        recipe.append(layer, k, v)
+        recipe.observe(layer, Step(Query(q[:, :, :n], case.shape.scaling, None), k, v, None))
 
 
 class InfiniGenRunner:
@@ -41,18 +51,10 @@ class InfiniGenRunner:
         assert isinstance(recipe, InfiniGenRecipe)
         self.recipe = recipe
         self.kernel = Attention(case.shape)
-        for start, n in source.chunks(case.context):
-            for layer in layers:
-                self._fill(source, layer, start, n)
+        for layer in layers:
+            fill_layer(self.recipe, case, source, layer)
         self.steps = [[self._make_step(source, layer, i) for i in range(QUERIES)] for layer in layers]
         self.account.decoding = True
-
-    def _fill(self, source: KVSource, layer: int, start: int, n: int) -> None:
-        """Store and index tokens as a prompt's pass does, without its attention."""
-        k, v = source.draw_kv(layer, start, n)
-        query = Query(source.draw_q(layer, start, n), self.case.shape.scaling, None)
-        self.recipe.append(layer, k, v)
-        self.recipe.observe(layer, Step(query, k, v, None))
 
     def _make_step(self, source: KVSource, layer: int, i: int) -> Step:
         k, v = source.draw_kv(layer, self.case.context + i, 1)

@@ -101,10 +101,10 @@ def draw_rows(report: Report) -> RenderableType:
     return Group(table, *draw_notes(report))
 
 
-def make_table(title: str, columns: Sequence[str]) -> Table:
-    """Return an empty table: the method's name, then numbers."""
+def make_table(title: str, columns: Sequence[str], first: str = "method") -> Table:
+    """Return an empty table: a name, then numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("method", no_wrap=True)
+    table.add_column(first, no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -19,6 +19,7 @@ SLOW_ROUND_S = 0.25
 LEAST_ROUNDS = 3
 
 
+@runtime_checkable
 class Runner(Protocol):
     """One method over a filled cache."""
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="bench",
+    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -37,12 +38,9 @@ PlotOption = Annotated[Path | None, typer.Option(help="Draw ms per layer over th
 
 @app.callback(invoke_without_command=True)
 def bench(
-    context: typer.Context,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure from which context on choosing records is faster; keep it.")
     ] = False,
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
 ) -> None:
     r"""Measure speed: farkv beside its baselines, in one run, on random records of real models' shapes.
 
@@ -55,10 +53,7 @@ def bench(
       farkv bench --calibrate
     """
     if calibrate:
-        calibrate_machine(threads, as_json=as_json)
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        calibrate_machine(None, as_json=False)
         raise typer.Exit
 
 
@@ -75,7 +70,9 @@ def decode(
     quant: Annotated[bool, typer.Option("--quant", help="Add infinigen over int8 and int4 records.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods take part in fewer.")] = 12,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="As farkv bench --calibrate.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="As farkv bench --calibrate, with --threads and --json.")
+    ] = False,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:

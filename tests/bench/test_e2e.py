@@ -1,0 +1,79 @@
+"""Whole models over caches that were filled directly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rich.console import Console
+
+import farkv
+from farkv.bench.e2e import (
+    METHODS,
+    ModelRunner,
+    ModelSettings,
+    draw_model,
+    fill_far,
+    fill_plain,
+    find_growth,
+    measure_model,
+)
+from farkv.bench.fill import KVSource
+from farkv.bench.models import make_model, share_weights
+from farkv.bench.report import Row
+from farkv.errors import ConfigError
+from tests.bench.plain import TINY
+
+ASKED = ModelSettings(TINY, (128, 256), 2, METHODS, rounds=1)
+
+
+def test_both_caches_hold_the_same_context() -> None:
+    plain = make_model(TINY, 2, 512, torch.bfloat16)
+    source = KVSource(TINY, 1, torch.device("cpu"), rows=1 << 10)
+    ids = torch.tensor([[7]])
+    theirs = plain(input_ids=ids, past_key_values=fill_plain(ASKED, 128, source)).logits
+    with farkv.attach(share_weights(plain), farkv.InfiniGen(fraction=1.0), profile=False) as far:
+        cache = fill_far(ASKED, 128, source, far)
+        assert cache.get_seq_length() == 128
+        ours = far.model(input_ids=ids, past_key_values=cache).logits
+    assert float((ours - theirs).abs().max()) <= 2**-6 * float(theirs.abs().max())
+
+
+def test_a_runner_takes_back_what_it_read() -> None:
+    plain = make_model(TINY, 2, 512, torch.bfloat16)
+    cache = fill_plain(ASKED, 128, KVSource(TINY, 1, torch.device("cpu"), rows=1 << 10))
+    runner = ModelRunner("hf-sdpa-bf16", plain, cache, 1)
+    for _ in range(64):
+        runner.step(0)
+    assert cache.get_seq_length() == 192
+    runner.restore()
+    assert cache.get_seq_length() == 128
+
+
+def test_rows_and_growth() -> None:
+    report = measure_model(ASKED)
+    rows = report.to_dict()["rows"]
+    assert [(row["method"], row["context"]) for row in rows] == [(name, n) for n in (128, 256) for name in METHODS]
+    for row in rows:
+        assert row["ms_per_layer"] == pytest.approx(row["ms_per_token"] / 2, rel=1e-2)
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["ms_per_token"], rel=1e-2)
+        assert row["read_fraction"] <= 0.05 if row["method"] == "infinigen" else row["read_fraction"] == 1
+    assert set(report.to_dict()["growth"]) == set(METHODS)
+    with (console := Console(width=80)).capture() as out:
+        console.print(draw_model(report))
+    assert max(len(line.rstrip()) for line in out.get().splitlines()) <= 80
+
+
+def test_growth_is_the_slope_between_the_ends() -> None:
+    def row(method: str, context: int, ms: float) -> Row:
+        return Row(method, context, 1, ms, ms, ms, ms, 1, None, more={"ms_per_token": ms})
+
+    rows = [row(name, n, ms) for name, ends in (("infinigen", (10, 11)), ("hf-sdpa-bf16", (20, 36))) for n, ms in
+            zip((1024, 9216), ends, strict=True)]  # fmt: skip
+    growth = find_growth(rows)
+    assert growth["hf-sdpa-bf16"]["ms_per_1k_tokens"] == pytest.approx(2.0)
+    assert growth["infinigen"] == {"ms_per_1k_tokens": pytest.approx(0.125), "share": pytest.approx(1 / 16)}
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"--methods: .*got 'matmul-bf16'"):
+        ModelSettings(TINY, (128,), 2, ("matmul-bf16",))
