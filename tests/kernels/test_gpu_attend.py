@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from farkv.errors import ConfigError
+from farkv.errors import CacheStateError
 from farkv.kernels.native import Logits, Rows
 from farkv.store.quantize import Codec
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
@@ -133,8 +133,11 @@ def test_queries_of_a_wider_dtype_lose_nothing() -> None:
 def test_rows_that_no_kernel_reads_are_refused() -> None:
     q, rows, _ = make_rows(Case())
     for wrong in (rows._replace(data=rows.data.double()), rows._replace(form="int3")):
-        with pytest.raises(ConfigError, match="plain path"):
+        with pytest.raises(CacheStateError, match="plain path"):
             GPU.attend(q, wrong, Logits(0.3), positions=None, n=5)
+    for wrong in (dict(n=rows.data.shape[2] + 1), dict(n=3, tail=4)):
+        with pytest.raises(CacheStateError, match="stored records"):
+            GPU.attend(q, rows, Logits(0.3), positions=None, **wrong)
     assert GPU.can_read(torch.bfloat16) and not GPU.can_read(torch.float64)
 
 

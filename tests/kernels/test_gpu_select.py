@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from farkv.errors import ConfigError
+from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Logits
 from farkv.per_token.speculate import unpack_codes
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
@@ -136,12 +136,14 @@ def test_scratch_stays_while_the_context_grows() -> None:
     assert {name: GPU._scratch[name].data_ptr() for name in areas} == areas
 
 
-@pytest.mark.parametrize("ask", [dict(cap=0, n=50), dict(cap=51, n=50), dict(cap=49, n=50, taken=2)], ids=str)
+@pytest.mark.parametrize(
+    "ask", [dict(cap=0, n=50), dict(cap=51, n=50), dict(cap=49, n=50, taken=2), dict(cap=1, n=10**6)], ids=str
+)
 def test_a_cap_beyond_the_open_records_is_refused(ask: dict[str, Any]) -> None:
     q, index = make_index(Case())
     if "taken" in ask:
         ask = ask | {"taken": torch.tensor([1, 2], device=DEVICE).expand(1, 2, 2)}
-    with pytest.raises(ConfigError, match="open records"):
+    with pytest.raises(CacheStateError, match="choose fewer"):
         GPU.select(q, index, Logits(0.3), **ask)
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import importlib.util
 import time
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from farkv._axes import Float, Float32, Int, Tensor
-from farkv.errors import ConfigError
+from farkv._axes import Float, Int, Tensor
+from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Logits, Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +56,9 @@ class Gpu:
         self.blocks, self.interpreted = blocks or Blocks(), interpreted
         self._scratch: dict[tuple[str, int], Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gpu:
+        return self
+
     # --- numbers ----------------------------------------------------------------------------------------------
 
     def can_read(self, dtype: torch.dtype) -> bool:
@@ -87,16 +90,19 @@ class Gpu:
             int64 [B, Hkv, cap], ascending. Among equal weights the lowest positions are chosen.
 
         Raises:
-            ConfigError: fewer than `cap` records are open.
+            CacheStateError: fewer than `cap` of the stored records are open.
 
         Cost: the codes are read twice; 4 bytes per record and head written once and read three times.
         """
         batch, kv_heads, rows, width = index.codes.shape
         n_taken = 0 if taken is None else taken.shape[-1]
-        if isinstance(n, int) and not 0 < cap <= n - n_taken:
-            raise ConfigError(f"select: expected a cap from 1 to the {n - n_taken} open records, got {cap}; lower it")
+        if cap < 1 or (isinstance(n, int) and not cap + n_taken <= n <= rows):
+            raise CacheStateError(
+                "gpu select: expected 1 <= cap, cap + taken <= n <= stored records, "
+                f"got {cap} + {n_taken}, {n}, {rows}; choose fewer records"
+            )
         if index.codes.stride(-1) != 1 or index.bits not in (4, 8):
-            raise ConfigError(f"select: expected an index of 4 or 8 bits with rows side by side, got {index.bits} bits")
+            raise CacheStateError(f"gpu select: expected codes of 4 or 8 bits side by side, got {index.bits} bits")
         heads, group = batch * kv_heads, q.shape[1] // kv_heads
         # Sized for all rows that there is room for, so that it stays while the context grows.
         room = index.codes.stride(1) // max(1, index.codes.stride(2))
@@ -117,7 +123,7 @@ class Gpu:
         positions: Int[Tensor, "B Hkv K"] | None,
         n: int | Tensor,
         tail: int = 0,
-        sinks: Float32[Tensor, " Hq"] | None = None,
+        sinks: Float[Tensor, " Hq"] | None = None,
         counts: Int[Tensor, "B Hkv"] | None = None,
     ) -> Float[Tensor, "B Hq 1 Dv"]:
         """Attend with one query per head: softmax(softcap(scaling q k)) v over some rows, in float32.
@@ -130,23 +136,26 @@ class Gpu:
             counts: on the device: of `positions`, or of the rows before the tail, only so many are read.
 
         Raises:
-            ConfigError: rows of a form or dtype that no kernel reads.
+            CacheStateError: rows of a form or dtype that no kernel reads, or fewer rows than `n`.
 
         Cost: every row that is read crosses near memory once; 4 Dv bytes per part and query head written and read.
         """
         plain = rows.form == "plain"
         if rows.form not in FORMS or not self.can_read(rows.data.dtype if plain else q.dtype):
-            raise ConfigError(
-                f"attend: expected rows of {', '.join(FORMS)} in float32, bfloat16 or float16, got {rows.form} in "
+            raise CacheStateError(
+                f"gpu attend: expected rows of {', '.join(FORMS)} in float32, bfloat16 or float16, got {rows.form} in "
                 f"{rows.data.dtype} for queries in {q.dtype}; use the plain path"
             )
         (kv_heads, room), heads = rows.data.shape[1:3], rows.data.shape[0] * rows.data.shape[1]
+        if isinstance(n, int) and not tail <= n <= room:
+            raise CacheStateError(f"gpu attend: expected tail <= n <= stored records, got {tail}, {n}, {room}")
         most = room if positions is None else positions.shape[-1] + tail
         parts = min(-(-most // self.blocks.attend), -(-self.blocks.programs // heads))
         q = q if q.stride(-1) == 1 else q.contiguous()
         sizes = self._attend.size_parts(heads, q.shape[1] // kv_heads, rows.v_dim, max(1, parts))
         scratch = self._attend.Parts(**{name: self._lend(name, size, q) for name, size in sizes.items()})
         at = None if positions is None else positions.contiguous()
+        sinks = None if sinks is None else sinks.contiguous()
         choice = self._attend.Choice(at, None if counts is None else counts.contiguous(), n, tail)
         tuning = self._attend.Tuning(self.blocks.attend, max(1, parts), self.interpreted)
         with torch.cuda.device_of(q):
@@ -234,8 +243,8 @@ class Gpu:
         near = rows.is_cuda or rows.is_pinned() or self.interpreted
         packed = rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1]
         if not near or not packed or (rows.shape[0] > 1 and rows.stride(0) != rows.shape[1] * rows.stride(1)):
-            raise ConfigError(
-                f"fetch: expected packed rows in GPU or pinned host memory, got strides {tuple(rows.stride())} on "
+            raise CacheStateError(
+                f"gpu fetch: expected packed rows in GPU or pinned host memory, got strides {tuple(rows.stride())} on "
                 f"{rows.device}; keep the pool in pinned memory"
             )
 
