@@ -57,10 +57,9 @@ class Tiers(FarMemory):
     def evict(self, layer: int, kept: Keep) -> None:
         """Drop every record of a layer but those at the kept positions, and free their memory."""
         super().evict(layer, kept)
-        if layer in self.held:
-            self.held[layer].keep(kept.positions.to(self.pool[layer].device))
-        if layer in self.hot:
-            self.hot[layer].keep(kept.positions.to(self.pool[layer].device))
+        near = self.find_near(layer)
+        if near is not None:
+            near.keep(kept.positions.to(self.pool[layer].device))
 
     def reserve(self, rows: dict[int, int]) -> None:
         """Make every layer's first allocation this many rows."""
@@ -184,10 +183,9 @@ class Tiers(FarMemory):
     def gather(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> Tensor:
         """Return the stored rows at `positions`, [B, Hkv, K, W], in the pool's memory."""
         pool = self.pool[layer]
-        batch, heads, n = positions.shape
-        out = torch.empty(batch * heads * n, pool.width, dtype=pool.dtype, device=pool.device)
-        pool.take(spread_heads(positions), positions.reshape(-1), out)
-        return out.view(batch, heads, n, -1)
+        out = torch.empty(*positions.shape, pool.width, dtype=pool.dtype, device=pool.device)
+        pool.take(spread_heads(positions), positions.reshape(-1), out.view(-1, pool.width))
+        return out
 
     def fetch(
         self, layer: int, positions: Int[Tensor, "B Hkv K"], valid: Bool[Tensor, "B Hkv K"] | None, spare: int
@@ -280,10 +278,9 @@ class Tiers(FarMemory):
             # More sequences need its memory.
             self.drop_hot()
         super().select(layer, sequences)
-        if layer in self.hot:
-            self.hot[layer].select(sequences)
-        if layer in self.held:
-            self.held[layer].select(sequences)
+        near = self.find_near(layer)
+        if near is not None:
+            near.select(sequences)
         if self.far:
             self.tails[layer].clear()
             self.buffers.clear()
@@ -291,10 +288,9 @@ class Tiers(FarMemory):
     def clear(self, layer: int) -> None:
         """Free a layer."""
         super().clear(layer)
-        if layer in self.held:
-            self.held[layer].clear()
-        if layer in self.hot:
-            self.hot.pop(layer).clear()
+        for near in (self.held.get(layer), self.hot.pop(layer, None)):
+            if near is not None:
+                near.clear()
         if self.far:
             self.tails[layer].clear()
             self.buffers.clear()
