@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from farkv.kernels import gpu
-from farkv.kernels.native import Native
-from tests.kernels.gpu_interpreter import GPU, MARKS
+from farkv.kernels.native import IndexView, Logits, Native, Rows
+from tests.kernels.gpu_interpreter import DEVICE, GPU, HAS_GPU, LARGER, MARKS
 
 pytestmark = MARKS
 METHODS = ("select", "attend", "gather", "read_bandwidth", "gather_bandwidth", "can_read")
@@ -31,6 +31,65 @@ def test_a_call_of_the_native_kernels_is_one_of_these(name: str) -> None:
 
 def test_a_copied_cache_shares_its_kernels() -> None:
     assert copy.deepcopy({"kernels": GPU})["kernels"] is GPU
+
+
+class Step(NamedTuple):
+    """One layer's step as a recipe runs it: choose by the index, bring what is not near, attend to what was brought."""
+
+    q: torch.Tensor
+    index: IndexView
+    far: torch.Tensor
+    held: gpu.Held
+    near: torch.Tensor
+    crossed: torch.Tensor
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        n, cap = self.far.shape[2], self.near.shape[2]
+        chosen = GPU.select(self.q, self.index, Logits(0.3), cap=cap, n=n, sinks=2)
+        GPU.fetch(self.far, chosen, self.near, self.crossed, held=self.held)
+        out = GPU.attend(self.q, Rows(self.near, 16, 16), Logits(0.3), positions=None, n=cap)
+        return chosen, out
+
+
+def make_step(cap: int = 24) -> Step:
+    n, cap = 90 * LARGER, cap * LARGER
+    far = torch.randn(1, 2, n, 32, dtype=torch.float16)
+    codes = torch.randint(-128, 128, (1, 2, n, 4), dtype=torch.int8, device=DEVICE)
+    index = IndexView(codes, 4, torch.randn(1, 2, 16, 8, device=DEVICE), torch.full((1, 2, 1, 8), 0.1, device=DEVICE))
+    slots = torch.full((1, 2, n), -1, dtype=torch.int32, device=DEVICE)
+    slots[..., : n // 2] = torch.arange(n // 2, dtype=torch.int32, device=DEVICE)
+    held = gpu.Held(far[:, :, : n // 2].to(DEVICE).contiguous(), slots)
+    near = torch.zeros(1, 2, cap, 32, dtype=torch.float16, device=DEVICE)
+    q = torch.randn(1, 4, 1, 16, dtype=torch.float16, device=DEVICE)
+    far = far.pin_memory() if HAS_GPU else far
+    return Step(q, index, far, held, near, torch.zeros(1, dtype=torch.int64, device=DEVICE))
+
+
+def assert_step(step: Step, chosen: torch.Tensor, out: torch.Tensor, crossed: int) -> None:
+    pool = step.far.to(DEVICE)
+    expected = GPU.attend(step.q, Rows(pool, 16, 16), Logits(0.3), positions=chosen, n=pool.shape[2])
+    assert torch.equal(out, expected)
+    assert crossed == 64 * int((chosen >= step.far.shape[2] // 2).sum())
+
+
+def test_a_step_reads_what_was_chosen_and_brings_the_difference() -> None:
+    step = make_step()
+    chosen, out = step.run()
+    assert_step(step, chosen, out, int(step.crossed))
+
+
+@pytest.mark.gpu
+def test_a_step_is_one_graph() -> None:
+    step = make_step()
+    step.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chosen, out = step.run()
+    for _ in range(3):
+        step.q.normal_()
+        step.crossed.zero_()
+        graph.replay()
+        assert_step(step, chosen, out, int(step.crossed))
 
 
 def test_without_triton_or_a_device_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Choose records on the GPU: score the index, find the threshold of the cap by histogram, write positions in order.
 
-In: queries, codes. Out: positions, ascending, exactly as many as the cap. No value goes to the host, no launch depends
-on one, and all scratch has the size of the layer's allocation, so that a step can be captured in a CUDA graph.
+In: queries, codes. Out: positions, ascending, as many as the cap. No value goes to the host, no launch depends on one,
+and scratch has the size of the layer's allocation, so that a step can be captured in a CUDA graph.
 
     1 project   p = q A scale
     2 measure   max and sum of exp2 of every block of tokens: one program per head and block, here and below
@@ -30,6 +30,8 @@ from farkv.kernels.native import IndexView, Logits
 LOG2E = tl.constexpr(math.log2(math.e))
 BINS = tl.constexpr(2048)
 FINE = tl.constexpr(1024)
+# With four, the registers of a block of 1024 tokens spill.
+WARPS = 8
 # The rank of what must not be chosen; its bin, the last, takes no other.
 WORST = tl.constexpr((2047 << 16) | 0xFFFF)
 LEAST = tl.constexpr((2046 << 16) | 0xFFFF)
@@ -278,23 +280,21 @@ def run_select(
     blocks = triton.cdiv(rows if isinstance(n, Tensor) else n, block)
     padded, base = triton.next_power_of_2(blocks), 2.0 + math.log2(group)
     grid, rank_h = (heads, blocks), scratch.ranks.numel() // heads
+    size: dict[str, Any] = {"BLOCK": block, "num_warps": WARPS}
     _project_queries(q, index, logits, scratch.projected)
     gain = logits.softcap * LOG2E.value if logits.softcap else 1.0
     sizes: dict[str, Any] = dict(HEADS=kv_heads, G=group, W=width, WP=triton.next_power_of_2(width), BITS=index.bits,
-                 CAPPED=bool(logits.softcap), ON_DEVICE=on_device, BLOCK=block)  # fmt: skip
-    strides = index.codes.stride()[:3]
-    projected, parts, ranks, histograms, counts = scratch
-    _measure[grid](index.codes, projected, parts, histograms, n, gain, *strides, **sizes)
+                 CAPPED=bool(logits.softcap), ON_DEVICE=on_device)  # fmt: skip
+    strides, (projected, parts, ranks, histograms, counts) = index.codes.stride()[:3], scratch
+    _measure[grid](index.codes, projected, parts, histograms, n, gain, *strides, **sizes, **size)
     launch: Any = _weigh[grid]
     launch(index.codes, projected, parts, ranks, histograms, n, sinks, gain, base, *strides, rank_h,
-                 **sizes, BLOCKS=padded)  # fmt: skip
+                 **sizes, **size, BLOCKS=padded)  # fmt: skip
     if taken is not None and taken.shape[-1]:
-        n_taken = taken.shape[-1]
-        _exclude[heads, triton.cdiv(n_taken, 256)](
-            taken, ranks, histograms, n_taken, n, rank_h, ON_DEVICE=on_device, BLOCK=256
-        )
+        given = taken.shape[-1]
+        _exclude[heads, triton.cdiv(given, 256)](taken, ranks, histograms, given, n, rank_h, on_device, BLOCK=256)
     out = torch.empty(batch, kv_heads, cap, dtype=torch.int64, device=q.device)
-    _refine[grid](ranks, histograms, cap, rank_h, BLOCK=block)
-    _count[grid](ranks, histograms, counts, cap, rank_h, BLOCK=block)
+    _refine[grid](ranks, histograms, cap, rank_h, **size)
+    _count[grid](ranks, histograms, counts, cap, rank_h, **size)
     _write[grid](ranks, counts, out, cap, rank_h, BLOCKS=padded, BLOCK=block)
     return out
