@@ -21,6 +21,8 @@ from farkv.kernels.native import IndexView, Logits, Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("plain", "int8", "int4")
+# Codes that a program of `select` holds in registers; with more they spill.
+CODE_BYTES = 1 << 14
 
 
 class Blocks(NamedTuple):
@@ -106,13 +108,13 @@ class Gpu:
         heads, group = batch * kv_heads, q.shape[1] // kv_heads
         # Sized for all rows that there is room for, so that it stays while the context grows.
         room = index.codes.stride(1) // max(1, index.codes.stride(2))
-        blocks = -(-max(room, rows) // self.blocks.select)
-        columns = width * 8 // index.bits
-        sizes = self._select.size_scratch(heads, group, columns, blocks, self.blocks.select)
+        block = min(self.blocks.select, CODE_BYTES // (1 << (width - 1).bit_length()))
+        blocks = -(-max(room, rows) // block)
+        sizes = self._select.size_scratch(heads, group, width * 8 // index.bits, blocks, block)
         scratch = self._select.Scratch(**{name: self._lend(name, size, q) for name, size in sizes.items()})
         request = self._select.Request(cap, n, sinks, None if taken is None else taken.contiguous())
         with torch.cuda.device_of(q):
-            return self._select.run_select(q, index, logits, request, scratch, self.blocks.select)
+            return self._select.run_select(q, index, logits, request, scratch, block)
 
     def attend(
         self,
