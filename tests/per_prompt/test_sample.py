@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farkv.per_prompt.sample import thin_keys, thin_queries, widen_stride
+from farkv.per_prompt.sample import extend_sample, thin_keys, thin_queries, widen_stride
 
 MOST = 8
 
@@ -52,3 +52,19 @@ def test_queries_are_the_same_in_one_pass_as_in_many(lengths: list[int], step: i
         got = sample[i, 1, :, 2].tolist()
         assert got[: len(expected)] == expected
         assert not any(got[len(expected) :])
+
+
+def test_a_sample_grows_in_place_and_its_shorter_views_stay() -> None:
+    q = torch.randn(2, 3, 9, 4)
+    sample = q[:, :, :1].clone()
+    views = [sample]
+    for t in range(1, 9):
+        sample = extend_sample(sample, q[:, :, t : t + 1], 9)
+        views.append(sample)
+    for n, view in enumerate(views, 1):
+        assert torch.equal(view, q[:, :, :n])
+    # From four on there was room for eight, so five to eight share memory; nine found none.
+    assert views[4].data_ptr() == views[7].data_ptr() != views[8].data_ptr()
+    # Steps that are taken back are written over.
+    again = extend_sample(views[5], q[:, :, :1], 9)
+    assert torch.equal(again[:, :, 6], q[:, :, 0])

@@ -18,7 +18,7 @@ from farkv.methods.sparse import SparseRecipe
 from farkv.per_model.profile import MAX_COLUMNS, Profile
 from farkv.per_model.skew import measure_gram, solve_bilinear, solve_svd
 from farkv.per_prompt.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
-from farkv.per_prompt.sample import thin_keys, thin_queries, widen_stride
+from farkv.per_prompt.sample import extend_sample, thin_keys, thin_queries, widen_stride
 from farkv.store.index import LayerIndex, Projection
 from farkv.store.sizes import LayerShape
 
@@ -130,10 +130,16 @@ class Indexed(SparseRecipe):
         was = self.strides.get(layer) or [widen_stride(1, n, SAMPLED_QUERIES) for n in before]
         strides = [widen_stride(s, n, SAMPLED_QUERIES) for s, n in zip(was, after, strict=True)]
         n_slots = max(1, *(-(-n // s) for n, s in zip(after, strides, strict=True)))
+        old = self.samples.get(layer)
+        if n_new == 1 and self.padding.real is None and old is not None and strides == was:
+            # Without padding all sequences have as many tokens; of those, one in `stride` is sampled.
+            if n_slots > old.shape[2]:
+                self.samples[layer] = extend_sample(old, q, SAMPLED_QUERIES)
+            return
         real = self.padding.of_tokens(seen)
         real = None if real is None else real[:, -n_new:].expand(q.shape[0], -1)
         tokens = torch.tensor([before, after, was, strides], device=q.device)
-        self.samples[layer] = thin_queries(self.samples.get(layer), q, real, tokens, n_slots)
+        self.samples[layer] = thin_queries(old, q, real, tokens, n_slots)
         self.strides[layer] = strides
 
     def fit(self, layer: int, keys: Float[Tensor, "B Hkv S D"], due: list[int]) -> None:

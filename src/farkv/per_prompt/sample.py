@@ -46,6 +46,21 @@ def widen_stride(stride: int, n_tokens: int, most: int) -> int:
     return stride
 
 
+def extend_sample(old: Float[Tensor, "B Hq M D"], q: Float[Tensor, "B Hq 1 D"], most: int) -> Float[Tensor, "B Hq N D"]:
+    """Return a sample with one query more, in the same memory where that has room behind `old`.
+
+    Cost: one query written; where there is no room, one copy into twice the memory, at most `most` queries.
+    """
+    batch, heads, n, dim = old.shape
+    if old.stride(2) != dim or old.stride(1) < (n + 1) * dim:
+        grown = old.new_empty(batch, heads, max(n + 1, min(most, 2 * n)), dim)
+        grown[:, :, :n] = old
+        old = grown[:, :, :n]
+    longer = old.as_strided((batch, heads, n + 1, dim), old.stride(), old.storage_offset())
+    longer[:, :, n] = q[:, :, 0]
+    return longer
+
+
 def thin_queries(
     old: Float[Tensor, "B Hq M D"] | None,
     q: Float[Tensor, "B Hq T D"],
