@@ -23,6 +23,7 @@ from farkv.errors import CacheStateError, ConfigError, FarKVError, PlanError
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
+from farkv.kernels.gpu import Gpu, load_gpu
 from farkv.kernels.native import load_native
 from farkv.methods.contract import Fast, Levers, Setting
 from farkv.per_model.profile import Profile
@@ -113,14 +114,15 @@ def find_kernels(kernel: str, model: PreTrainedModel) -> Fast:
     check_name("kernel", kernel, KERNELS)
     if kernel == "plain":
         return Fast()
-    kernels = load_native() if model.device.type == "cpu" else None
+    kernels = load_gpu() if model.device.type == "cuda" else load_native() if model.device.type == "cpu" else None
     if kernels is None and kernel == "native":
         raise ConfigError(
-            f"kernel: native kernels for {model.device.type} were not built on this machine; install a C compiler and "
-            'farkv again, or use kernel="auto"'
+            f"kernel: there are no fast kernels for {model.device.type} here; on a CPU install a C compiler and farkv "
+            'again, on a GPU install triton, or use kernel="auto"'
         )
-    if kernels is None:
-        return Fast()
+    if kernels is None or isinstance(kernels, Gpu):
+        # A GPU's records are far: reading all of them is never the faster way.
+        return Fast(kernels, kernel == "native")
     measured = load_crossover(kernels.name)
     return Fast(kernels, kernel == "native", DENSE_TOKENS if measured is None else measured)
 

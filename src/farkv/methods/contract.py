@@ -7,20 +7,19 @@ A recipe holds the steps of one method in the method's order. It joins the rooms
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from farkv._axes import Bool, Float, Int, Tensor
 from farkv.config import XKV, Source
+from farkv.kernels.gpu import Gpu
+from farkv.kernels.native import Native
 from farkv.per_model.profile import Profile
 from farkv.receipt import Account
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed, LayerShape
 from farkv.store.tiers import Tiers
-
-if TYPE_CHECKING:
-    from farkv.kernels.native import Native
 
 
 class Query(NamedTuple):
@@ -121,7 +120,7 @@ class Fast(NamedTuple):
     faster than choosing, where no cap was asked for.
     """
 
-    kernels: Native | None = None
+    kernels: Native | Gpu | None = None
     everywhere: bool = False
     dense_tokens: int = 0
 

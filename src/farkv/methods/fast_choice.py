@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Tensor
+from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import IndexView, Logits, Native
 from farkv.methods.contract import Budget, Query
 from farkv.per_token.select import Choice
@@ -19,7 +20,7 @@ from farkv.per_token.select import Choice
 class Job(NamedTuple):
     """What is chosen from: the index's first `n` records, by a query, on one machine's kernels."""
 
-    kernels: Native
+    kernels: Native | Gpu
     view: IndexView
     query: Query
     n: int
@@ -40,6 +41,8 @@ class Share(NamedTuple):
 
 def choose_alike(job: Job, cap: int, n_sinks: int, taken: Tensor | None) -> Choice:
     """Choose `cap` records of every sequence and KV head."""
+    if cap == 0:
+        return Choice(torch.empty(*job.view.codes.shape[:2], 0, dtype=torch.int64, device=job.query.q.device), None)
     logits = Logits(job.query.scaling, job.query.softcap)
     chosen = job.kernels.select(job.query.q, job.view, logits, cap=cap, n=job.n, sinks=n_sinks, taken=taken)
     return Choice(chosen, None)
