@@ -41,7 +41,7 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
         ConfigError: a method or peer is not there.
         CapacityError: memory cannot hold a context.
     """
-    native = load_native() if settings.device == "cpu" else None
+    native = load_native()
     settings, notes = check_native(settings, native)
     check_peers(settings)
     for context in settings.contexts:
@@ -60,6 +60,10 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
         for name in settings.peers:
             measured.append(measure_peer(settings, context, name))
             advance()
+        if machine is not None:
+            # Between contexts too: the best of quiet moments, as for the methods' own spread.
+            machine.gather(settings.shape.record_bytes())
+            machine.measure_again()
     rows = make_rows(settings, measured, machine)
     kernel = "torch" if native is None else native.name
     found = describe_machine(machine, kernel, row_bytes=settings.shape.record_bytes())
@@ -77,7 +81,7 @@ def explain(settings: Settings) -> list[str]:
     notes = []
     if any(name.startswith("hf-") for name in settings.methods):
         notes.append("hf: DynamicCache copies all K and V with torch.cat at every token; that is part of its time")
-    if "hf-sdpa-bf16" in settings.methods and settings.device == "cpu":
+    if "hf-sdpa-bf16" in settings.methods:
         notes.append("hf-sdpa-bf16: torch's bfloat16 sdpa is slow for one query on a CPU; see matmul-bf16 beside it")
     return notes
 
@@ -112,8 +116,7 @@ def measure_context(
 ) -> list[Measured]:
     """Measure every method at one context; its memory is free again afterwards."""
     runners = make_runners(settings, context, native)
-    wait = torch.cuda.synchronize if settings.device == "cuda" else (lambda: None)
-    seconds = measure_interleaved(runners, settings.rounds, wait=wait, advance=advance)
+    seconds = measure_interleaved(runners, settings.rounds, advance=advance)
     found = []
     for runner in runners:
         more: dict[str, Any] = {"layers": runner.n_layers}

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from farkv.bench.case import Case
 from farkv.bench.fill import BLOCK_ROWS, KVSource
 from farkv.bench.machine import BUFFER_BYTES, require_native
@@ -38,7 +36,6 @@ class Settings:
     fraction: float = 0.05
     layers: int | None = None
     rounds: int = 12
-    device: str = "cpu"
     buffer_bytes: int = BUFFER_BYTES
     block_rows: int = BLOCK_ROWS
 
@@ -49,16 +46,14 @@ class Settings:
         for name in self.peers:
             if name not in PEERS:
                 raise ConfigError(f"--peer: expected {' or '.join(PEERS)}, got {name!r}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device: expected a CUDA device, there is none; use --device cpu")
 
     def case(self, context: int) -> Case:
         """Return one context's setting."""
-        return Case(self.shape, context, self.batch, self.fraction, self.layers, torch.device(self.device))
+        return Case(self.shape, context, self.batch, self.fraction, self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        names = ("methods", "peers", "batch", "fraction", "layers", "rounds", "device")
+        names = ("methods", "peers", "batch", "fraction", "layers", "rounds")
         return {"shape": self.shape.name, "contexts": list(self.contexts)} | {n: getattr(self, n) for n in names}
 
 

@@ -59,18 +59,12 @@ def divide(spread: Spread, n: int) -> Spread:
     return Spread(spread.median_s / n, spread.low_s / n, spread.high_s / n, spread.least_s / n, spread.rounds)
 
 
-def run_round(runner: Runner, tokens: int, wait: Callable[[], None]) -> float:
-    """Return the seconds per layer and token of one round.
-
-    Args:
-        wait: waits for the device; once per round, so that layers may overlap as they do in a model.
-    """
-    wait()
+def run_round(runner: Runner, tokens: int) -> float:
+    """Return the seconds per layer and token of one round."""
     start = time.perf_counter()
     for _ in range(tokens):
         for layer in range(runner.n_layers):
             runner.step(layer)
-    wait()
     seconds = time.perf_counter() - start
     runner.restore()
     return seconds / (tokens * runner.n_layers)
@@ -80,7 +74,6 @@ def measure_interleaved(
     runners: Sequence[Runner],
     rounds: int,
     *,
-    wait: Callable[[], None] = lambda: None,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Return seconds per layer and token of every round by method name; each method's first round is not counted.
@@ -92,10 +85,10 @@ def measure_interleaved(
     """
     tokens, every = {}, {}
     for runner in runners:
-        first = run_round(runner, 1, wait) * runner.n_layers
+        first = run_round(runner, 1) * runner.n_layers
         if first < SLOW_ROUND_S:
             # Once more: the first pass over fresh memory pays for its pages.
-            first = min(first, run_round(runner, 1, wait) * runner.n_layers)
+            first = min(first, run_round(runner, 1) * runner.n_layers)
         tokens[runner.name] = max(runner.least_tokens, min(MOST_TOKENS, int(ROUND_S / first)))
         least = max(1, rounds // LEAST_ROUNDS)
         every[runner.name] = 1 + min(least - 1, int(first * tokens[runner.name] / SLOW_ROUND_S))
@@ -105,6 +98,6 @@ def measure_interleaved(
         # Another one begins each time: none always runs behind the same neighbour.
         for runner in (*runners[i % len(runners) :], *runners[: i % len(runners)]):
             if i % every[runner.name] == 0:
-                seconds[runner.name].append(run_round(runner, tokens[runner.name], wait))
+                seconds[runner.name].append(run_round(runner, tokens[runner.name]))
             advance()
     return seconds

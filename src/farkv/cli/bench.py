@@ -69,7 +69,6 @@ def decode(
     peer: Annotated[list[str] | None, typer.Option(help="Another program beside them: llama.cpp.")] = None,
     quant: Annotated[bool, typer.Option("--quant", help="Add infinigen over int8 and int4 records.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods take part in fewer.")] = 12,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="As farkv bench --calibrate, with --threads and --json.")
     ] = False,
@@ -104,7 +103,7 @@ def decode(
     names = split_names(methods, DEFAULT) + (tuple(CODED) if quant else ())
     settings = Settings(
         find_shape(shape), tuple(parse_contexts(contexts)), tuple(dict.fromkeys(names)), tuple(peer or ()),
-        batch=batch, fraction=fraction, layers=layers, rounds=rounds, device=device,
+        batch=batch, fraction=fraction, layers=layers, rounds=rounds,
     )  # fmt: skip
     with show_progress(err, "decode", quiet=False) as tell:
         report = measure_decode(settings, tell)
