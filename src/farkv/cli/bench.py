@@ -77,9 +77,17 @@ def decode(
 ) -> None:
     r"""Time attention of one layer and token: appending its record, choosing, reading.
 
-    Methods: infinigen, dense-native (every record, by the native kernel: the honest baseline), matmul-bf16 and
-    matmul-fp32 (torch, preallocated cache), hf-sdpa-bf16 and hf-sdpa-fp32 (Hugging Face's cache and attention). Only
-    if named: hf-eager-bf16, hf-eager-fp32, infinigen-int8, infinigen-int4.
+    [bold]Methods[/bold]
+
+      infinigen
+
+      dense-native: every record, by the native kernel: the honest baseline
+
+      matmul-bf16, matmul-fp32: torch, over a preallocated cache
+
+      hf-sdpa-bf16, hf-sdpa-fp32: Hugging Face's cache and attention
+
+      only if named: hf-eager-bf16, hf-eager-fp32, infinigen-int8, infinigen-int4
 
     [bold]Examples[/bold]
 
@@ -89,7 +97,7 @@ def decode(
 
       farkv bench decode --shape opt-6.7b --contexts 2K --batch 4 --layers 4
 
-      farkv bench decode --methods infinigen,dense-native --contexts 1K,4K,16K,64K --plot bench.png
+      farkv bench decode --contexts 1K,4K,16K,64K --plot bench.png
     """
     if calibrate:
         calibrate_machine(threads, as_json=as_json)

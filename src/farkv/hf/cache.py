@@ -47,6 +47,7 @@ class FarCache(_compat.Cache):
         self.verify_steps = 0
         # What was read, token by token, where ids are known.
         self._ids: list[Tensor] = []
+        self._n_ids = 0
         self.identity: dict[str, str] = {}
         self._before: Before | None = None
         self._is_reading = False
@@ -78,7 +79,7 @@ class FarCache(_compat.Cache):
 
     def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
         """Note the tokens of a text that was read before; the recipe holds its records."""
-        self._ids = [ids]
+        self._ids, self._n_ids = [ids], len(ids)
         self.account.context_tokens = len(ids)
         for layer in self.layers:
             if isinstance(layer, FarLayer):
@@ -101,16 +102,16 @@ class FarCache(_compat.Cache):
 
         join_caches(self, other)
         # Of several texts none is the cache's own.
-        self._ids = []
+        self._ids, self._n_ids = [], 0
 
     def note_tokens(self, ids: Tensor | None) -> None:
         """Note the ids of the pass that begins; without them what is cached is no text that can be saved."""
         n = self.get_seq_length()
-        known = sum(len(part) for part in self._ids)
-        if known > n:
-            self._ids = [torch.cat(self._ids)[:n]]
+        if self._n_ids > n:
+            self._ids, self._n_ids = [torch.cat(self._ids)[:n]], n
         if ids is not None:
             self._ids.append(ids[0].detach())
+            self._n_ids += ids.shape[1]
 
     def begin(self, module: object, n_new: int, ids: Tensor | None, *, reads: bool) -> None:
         """Note that a forward pass over `n_new` tokens starts.
@@ -200,7 +201,7 @@ class FarCache(_compat.Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._ids, self._broken = [], ""
+        self._ids, self._n_ids, self._broken = [], 0, ""
         self._before, self._is_reading = None, False
 
     def crop(self, *args: Any, **kwargs: Any) -> None:

@@ -54,14 +54,17 @@ class InPlace(Evicting):
         assert lengths is not None
         return [n_tokens - n for n in lengths.real]
 
-    def may_attend(self, step: Step) -> bool:
-        """Say whether a kernel may attend: it knows the step, and nothing else looks on."""
+    def may_attend(self, layer: int, step: Step) -> bool:
+        """Say whether a kernel may attend: it knows the step, a choice is read, and nothing else looks on."""
+        if self.share_of(layer) >= 1 and not self.fast.everywhere:
+            # Everything was asked for: that is the model's own attention, bit for bit.
+            return False
         watched = self.measuring or self.spiller is not None or step.mask is not None
         return not watched and self.padding.real is None and self.may_use_kernels(step.query)
 
-    def reads_in_place(self, step: Step) -> bool:
+    def reads_in_place(self, layer: int, step: Step) -> bool:
         """Say whether attention may read the pool where it lies, by a kernel."""
-        return not self.store.far and self.may_attend(step)
+        return not self.store.far and self.may_attend(layer, step)
 
     def read_in_place(
         self, layer: int, step: Step, kernel: Kernel, positions: Int[Tensor, "B Hkv K"] | None, n_tail: int

@@ -39,6 +39,9 @@ def join_recipes(recipe: Recipe, other: Recipe) -> None:
     shape = recipe.shape._replace(batch=recipe.store.batch(first) + other.store.batch(first))
     room = max(n_tokens, recipe.store.limits.reserve_tokens)
     admit_join(recipe.store, shape, room, recipe.near_need(shape, room, (1, 1)))
+    for each in (recipe, other):
+        # What was hot would take the room of the joined index.
+        each.store.drop_hot()
     recipe.padding.set(join_real(recipe, other, n_tokens))
     recipe.shape = shape
     recipe.pending.clear()

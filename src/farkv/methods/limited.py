@@ -51,6 +51,7 @@ class Limited:
         # Up to here everything is read, because choosing would take longer; 0 where a cap was asked for.
         self.dense_tokens = 0
         self.verifying = False
+        self._admitted: tuple[object, ...] = ()
         self.prompt_tokens = 0
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
         self.chunk_tokens = 0
@@ -117,6 +118,9 @@ class Limited:
         first, store = self.layers[0], self.store
         tokens = max(store.seen(first) + n_new, store.limits.reserve_tokens)
         n_rows = max(store.length(first) + n_new, store.limits.reserve_tokens)
+        asked = (shape, tokens, n_rows, n_new, chunk, self.verifying)
+        if not self._must_admit(asked):
+            return
         at_once = min(chunk, n_new) if chunk else n_new
         rows = dict.fromkeys(self.layers, n_rows)
         besides = 0
@@ -140,6 +144,14 @@ class Limited:
         decodes = n_new == 1 and not chunk and store.length(first) > 0
         # Where the context was announced, the limits above are those of its end.
         admit_hot(store, Pass(shape, fetched, need, store.limits.reserve_tokens >= tokens, decodes))
+        self._admitted = asked
+
+    def _must_admit(self, asked: tuple[object, ...]) -> bool:
+        """Say whether a limit has a word in this pass: not where there is none, nor at step after announced step."""
+        store, limits = self.store, self.store.limits
+        if store.apart or self.keeper is not None or self.spiller is not None or self.holder is not None:
+            return True
+        return (store.far or limits.host is not None or limits.near is not None) and asked != self._admitted
 
     def near_need(self, shape: LayerShape, tokens: int, new: tuple[int, int], *, context: int = 0) -> NearNeed:
         """Return the near bytes at the widest moments of a pass and of the steps after it.

@@ -137,7 +137,7 @@ class SparseRecipe(InPlace):
         q, k, v = step.query.q, step.k, step.v
         total = self.store.seen(layer)
         if q.shape[2] == 1 and total > 1 and not self.dense:
-            if self.fast.everywhere and self.reads_in_place(step):
+            if self.fast.everywhere and self.reads_in_place(layer, step):
                 return self.read_in_place(layer, step, kernel, None, 0)
             self.count_read(layer, k.shape[0] * k.shape[1] * self.store.length(layer), k)
             self._measure(layer, step, None)
@@ -185,7 +185,7 @@ class SparseRecipe(InPlace):
         pending, late = self.pending.pop(layer, None), None
         if pending is None:
             budget = join_late(self.share(self.store.seen(layer), layer))
-            in_place = self.reads_in_place(step)
+            in_place = self.reads_in_place(layer, step)
             if in_place and budget.early + budget.tail >= self.store.length(layer):
                 return self.read_in_place(layer, step, kernel, None, 0)
             chosen = self.choose(layer, step.query, budget)
@@ -196,7 +196,12 @@ class SparseRecipe(InPlace):
             early, budget = pending
             extra = self.top_up(layer, step.query, early, budget)
             late = None if extra is None else Fetch(extra.positions, extra.valid, None, None)
-        if self.store.far and early.valid is None and (late is None or late.valid is None) and self.may_attend(step):
+        if (
+            self.store.far
+            and early.valid is None
+            and (late is None or late.valid is None)
+            and self.may_attend(layer, step)
+        ):
             return self.read_near(layer, step, kernel, self.store.join(layer, early, late, budget.tail))
         read = self.store.read(layer, early, late, budget.tail)
         if self.spiller is not None:
@@ -257,7 +262,7 @@ class SparseRecipe(InPlace):
     def clear(self, layer: int) -> None:
         """Forget everything of a layer."""
         self.pending.clear()
-        self.prompt_tokens = 0
+        self.prompt_tokens, self._admitted = 0, ()
         self.store.clear(layer)
         if self.watcher is not None:
             self.watcher.clear(layer)
