@@ -17,6 +17,7 @@ from farkv.methods import make_recipe
 from farkv.methods.contract import Fast, Place, Query, Step
 from farkv.methods.infinigen import InfiniGenRecipe
 from farkv.receipt import Account
+from farkv.store.memory import allocate
 from farkv.store.records import StoreLimits
 
 # Tokens of growth after which a layer is as long as it was again. A step's share of indexing is in it: keys enter the
@@ -113,7 +114,7 @@ class DenseNativeRunner:
         shape = case.shape
         self.case, self.native, self.n_layers = case, native, case.slow_layers
         size = (case.batch, shape.kv_heads, case.context + 1, 2 * shape.head_dim)
-        self.rows = [torch.empty(size, dtype=torch.bfloat16, device=case.device) for _ in range(self.n_layers)]
+        self.rows = [allocate(size, torch.bfloat16, case.device) for _ in range(self.n_layers)]
         for start, n in source.chunks(case.context):
             for layer, rows in enumerate(self.rows):
                 k, v = source.draw_kv(layer, start, n)

@@ -10,6 +10,7 @@ import torch
 from farkv._axes import Int, Tensor
 from farkv.errors import CapacityError
 from farkv.store.ledger import Ledger
+from farkv.store.memory import allocate
 from farkv.store.sizes import grow_capacity
 
 # Tokens that a reordering moves at once: its scratch memory, which no ledger counts.
@@ -123,7 +124,7 @@ class Rows:
             wanted = need
         self.ledger.charge(wanted * row_bytes)
         try:
-            grown = torch.empty(batch, heads, wanted, width, dtype=dtype, device=self.device, pin_memory=self.pin)
+            grown = allocate((batch, heads, wanted, width), dtype, self.device, pin=self.pin)
         except RuntimeError as error:
             self.ledger.release(wanted * row_bytes)
             raise CapacityError(
@@ -155,7 +156,7 @@ class Rows:
             self.length = n
             return
         self.ledger.charge(wanted * row_bytes)
-        kept = torch.empty(batch, heads, wanted, width, dtype=self.data.dtype, device=self.device, pin_memory=self.pin)
+        kept = allocate((batch, heads, wanted, width), self.data.dtype, self.device, pin=self.pin)
         for start in range(0, n, MOVE_ROWS):
             piece = gather_rows(self.data, positions[..., start : start + MOVE_ROWS])
             kept[:, :, start : start + piece.shape[2]].copy_(piece)
@@ -181,9 +182,7 @@ class Rows:
             return
         self.ledger.charge(self.n_bytes // self.data.shape[0] * len(sequences))
         old_bytes = self.n_bytes
-        chosen = torch.empty(
-            len(sequences), *self.data.shape[1:], dtype=self.data.dtype, device=self.device, pin_memory=self.pin
-        )
+        chosen = allocate((len(sequences), *self.data.shape[1:]), self.data.dtype, self.device, pin=self.pin)
         torch.index_select(self.data, 0, where, out=chosen)
         self.data = chosen
         self.ledger.release(old_bytes)
@@ -205,7 +204,7 @@ class Rows:
         wanted = max(length, self.reserve, max(self.capacity, other.capacity) if self.ledger.roomy else 0)
         wanted = wanted if self.ledger.has_room(wanted * row_bytes) else length
         self.ledger.charge(wanted * row_bytes)
-        joined = torch.empty(sum(batches), heads, wanted, width, dtype=dtype, device=self.device, pin_memory=self.pin)
+        joined = allocate((sum(batches), heads, wanted, width), dtype, self.device, pin=self.pin)
         for rows, part in zip((self, other), joined.split(batches), strict=True):
             start = length - rows.length
             part[:, :, :start] = 0
