@@ -180,7 +180,8 @@ class Indexed(SparseRecipe):
         else:
             assert queries is not None
             query, key, mean = solve_bilinear(measure_gram(queries, keys, valid))
-        query, key = query[..., :n], key[..., :n]
+        # Kernels read them as they lie.
+        query, key = query[..., :n].contiguous(), key[..., :n].contiguous()
         return Projection(query, key, mean, fit_scale(project_keys(keys, key, mean), valid, self.bits))
 
     def fit_paper(
