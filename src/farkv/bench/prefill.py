@@ -72,7 +72,7 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
             rows += make_rows(settings, context, passes)
     native = load_native()
     found = describe_machine(None, "torch" if native is None else native.name)
-    title = f"prefill, {shape.name}, {settings.layers} layers, {settings.dtype}: ms per layer of the whole prompt"
+    title = f"prefill, {shape.name}, {settings.layers} layers, {settings.dtype}: the whole prompt"
     ratios = {row.context: row.more["ratio"] for row in rows if row.method == OURS}
     notes = [f"{format_tokens(n)} tokens: {ratio:.3f} × the plain model's time" for n, ratio in ratios.items()]
     return Report(title, rows, found, settings.to_dict(), notes)
