@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import subprocess
@@ -250,3 +251,23 @@ assert (attend() == 1).all()
 """
     quiet = [sys.executable, "-W", "ignore", "-c", script]
     subprocess.run(quiet, check=True, timeout=60, env={**os.environ, "FARKV_KERNEL": ""})
+
+
+def test_gather_into_runs(kernels: Native) -> None:
+    data, out = torch.randn(2, 3, 50, 7), torch.zeros(6, 9, 7)
+    positions = torch.stack([torch.randperm(50)[:5] for _ in range(6)])
+    kernels.gather(data, torch.arange(6).repeat_interleave(5), positions.view(-1), out[:, :5])
+    assert torch.equal(out[:, :5], data.view(6, 50, 7).gather(1, positions[..., None].expand(-1, -1, 7)))
+    assert not out[:, 5:].any()
+    with pytest.raises(CacheStateError, match="room for these rows"):
+        kernels.gather(data, torch.arange(6), positions[:, 0].contiguous(), out[:, :5])
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(ctypes.Structure):
+        _fields_ = (("n", ctypes.c_int64),)
+
+    native_abi.load_library.cache_clear()
+    monkeypatch.setattr(native_abi, "GatherArgs", Other)
+    with pytest.raises(ConfigError, match="built from these sources"):
+        native_abi.load_library()

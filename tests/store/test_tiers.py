@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CapacityError
-from farkv.store import rows as rows_module
+from farkv.kernels.native import load_native
 from farkv.store.admission import admit
 from farkv.store.ledger import Ledger
 from farkv.store.near import Tail
@@ -69,11 +71,11 @@ def test_what_is_read_is_what_was_stored(near: int | None, late: int) -> None:
         assert read.valid is None
 
 
-@pytest.mark.parametrize("least_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("mover", [None, load_native()])
 @pytest.mark.parametrize("spare", [0, 3])
-def test_rows_reach_a_buffer_directly_or_not(spare: int, least_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "LEAST_DIRECT_BYTES", least_bytes)
+def test_rows_reach_a_buffer_directly_or_not(spare: int, mover: Any) -> None:
     store, k, v, moved = fill(1 << 20)
+    store.pool[1].mover = mover
     fetch = store.fetch(1, some(6, 30), None, spare)
     assert fetch.ticket is not None
     assert fetch.buffer is not None

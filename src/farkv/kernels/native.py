@@ -202,6 +202,9 @@ class Native:
     def gather(self, data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
         """Copy out[j] = data.view(B * Hkv, capacity, W)[heads[j], positions[j]].
 
+        Args:
+            out: [N, W], contiguous, or [G, n, W] with N = G n, where each of the G runs is.
+
         Raises:
             CacheStateError: the tensors are not contiguous or do not fit one another, or a row does not exist.
 
@@ -209,12 +212,15 @@ class Native:
         """
         _expect(data.ndim == 4 and data.is_contiguous(), "a contiguous pool", data)
         width = data.shape[-1]
-        _expect(out.shape == (len(heads), width) and out.dtype == data.dtype and out.is_contiguous(), "room", out)
+        runs = out[None] if out.ndim == 2 else out
+        fits = runs.shape[0] * runs.shape[1] == len(heads) and runs.stride()[1:] == (width, 1)
+        _expect(fits and runs.shape[2] == width and out.dtype == data.dtype, "room for these rows", out)
         for x in (heads, positions):
             _expect(x.shape == (len(heads),) and x.dtype == torch.int64 and x.is_contiguous(), "int64 per row", x)
         args = GatherArgs(
             data.data_ptr(), heads.data_ptr(), positions.data_ptr(), out.data_ptr(), len(heads),
             width * data.element_size(), data.shape[0] * data.shape[1], data.shape[2], torch.get_num_threads(),
+            max(1, runs.shape[1]), runs.stride(0) * data.element_size(),
         )  # fmt: skip
         self._call("farkv_gather", args)
 

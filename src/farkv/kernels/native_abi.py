@@ -11,6 +11,8 @@ from ctypes import c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
+from farkv.errors import ConfigError
+
 LIBRARY = Path(__file__).with_name("_native.so")
 FORMS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 # Instruction sets by name, each with its number in the library; the best one that can run is taken.
@@ -48,15 +50,26 @@ class GatherArgs(ctypes.Structure):
     _fields_ = (
         *[(name, c_void_p) for name in ("data", "heads", "positions", "out")],
         *[(name, c_int64) for name in ("n", "row_bytes", "n_heads", "capacity", "threads")],
+        *[(name, c_int64) for name in ("run", "out_stride")],
     )
 
 
 @cache
 def load_library() -> ctypes.CDLL | None:
-    """Return the library, or None where it was not built."""
+    """Return the library, or None where it was not built.
+
+    Raises:
+        ConfigError: it was built from other sources than these.
+    """
     if not LIBRARY.is_file():
         return None
     library = ctypes.CDLL(str(LIBRARY))
+    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs)]
+    if not hasattr(library, "farkv_size") or [library.farkv_size(c_int64(i)) for i in range(len(ours))] != ours:
+        raise ConfigError(
+            f"native kernels: expected {LIBRARY.name} to be built from these sources, got one of others; install farkv "
+            "again (from a checkout: pip install -e .), or set FARKV_KERNEL=plain"
+        )
     library.farkv_can_run.argtypes = [c_int64]
     for name in ("attend", "select", "gather"):
         call = getattr(library, f"farkv_{name}")

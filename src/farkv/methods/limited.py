@@ -37,7 +37,7 @@ class Limited:
         self.fraction, self.sinks, self.window, self.share_late = fraction, sinks, window, top_up
         levers, limits = place.levers, place.limits
         spills = limits.evict != "refuse" and limits.disk is None and limits.saved is None and limits.host is not None
-        needs = Needs(window, self.at_home, levers.keep or spills, levers.near is not None)
+        needs = Needs(window, self.at_home, levers.keep or spills, levers.near is not None, place.fast.kernels)
         self.store = Tiers(place.layers, limits, place.device, needs)
         scored = levers.xkv is not None and (levers.keep or levers.near is not None)
         self.watcher = Watcher(levers.xkv) if scored and levers.xkv else None

@@ -1,4 +1,4 @@
-"""Memory for rows: asked for in huge pages, which chosen rows of a large pool are found in faster.
+"""Memory for rows: asked for in huge pages, which chosen rows of a large pool are found in faster; and what moves them.
 
 In: a shape. Out: an uninitialised tensor. Knows bytes only.
 """
@@ -8,12 +8,22 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from farkv._axes import Tensor
 
 HUGE_BYTES = 2 << 20
+
+
+@runtime_checkable
+class Mover(Protocol):
+    """What a machine's kernels offer to a store."""
+
+    def gather(self, data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Copy out[j] = data[head heads[j] of all sequences, position positions[j]], [N, W]."""
+        ...
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, pin: bool = False) -> Tensor:

@@ -44,9 +44,9 @@ class FarMemory:
         place = torch.device("cpu") if on_gpu and self.far else device
         self.order = {layer: i for i, layer in enumerate(layers)}
         self.frames: Frames | None = None
+        pin, reserve = on_gpu and self.far, limits.reserve_tokens
         self.pool: dict[int, Rows | PagedRows] = {
-            layer: Rows(self.home, device=place, pin=on_gpu and self.far, reserve=limits.reserve_tokens)
-            for layer in layers
+            layer: Rows(self.home, device=place, pin=pin, reserve=reserve, mover=form.mover) for layer in layers
         }
         self.kept = {layer: Kept(self.home, place) for layer in layers} if form.evicts else {}
         self.evicted = dict.fromkeys(layers, 0)

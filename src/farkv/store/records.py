@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.store.disk import DiskSpace, PageReader
+from farkv.store.memory import Mover
 from farkv.store.pages import PageForm
 from farkv.store.transfer import Ticket
 
@@ -42,6 +43,8 @@ class Needs(NamedTuple):
     evicts: bool = False
     # Some records may be held near for longer than a step.
     holds: bool = False
+    # Moves rows faster than plain operations do; None where there is nothing that does.
+    mover: Mover | None = None
 
 
 class Fetch(NamedTuple):

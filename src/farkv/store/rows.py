@@ -10,22 +10,28 @@ import torch
 from farkv._axes import Int, Tensor
 from farkv.errors import CapacityError
 from farkv.store.ledger import Ledger
-from farkv.store.memory import allocate
+from farkv.store.memory import Mover, allocate
 from farkv.store.sizes import grow_capacity
 
 # Tokens that a reordering moves at once: its scratch memory, which no ledger counts.
 REORDER_TOKENS = 64
 # Rows that an eviction moves at once, likewise.
 MOVE_ROWS = 512
-# Bytes of one head's rows from which copying them once more costs more than a call for every head.
-LEAST_DIRECT_BYTES = 1 << 16
 
 
 class Rows:
     """Rows per token, appended at the end, cropped from the end, charged to a ledger by capacity."""
 
-    def __init__(self, ledger: Ledger, *, device: torch.device, pin: bool = False, reserve: int = 0):
-        self.ledger, self.device, self.pin, self.reserve = ledger, device, pin, reserve
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        device: torch.device,
+        pin: bool = False,
+        reserve: int = 0,
+        mover: Mover | None = None,
+    ):
+        self.ledger, self.device, self.pin, self.reserve, self.mover = ledger, device, pin, reserve, mover
         self.data: Tensor | None = None
         self.length = 0
 
@@ -74,6 +80,9 @@ class Rows:
         # One reference: the model's thread may replace the rows by more of them meanwhile.
         data = self.data
         assert data is not None
+        if self.mover is not None and data.device.type == out.device.type == "cpu":
+            self.mover.gather(data, heads, positions.contiguous(), out)
+            return
         torch.index_select(data.view(-1, data.shape[3]), 0, heads * data.shape[2] + positions, out=out)
 
     def take_each(self, positions: Int[Tensor, "B Hkv K"], out: Tensor) -> None:
@@ -81,13 +90,12 @@ class Rows:
 
         Cost: B * Hkv * K * W elements read and written.
         """
-        heads, places, n = spread_heads(positions), positions.reshape(-1), out.shape[2]
+        heads, places = spread_heads(positions), positions.reshape(-1)
         if out.is_contiguous():
             self.take(heads, places, out.view(-1, out.shape[3]))
-        elif out.device.type == "cpu" and n * out.shape[3] * out.element_size() >= LEAST_DIRECT_BYTES:
+        elif self.mover is not None and self.device.type == out.device.type == "cpu" and self.data is not None:
             # A head's rows lie together in a buffer that has room for more.
-            for at, where, part in zip(heads.split(n), places.split(n), out.view(-1, n, out.shape[3]), strict=True):
-                self.take(at, where, part)
+            self.mover.gather(self.data, heads, places, out.view(-1, *out.shape[2:]))
         else:
             rows = torch.empty(len(places), out.shape[3], dtype=out.dtype, device=out.device)
             self.take(heads, places, rows)

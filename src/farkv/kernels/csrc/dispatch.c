@@ -26,6 +26,12 @@ static const struct kernels *find(int64_t isa) {
     return 0;
 }
 
+/* What native_abi.py compares with its own: a library built from other sources must not be called. */
+EXPORT int64_t farkv_size(int64_t which) {
+    const int64_t sizes[] = {sizeof(struct attend_args), sizeof(struct select_args), sizeof(struct gather_args)};
+    return sizes[which];
+}
+
 EXPORT int farkv_can_run(int64_t isa) { return find(isa) != 0; }
 EXPORT int farkv_attend(int64_t isa, const struct attend_args *args) { return find(isa)->attend(args); }
 EXPORT int farkv_select(int64_t isa, const struct select_args *args) { return find(isa)->select(args); }

@@ -41,12 +41,13 @@ struct select_args {
     double scaling, softcap;
 };
 
-/* Rows of a tensor [n_heads, capacity, row_bytes] copied side by side. */
+/* Rows of a tensor [n_heads, capacity, row_bytes] copied side by side, `run` of them, then the next out_stride on. */
 struct gather_args {
     const uint8_t *data;
     const int64_t *heads, *positions;
     uint8_t *out;
     int64_t n, row_bytes, n_heads, capacity, threads;
+    int64_t run, out_stride;
 };
 
 struct kernels {

@@ -23,7 +23,8 @@ static void gather_rows(void *context, int64_t task) {
     for (int64_t i = from; i < to; i++) {
         if (i + AHEAD < to)
             prefetch_row(a->data + (a->heads[i + AHEAD] * a->capacity + a->positions[i + AHEAD]) * a->row_bytes, a->row_bytes);
-        memcpy(a->out + i * a->row_bytes, a->data + (a->heads[i] * a->capacity + a->positions[i]) * a->row_bytes, a->row_bytes);
+        uint8_t *out = a->out + i / a->run * a->out_stride + i % a->run * a->row_bytes;
+        memcpy(out, a->data + (a->heads[i] * a->capacity + a->positions[i]) * a->row_bytes, a->row_bytes);
     }
 }
 
