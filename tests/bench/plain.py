@@ -60,6 +60,10 @@ class PlainNative(Native):
         k, v = data[..., : rows.k_dim], data[..., rows.k_dim :]
         return attend_all(q, k, v, logits.scaling).to(q.dtype)
 
+    def gather(self, data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
+        rows = data.flatten(0, 1)[heads.long(), positions.long()]
+        out.copy_(rows.view(out.shape))
+
     def read_bandwidth(self, data: Tensor) -> float:
         return 2e9
 
