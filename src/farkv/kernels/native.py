@@ -215,8 +215,9 @@ class Native:
         runs = out[None] if out.ndim == 2 else out
         fits = runs.shape[0] * runs.shape[1] == len(heads) and runs.stride()[1:] == (width, 1)
         _expect(fits and runs.shape[2] == width and out.dtype == data.dtype, "room for these rows", out)
-        for x in (heads, positions):
-            _expect(x.shape == (len(heads),) and x.dtype == torch.int64 and x.is_contiguous(), "int64 per row", x)
+        wanted = heads, positions
+        for x in wanted:
+            _expect(x.shape == heads.shape and x.dtype == torch.int64 and x.is_contiguous(), "int64 per row", x)
         args = GatherArgs(
             data.data_ptr(), heads.data_ptr(), positions.data_ptr(), out.data_ptr(), len(heads),
             width * data.element_size(), data.shape[0] * data.shape[1], data.shape[2], torch.get_num_threads(),

@@ -26,6 +26,15 @@ class Mover(Protocol):
         ...
 
 
+@runtime_checkable
+class Fetcher(Mover, Protocol):
+    """What a GPU's kernels offer besides: they read pinned host memory themselves."""
+
+    def fetch(self, data: Tensor, positions: Tensor, out: Tensor, crossed: Tensor) -> None:
+        """Bring rows [B, Hkv, S, W] at positions [B, Hkv, K] into `out`; the bytes are added to `crossed`."""
+        ...
+
+
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, pin: bool = False) -> Tensor:
     """Return an uninitialised tensor; in host memory the kernel is asked to back it with huge pages.
 

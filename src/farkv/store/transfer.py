@@ -16,6 +16,7 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.store.hot import Hot
+from farkv.store.memory import Fetcher
 from farkv.store.near import Held
 from farkv.store.paged import PagedRows
 from farkv.store.rows import Rows, spread_heads
@@ -100,7 +101,31 @@ class Link:
             return self.submit(lambda: self._copy(job))
         ready = torch.cuda.Event()
         ready.record()
+        if isinstance(rows, Rows) and isinstance(rows.mover, Fetcher) and valid is None and near is None:
+            return self._launch(job, rows.mover, ready)
         return self.submit(lambda: self._copy_to_gpu(job, ready))
+
+    def _launch(self, job: Job, fetcher: Fetcher, ready: torch.cuda.Event) -> Ticket:
+        """Let the GPU read the rows over the link itself, on the side stream; no thread waits for anything."""
+        n, data = job.positions.shape[-1], job.rows.data if isinstance(job.rows, Rows) else None
+        assert data is not None
+        stream = self._find_stream()
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            fetcher.fetch(data, job.positions, job.out, torch.zeros(1, dtype=torch.int64, device=self.device))
+            # Its memory must not be given to others before the side stream has read it.
+            job.positions.record_stream(stream)
+            done = torch.cuda.Event()
+            done.record(stream)
+        job.report(job.out[:, :, :n].numel() * job.out.element_size())
+        arrived: Future[Any] = Future()
+        arrived.set_result(done)
+        return Ticket(arrived)
+
+    def _find_stream(self) -> Any:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
 
     def _copy(self, job: Job) -> None:
         rows, positions, valid, out, count, near = job
@@ -171,15 +196,14 @@ class Link:
         out.index_put_(at, near[at[0], at[1], held])
 
     def _copy_to_gpu(self, job: Job, ready: torch.cuda.Event) -> Any:
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(ready)
+        stream = self._find_stream()
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
             # The worker, not the decoding thread, waits for the positions: a host gather must know them.
             valid = None if job.valid is None else job.valid.to("cpu")
             self._copy(job._replace(positions=job.positions.to("cpu"), valid=valid))
             done = torch.cuda.Event()
-            done.record(self._stream)
+            done.record(stream)
         return done
 
     def _stage(self, n: int, like: Rows | PagedRows) -> Tensor:
