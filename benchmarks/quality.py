@@ -38,9 +38,13 @@ METHODS: dict[str, Method] = {
     "ours 0.10": InfiniGen(fraction=0.10),
     "ours 0.05": InfiniGen(fraction=0.05),
     "ours 0.02": InfiniGen(fraction=0.02),
+    "ours 0.10, 24 columns": InfiniGen(fraction=0.10, columns=24),
+    "ours 0.05, 24 columns": InfiniGen(fraction=0.05, columns=24),
     "ours 0.10, 8-bit index": InfiniGen(fraction=0.10, index_bits=8),
-    "no top-up, post_attn 0.10": InfiniGen(fraction=0.10, top_up=0.0),
-    "no top-up, attn 0.10": InfiniGen(fraction=0.10, top_up=0.0, source="attn"),
+    "far 0.10": InfiniGen(fraction=0.10),
+    "far 0.05": InfiniGen(fraction=0.05),
+    "far, no top-up, post_attn 0.10": InfiniGen(fraction=0.10, top_up=0.0),
+    "far, no top-up, attn 0.10": InfiniGen(fraction=0.10, top_up=0.0, source="attn"),
     "paper 0.20": InfiniGen(fraction=0.20, paper=True),
     "paper, post_attn 0.20": InfiniGen(fraction=0.20, paper=True, source="post_attn"),
     "paper 0.30 (0.20 a layer)": InfiniGen(fraction=0.30, paper=True),
@@ -134,7 +138,9 @@ class Bench:
             file.write(json.dumps(row) + "\n")
 
     def attach(self, name: str) -> Handle:
-        return attach(self.model, self.methods[name], profile=False if name in UNPROFILED else None)
+        # A near limit, however large, makes near memory a tier of its own: records are then chosen one layer ahead.
+        near = "1GiB" if name.startswith("far") else None
+        return attach(self.model, self.methods[name], near=near, profile=False if name in UNPROFILED else None)
 
     def run_recall(self, length: int, n_facts: int, seed: int) -> None:
         """Ask one question of one text, of every method."""
