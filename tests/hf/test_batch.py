@@ -45,7 +45,8 @@ def test_a_padded_sequence_equals_itself_alone(family: str, skew: str, near: Any
         "input_ids": torch.cat([torch.nn.functional.pad(ids, (PAD, 0)), longer]),
         "attention_mask": torch.cat([torch.nn.functional.pad(torch.ones_like(ids), (PAD, 0)), torch.ones_like(longer)]),
     }
-    method = InfiniGen(fraction=FRACTION)
+    # With fewer columns records tie nearly, and rounding decides.
+    method = InfiniGen(fraction=FRACTION, columns=6)
     alone = record(model, method, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, profile, near)
     together = record(model, method, batch, profile, near)
     noise = worst(replay(model, alone.passes, torch.float32), replay(model, alone.passes, torch.float64))
