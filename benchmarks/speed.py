@@ -24,6 +24,8 @@ RUNS = {
     "short": "e2e --contexts 128,256,512,1K,2K --threads 2 --layers 4 --rounds 15",
     "calibrate": "decode --calibrate --threads 1",
 }
+COLUMNS = ("ms", "of ours", "of its floor")
+README_COLUMNS = COLUMNS[:2]
 OURS, BASE = "infinigen", "dense-native"
 
 
@@ -47,27 +49,29 @@ def find(rows: list[dict[str, Any]], method: str, context: int) -> dict[str, Any
     return next((r for r in rows if (r["method"], r["context"]) == (method, context)), None)
 
 
-def format_decode(contexts: tuple[int, ...] = ()) -> str:
+def format_decode(contexts: tuple[int, ...] = (), columns: tuple[str, ...] = COLUMNS, name: str = "decode") -> str:
     """Return a row per method: ms per layer, times ours, percentage of the floor, at every context."""
-    found = read("decode")
+    found = read(name)
     rows = found["rows"]
     contexts = contexts or tuple(sorted({r["context"] for r in rows}))
-    heads = [f"{format_tokens(n)}: ms | of ours | of its floor" for n in contexts]
-    lines = [f"| one layer, one token | reads | {' | '.join(heads)} |", "|---" * (2 + 3 * len(contexts)) + "|"]
+    heads = [f"{format_tokens(n)}, {column}" for n in contexts for column in columns]
+    lines = [f"| one layer, one token | reads | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
     for method in dict.fromkeys(r["method"] for r in rows):
-        cells: list[str] = []
-        for n in contexts:
-            row, ours = find(rows, method, n), find(rows, OURS, n)
-            if row is None or ours is None:
-                cells += ["–"] * 3
-                continue
-            floor = "–" if row["floor_percent"] is None else f"{row['floor_percent']:.0f} %"
-            cells += [format_ms(row["ms_per_layer"]), f"{row['ms_per_layer'] / ours['ms_per_layer']:.1f} x", floor]
+        cells = [cell for n in contexts for cell in make_cells(rows, method, n)[: len(columns)]]
         read_fraction = next(r["read_fraction"] for r in rows if r["method"] == method)
-        name = f"**{method}**" if method == OURS else method
         share = "all" if read_fraction == 1 else f"{100 * read_fraction:.1f} %"
-        lines.append(f"| {name} | {share} | {' | '.join(cells)} |")
+        lines.append(f"| {f'**{method}**' if method == OURS else method} | {share} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", describe(found)])
+
+
+def make_cells(rows: list[dict[str, Any]], method: str, context: int) -> list[str]:
+    """Return milliseconds, how many times ours, and the percentage of the floor."""
+    row, ours = find(rows, method, context), find(rows, OURS, context)
+    if row is None or ours is None:
+        return ["–"] * 3
+    floor = "–" if row["floor_percent"] is None else f"{row['floor_percent']:.0f} %"
+    times = f"{row['ms_per_layer'] / ours['ms_per_layer']:.1f} x" if row is not ours else ""
+    return [format_ms(row["ms_per_layer"]), times, floor]
 
 
 def describe(found: dict[str, Any]) -> str:

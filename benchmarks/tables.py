@@ -14,11 +14,14 @@ import allocate
 import disk
 import eviction
 import faults
+import hot
 import limits
+import overhead
 import prefill
 import quality
 import quant
 import session
+import speed
 import xkv_batch
 import xkv_coverage
 import xkv_light
@@ -27,15 +30,7 @@ import xkv_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-README_METHODS = (
-    "ours 0.10",
-    "ours 0.05",
-    "paper 0.20",
-    "paper 0.30 (0.20 a layer)",
-    "oracle 0.10",
-    "window 0.10",
-    "random 0.10",
-)
+README_METHODS = ("ours 0.10", "ours 0.05", "far 0.10", "far 0.05", "paper 0.20", "oracle 0.10", "window 0.10")
 
 
 def make_tables() -> dict[Path, dict[str, str]]:
@@ -47,6 +42,7 @@ def make_tables() -> dict[Path, dict[str, str]]:
             "headline": quality.format_headline(RESULTS / "infinigen_quality.jsonl"),
             "quality": short,
             "plan": xkv_tables.format_headline(),
+            "speed": speed.format_decode((32768, 131072), speed.README_COLUMNS),
         },
         ROOT / "docs/papers/infinigen.md": {
             "quality": whole,
@@ -71,8 +67,18 @@ def make_tables() -> dict[Path, dict[str, str]]:
             "disk-quality": disk.format_quality(RESULTS / "disk.jsonl"),
             "quant": quant.format_table(RESULTS / "quant.jsonl"),
             "prefill": prefill.format_table(RESULTS / "prefill.jsonl"),
+            "hot": hot.format_table(RESULTS / "hot.jsonl"),
             "session": session.format_table(RESULTS / "session.jsonl"),
             "faults": faults.format_table(RESULTS / "faults.jsonl"),
+        },
+        ROOT / "docs/speed.md": {
+            "decode": speed.format_decode(),
+            "threads": speed.format_decode(name="threads"),
+            "e2e": speed.format_model("e2e"),
+            "calibrate": speed.format_calibration(),
+            "short": speed.format_model("short"),
+            "overhead": overhead.format_table(RESULTS / "overhead.jsonl"),
+            "prefill": speed.format_prefill(),
         },
     }
 
