@@ -64,7 +64,7 @@ class InPlace(Evicting):
 
     def reads_in_place(self, layer: int, step: Step) -> bool:
         """Say whether attention may read the pool where it lies, by a kernel."""
-        return not self.store.far and self.may_attend(layer, step)
+        return not self.store.travels and self.may_attend(layer, step)
 
     def read_in_place(
         self, layer: int, step: Step, kernel: Kernel, positions: Int[Tensor, "B Hkv K"] | None, n_tail: int
@@ -72,14 +72,19 @@ class InPlace(Evicting):
         """Attend to the records at `positions` (all without them) and the `n_tail` newest, in the pool's memory."""
         n, (batch, heads) = self.store.length(layer), self.store.heads(layer)
         self.count_read(layer, batch * heads * (n if positions is None else positions.shape[-1] + n_tail), step.k)
-        return self._run_kernel(step, kernel, self.store.rows(layer), positions, Extent(n, n_tail))
+        extent = Extent(n, n_tail, self._find_form(layer))
+        return self._run_kernel(step, kernel, self.store.pool[layer].read(0, n), positions, extent)
 
     def read_near(self, layer: int, step: Step, kernel: Kernel, stored: Stored) -> object:
         """Attend to records that were brought near, coded ones as they are."""
         self.count_read(layer, stored.positions.numel(), step.k)
+        extent = Extent(stored.rows.shape[2], 0, self._find_form(layer))
+        return self._run_kernel(step, kernel, stored.rows, None, extent)
+
+    def _find_form(self, layer: int) -> str:
+        """Return how a layer's records are stored."""
         codec = self.store.codecs.get(layer)
-        form = "plain" if codec is None else codec.name
-        return self._run_kernel(step, kernel, stored.rows, None, Extent(stored.rows.shape[2], 0, form))
+        return "plain" if codec is None else codec.name
 
     def _run_kernel(self, step: Step, kernel: Kernel, rows: Tensor, positions: Tensor | None, extent: Extent) -> object:
         kernels, query = self.fast.kernels, step.query

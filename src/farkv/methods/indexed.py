@@ -44,7 +44,7 @@ class Indexed(SparseRecipe):
         # A light profile has curves alone: the skew is then the prompt's.
         self.config, self.profile = config, profile if profile is not None and profile.has_skew else None
         self.least = config.least_records
-        if config.least_records > 1 and not self.store.far:
+        if config.least_records > 1 and not self.store.travels:
             self.dense_tokens = place.fast.dense_tokens
         # 0: the paper's partial keys are not rounded.
         self.bits = config.index_bits or 0
@@ -69,7 +69,7 @@ class Indexed(SparseRecipe):
             if due:
                 self.fit(layer, step.k if total == n_new else self.store.keys(layer), due)
         # In place, a token is indexed when it leaves the window, many at a time; of a far one the key is here now.
-        waits = n_new == 1 and not self.store.far and self.window > 0
+        waits = n_new == 1 and not self.store.travels and self.window > 0
         if index.projection is not None and index.length == total - n_new and not waits:
             self.encode(layer, step.k)
 

@@ -49,7 +49,7 @@ class InfiniGenRecipe(Indexed):
 
     def wants_estimate(self, layer: int) -> bool:
         """Every sparse layer with records is speculated; ours not where it reads them in place: nothing travels."""
-        if not self.store.far and not self.config.paper:
+        if not self.store.travels and not self.config.paper:
             return False
         return not self.dense and not self.reads_all(layer) and self.store.length(layer) > 0
 

@@ -35,6 +35,8 @@ class FarMemory:
         # Pages and coded records cannot be read where they are.
         self.apart = self.paged or limits.quant is not None
         self.far = (self.apart or near_is_counted) and not form.at_home
+        # Reading a record takes a way that can be begun early; coded records in this memory are far, but take none.
+        self.travels = self.far and (self.paged or near_is_counted)
         self.host = Ledger("host", limits.host)
         # Where near memory is no tier of its own, copies made for reading take host memory besides the pool.
         self.near = Ledger("near", limits.near, self.host if self.apart and not near_is_counted else None)
