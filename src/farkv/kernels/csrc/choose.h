@@ -23,9 +23,7 @@ static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
         for (int64_t i = 0; i < count; i += VL) {
             vf mass = {0};
             for (int64_t g = 0; g < group; g++) mass += load(h->weights + g * stride + from + i) * h->inverse[g];
-            vu key = (vu)mass & 0x7fffffffu;
-            key |= (vu)(key == 0) & 1;
-            memcpy(h->keys + n + i, &key, VB);
+            keys_of(mass, h->keys + n + i);
         }
         memmove(h->kept + n, h->kept + from, (size_t)count * 4);
         n += count;
@@ -34,6 +32,32 @@ static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
     for (int64_t i = 0; a->n_taken && i < n; i++)
         if (is_taken(h, h->kept[i])) h->keys[i] = 0;
     return n;
+}
+
+/* Write the positions of what lies above the threshold, and of the first that share its bits. */
+static void take_kept(const struct head *h, int64_t n, struct threshold t, int64_t *out, int64_t wanted) {
+    int64_t chosen = 0;
+    for (int64_t i = 0; i < n && chosen < wanted; i += VL) {
+        vi prefix = (vi)PREFIX(load_bits(h->keys + i)), place;
+        unsigned lanes = n - i < VL ? (1u << (n - i)) - 1 : ALL_LANES;
+        unsigned above = lane_bits(prefix > (int32_t)t.prefix) & lanes;
+        unsigned equal = lane_bits(prefix == (int32_t)t.prefix) & lanes;
+        for (; equal; equal &= equal - 1) {
+            int64_t j = __builtin_ctz(equal);
+            if (h->keys[i + j] == 0 || t.n_equal == 0) continue;
+            above |= 1u << j;
+            t.n_equal--;
+        }
+        int32_t few[VL];
+        memcpy(&place, h->kept + i, VB);
+        int64_t count = keep_lanes(above, place, few), room = wanted - chosen;
+        if (room >= VL) {
+            for (int j = 0; j < VL; j++) out[chosen + j] = few[j];
+        } else {
+            for (int64_t j = 0; j < count && j < room; j++) out[chosen + j] = few[j];
+        }
+        chosen += count;
+    }
 }
 
 /* Choose from the candidates; returns 0 where what was not kept might be better. */
@@ -51,19 +75,12 @@ static int choose(struct head *h, int64_t head, int64_t n_parts) {
     int64_t n = weigh_kept(h, sinks, n_parts);
     for (int64_t i = 0; i < sinks; i++)
         if (!is_taken(h, i)) out[chosen++] = i;
-    int64_t wanted = a->cap - chosen, eligible = 0;
+    int64_t wanted = a->cap - chosen;
     if (wanted == 0) return 1;
-    for (int64_t i = 0; i < n; i++) eligible += keys[i] != 0;
-    if (eligible < wanted) return 0;
+    if (count_keys(keys, n, 1) < wanted) return 0;
     struct threshold t = find_threshold(keys, n, wanted);
     if (h->bound > 0 && float_of(t.prefix << 9) < h->bound * worst * 1.0001f) return 0;
-    for (int64_t i = 0; i < n && chosen < a->cap; i++) {
-        uint32_t prefix = PREFIX(keys[i]);
-        int64_t equal = prefix == t.prefix && keys[i] && t.n_equal > 0;
-        out[chosen] = h->kept[i];
-        chosen += prefix > t.prefix || equal;
-        t.n_equal -= equal;
-    }
+    take_kept(h, n, t, out + chosen, wanted);
     return 1;
 }
 

@@ -64,23 +64,24 @@ INLINE vi add_products(vi acc, vh a, vi b) {
 #define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
 #endif
 
-/* word[w], lane t: bytes 4 w .. 4 w + 3 of a piece of row t. */
-INLINE void transpose(const uint8_t *rows, int64_t stride, vi *word) {
+/* word[w], lane t: bytes 4 w .. 4 w + 3 of a piece of row t, or of row at[t]. */
+INLINE void transpose(const uint8_t *rows, int64_t stride, const int32_t *at, vi *word) {
     vi v[4];
+#define ROW(t) (const void *)(rows + (at ? at[t] : (t)) * stride)
     UNROLL for (int i = 0; i < 4; i++) {
 #if VL == 4
-        memcpy(&v[i], rows + i * stride, 16);
+        memcpy(&v[i], ROW(i), 16);
 #elif VL == 8
-        __m128i low = _mm_loadu_si128((const void *)(rows + i * stride));
-        v[i] = (vi)_mm256_inserti128_si256(_mm256_castsi128_si256(low),
-                                           _mm_loadu_si128((const void *)(rows + (i + 4) * stride)), 1);
+        __m256i x = _mm256_castsi128_si256(_mm_loadu_si128(ROW(i)));
+        v[i] = (vi)_mm256_inserti128_si256(x, _mm_loadu_si128(ROW(i + 4)), 1);
 #else
-        __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(rows + i * stride)));
-        x = _mm512_inserti32x4(x, _mm_loadu_si128((const void *)(rows + (i + 4) * stride)), 1);
-        x = _mm512_inserti32x4(x, _mm_loadu_si128((const void *)(rows + (i + 8) * stride)), 2);
-        v[i] = (vi)_mm512_inserti32x4(x, _mm_loadu_si128((const void *)(rows + (i + 12) * stride)), 3);
+        __m512i x = _mm512_castsi128_si512(_mm_loadu_si128(ROW(i)));
+        x = _mm512_inserti32x4(x, _mm_loadu_si128(ROW(i + 4)), 1);
+        x = _mm512_inserti32x4(x, _mm_loadu_si128(ROW(i + 8)), 2);
+        v[i] = (vi)_mm512_inserti32x4(x, _mm_loadu_si128(ROW(i + 12)), 3);
 #endif
     }
+#undef ROW
     vi a = LOW_WORDS(v[0], v[1]), b = LOW_WORDS(v[2], v[3]), c = HIGH_WORDS(v[0], v[1]), d = HIGH_WORDS(v[2], v[3]);
     word[0] = LOW_PAIRS(a, b);
     word[1] = HIGH_PAIRS(a, b);
@@ -90,13 +91,13 @@ INLINE void transpose(const uint8_t *rows, int64_t stride, vi *word) {
 
 /* Integer logits of VL records and `heads` queries from `first` on. */
 INLINE void multiply(int bits, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
-                     int64_t stride, vi *acc) {
+                     int64_t stride, const int32_t *at, vi *acc) {
     const int parts = bits == 4 ? 4 : 2;
     const vi *table = q->table + first * q->n_words * parts;
     UNROLL for (int g = 0; g < heads; g++) acc[g] = (vi){0};
     for (int64_t w = 0; w < q->n_words; w += 4) {
         vi word[4];
-        transpose(rows + 4 * w, stride, word);
+        transpose(rows + 4 * w, stride, at, word);
         UNROLL for (int i = 0; i < 4; i++) {
             if (w + i >= q->n_words) break;
             vh x = (vh)word[i];
@@ -125,29 +126,30 @@ INLINE vh pair_products(vi a, vi b) { return (vh)_mm256_maddubs_epi16((__m256i)a
 INLINE vi pair_halves(vh a) { return (vi)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
 #endif
 
-/* As `multiply`, of four-bit codes plus 8 and queries of 8 bits; half the work. */
-INLINE void multiply_coarsely(int heads, const struct index_query *q, int64_t first, const uint8_t *rows, int64_t stride,
+/* As `multiply`, of four-bit codes plus 8 and queries of 8 bits, which stand in `table`; half the work. */
+INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const uint8_t *rows, int64_t stride,
                               vi *acc) {
     vh sum[4];
     vi word[4];
     UNROLL for (int g = 0; g < heads; g++) sum[g] = (vh){0};
-    transpose(rows, stride, word);
+    transpose(rows, stride, NULL, word);
     UNROLL for (int i = 0; i < 4; i++) {
-        if (i >= q->n_words) break;
+        if (i >= n_words) break;
         vi x = word[i] ^ (int32_t)0x88888888, low = x & 0x0f0f0f0f, high = (x >> 4) & 0x0f0f0f0f;
         UNROLL for (int g = 0; g < heads; g++) {
-            const vi *pairs = q->coarse_table + ((first + g) * q->n_words + i) * 2;
+            const vi *pairs = table + (g * n_words + i) * 2;
             sum[g] += pair_products(low, pairs[0]);
             sum[g] += pair_products(high, pairs[1]);
+            __asm__("" : "+x"(sum[g])); /* else compilers form all products first, which registers do not hold */
         }
     }
     UNROLL for (int g = 0; g < heads; g++) acc[g] = pair_halves(sum[g]);
 }
 #else
 #define COARSE_BYTES 0
-INLINE void multiply_coarsely(int heads, const struct index_query *q, int64_t first, const uint8_t *rows, int64_t stride,
+INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const uint8_t *rows, int64_t stride,
                               vi *acc) {
-    multiply(4, heads, q, first, rows, stride, acc);
+    (void)heads, (void)table, (void)n_words, (void)rows, (void)stride, (void)acc;
 }
 #endif
 
@@ -161,15 +163,26 @@ INLINE vf exp2_of(vf t) {
     return (vf)((vi)p + ((vi)shifted << 23));
 }
 
-enum { EXACT4, EXACT8, COARSE4 };
+/* 2^t of a t below 126, clamped below; its log2 is off by less than ROUGHLY. */
+#define ROUGHLY 0.0025f
+INLINE vf exp2_roughly(vf t) {
+    t = max_of(t, fill(LEAST_EXP));
+    vf shifted = t + 12582912.0f, f = t - (shifted - 12582912.0f);
+    vf p = (f * 2.3842893e-1f + 7.0344807e-1f) * f + 1.00044315f;
+    return (vf)((vi)p + ((vi)shifted << 23));
+}
 
-/* exponents[g][record] = log2 of the weights of n_vectors * VL records. */
+enum { EXACT4, EXACT8, COARSE4, EXACT4_AT };
+
+/* exponents[g][record] = log2 of the weights of n_vectors * VL records: in sequence, or (EXACT4_AT) those named. */
 INLINE void form_exponents(int how, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
-                           int64_t stride, int64_t n_vectors, float *exponents) {
+                           int64_t stride, const int32_t *at, int64_t n_vectors, float *exponents) {
+    const vi *coarse = q->coarse_table + first * q->n_words * 2;
     for (int64_t v = 0; v < n_vectors; v++) {
+        const uint8_t *from = how == EXACT4_AT ? rows : rows + v * VL * stride;
         vi acc[4];
-        if (how == COARSE4) multiply_coarsely(heads, q, first, rows + v * VL * stride, stride, acc);
-        else multiply(how == EXACT4 ? 4 : 8, heads, q, first, rows + v * VL * stride, stride, acc);
+        if (how == COARSE4) multiply_coarsely(heads, coarse, q->n_words, from, stride, acc);
+        else multiply(how == EXACT8 ? 8 : 4, heads, q, first, from, stride, how == EXACT4_AT ? at + v * VL : NULL, acc);
         UNROLL for (int g = 0; g < heads; g++) {
             vf t = __builtin_convertvector(acc[g], vf);
             t = how == COARSE4 ? t * q->coarse_step[first + g] - q->coarse_bias[first + g] : t * q->step[first + g];
@@ -180,29 +193,34 @@ INLINE void form_exponents(int how, int heads, const struct index_query *q, int6
 }
 
 /* Exponents of up to RUN records, all queries of the group. */
-INLINE void form_run(int how, const struct index_query *q, const uint8_t *rows, int64_t stride, int64_t n_vectors,
-                     float *exponents) {
+INLINE void form_run(int how, const struct index_query *q, const uint8_t *rows, int64_t stride, const int32_t *at,
+                     int64_t n_vectors, float *exponents) {
     int64_t g = 0;
-    for (; g + 4 <= q->group; g += 4) form_exponents(how, 4, q, g, rows, stride, n_vectors, exponents);
-    for (; g + 2 <= q->group; g += 2) form_exponents(how, 2, q, g, rows, stride, n_vectors, exponents);
-    for (; g < q->group; g++) form_exponents(how, 1, q, g, rows, stride, n_vectors, exponents);
+    for (; g + 4 <= q->group; g += 4) form_exponents(how, 4, q, g, rows, stride, at, n_vectors, exponents);
+    for (; g + 2 <= q->group; g += 2) form_exponents(how, 2, q, g, rows, stride, at, n_vectors, exponents);
+    for (; g < q->group; g++) form_exponents(how, 1, q, g, rows, stride, at, n_vectors, exponents);
 }
 
 typedef void form_function(const struct index_query *q, const uint8_t *rows, int64_t stride, int64_t n, float *exponents);
 
 static __attribute__((noinline)) void form_exact4(const struct index_query *q, const uint8_t *rows, int64_t stride,
                                                   int64_t n, float *exponents) {
-    form_run(EXACT4, q, rows, stride, n, exponents);
+    form_run(EXACT4, q, rows, stride, NULL, n, exponents);
 }
 
 static __attribute__((noinline)) void form_exact8(const struct index_query *q, const uint8_t *rows, int64_t stride,
                                                   int64_t n, float *exponents) {
-    form_run(EXACT8, q, rows, stride, n, exponents);
+    form_run(EXACT8, q, rows, stride, NULL, n, exponents);
 }
 
 static __attribute__((noinline)) void form_coarse4(const struct index_query *q, const uint8_t *rows, int64_t stride,
                                                    int64_t n, float *exponents) {
-    form_run(COARSE4, q, rows, stride, n, exponents);
+    form_run(COARSE4, q, rows, stride, NULL, n, exponents);
+}
+
+static __attribute__((noinline)) void form_exact4_at(const struct index_query *q, const uint8_t *rows, int64_t stride,
+                                                     const int32_t *at, int64_t n, float *exponents) {
+    form_run(EXACT4_AT, q, rows, stride, at, n, exponents);
 }
 
 static form_function *const form_functions[] = {form_exact4, form_exact8, form_coarse4};

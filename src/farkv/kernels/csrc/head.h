@@ -15,13 +15,14 @@ struct head {
     const uint8_t *codes;
     vi *table, *coarse_table;
     float *coarse_step, *coarse_bias, margin; /* margin: how far 8 bits may lower log2 of a weight */
-    int coarse;                               /* whether the scan is coarse */
+    float furthest;                           /* the most that log2 of a coarse weight can be, before the offset */
+    int coarse, fused;                        /* whether the scan is coarse, and in one go (fused.h) */
     float *projected, *step, *offset; /* [group][columns], [group], [group] */
     double *guess, *sums, *tile_sums; /* [group], [group], [tiles][group] */
     float *inverse;                   /* [group]: 1 / guess */
     float bound;
     int64_t *n_kept; /* [parts] */
-    int32_t *kept;   /* [n]: positions, each part's from its first record on */
+    int32_t *kept;   /* [n + VL]: positions, each part's from its first record on */
     float *weights;  /* [group][n + VL] of what is kept, in the same places */
     uint32_t *keys;  /* [n + VL] */
     uint8_t *taken;  /* a bit per record */
@@ -58,7 +59,7 @@ static uint8_t *lay_out(const struct select_args *a, struct head *h, uint8_t *at
     h->tile_sums = carve(&at, count_tiles(a) * group * 8);
     h->n_kept = carve(&at, (count_tiles(a) + 1) * 8);
     h->taken = carve(&at, a->n / 8 + 1);
-    h->kept = carve(&at, a->n * 4);
+    h->kept = carve(&at, (a->n + VL) * 4);
     h->weights = carve(&at, (a->n + VL) * group * 4);
     h->keys = carve(&at, (a->n + VL) * 4);
     return at;
@@ -72,6 +73,15 @@ static uint8_t *lay_out_run(const struct select_args *a, struct head *h, uint8_t
     return at;
 }
 
+/* to[0 .. n VL) = sum over d of q[d] side[d][0 .. n VL) */
+INLINE void project_columns(int n, const float *q, const float *side, int64_t dim, int64_t columns, float *to) {
+    vf sum[4];
+    UNROLL for (int i = 0; i < n; i++) sum[i] = (vf){0};
+    for (int64_t d = 0; d < dim; d++)
+        UNROLL for (int i = 0; i < n; i++) sum[i] += q[d] * load(side + d * columns + i * VL);
+    UNROLL for (int i = 0; i < n; i++) store(to + i * VL, sum[i]);
+}
+
 /* projected = scaling * scale * (q A) */
 static void project(struct head *h, int64_t head) {
     const struct select_args *a = h->args;
@@ -79,11 +89,15 @@ static void project(struct head *h, int64_t head) {
     const float *scale = a->scale + head * a->columns;
     for (int64_t g = 0; g < a->group; g++) {
         const float *q = a->q + (head * a->group + g) * a->dim;
-        float *to = h->projected + g * a->columns;
-        memset(to, 0, a->columns * 4);
-        for (int64_t d = 0; d < a->dim; d++)
-            for (int64_t r = 0; r < a->columns; r++) to[r] += q[d] * side[d * a->columns + r];
-        for (int64_t r = 0; r < a->columns; r++) to[r] *= scale[r] * (float)a->scaling;
+        float *to = h->projected + g * a->columns, scaling = (float)a->scaling;
+        int64_t r = 0;
+        for (; r + 4 * VL <= a->columns; r += 4 * VL) project_columns(4, q, side + r, a->dim, a->columns, to + r);
+        for (; r + VL <= a->columns; r += VL) project_columns(1, q, side + r, a->dim, a->columns, to + r);
+        for (; r < a->columns; r++) {
+            to[r] = 0;
+            for (int64_t d = 0; d < a->dim; d++) to[r] += q[d] * side[d * a->columns + r];
+        }
+        for (r = 0; r < a->columns; r++) to[r] *= scale[r] * scaling;
     }
 }
 
@@ -122,14 +136,15 @@ static void quantize(struct head *h) {
         .coarse_bias = h->coarse_bias};
 }
 
-/* The queries in 8 bits, and the most that this rounding takes from a logit: 8 * sum of |what was rounded away|. */
+/* The queries in 8 bits, and the most that this rounding takes from a logit. With codes of -8 .. 7 that is 7.5 * sum of
+   |what was rounded away|, as the bias takes the middle of the range into account. */
 static void quantize_coarsely(struct head *h) {
     const struct select_args *a = h->args;
     int64_t words = count_words(a), half = a->columns / 2;
-    h->margin = 0;
+    h->margin = 0, h->furthest = 0;
     for (int64_t g = 0; g < a->group; g++) {
         const float *p = h->projected + g * a->columns;
-        float largest = 1e-30f, lost = 0, sum = 0;
+        float largest = 1e-30f, lost = 0, balance = 0, sum = 0, size = 0;
         for (int64_t r = 0; r < a->columns; r++) largest = fmaxf(largest, fabsf(p[r]));
         float step = largest / 127;
         for (int64_t i = 0; i < words * 2; i++) {
@@ -137,14 +152,15 @@ static void quantize_coarsely(struct head *h) {
             for (int64_t j = 0; j < 4; j++) {
                 int64_t byte = i / 2 * 4 + j;
                 float exact = byte < half ? p[i % 2 * half + byte] : 0, x = rintf(exact / step);
-                lost += fabsf(exact - x * step), sum += x;
+                lost += fabsf(exact - x * step), balance += exact - x * step, sum += x, size += fabsf(x);
                 bytes |= (uint32_t)(uint8_t)(int8_t)x << (8 * j);
             }
             h->coarse_table[g * words * 2 + i] = (vi)((vu){0} + bytes);
         }
         h->coarse_step[g] = step * 1.44269504f;
-        h->coarse_bias[g] = h->coarse_step[g] * 8 * sum;
-        h->margin = fmaxf(h->margin, 8 * lost * 1.44269504f);
+        h->coarse_bias[g] = h->coarse_step[g] * 8 * sum + 0.5f * balance * 1.44269504f;
+        h->margin = fmaxf(h->margin, 7.5f * lost * 1.44269504f);
+        h->furthest = fmaxf(h->furthest, 8 * size * h->coarse_step[g]);
     }
 }
 

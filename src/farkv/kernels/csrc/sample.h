@@ -5,7 +5,7 @@
 
 #define SAMPLE_RUNS 66 /* the first and the last records, and runs in between */
 #define SAMPLE_RUN 16
-#define BINS 2048
+#define MOST_FUSED 4 /* queries of a group that are weighed together in registers */
 
 /* The threshold's bits and how many of what shares them are taken. */
 struct threshold {
@@ -13,31 +13,41 @@ struct threshold {
     int64_t n_equal;
 };
 
-static int64_t find_bin(const uint32_t *bins, int64_t *wanted) {
-    int64_t bin = BINS - 1;
-    for (; bin > 0 && bins[bin] < *wanted; bin--) *wanted -= bins[bin];
-    return bin;
-}
-
 #define PREFIX(key) ((key) >> 9)
 
-/* The wanted-th largest of keys, the bits of positive floats, to 14 bits of the mantissa; key 0 does not count. */
-static struct threshold find_threshold(const uint32_t *keys, int64_t n, int64_t wanted) {
-    uint32_t bins[BINS] = {0};
-    for (int64_t i = 0; i < n; i++) bins[keys[i] >> 20]++;
-    int64_t high = find_bin(bins, &wanted);
-    memset(bins, 0, sizeof bins);
-    for (int64_t i = 0; i < n; i++)
-        if (keys[i] >> 20 == high) bins[keys[i] >> 9 & (BINS - 1)]++;
-    int64_t low = find_bin(bins, &wanted);
-    return (struct threshold){(uint32_t)(high * BINS + low), wanted};
+/* How many of keys, which are below 2^31, are at least `least` > 0. */
+static int64_t count_keys(const uint32_t *keys, int64_t n, uint32_t least) {
+    vi count[4] = {{0}}, below = (vi){0} + (int32_t)(least - 1);
+    int64_t i = 0, total = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        UNROLL for (int j = 0; j < 4; j++) count[j] -= (vi)load_bits(keys + i + j * VL) > below;
+    count[0] += count[1] + count[2] + count[3];
+    for (; i + VL <= n; i += VL) count[0] -= (vi)load_bits(keys + i) > below;
+    for (int j = 0; j < VL; j++) total += count[0][j];
+    for (; i < n; i++) total += keys[i] >= least;
+    return total;
 }
 
-INLINE uint32_t key_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits &= 0x7fffffff;
-    return bits ? bits : 1;
+/* The wanted-th largest of keys, the bits of positive floats, to 14 bits of the mantissa; key 0 does not count.
+   Counting vectors of keys halves the range: the keys stay in the cache, and no step waits for another. */
+static struct threshold find_threshold(const uint32_t *keys, int64_t n, int64_t wanted) {
+    uint32_t low = 0, high = PREFIX(0x7fffffffu) + 1; /* enough keys are at least `low`, too few at least `high` */
+    int64_t above = 0;
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        int64_t count = count_keys(keys, n, middle << 9);
+        if (count == wanted) return (struct threshold){middle, wanted};
+        if (count > wanted) low = middle;
+        else high = middle, above = count;
+    }
+    return (struct threshold){low, wanted - above};
+}
+
+/* Bits of masses; what is no number or 0 gets a key as well. */
+INLINE void keys_of(vf mass, uint32_t *keys) {
+    vu key = (vu)mass & 0x7fffffffu;
+    key |= (vu)(key == 0) & 1;
+    memcpy(keys, &key, VB);
 }
 
 INLINE float float_of(uint32_t key) {
@@ -58,7 +68,8 @@ static int64_t find_sample(const struct select_args *a, int64_t i, double *weigh
 static void weigh_sample(struct head *h, int64_t n_runs, float *samples) {
     const struct select_args *a = h->args;
     double weight;
-    for (int64_t i = 0; i < n_runs; i++) prefetch_row(h->codes + find_sample(a, i, &weight) * a->row_stride, SAMPLE_RUN * a->row_stride);
+    for (int64_t i = 0; i < n_runs; i++)
+        prefetch_row(h->codes + find_sample(a, i, &weight) * a->row_stride, SAMPLE_RUN * a->row_stride);
     for (int64_t g = 0; g < a->group; g++) h->inverse[g] = -3e38f, h->offset[g] = 0;
     for (int64_t i = 0; i < n_runs; i++) {
         weigh_run(h, find_sample(a, i, &weight), SAMPLE_RUN, 0);
@@ -91,7 +102,7 @@ static void find_references(struct head *h) {
         h->inverse[g] = 1, h->guess[g] = 1;
     }
     h->bound = 0;
-    h->coarse = 0;
+    h->coarse = h->fused = 0;
 }
 
 /* Set reference logits, guesses of the sums, and the bound that about `wanted` records reach. */
@@ -128,9 +139,12 @@ static void take_sample(struct head *h, int64_t wanted) {
                 store(to, load(to) + load(samples + (i * group + g) * SAMPLE_RUN + j) * h->inverse[g]);
             }
     }
+    h->fused = h->coarse && (group == 1 || group == 2 || group == 4) && h->query.n_words == PIECE / 4;
+    h->fused &= h->query.softcap == 0;
+    for (int64_t g = 0; g < group; g++) h->fused &= h->furthest - h->offset[g] < MOST_EXP;
     uint32_t keys[(SAMPLE_RUNS - 2) * SAMPLE_RUN];
     int64_t n_keys = (SAMPLE_RUNS - 2) * SAMPLE_RUN;
-    for (int64_t i = 0; i < n_keys; i++) keys[i] = key_of(mass[2 * SAMPLE_RUN + i]);
+    for (int64_t i = 0; i < n_keys; i += VL) keys_of(load(mass + 2 * SAMPLE_RUN + i), keys + i);
     double rank = 1.1 * (double)wanted / (double)a->n * (double)n_keys;
     h->bound = float_of(find_threshold(keys, n_keys, (int64_t)(rank + 2 * sqrt(rank) + 3)).prefix << 9);
 }
