@@ -25,7 +25,6 @@ RUNS = {
     "calibrate": "decode --calibrate --threads 1",
 }
 COLUMNS = ("ms", "of ours", "of its floor")
-README_COLUMNS = COLUMNS[:2]
 OURS, BASE = "infinigen", "dense-native"
 
 
@@ -49,10 +48,15 @@ def find(rows: list[dict[str, Any]], method: str, context: int) -> dict[str, Any
     return next((r for r in rows if (r["method"], r["context"]) == (method, context)), None)
 
 
-def format_decode(contexts: tuple[int, ...] = (), columns: tuple[str, ...] = COLUMNS, name: str = "decode") -> str:
-    """Return a row per method: ms per layer, times ours, percentage of the floor, at every context."""
+def format_decode(contexts: tuple[int, ...] = (), *, short: bool = False, name: str = "decode") -> str:
+    """Return a row per method: ms per layer, times ours, percentage of the floor, at every context.
+
+    Args:
+        short: without floors, and without what somebody would not use.
+    """
     found = read(name)
-    rows = found["rows"]
+    columns = COLUMNS[:2] if short else COLUMNS
+    rows = [r for r in found["rows"] if not short or r["method"] != "matmul-fp32"]
     contexts = contexts or tuple(sorted({r["context"] for r in rows}))
     heads = [f"{format_tokens(n)}, {column}" for n in contexts for column in columns]
     lines = [f"| one layer, one token | reads | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]

@@ -10,6 +10,7 @@
 
 #define CHUNK (2 * VL)
 #define CODE_GROUP 32
+#define PIECE_CHUNKS (CODE_GROUP / CHUNK) /* of the codes that share a step */
 
 /* K or V of a record: where it stands in the row, and how many chunks it has. */
 struct half {
@@ -45,35 +46,40 @@ INLINE void load_plain(int form, const uint8_t *p, vf *x) {
 
 INLINE int64_t element_bytes(int form) { return form == FORM_F32 ? 4 : 2; }
 
-/* Where a chunk starts in its row, in bytes; whether it is the first of 64 bytes. */
-INLINE int64_t chunk_at(int form, const struct half *at, int64_t c) {
-    int64_t first = c * CHUNK;
-    return at->codes + (form == FORM_INT4 ? first / 2 : form == FORM_INT8 ? first : first * element_bytes(form));
-}
-
-INLINE int starts_line(int form, int64_t c) {
-    const int64_t chunks = 64 / (form == FORM_INT4 ? CHUNK / 2 : form == FORM_INT8 ? CHUNK : CHUNK * element_bytes(form));
-    return chunks < 2 || c % chunks == 0;
-}
-
-INLINE void load_chunk(int form, const uint8_t *row, const struct half *at, int64_t c, vf *x) {
-    if (form < FORM_INT8) {
-        load_plain(form, row + at->codes + c * CHUNK * element_bytes(form), x);
-        return;
-    }
-    int64_t group = c * CHUNK / CODE_GROUP;
-    float step = mark(row + at->marks + 2 * group);
-    if (form == FORM_INT8) {
-        const uint8_t *p = row + at->codes + c * CHUNK;
-        UNROLL for (int i = 0; i < 2; i++) x[i] = __builtin_convertvector(widen_i8(p + i * VL), vf) * step;
-        return;
-    }
-    float low = mark(row + at->marks + 2 * (at->n_groups + group));
+/* A chunk of coded values before step and lowest value: `from` is where it starts in its group. */
+INLINE void load_codes(int form, const uint8_t *row, const struct half *at, int64_t group, int from, vf *x) {
     UNROLL for (int i = 0; i < 2; i++) {
-        int64_t first = c * CHUNK % CODE_GROUP + i * VL;
-        vi bytes = widen_u8(row + at->codes + group * CODE_GROUP / 2 + first % (CODE_GROUP / 2));
-        vi codes = (first >= CODE_GROUP / 2 ? bytes >> 4 : bytes) & 15;
-        x[i] = __builtin_convertvector(codes, vf) * step + low;
+        int first = from + i * VL;
+        if (form == FORM_INT8) {
+            x[i] = __builtin_convertvector(widen_i8(row + at->codes + group * CODE_GROUP + first), vf);
+        } else {
+            vi bytes = widen_u8(row + at->codes + group * CODE_GROUP / 2 + first % (CODE_GROUP / 2));
+            x[i] = __builtin_convertvector(first >= CODE_GROUP / 2 ? bytes >> 4 : bytes & 15, vf);
+        }
+    }
+}
+
+INLINE vf load_step(const uint8_t *row, const struct half *at, int64_t group) {
+    return fill_bf16(row + at->marks + 2 * group);
+}
+
+INLINE vf load_low(const uint8_t *row, const struct half *at, int64_t group) {
+    return fill_bf16(row + at->marks + 2 * (at->n_groups + group));
+}
+
+/* The chunk that starts at value `from` of a group; plain values count as groups, too. */
+INLINE void load_chunk(int form, const uint8_t *row, const struct half *at, int64_t group, int from, vf *x) {
+    if (form < FORM_INT8) {
+        load_plain(form, row + at->codes + (group * CODE_GROUP + from) * element_bytes(form), x);
+        return;
+    }
+    vf step = load_step(row, at, group);
+    load_codes(form, row, at, group, from, x);
+    if (form == FORM_INT8) {
+        UNROLL for (int i = 0; i < 2; i++) x[i] *= step;
+    } else {
+        vf low = load_low(row, at, group);
+        UNROLL for (int i = 0; i < 2; i++) x[i] = x[i] * step + low;
     }
 }
 
@@ -107,18 +113,19 @@ static struct half find_half(int form, int64_t dim, int64_t codes, int64_t marks
     return (struct half){dim, whole / CHUNK, (dim + CHUNK - 1) / CHUNK, codes, marks, (dim + CODE_GROUP - 1) / CODE_GROUP};
 }
 
-/* Where K and V stand in a row. */
-static void find_halves(int form, int64_t k_dim, int64_t v_dim, struct half *k, struct half *v) {
+/* Where K and V stand in a row. Returns the row's bytes. */
+static int64_t find_halves(int form, int64_t k_dim, int64_t v_dim, struct half *k, struct half *v) {
     if (form < FORM_INT8) {
         *k = find_half(form, k_dim, 0, 0);
         *v = find_half(form, v_dim, k_dim * element_bytes(form), 0);
-        return;
+        return (k_dim + v_dim) * element_bytes(form);
     }
     int64_t bits = form == FORM_INT8 ? 8 : 4, kinds = form == FORM_INT8 ? 1 : 2;
     int64_t k_bytes = (k_dim * bits + 7) / 8, bytes = k_bytes + (v_dim * bits + 7) / 8;
     int64_t marks = bytes + bytes % 2;
     *k = find_half(form, k_dim, 0, marks);
     *v = find_half(form, v_dim, k_bytes, marks + 2 * kinds * k->n_groups);
+    return v->marks + 2 * kinds * v->n_groups;
 }
 
 #endif

@@ -94,6 +94,32 @@ INLINE vf widen_f16(const uint8_t *p) {
 }
 #endif
 
+/* Whether a lane of a comparison holds. */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+INLINE int any_of(vi x) { return _mm256_movemask_ps((__m256)x); }
+#else
+INLINE int any_of(vi x) {
+    int any = 0;
+    for (int i = 0; i < VL; i++) any |= x[i];
+    return any;
+}
+#endif
+
+/* A bfloat16 in every lane. */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+INLINE vf fill_bf16(const uint8_t *p) {
+    int16_t bits;
+    memcpy(&bits, p, 2);
+    return (vf)_mm256_slli_epi32(_mm256_set1_epi16(bits), 16);
+}
+#else
+INLINE vf fill_bf16(const uint8_t *p) {
+    uint16_t bits;
+    memcpy(&bits, p, 2);
+    return (vf)((vu){0} + ((uint32_t)bits << 16));
+}
+#endif
+
 /* exp(x) for x <= 88, relative error below 2^-22; 0 below -87; NaN stays NaN. */
 INLINE vf exp_of(vf x) {
     vf t = max_of(x, fill(-88.0f)) * 1.44269504088896f;
@@ -130,19 +156,19 @@ INLINE float largest_lane(vf x) {
 
 /* out[i] = sum of the lanes of x[i], for N_ACC vectors. */
 #if VL == 4
-INLINE vf pair_sums(vf a, vf b) { return SHUFFLE(a, b, 0, 4, 2, 6) + SHUFFLE(a, b, 1, 5, 3, 7); }
+INLINE vf pair_sums(vf a, vf b) { return SHUFFLE(a, b, 0, 4, 1, 5) + SHUFFLE(a, b, 2, 6, 3, 7); }
 INLINE vf quad_sums(vf ab, vf cd) { return SHUFFLE(ab, cd, 0, 1, 4, 5) + SHUFFLE(ab, cd, 2, 3, 6, 7); }
 #elif VL == 8
 INLINE vf pair_sums(vf a, vf b) {
-    return SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    return SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 }
 INLINE vf quad_sums(vf ab, vf cd) {
     return SHUFFLE(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
 }
 #else
 INLINE vf pair_sums(vf a, vf b) {
-    return SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    return SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 }
 INLINE vf quad_sums(vf ab, vf cd) {
     return SHUFFLE(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
