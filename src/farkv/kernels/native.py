@@ -115,34 +115,26 @@ class Native:
 
         Cost: n * W index bytes read per KV head, for some heads twice; 2 Hq n R operations.
         """
-        batch, heads, stored, width = index.codes.shape
-        hq, dim, columns, n_taken = (
-            q.shape[1],
-            q.shape[-1],
-            index.scale.shape[-1],
-            0 if taken is None else taken.shape[-1],
-        )
-        _expect(
-            index.codes.dtype == torch.int8 and index.codes.stride(-1) == 1, "codes of int8, side by side", index.codes
-        )
-        _expect(index.bits in (4, 8) and width * 8 == columns * index.bits, f"codes of {index.bits} bits", index.codes)
-        _expect(q.shape[0] == batch and hq % heads == 0, "queries of the index's heads", q)
-        _expect(
-            index.query.shape[1:] == (heads, dim, columns) and len(index.query) in (1, batch), "a side", index.query
-        )
-        _expect(index.scale.shape == (batch, heads, 1, columns), "one step per column", index.scale)
+        codes, side, scale = index.codes, index.query, index.scale
+        (batch, heads, stored, width), strides = codes.shape, codes.stride()
+        (q_batch, hq, _, dim), columns = q.shape, scale.shape[-1]
+        n_taken = 0 if taken is None else taken.shape[-1]
+        _expect(codes.dtype == torch.int8 and strides[3] == 1, "codes of int8, side by side", codes)
+        _expect(index.bits in (4, 8) and width * 8 == columns * index.bits, "as many codes as steps", codes)
+        _expect(q_batch == batch and hq % heads == 0, "queries of the index's heads", q)
+        _expect(side.shape[1:] == (heads, dim, columns) and len(side) in (1, batch), "a side", side)
+        _expect(scale.shape == (batch, heads, 1, columns), "one step per column", scale)
         if not 0 <= cap + n_taken <= n <= stored:
             raise CacheStateError(
                 f"native select: expected cap + taken <= n <= stored records, got {cap} + {n_taken}, {n}, {stored}; "
                 "choose fewer records"
             )
         out = torch.empty(batch, heads, cap, dtype=torch.int64)
-        held = [_flat(q), _flat(index.query), _flat(index.scale)]
-        strides = index.codes.stride()
+        held = [_flat(q), _flat(side), _flat(scale)]
         args = SelectArgs(
-            *[x.data_ptr() for x in held], index.codes.data_ptr(), _point_at(taken, held), out.data_ptr(),
+            *[x.data_ptr() for x in held], codes.data_ptr(), _point_at(taken, held), out.data_ptr(),
             *strides[:3], batch, heads, hq // heads, dim, columns, width, index.bits,
-            len(index.query), n, cap, sinks, n_taken, torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
+            len(side), n, cap, sinks, n_taken, torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
         if cap:
             self._call("farkv_select", args)
@@ -268,8 +260,8 @@ def _row_bytes(rows: Rows) -> int:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Small operands as the library reads them: contiguous float32."""
-    return x.detach().float().contiguous()
+    """Small operands as the library reads them: contiguous float32; what is so already costs no call into torch."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
 
 
 def _point_at(x: Tensor | None, held: list[Tensor]) -> int | None:
