@@ -98,6 +98,9 @@ SHAPES = [
     Shape(1, 1, 8, 16, 5, 6000, 8),
     Shape(2, 1, 5, 64, 33, 4500, 8),
     Shape(1, 3, 2, 64, 64, 5001, 4),  # more than one piece of a row
+    Shape(1, 1, 8, 16, 32, 4300, 4),  # scanned in registers: 8, 2, 1 queries of a group
+    Shape(1, 2, 2, 16, 28, 4400, 4),  # rows that end before a piece does
+    Shape(1, 1, 1, 16, 32, 6000, 4),
 ]
 
 

@@ -9,6 +9,7 @@
 
 #define PIECE 16          /* bytes of a row that are transposed at once */
 #define RUN 64            /* records whose weights stand in the cache at once */
+#define MOST_FUSED 8      /* queries of a group that are weighed together in registers */
 #define LEAST_EXP (-126.0f) /* weights outside 2^-126 .. 2^100 of the reference's count as these */
 #define MOST_EXP 100.0f
 
@@ -129,7 +130,7 @@ INLINE vi pair_halves(vh a) { return (vi)_mm256_madd_epi16((__m256i)a, _mm256_se
 /* As `multiply`, of four-bit codes plus 8 and queries of 8 bits, which stand in `table`; half the work. */
 INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const uint8_t *rows, int64_t stride,
                               vi *acc) {
-    vh sum[4];
+    vh sum[MOST_FUSED];
     vi word[4];
     UNROLL for (int g = 0; g < heads; g++) sum[g] = (vh){0};
     transpose(rows, stride, NULL, word);

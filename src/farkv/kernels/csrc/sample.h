@@ -5,7 +5,6 @@
 
 #define SAMPLE_RUNS 66 /* the first and the last records, and runs in between */
 #define SAMPLE_RUN 16
-#define MOST_FUSED 4 /* queries of a group that are weighed together in registers */
 
 /* The threshold's bits and how many of what shares them are taken. */
 struct threshold {
@@ -139,7 +138,7 @@ static void take_sample(struct head *h, int64_t wanted) {
                 store(to, load(to) + load(samples + (i * group + g) * SAMPLE_RUN + j) * h->inverse[g]);
             }
     }
-    h->fused = h->coarse && (group == 1 || group == 2 || group == 4) && h->query.n_words == PIECE / 4;
+    h->fused = h->coarse && (group == 1 || group == 2 || group == 4 || group == 8) && h->query.n_words == PIECE / 4;
     h->fused &= h->query.softcap == 0;
     for (int64_t g = 0; g < group; g++) h->fused &= h->furthest - h->offset[g] < MOST_EXP;
     uint32_t keys[(SAMPLE_RUNS - 2) * SAMPLE_RUN];

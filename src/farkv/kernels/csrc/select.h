@@ -87,7 +87,8 @@ static __attribute__((noinline)) int64_t scan_ahead(struct head *h, int64_t firs
     int64_t readable = a->n - (PIECE - 1) / a->code_bytes - first;
     n = (n < readable ? n : readable) / VL;
     if (n <= 0) return 0;
-    if (a->group == 4) *at = scan_fused(4, h, first, n, bound, sums, *at);
+    if (a->group == 8) *at = scan_fused(8, h, first, n, bound, sums, *at);
+    else if (a->group == 4) *at = scan_fused(4, h, first, n, bound, sums, *at);
     else if (a->group == 2) *at = scan_fused(2, h, first, n, bound, sums, *at);
     else *at = scan_fused(1, h, first, n, bound, sums, *at);
     return n * VL;
