@@ -11,7 +11,7 @@
 #include "rows.h"
 
 #define BLOCK 16 /* two blocks of 512-byte rows, this one and the next, are half of a first-level cache */
-#define DUE 1024
+#define DUE 1024 /* parts of a row, in which a step counts what is due */
 #define LOWEST (-1e30f)
 
 /* One part of the records of one KV head. */
@@ -52,7 +52,7 @@ INLINE void multiply_chunk(int form, int heads, const struct attend_head *h, con
     }
 }
 
-/* s[record][query head] of up to BLOCK records. */
+/* s[record][query head] of a block. */
 INLINE void form_logits(int form, int heads, const struct attend_head *h, int64_t first, struct block *b, float *s) {
     const int records = N_ACC / heads;
     const int64_t n_chunks = h->k.n_chunks, n_full = h->k.n_full;
