@@ -25,6 +25,7 @@ from farkv.kernels.native_abi import (
     AttendArgs,
     GatherArgs,
     SelectArgs,
+    count_row_bytes,
     load_library,
 )
 
@@ -102,7 +103,7 @@ class Native:
 
         w_s = sum_g softmax_s(softcap(scaling * (q_g A) . (codes_s * scale)))
 
-        Weights that differ by less than 2^-7 may change places; so may weights below 2^-120 of the largest.
+        Weights that differ by about 2^-7 or less may change places; so may weights below 2^-120 of the largest.
 
         Args:
             taken: positions that are not chosen, sinks or not.
@@ -170,7 +171,11 @@ class Native:
         form = PLAIN.get(data.dtype, "") if rows.form == "plain" else rows.form
         _expect(form in FORMS and (rows.form == "plain" or data.dtype == torch.uint8), "records of a known form", data)
         _expect(
-            _row_bytes(rows) == data.shape[-1] * data.element_size() and data.stride(-1) == 1, "rows of k and v", data
+            count_row_bytes(rows.form, rows.k_dim, rows.v_dim, rows.data.element_size())
+            == data.shape[-1] * data.element_size()
+            and data.stride(-1) == 1,
+            "rows of k and v",
+            data,
         )
         _expect(q.shape[0] == batch and hq % heads == 0 and q.shape[-1] == rows.k_dim, "queries of these records", q)
         _expect(positions is None or positions.shape[:2] == (batch, heads), "positions of every KV head", positions)
@@ -248,15 +253,6 @@ class Native:
             raise CacheStateError(f"{name}: a position is out of reach; choose among the records that are stored")
         if status == NO_MEMORY:
             raise MemoryError(f"{name}: no memory for scratch")
-
-
-def _row_bytes(rows: Rows) -> int:
-    """Bytes of one record, as store/quantize.py states them."""
-    if rows.form == "plain":
-        return (rows.k_dim + rows.v_dim) * rows.data.element_size()
-    bits, kinds = (8, 1) if rows.form == "int8" else (4, 2)
-    codes = -(-rows.k_dim * bits // 8) - (-rows.v_dim * bits // 8)
-    return codes + codes % 2 + 2 * kinds * (-(-rows.k_dim // 32) - (-rows.v_dim // 32))
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -78,3 +78,12 @@ def load_library() -> ctypes.CDLL | None:
     library.farkv_read_rows.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]
     library.farkv_read.restype = library.farkv_read_rows.restype = c_uint64
     return library
+
+
+def count_row_bytes(form: str, k_dim: int, v_dim: int, itemsize: int) -> int:
+    """Return the bytes of one record, as store/quantize.py states them."""
+    if form == "plain":
+        return (k_dim + v_dim) * itemsize
+    bits, kinds = (8, 1) if form == "int8" else (4, 2)
+    codes = -(-k_dim * bits // 8) - (-v_dim * bits // 8)
+    return codes + codes % 2 + 2 * kinds * (-(-k_dim // 32) - (-v_dim // 32))
