@@ -164,7 +164,7 @@ class InfiniGen:
         paper: the published algorithm; it sets what follows where left at None.
         source: the hidden state the query is estimated from: `post_attn`, LN_i(h + attn_{i-1}), is ours;
             `residual`, LN_i(h_{i-1}); `attn`, layer i-1's attention input, is the paper's.
-        columns: index columns R per KV head (ours: as many as keep the index fraction at 0.10; the paper's: 0.3 of
+        columns: index columns R per KV head (ours: as many as fill 1/32 of the KV bytes; the paper's: 0.3 of
             the head dimension).
         index_bits: bits of an index entry, 4 or 8 (the paper's partial keys have the model's dtype).
         alpha: read only records within `alpha` logits of the best one (the paper's: 4).
