@@ -47,7 +47,7 @@ class Stage:
         self.expected: dict[tuple[str, str], torch.Tensor] = {}
         for method in METHODS:
             self.method = method
-            for name in ("pages", "session", "ram"):
+            for name in ("pages", "session", "ram", "near"):
                 self.expected[type(method).__name__, name] = self.answer(name)
 
     def turn(self, seed: int) -> None:
@@ -56,8 +56,9 @@ class Stage:
         self.method = METHODS[seed % len(METHODS)]
 
     def attach(self, kind: str, **options: Any) -> Any:
-        own = {"pages": {"disk": f"{self.folder}/kv:50MiB", "host": "1100KiB"}, "session": TIGHT, "ram": {}}[kind]
-        method = UNCAPPED if kind != "ram" and isinstance(self.method, InfiniGen) else self.method
+        pages = {"disk": f"{self.folder}/kv:50MiB", "host": "1100KiB"}
+        own = {"pages": pages, "session": TIGHT, "ram": {}, "near": {"near": "200KiB"}}[kind]
+        method = UNCAPPED if kind in ("pages", "session") and isinstance(self.method, InfiniGen) else self.method
         return farkv.attach(self.model, method, **{**own, **options})
 
     def read(self, far: Any, **options: Any) -> Any:

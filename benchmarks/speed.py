@@ -19,9 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = {
     "decode": "decode --contexts 8K,32K,128K --threads 1 --rounds 15 --peer llama.cpp",
     "threads": "decode --contexts 32K --threads 2 --rounds 15 --methods infinigen,dense-native",
-    "prefill": "prefill --contexts 2K,8K --threads 2",
-    "e2e": "e2e --contexts 4K,16K,32K --threads 2 --rounds 5",
-    "short": "e2e --contexts 128,256,512,1K,2K --threads 2 --layers 4 --rounds 15",
+    "prefill": "prefill --contexts 2K,4K --threads 2",
+    "e2e": "e2e --contexts 4K,32K --threads 2 --rounds 4",
+    "short": "e2e --contexts 128,256,512,1K,2K --threads 2 --layers 4 --rounds 9",
     "calibrate": "decode --calibrate --threads 1",
 }
 COLUMNS = ("ms", "of ours", "of its floor")

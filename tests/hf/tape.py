@@ -46,13 +46,14 @@ class Tape:
         def record_join(layer: int, *args: Any) -> Any:
             out = join(layer, *args)
             valid = None if out.valid is None else out.valid.clone()
-            self.passes[-1].reads[layer] = (out.positions.clone(), valid)
+            self.passes[-1].reads[layer] = (recipe.store.locate(layer, out.positions).clone(), valid)
             return out
 
         def record_read_in_place(layer: int, step: Any, kernel: Any, positions: Tensor | None, n_tail: int) -> Any:
             n, (batch, heads) = recipe.store.length(layer), recipe.store.heads(layer)
             tail = torch.arange(0 if positions is None else n - n_tail, n).expand(batch, heads, -1)
-            self.passes[-1].reads[layer] = tail if positions is None else torch.cat([positions, tail], -1), None
+            rows = tail if positions is None else torch.cat([positions, tail], -1)
+            self.passes[-1].reads[layer] = recipe.store.locate(layer, rows), None
             return read_in_place(layer, step, kernel, positions, n_tail)
 
         def record_select(sequences: Tensor, layer: int) -> None:

@@ -57,7 +57,7 @@ def test_bfloat16(family: str, options: Any) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
 def test_eager_base(family: str, near: str | None) -> None:
     far = compare(make_model(family, implementation="eager"), InfiniGen(fraction=1.0), PROMPTS["padded"], near)
-    assert far.receipt().kernel == "torch-eager"
+    assert far.receipt().kernel.split("+")[-1] == "torch-eager"
 
 
 @pytest.mark.parametrize("source", ["attn", "residual", "post_attn"])

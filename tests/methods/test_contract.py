@@ -69,7 +69,8 @@ def test_it_keeps_cap_books_and_lengths(method: Method, near: Any) -> None:
     assert receipt.context_tokens == 65
     assert receipt.read_fraction <= method.fraction + 1e-9  # type: ignore[operator]
     store = cache.recipe.store
-    assert store.host.used == sum(rows.n_bytes for rows in store.pool.values())
+    books = sum(hot.size.book_bytes for hot in store.hot.values())
+    assert store.host.used == sum(rows.n_bytes for rows in store.pool.values()) + books
     for p in tape.decode():
         for positions, valid in p.reads.values():
             assert (positions[..., -1:] == positions.amax(-1, True)).all(), "the newest is read"
