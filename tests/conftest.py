@@ -6,7 +6,10 @@ Shapes are executed by the `--jaxtyping-packages` option in pyproject.toml.
 from __future__ import annotations
 
 import os
+import tempfile
 
+# What was measured of this machine must not decide a test.
+os.environ["FARKV_CACHE_DIR"] = tempfile.mkdtemp(prefix="farkv-cache-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -40,7 +40,8 @@ class ModelSettings:
     layers: int
     methods: tuple[str, ...] = DEFAULT
     batch: int = 1
-    fraction: float = 0.05
+    # None: the method's own, as where a user gives none.
+    fraction: float | None = 0.05
     rounds: int = 5
 
     def __post_init__(self) -> None:
@@ -125,7 +126,8 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
         + (f", {slope['share']:.3f} of hf-sdpa-bf16's" if slope.get("share") and name == OURS else "")
         for name, slope in growth.items()
     ]
-    title = f"e2e, {shape.name}, {settings.layers} layers, bfloat16, cap {settings.fraction:.1%}: whole model per token"
+    cap = "its own" if settings.fraction is None else f"{settings.fraction:.1%}"
+    title = f"e2e, {shape.name}, {settings.layers} layers, bfloat16, cap {cap}: whole model per token"
     return Report(title, rows, found, settings.to_dict(), notes, {"growth": growth})
 
 

@@ -181,6 +181,9 @@ def e2e(
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model. Default: all of the shape.")] = None,
     batch: BatchOption = 1,
     fraction: CapOption = 0.05,
+    own: Annotated[
+        bool, typer.Option("--own-fraction", help="As without a fraction: short contexts are read whole.")
+    ] = False,
     threads: ThreadsOption = None,
     methods: Annotated[str | None, typer.Option(help="infinigen, hf-sdpa-bf16, hf-eager-bf16.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods take part in fewer.")] = 5,
@@ -202,7 +205,7 @@ def e2e(
     found = find_shape(shape)
     settings = ModelSettings(
         found, tuple(parse_contexts(contexts)), layers or found.layers, split_names(methods, DEFAULT),
-        batch=batch, fraction=fraction, rounds=rounds,
+        batch=batch, fraction=None if own else fraction, rounds=rounds,
     )  # fmt: skip
     with show_progress(err, "e2e", quiet=False) as tell:
         report = measure_model(settings, tell)
