@@ -206,8 +206,7 @@ def cancelled_request(stage: Stage) -> str:
 
 def exception_in_the_worker(stage: Stage) -> str:
     """The link's thread fails; the step is asked again."""
-    # What is hot does not cross, so few fetches come by.
-    left = [stage.rng.randrange(1, 4)]
+    left = [stage.rng.randrange(1, 4)]  # What is hot does not cross, so few fetches come by.
 
     def work() -> torch.Tensor:
         with stage.attach("near") as far:

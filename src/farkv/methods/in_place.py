@@ -44,9 +44,10 @@ class InPlace(Evicting):
             return False
         if self.padding.real is None:
             return True
+        if self.store.evicted[layer] or query.q.device.type != "cpu":
+            return False
         lengths = self.padding.count(self.store.seen(layer))
-        on_left = lengths is not None and lengths.real == lengths.run
-        return on_left and not self.store.evicted[layer] and query.q.device.type == "cpu"
+        return lengths is not None and lengths.real == lengths.run
 
     def find_starts(self, n_tokens: int) -> list[int]:
         """Return where every sequence's own tokens begin."""

@@ -8,6 +8,7 @@ leaves an event. Knows nothing of why a record was chosen.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ class Link:
         self._worker: ThreadPoolExecutor | None = None
         self._owner = 0
         self._stream: Any = None
+        # What the GPU may still be reading, each with the event after which it is done.
+        self._reading: deque[tuple[Any, Tensor]] = deque()
         self._staging: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
@@ -117,6 +120,10 @@ class Link:
             job.positions.record_stream(stream)
             done = torch.cuda.Event()
             done.record(stream)
+        # A pool that grows meanwhile lets go of these rows: pinned memory would be given to others at once.
+        self._reading.append((done, data))
+        while self._reading[0][0].query() and len(self._reading) > 1:
+            self._reading.popleft()
         job.report(job.out[:, :, :n].numel() * job.out.element_size())
         arrived: Future[Any] = Future()
         arrived.set_result(done)
