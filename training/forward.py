@@ -1,4 +1,4 @@
-"""The Llama forward pass as the trainer runs it on a CPU: bf16 products, attention in query chunks.
+"""The Llama forward pass as the trainer runs it on a CPU: bf16 products where it has them, attention in query chunks.
 
 In: a `LlamaForCausalLM` (its parameters are used, not its code) and tokens. Out: the final normed
 states. PyTorch's own CPU attention spends up to two thirds of a step at these small heads; plain
@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 from transformers import LlamaForCausalLM
 
-BF16 = torch.bfloat16
+# Processors without bfloat16 products emulate them, more than ten times slower than float32.
+DTYPE = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 class ChunkedAttention(torch.autograd.Function):
@@ -49,10 +50,10 @@ class ChunkedAttention(torch.autograd.Function):
             g = grad[:, :, i:j].reshape(groups, repeats * chunk, dim)
             grad_v[:, :j] += torch.bmm(weights.transpose(1, 2), g)
             of_weights = torch.bmm(g, v[:, :j].transpose(1, 2))
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, BF16)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, DTYPE)
             grad_q[:, :, i:j] = torch.bmm(of_scores, k[:, :j]).view(groups, repeats, chunk, dim)
             grad_k[:, :j] += torch.bmm(of_scores.transpose(1, 2), rows)
-        return grad_q, grad_k.to(BF16), grad_v.to(BF16), None
+        return grad_q, grad_k.to(DTYPE), grad_v.to(DTYPE), None
 
 
 def rope_tables(length: int, dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +66,7 @@ def rope_tables(length: int, dim: int, theta: float) -> tuple[torch.Tensor, torc
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return functional.rms_norm(x, (x.shape[-1],), weight, eps).to(BF16)
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps).to(DTYPE)
 
 
 def attend(layer, h: torch.Tensor, tables, config) -> torch.Tensor:
@@ -73,20 +74,20 @@ def attend(layer, h: torch.Tensor, tables, config) -> torch.Tensor:
     rows, length, _ = h.shape
     heads, kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     a = layer.self_attn
-    packed = torch.cat([a.q_proj.weight * dim**-0.5, a.k_proj.weight, a.v_proj.weight]).to(BF16)
+    packed = torch.cat([a.q_proj.weight * dim**-0.5, a.k_proj.weight, a.v_proj.weight]).to(DTYPE)
     qkv = (h @ packed.T).view(rows, length, heads + 2 * kv, dim)
     qk = qkv[:, :, : heads + kv].float()
-    qk = (qk * tables[0] + torch.roll(qk, dim // 2, -1) * tables[1]).to(BF16).transpose(1, 2)
+    qk = (qk * tables[0] + torch.roll(qk, dim // 2, -1) * tables[1]).to(DTYPE).transpose(1, 2)
     q = qk[:, :heads].reshape(rows * kv, heads // kv, length, dim)
     k = qk[:, heads:].reshape(rows * kv, length, dim)
     v = qkv[:, :, heads + kv :].transpose(1, 2).reshape(rows * kv, length, dim)
     out = ChunkedAttention.apply(q, k, v, min(length, 64 if length <= 1024 else 128))
     out = out.view(rows, heads, length, dim).transpose(1, 2).reshape(rows, length, heads * dim)
-    return out @ a.o_proj.weight.to(BF16).T
+    return out @ a.o_proj.weight.to(DTYPE).T
 
 
 def run_model(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the final normed states, bf16 (B, T, width), of tokens (B, T).
+    """Return the final normed states, `DTYPE` (B, T, width), of tokens (B, T).
 
     T is at most 64 or a multiple of 64 (of 128 above 1024).
     """
@@ -98,9 +99,9 @@ def run_model(model: LlamaForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
         x = x + attend(layer, norm(x, layer.input_layernorm.weight, eps), tables, config)
         h = norm(x, layer.post_attention_layernorm.weight, eps)
         m = layer.mlp
-        up = h @ torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(BF16).T
+        up = h @ torch.cat([m.gate_proj.weight, m.up_proj.weight]).to(DTYPE).T
         gate, up = up.chunk(2, -1)
-        x = x + (functional.silu(gate) * up) @ m.down_proj.weight.to(BF16).T
+        x = x + (functional.silu(gate) * up) @ m.down_proj.weight.to(DTYPE).T
     return norm(x, inner.norm.weight, eps)
 
 

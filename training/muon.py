@@ -7,6 +7,7 @@ et al. 2024), for all matrices of one shape at once.
 from __future__ import annotations
 
 import torch
+from forward import DTYPE
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -14,7 +15,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def make_orthogonal(x: torch.Tensor) -> torch.Tensor:
     """Bring the singular values of each matrix (n, rows <= columns) close to 1."""
     a, b, c = COEFFICIENTS
-    x = x.bfloat16()
+    x = x.to(DTYPE)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         gram = x @ x.transpose(1, 2)

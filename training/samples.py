@@ -16,10 +16,18 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from farkv.demo.recall import fact_line, question_line
+from farkv.evals.draw import Draw
+from farkv.evals.sample import Made, Turn, lay
+from farkv.evals.tasks import TASKS
 
 NOTHING, TEXT, ANSWER, COPY = 0, 1, 2, 3
 DIGITS = 4
 FACT, QUESTION = 12, 16  # tokens that a fact's line and a question's line cost, about
+COUNTED = ("cwe", "fwe")  # tasks whose lines are the whole text
+# How often each other task is drawn; single needles and many turns are what `recall` trains.
+TASK_SHARES = {
+    "niah_multikey": 1, "niah_multivalue": 3, "niah_multiquery": 3, "vt": 2, "qa": 3, "extraction": 2, "longgen": 4,
+}  # fmt: skip
 
 
 def encode_lines(tokenizer: Tokenizer, files: dict[str, str], cache: Path | None = None):
@@ -183,8 +191,59 @@ class Sampler:
             kind[: int(np.argmax(kind != ANSWER))] = TEXT
         return flat, kind
 
+    def draw_tasks(self, length: int) -> tuple[list[str], list[Turn]]:
+        """Draw tasks until their lines and turns take 10 to 80 % of the sample, each with a size of its own."""
+        rng = self.rng
+        room = int(rng.uniform(0.1, 0.8) * (length - 64))
+        lines: list[str] = []
+        turns: list[Turn] = []
+        for _ in range(12):
+            task = rng.choices(list(TASK_SHARES), list(TASK_SHARES.values()))[0]
+            made = TASKS[task](self.draw(int(rng.uniform(0.1, 0.7) * length)))
+            cost = self.count(made.lines, made.turns)
+            if cost <= room:
+                room -= cost
+                at = 0 if not lines else rng.randrange(len(lines) + 1)
+                lines[at:at] = made.lines
+                turns += made.turns
+        rng.shuffle(turns)
+        return lines, turns
+
+    def count(self, lines: list[str], turns: list[Turn]) -> int:
+        """Return the tokens of a task's lines, questions and answers."""
+        return len(self.encode("".join(lines))) + sum(len(self.encode(t.completion + t.answer)) + 1 for t in turns)
+
+    def draw(self, length: int) -> Draw:
+        """Give a task this sampler's words."""
+        seed = self.rng.getrandbits(48)
+        return Draw(seed, length, name=lambda _: f"{self.draw_word()}_{self.draw_word()}")
+
+    def make_tasks(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Several tasks in one text of code; all their questions at the end."""
+        lines, turns = self.draw_tasks(length)
+        if not turns:
+            return self.make_recall(length, chains=0.0, sparse=True)
+        used = self.count(lines, turns)
+        filler = self.draw_filler(length - used) if length - used > 24 else []
+        places = list(range(len(filler)))
+        laid, own = lay(Made(lines, turns), [str(i) for i in places], self.rng)
+        mine = set(own)
+        parts: list = [(0.0, [(t, TEXT)] if i in mine else filler[int(t)]) for i, t in enumerate(laid)]
+        return self.join(parts + self.ask_turns(turns), length)
+
+    def make_counted(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Words to count: the lines are noise, so only the answer is learned."""
+        made = TASKS[self.rng.choice(COUNTED)](self.draw(int(length * 0.75)))
+        tokens, kinds = self.join([(0.0, [("".join(made.lines), NOTHING)]), *self.ask_turns(made.turns)], length)
+        return tokens, kinds
+
+    def ask_turns(self, turns: list[Turn]) -> list:
+        """Return the parts of all questions and answers; the last answer is the sample's end."""
+        parts: list = [(1.0, [(t.completion, TEXT), (t.answer, ANSWER), ("\n", TEXT)]) for t in turns]
+        return [*parts[:-1], (1.0, parts[-1][1][:-1])]
+
     def make_batch(self, rows: int, length: int, mix: dict[str, float], chains: float, sparse: float):
-        """Draw `rows` samples; `mix` gives the shares of copy, recall and code."""
+        """Draw `rows` samples; `mix` gives the shares of copy, recall, code, tasks and counted words."""
         tokens = np.empty((rows, length), np.int64)
         kinds = np.empty((rows, length), np.int8)
         names, shares = list(mix), list(mix.values())
@@ -194,6 +253,10 @@ class Sampler:
                 tokens[r], kinds[r] = self.make_copy(length)
             elif what == "code":
                 tokens[r], kinds[r] = self.make_code(length)
+            elif what == "tasks":
+                tokens[r], kinds[r] = self.make_tasks(length)
+            elif what == "counted":
+                tokens[r], kinds[r] = self.make_counted(length)
             else:
                 few = self.rng.random() < sparse
                 tokens[r], kinds[r] = self.make_recall(length, chains=chains, sparse=few)

@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from circuits import set_circuits
 from corpus import collect_words, read_stdlib
-from forward import BF16, run_model
+from forward import DTYPE, run_model
 from muon import BatchedMuon
 from prompts import Filler, answer_prompts, draw_prompt
 from safetensors.torch import save_file
-from samples import ANSWER, COPY, DIGITS, TEXT, Sampler, encode_lines
+from samples import ANSWER, COPY, TEXT, Sampler, encode_lines
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -107,8 +107,9 @@ def compute_loss(model, tokens: torch.Tensor, kinds: torch.Tensor, text_share: f
     hidden = run_model(model, tokens)[:, :-1]
     goal, kind = tokens[:, 1:], kinds[:, 1:]
     thin = torch.rand(kind.shape) < text_share
+    begins = (kind == ANSWER) & (kinds[:, :-1] != ANSWER)
     chosen = (kind == ANSWER) | (kind == COPY) | ((kind == TEXT) & thin)
-    logits = (hidden[chosen] @ model.lm_head.weight.to(BF16).T).float()
+    logits = (hidden[chosen] @ model.lm_head.weight.to(DTYPE).T).float()
     goal, kind = goal[chosen], kind[chosen]
     each = torch.nn.functional.cross_entropy(logits, goal, reduction="none")
     right = logits.argmax(-1) == goal
@@ -119,9 +120,16 @@ def compute_loss(model, tokens: torch.Tensor, kinds: torch.Tensor, text_share: f
         if n:
             loss = loss + weight * each[here].mean()
         report[name] = (each[here].sum().item(), right[here].sum().item(), n)
-    whole = right[kind == ANSWER].view(-1, DIGITS).all(1)
-    report["whole"] = (0.0, whole.sum().item(), len(whole))
+    report["whole"] = (0.0, *count_whole(begins[chosen][kind == ANSWER], right[kind == ANSWER]))
     return loss, report
+
+
+def count_whole(begins: torch.Tensor, right: torch.Tensor) -> tuple[int, int]:
+    """Return how many answers have every token right, and how many there are; `begins` marks first tokens."""
+    answer = begins.long().cumsum(0) - 1
+    n = int(begins.sum())
+    wrong = torch.zeros(n, dtype=torch.long).index_add_(0, answer, (~right).long())
+    return int((wrong == 0).sum()), n
 
 
 class Tally:
@@ -141,6 +149,9 @@ class Tally:
 
 class Run:
     """A training run that can stop anywhere and go on from its last checkpoint."""
+
+    phases = PHASES
+    folder = PACKAGE  # what `export` writes
 
     def __init__(self, args: argparse.Namespace, rank: int = 0):
         self.args, self.rank, self.out = args, rank, Path(args.out)
@@ -227,7 +238,7 @@ class Run:
 
     def test(self, n: int = 24) -> dict[str, float]:
         """Ask one question each on held-out filler, at this phase's length."""
-        length = PHASES[self.phase].length
+        length = self.phases[self.phase].length
         facts = max(4, min(length // 100, 40))
         prompts = [draw_prompt(self.filler, length, facts, 77_000 + i) for i in range(n)]
         right = answer_prompts(self.model, prompts, max(1, 8192 // length))
@@ -235,7 +246,7 @@ class Run:
 
     def report(self, tally: Tally, share: float, more: dict) -> float:
         row = {
-            "length": PHASES[self.phase].length,
+            "length": self.phases[self.phase].length,
             "total": self.total,
             "whole": tally.get("whole", 1),
             "digit": tally.get("answer", 1),
@@ -257,11 +268,11 @@ class Run:
         tested = self.seconds
         while True:
             self.seconds, recall = self.agree(self.seconds, recall)
-            phase, share = PHASES[self.phase], self.seconds / limit
+            phase, share = self.phases[self.phase], self.seconds / limit
             if share >= 1:
                 return
             good = self.seen > phase.least and recall >= phase.enough
-            if (good or share > phase.until) and self.phase + 1 < len(PHASES):
+            if (good or share > phase.until) and self.phase + 1 < len(self.phases):
                 self.phase, self.seen, recall = self.phase + 1, 0, 0.0
                 continue
             tally.add(self.step(phase, share))
@@ -276,29 +287,30 @@ class Run:
 
     def export(self) -> None:
         """Write config and fp16 weights into the package, each file whole or not at all."""
+        self.folder.mkdir(exist_ok=True)
         weights = {
             name: value.half().contiguous()
             for name, value in self.model.state_dict().items()
             if name != "lm_head.weight"
         }
-        save_file(weights, PACKAGE / "model.tmp", metadata={"format": "pt"})
-        os.replace(PACKAGE / "model.tmp", PACKAGE / "model.safetensors")
-        os.chmod(PACKAGE / "model.safetensors", 0o644)
+        save_file(weights, self.folder / "model.tmp", metadata={"format": "pt"})
+        os.replace(self.folder / "model.tmp", self.folder / "model.safetensors")
+        os.chmod(self.folder / "model.safetensors", 0o644)
         config = self.model.config.to_diff_dict() | {
             "dtype": "float16",
             "architectures": ["LlamaForCausalLM"],
         }
-        (PACKAGE / "config.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        os.replace(PACKAGE / "config.tmp", PACKAGE / "config.json")
+        (self.folder / "config.tmp").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        os.replace(self.folder / "config.tmp", self.folder / "config.json")
 
 
-def work(rank: int, args: argparse.Namespace) -> None:
+def work(rank: int, args: argparse.Namespace, kind: type[Run]) -> None:
     """Run one worker; each has its own samples and one thread, and all have the same weights."""
     torch.set_num_threads(1)
     if args.workers > 1:
         where = f"tcp://127.0.0.1:{args.port}"
         dist.init_process_group("gloo", init_method=where, rank=rank, world_size=args.workers)
-    run = Run(args, rank)
+    run = kind(args, rank)
     if rank == 0:
         run.read_data()
     run.agree(0.0)
@@ -327,14 +339,18 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
+def start(args: argparse.Namespace, kind: type[Run]) -> None:
+    """Export, or train with as many workers as wanted."""
     if args.export:
-        Run(args).export()
+        kind(args).export()
     elif args.workers == 1:
-        work(0, args)
+        work(0, args, kind)
     else:
-        torch.multiprocessing.spawn(work, (args,), args.workers)
+        torch.multiprocessing.spawn(work, (args, kind), args.workers)
+
+
+def main() -> None:
+    start(parse_arguments(), Run)
 
 
 if __name__ == "__main__":

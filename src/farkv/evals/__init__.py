@@ -1,0 +1,1 @@
+"""Evaluation that touches the cache: tasks, methods, paired results, reports; one command runs it."""

@@ -1,0 +1,57 @@
+"""What a task draws from: one seeded generator, names that no training name contained, values.
+
+In: a seed, words. Out: names of two words (`apple_river`), four-digit values. The demo model's training passes its own
+words through the same tasks, so that the forms are known to it and the names are not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+from farkv.demo.recall import TEST_WORDS
+
+# More fewer: a base model must find one line among others; more than that costs filler.
+MOST_LINES = 40
+
+
+class Draw:
+    """Seeded choices of one sample, and how many lines of its own a text of `length` tokens holds."""
+
+    def __init__(
+        self,
+        seed: int,
+        length: int,
+        words: Sequence[str] = TEST_WORDS,
+        name: Callable[[random.Random], str] | None = None,
+    ):
+        self.rng = random.Random(seed)
+        self.length = length
+        self.words = words
+        self._name = name or self._join_words
+        self._taken: set[str] = set()
+
+    def _join_words(self, rng: random.Random) -> str:
+        return "_".join(rng.sample(list(self.words), 2))
+
+    def names(self, n: int) -> list[str]:
+        """Return `n` names, different from each other and from all drawn before."""
+        found: list[str] = []
+        while len(found) < n:
+            name = self._name(self.rng)
+            if name not in self._taken:
+                self._taken.add(name)
+                found.append(name)
+        return found
+
+    def value(self) -> str:
+        """Return four digits."""
+        return str(self.rng.randint(1000, 9999))
+
+    def values(self, n: int) -> list[str]:
+        """Return `n` different values."""
+        return [str(v) for v in self.rng.sample(range(1000, 10_000), n)]
+
+    def count_lines(self) -> int:
+        """Return how many facts a text of this length holds: one in a hundred tokens, 4 to 40."""
+        return max(4, min(self.length // 100, MOST_LINES))

@@ -1,0 +1,18 @@
+"""Several questions over one cache, one after another: what the first question did not need, the last may."""
+
+from __future__ import annotations
+
+from farkv.demo.recall import fact_line
+from farkv.evals.draw import Draw
+from farkv.evals.sample import Made
+from farkv.evals.tasks.niah import ask_one
+
+TURNS = 5
+
+
+def make(draw: Draw) -> Made:
+    """Many facts; five of them are asked for, in any order."""
+    names = draw.names(max(TURNS, draw.count_lines()))
+    values = dict(zip(names, draw.values(len(names)), strict=True))
+    asked = draw.rng.sample(names, TURNS)
+    return Made([fact_line(n, v) for n, v in values.items()], [ask_one(n, values[n]) for n in asked])
