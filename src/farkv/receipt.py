@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from farkv.trace import ReadTrace
+
 
 @dataclass(frozen=True)
 class KVBytes:
@@ -165,6 +167,8 @@ class Account:
     decoding: bool = False
     # False while a step is verified: what it moves is no part of the run.
     counts_bytes: bool = True
+    # Where the records lie that decode steps read; None where nobody asks.
+    trace: ReadTrace | None = None
 
     def layer(self, layer: int) -> LayerCount:
         """Return the counts of one layer."""

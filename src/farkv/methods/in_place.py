@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from farkv._axes import Int, Tensor
+from farkv._axes import Bool, Int, Tensor
 from farkv.kernels.native import Logits, Rows
 from farkv.methods.contract import Kernel, Place, Query, Step
 from farkv.methods.evicting import Evicting
@@ -73,14 +73,34 @@ class InPlace(Evicting):
         """Attend to the records at `positions` (all without them) and the `n_tail` newest, in the pool's memory."""
         n, (batch, heads) = self.store.length(layer), self.store.heads(layer)
         self.count_read(layer, batch * heads * (n if positions is None else positions.shape[-1] + n_tail), step.k)
+        self.note_read(layer, positions, None, n_tail)
         extent = Extent(n, n_tail, self._find_form(layer))
         return self._run_kernel(step, kernel, self.store.pool[layer].read(0, n), positions, extent)
 
     def read_near(self, layer: int, step: Step, kernel: Kernel, stored: Stored) -> object:
         """Attend to records that were brought near, coded ones as they are."""
         self.count_read(layer, stored.positions.numel(), step.k)
+        self.note_read(layer, stored.positions, stored.valid)
         extent = Extent(stored.rows.shape[2], 0, self._find_form(layer))
         return self._run_kernel(step, kernel, stored.rows, None, extent)
+
+    def note_read(
+        self,
+        layer: int,
+        rows: Int[Tensor, "B Hkv K"] | None,
+        valid: Bool[Tensor, "B Hkv K"] | None,
+        n_tail: int = 0,
+    ) -> None:
+        """Tell the trace which rows of a layer (None: all) and how many of the newest besides a decode step reads."""
+        trace, store = self.account.trace, self.store
+        if trace is None:
+            return
+        n, heads = store.length(layer), store.heads(layer)
+        device = store.device if rows is None else rows.device
+        if rows is None or n_tail:
+            tail = torch.arange(0 if rows is None else n - n_tail, n, device=device).expand(*heads, -1)
+            rows = tail if rows is None else torch.cat([rows, tail], -1)
+        trace.note(layer, store.locate(layer, rows), valid, store.seen(layer))
 
     def _find_form(self, layer: int) -> str:
         """Return how a layer's records are stored."""

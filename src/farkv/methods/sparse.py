@@ -140,6 +140,7 @@ class SparseRecipe(InPlace):
             if self.fast.everywhere and self.reads_in_place(layer, step):
                 return self.read_in_place(layer, step, kernel, None, 0)
             self.count_read(layer, k.shape[0] * k.shape[1] * self.store.length(layer), k)
+            self.note_read(layer, None, None)
             self._measure(layer, step, None)
         if total == k.shape[2]:
             with self.store.hold((k.numel() + v.numel()) * k.element_size()):
@@ -208,6 +209,7 @@ class SparseRecipe(InPlace):
             self.spiller.note(layer, step.query, read)
         n_read = read.valid.sum() if read.valid is not None else read.positions.numel()
         self.count_read(layer, n_read, k)
+        self.note_read(layer, read.positions, read.valid)
         self._measure(layer, step, read)
         mask = step.mask
         if mask is not None or read.valid is not None:
