@@ -1,0 +1,193 @@
+"""What a run says: one line per method and fraction, means with intervals, differences to the full cache.
+
+In: `DIR/results.jsonl`, or its rows. Out: tables for the README, the terminal (`evals.show`) and the report.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from farkv.errors import InputError
+from farkv.evals.cells import FULL, LEAST_CELLS, MEASURES, Cell, Gated, Setting, Study, study_rows
+from farkv.evals.row import RESULTS, Row, read_rows
+from farkv.evals.stats import Interval, Paired, interval
+
+# A difference below this is a rounding of sums, not a difference of scores.
+TINY = 1e-9
+
+
+class Line(NamedTuple):
+    """One method at one fraction, over the cells of a table.
+
+    delta: to the full cache, None for itself.  mark: `best` of the rivals at this fraction, `same` where the paired
+    interval of its difference to the best has zero in it, or nothing.  measured: means of `cells.MEASURES`, NaN where
+    nothing was measured.
+    """
+
+    setting: Setting
+    score: Interval
+    delta: Paired | None
+    measured: dict[str, float]
+    proof: str
+    aware: bool
+    bound: bool
+    mark: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        delta = None
+        if self.delta is not None:
+            delta = {**self.delta.delta._asdict(), **self.delta._asdict()}
+            del delta["delta"]
+        known = {name: None if math.isnan(x) else x for name, x in self.measured.items()}
+        named = {"proof": self.proof, "query_aware": self.aware, "bound": self.bound, "mark": self.mark}
+        return {**self.setting._asdict(), "score": self.score._asdict(), "delta": delta, **known, **named}
+
+
+class Table(NamedTuple):
+    """Lines over the same cells and samples.
+
+    cells: task and length of each.  absent: settings that answered too little to be compared.
+    """
+
+    title: str
+    lines: list[Line]
+    cells: list[tuple[str, int]]
+    samples: int
+    absent: list[Setting]
+    gated: list[Gated]
+
+    def find(self, method: str, fraction: float | None = None) -> Line | None:
+        """Return a method's line at a fraction; None where there is none."""
+        for line in self.lines:
+            if line.setting.method == method and fraction in {None, line.setting.fraction}:
+                return line
+        return None
+
+    def at(self, fraction: float) -> list[Line]:
+        """Return the lines of one fraction, the best score first; the full cache is not among them."""
+        found = [line for line in self.lines if not line.setting.is_full and line.setting.fraction == fraction]
+        return sorted(found, key=lambda line: -line.score.mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        cells = [{"task": task, "length": length} for task, length in self.cells]
+        named = {"cells": cells, "samples": self.samples, "absent": [s._asdict() for s in self.absent]}
+        lines, gated = [line.to_dict() for line in self.lines], [g._asdict() for g in self.gated]
+        return {"title": self.title, **named, "lines": lines, "gated": gated}
+
+
+def read_results(folder: Path) -> list[Row]:
+    """Read the rows of a folder that `farkv eval` wrote.
+
+    Raises:
+        InputError: there is no such file, it has no rows, or a line is damaged.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise InputError(
+            f"folder {folder}: expected {RESULTS}, which farkv eval --out {folder} writes; it is not there"
+        )
+    rows = read_rows(path)
+    for n, row in enumerate(rows, start=1):
+        check_row(row, f"file {path}, line {n}")
+    if not rows:
+        raise InputError(f"file {path}: expected rows of farkv eval, got an empty file; run farkv eval again")
+    return rows
+
+
+def check_row(row: Row, where: str) -> None:
+    """Raise InputError unless the fields that rows are sorted by are of their type."""
+    kinds: dict[str, Any] = {"task": str, "method": str, "fraction": (int, float), "length": int, "seed": int}
+    for name, kind in kinds.items():
+        if not isinstance(getattr(row, name), kind):
+            raise InputError(f"{where}: {name}: got {getattr(row, name)!r}; remove the line and run farkv eval again")
+
+
+def make_table(
+    source: Study | Iterable[Row], title: str = "all tasks", tasks: Sequence[str] = (), lengths: Sequence[int] = ()
+) -> Table:
+    """Average settings over the cells that all of them answered, every cell with the same weight.
+
+    A setting that answered less than nine in ten cells is left out and named, so that it takes no cell away.
+
+    Args:
+        source: a study, or rows.
+        title: of the table.
+        tasks: which ones; none named means all.
+        lengths: the same for lengths.
+    """
+    study = source if isinstance(source, Study) else study_rows(source)
+    cells = study.find_cells(tasks, lengths)
+    gated = [g for g in study.gated if (not tasks or g.task in tasks) and (not lengths or g.length in lengths)]
+    counts = {s: sum(s in cell.settings for cell in cells) for s in study.settings}
+    compared = [s for s, n in counts.items() if n and n >= LEAST_CELLS * len(cells)]
+    shared = [cell for cell in cells if all(s in cell.settings for s in compared)]
+    if not shared:
+        compared = [s for s, n in counts.items() if n and n == len(cells)]
+        shared = cells
+    absent = [s for s in study.settings if s not in compared]
+    lines = [make_line(study, shared, setting) for setting in compared]
+    places, samples = [(c.task, c.length) for c in shared], sum(len(c.seeds) for c in shared)
+    return Table(title, mark_best(study, shared, lines), places, samples, absent, gated)
+
+
+def make_line(study: Study, cells: Sequence[Cell], setting: Setting) -> Line:
+    """Return one setting's line over cells that it answered."""
+    proofs = study.proofs[setting]
+    proof, most = proofs.most_common(1)[0]
+    if most < proofs.total():
+        proof = ", ".join(f"{name} {100 * n / proofs.total():.0f} %" for name, n in proofs.most_common())
+    measured = {name: average_known([c.measured[name][c.settings[setting]] for c in cells]) for name in MEASURES}
+    delta = None if setting.is_full else compare(cells, setting, find_full(cells[0]))
+    aware, bound = setting in study.aware, study.is_bound(setting)
+    return Line(setting, average(cells, setting), delta, measured, proof, aware, bound)
+
+
+def find_full(cell: Cell) -> Setting:
+    """Return the setting of the full cache."""
+    return next(s for s in cell.settings if s.method == FULL)
+
+
+def average_known(values: Sequence[float]) -> float:
+    """Return the mean of the numbers among values, NaN where there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def average(cells: Sequence[Cell], setting: Setting) -> Interval:
+    """Return the mean of a setting's cell means with its interval."""
+    columns = [cell.settings[setting] for cell in cells]
+    mean = float(np.mean([cell.means[i] for cell, i in zip(cells, columns, strict=True)]))
+    drawn = np.mean([cell.drawn[:, i] for cell, i in zip(cells, columns, strict=True)], axis=0)
+    return interval(mean, drawn, sum(len(cell.seeds) for cell in cells))
+
+
+def compare(cells: Sequence[Cell], a: Setting, b: Setting) -> Paired:
+    """Return the mean of a_i - b_i over the samples of cells that both answered: the same as `stats.paired`."""
+    pairs = [(cell, cell.settings[a], cell.settings[b]) for cell in cells]
+    every = np.concatenate([cell.scores[:, i] - cell.scores[:, j] for cell, i, j in pairs])
+    mean = float(np.mean([cell.means[i] - cell.means[j] for cell, i, j in pairs]))
+    drawn = np.mean([cell.drawn[:, i] - cell.drawn[:, j] for cell, i, j in pairs], axis=0)
+    wins, losses = int((every > TINY).sum()), int((every < -TINY).sum())
+    return Paired(interval(mean, drawn, len(every)), wins, len(every) - wins - losses, losses)
+
+
+def mark_best(study: Study, cells: Sequence[Cell], lines: Sequence[Line]) -> list[Line]:
+    """Mark, at every fraction, the best rival and those whose difference to it has zero in its interval."""
+    marked = []
+    for line in lines:
+        rivals = [x for x in lines if study.is_rival(x.setting) and x.setting.fraction == line.setting.fraction]
+        if not study.is_rival(line.setting):
+            marked.append(line)
+            continue
+        best = max(rivals, key=lambda x: x.score.mean)
+        gap = compare(cells, line.setting, best.setting).delta
+        mark = "best" if gap.mean >= -TINY else "same" if gap.high >= -TINY else ""
+        marked.append(line._replace(mark=mark))
+    return marked
