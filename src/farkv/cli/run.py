@@ -31,15 +31,19 @@ from farkv.cli.options import (
     read_text,
 )
 from farkv.config import (
+    H2O,
     KERNELS,
     LEVERS,
     XKV,
+    Evictor,
     Full,
     InfiniGen,
     Lever,
     Method,
     Oracle,
+    PyramidKV,
     Random,
+    SnapKV,
     Window,
     check_name,
     check_storage,
@@ -55,7 +59,7 @@ if TYPE_CHECKING:
     from farkv.hf.cache import FarCache
     from farkv.hf.handle import Handle
 
-METHODS = ("infinigen", "xkv", "full", "window", "oracle", "random")
+METHODS = ("infinigen", "xkv", "full", "window", "oracle", "random", "h2o", "snapkv", "pyramidkv")
 
 
 class Ask(NamedTuple):
@@ -92,7 +96,8 @@ def make_methods(asked: Ask) -> list[Method]:
         return [InfiniGen(fraction=fraction, paper=asked.paper), *xkv]
     if name == "full":
         return [Full(fraction=1.0 if fraction is None else fraction), *xkv]
-    maker = {"window": Window, "oracle": Oracle, "random": Random}[name]
+    rivals = {"h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV}
+    maker = {"window": Window, "oracle": Oracle, "random": Random, **rivals}[name]
     return [maker() if fraction is None else maker(fraction=fraction), *xkv]
 
 
@@ -194,6 +199,8 @@ def run(
 
 def check_session(path: Path, text: str, methods: list[Method], *, spills: bool) -> None:
     """Refuse a session that can be neither asked nor written, before anything is loaded."""
+    if any(isinstance(method, Evictor) for method in methods):
+        raise ConfigError("--session: holds the whole text, and this method evicts some of it; leave one of them out")
     if any(isinstance(method, XKV) and {"keep", "near"} & set(method.levers) for method in methods):
         raise ConfigError(
             "--session: holds the whole text, and XKV's levers keep and near do not; leave one of them out"

@@ -10,6 +10,7 @@ from farkv.calibration import load_crossover
 from farkv.config import (
     KERNELS,
     XKV,
+    Evictor,
     Full,
     InfiniGen,
     Method,
@@ -84,7 +85,7 @@ def attach(
     selector, xkv = sort_methods(methods, planned=plan is not None)
     loaded_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
     levers = make_levers(selector, xkv, loaded_plan)
-    check_levers(levers, limits, has_disk=place is not None)
+    check_levers(levers, limits, has_disk=place is not None, evictor=type(methods[0]).__name__ if methods else "")
     loaded = find_profile(model, profile)
     if loaded is not None:
         loaded.check(identify_model(model))
@@ -127,15 +128,25 @@ def find_kernels(kernel: str, model: PreTrainedModel) -> Fast:
     return Fast(kernels, kernel == "native", DENSE_TOKENS if measured is None else measured)
 
 
-def check_levers(levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:
-    """Raise ConfigError where levers and storage contradict each other."""
+def check_levers(levers: Levers, limits: StoreLimits, *, has_disk: bool, evictor: str = "XKV") -> None:
+    """Raise ConfigError where levers and storage contradict each other.
+
+    Args:
+        evictor: the method that evicts, where one does without XKV's levers.
+    """
     if not levers.keep and levers.near is None:
         return
     if has_disk or limits.quant is not None:
         name = "disk" if has_disk else "quant"
+        if levers.xkv is None:
+            raise ConfigError(
+                f"{name}: {evictor} reads whole layers in place, as the model made them; leave {name} out, or choose a "
+                "method that evicts nothing"
+            )
         raise ConfigError(f"{name}: XKV's levers keep and near read whole layers in place; with {name} use lever fetch")
     if levers.keep and limits.evict != "refuse":
-        raise ConfigError(f"evict: XKV evicts by its own scores, so {limits.evict!r} has no say; leave evict out")
+        evictor = evictor if levers.xkv is None else "XKV"
+        raise ConfigError(f"evict: {evictor} evicts by its own scores, so {limits.evict!r} has no say; leave evict out")
 
 
 def sort_methods(methods: tuple[Method, ...], *, planned: bool) -> tuple[Selector | None, XKV | None]:
@@ -155,6 +166,9 @@ def sort_methods(methods: tuple[Method, ...], *, planned: bool) -> tuple[Selecto
         )
     if isinstance(selector, Full) and (xkv or planned):
         raise ConfigError("Full: reads everything, so it takes no XKV and no plan; use XKV alone, or a selector")
+    if isinstance(selector, Evictor) and (xkv or planned):
+        name = type(selector).__name__
+        raise ConfigError(f"{name}: evicts by a rule of its own, so it takes no XKV and no plan; use it alone")
     return selector, xkv[0] if xkv else None
 
 
@@ -163,7 +177,7 @@ def make_levers(selector: Selector | None, xkv: XKV | None, plan: Plan | None) -
     if plan is None:
         if xkv is not None and xkv.levers != ("keep",):
             raise ConfigError(f"levers: {', '.join(xkv.levers)} are driven by a plan; give one: attach(..., plan=...)")
-        return Levers(xkv, keep=xkv is not None)
+        return Levers(xkv, keep=xkv is not None or isinstance(selector, Evictor))
     names = xkv.levers if xkv is not None else ("fetch",)
     allowed = None
     if xkv is not None and (xkv.least_records == 1 or xkv.rule != "xkv"):

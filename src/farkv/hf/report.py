@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 from transformers import PreTrainedModel
 
-from farkv.config import LEVERS, XKV, InfiniGen, Method
+from farkv.config import LEVERS, XKV, Evictor, InfiniGen, Method
 from farkv.hf import _compat
 from farkv.hf.cache import FarCache, FarLayer
 from farkv.methods.contract import Levers, Setting
@@ -22,7 +22,7 @@ def name_method(method: Method, levers: Levers) -> str:
     name = type(method).__name__.lower()
     if isinstance(method, InfiniGen | XKV) and method.paper:
         name += "-paper"
-    pulled = [] if isinstance(method, XKV) else [n for n in LEVERS if getattr(levers, n)]
+    pulled = [] if isinstance(method, XKV | Evictor) else [n for n in LEVERS if getattr(levers, n)]
     return f"{name}+xkv({','.join(pulled)})" if pulled else name
 
 

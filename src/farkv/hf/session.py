@@ -154,6 +154,8 @@ def _load(saved: Saved, handle: Handle, tokens: int, verify: int, tokenizer: Any
 
 def check_levers(levers: Levers) -> None:
     """Raise SessionError where a method does not keep the whole text, or holds some of it where it was read."""
+    if levers.keep and levers.xkv is None:
+        raise SessionError("a session holds the whole text, and this method evicts some of it; ask with another one")
     if levers.keep or levers.near is not None:
         raise SessionError("a session holds the whole text, and XKV's levers keep and near do not; ask without them")
 

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from farkv.config import XKV, Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.config import H2O, XKV, Full, InfiniGen, Method, Oracle, PyramidKV, Random, SnapKV, Window
 from farkv.methods.contract import Place, Recipe
 from farkv.methods.full import FullRecipe
+from farkv.methods.h2o import H2ORecipe
 from farkv.methods.infinigen import InfiniGenRecipe
 from farkv.methods.oracle import OracleRecipe
+from farkv.methods.pyramidkv import PyramidKVRecipe
 from farkv.methods.random import RandomRecipe
+from farkv.methods.snapkv import SnapKVRecipe
 from farkv.methods.window import WindowRecipe
 from farkv.methods.xkv import XKVRecipe
 from farkv.per_model.profile import Profile
 
-__all__ = ["XKV", "Full", "InfiniGen", "Method", "Oracle", "Random", "Window", "make_recipe"]
+__all__ = [
+    "H2O", "XKV", "Full", "InfiniGen", "Method", "Oracle", "PyramidKV", "Random", "SnapKV", "Window", "make_recipe",
+]  # fmt: skip
 
 
 def make_recipe(config: Method, place: Place, profile: Profile | None) -> Recipe:
     """Set up the recipe of one cache."""
     match config:
         case InfiniGen():
-            return InfiniGenRecipe(place, config, profile)
+            recipe: Recipe = InfiniGenRecipe(place, config, profile)
         case Full():
-            return FullRecipe(place, config)
+            recipe = FullRecipe(place, config)
         case Window():
-            return WindowRecipe(place, config)
+            recipe = WindowRecipe(place, config)
         case Random():
-            return RandomRecipe(place, config)
+            recipe = RandomRecipe(place, config)
         case Oracle():
-            return OracleRecipe(place, config)
+            recipe = OracleRecipe(place, config)
         case XKV():
-            return XKVRecipe(place, config)
+            recipe = XKVRecipe(place, config)
+        case H2O():
+            recipe = H2ORecipe(place, config)
+        case SnapKV():
+            recipe = SnapKVRecipe(place, config)
+        case PyramidKV():
+            recipe = PyramidKVRecipe(place, config)
+    return recipe

@@ -18,7 +18,6 @@ from farkv.per_prompt.allocate import allocate
 from farkv.per_prompt.evict import choose_kept, join_marks
 from farkv.per_prompt.importance import PADDING, sort_gains
 from farkv.per_token.select import force_sinks
-from farkv.store.kept import ROW_BYTES
 from farkv.store.records import Keep
 from farkv.store.sizes import Allowed, LayerShape, count_cap, share_out
 from farkv.store.tiers import Tiers
@@ -34,7 +33,7 @@ class Keeper:
     def __init__(self, watcher: Watcher, allowed: dict[int, Allowed] | None, store: Tiers, window: int):
         self.watcher, self.config, self.store = watcher, watcher.config, store
         self.layers = list(store.order)
-        self.recent = max(self.config.window, window + 1)
+        self.widest_recent = max(self.config.window, window + 1)
         self.planned = allowed is not None
         self.allowed = allowed
         # One curve per layer, of the prompt that is being read.
@@ -45,10 +44,23 @@ class Keeper:
         self.passes_by = False
         self._counted: tuple[int, dict[int, int]] = (-1, {})
 
+    def count_recent(self, tokens: int) -> int:
+        """Return the newest records that always stay of a context of `tokens`."""
+        return self.widest_recent
+
+    @property
+    def recent(self) -> int:
+        """The newest records that stay now."""
+        return self.count_recent(self.store.seen(self.layers[0]))
+
     @property
     def least(self) -> int:
-        """Records that every layer keeps, whatever its share."""
-        forced = self.recent + (self.config.sinks or 0)
+        """Records that every layer keeps now, whatever its share."""
+        return self.count_least(self.store.seen(self.layers[0]))
+
+    def count_least(self, tokens: int) -> int:
+        """Return the records that every layer keeps of a context of `tokens`, whatever its share."""
+        forced = self.count_recent(tokens) + (self.config.sinks or 0)
         # A plan says what is kept; the default's floor is for prompts that are allocated on their own.
         return forced if self.planned else max(forced, self.config.least_records)
 
@@ -64,7 +76,7 @@ class Keeper:
             is_cap = all(a.base == 0 for a in self.allowed.values())
             total = sum(a.share for a in self.allowed.values()) * tokens if is_cap else sum(wanted)
             # One more than the least: the newest token stands beside it while it is read.
-            least = min(tokens, self.least + (0 if self.config.paper else 1))
+            least = min(tokens, self.count_least(tokens) + (0 if self.config.paper else 1))
             self._counted = (tokens, dict(zip(self.layers, share_out(wanted, least, int(total + 1e-9)), strict=True)))
         return self._counted[1][layer]
 
@@ -81,7 +93,7 @@ class Keeper:
 
         A layer that is evicted stands beside its old self for a moment.
         """
-        row_bytes = shape.token_bytes + ROW_BYTES * shape.batch * shape.kv_heads
+        row_bytes = shape.token_bytes + self.store.book_bytes * shape.batch * shape.kv_heads
         if max(rows.values()) < tokens:
             self.store.reserve(rows)
             # Beside a selector a layer's prompt is stored whole before what stays of it is known.
@@ -146,7 +158,8 @@ class Keeper:
     def mark(self, layer: int, visible: Bool[Tensor, "B h S"] | None, *, curve: bool = False) -> None:
         """Score a layer's stored records, where they are, and note the scores as marks."""
         k, v = self.store.records(layer)
-        scores = self.watcher.score(layer, k, v, None if visible is None else visible.to(k.device))
+        seen = None if visible is None else visible.to(k.device)
+        scores = self.watcher.score(layer, k, v, seen, self.recent)
         marks = self.store.kept[layer].marks.view()[..., 0]
         marks[..., : scores.shape[-1]] = join_marks(scores.to(marks.device), marks)
         if curve:

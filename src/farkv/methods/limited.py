@@ -29,6 +29,8 @@ class Limited:
     query_source: Source | None = None
     # Records live in near memory: what is kept is read whole.
     at_home = False
+    # Marks of records are sums that grow by little at a time.
+    exact_marks = False
     wants_one_pass = False
     # Of one layer's records, once there are any.
     shape: LayerShape | None = None
@@ -38,6 +40,7 @@ class Limited:
         levers, limits = place.levers, place.limits
         spills = limits.evict != "refuse" and limits.disk is None and limits.saved is None and limits.host is not None
         needs = Needs(window, self.at_home, levers.keep or spills, levers.near is not None, place.fast.kernels)
+        needs = needs._replace(exact_marks=self.exact_marks)
         self.store = Tiers(place.layers, limits, place.device, needs)
         scored = levers.xkv is not None and (levers.keep or levers.near is not None)
         self.watcher = Watcher(levers.xkv) if scored and levers.xkv else None
@@ -59,6 +62,10 @@ class Limited:
     def index_token_bytes(self, shape: LayerShape) -> int:
         """Bytes that one token adds to a layer's index, all KV heads and sequences."""
         return 0
+
+    def index_bytes(self, shape: LayerShape, tokens: int) -> int:
+        """Bytes of one layer's index of a context of `tokens`."""
+        return self.index_token_bytes(shape) * tokens
 
     def reads_all(self, layer: int) -> bool:
         """Say whether this layer is left dense by design."""
@@ -192,7 +199,7 @@ class Limited:
         # A share of all tokens, as long as there are so many rows.
         rows = min(tokens, max(b.early + b.late + b.tail for b in budgets))
         sparse = [i for i in self.layers if not self.reads_all(i)]
-        index = self.index_token_bytes(shape) * tokens
+        index = self.index_bytes(shape, tokens)
         some_dense = self.verifying or len(sparse) < len(self.layers)
         marks = 0 if self.spiller is None else len(self.layers) * tokens * heads * MARK_BYTES
         return NearNeed(

@@ -138,6 +138,8 @@ class State(NamedTuple):
 
     real: Tensor | None
     observed: dict[int, Observed]
+    # Sums that a pass adds to, where marks are sums.
+    sums: dict[int, Tensor]
     samples: dict[int, Tensor]
     strides: dict[int, list[int]]
     fitted: dict[int, list[int]]
@@ -145,14 +147,20 @@ class State(NamedTuple):
 
 
 def note_state(recipe: Recipe) -> State:
-    """Note what a pass changes; nothing is copied, because a pass changes none of these in place."""
+    """Note what a pass changes; only sums are copied, because a pass changes nothing else in place."""
     assert isinstance(recipe, SparseRecipe)
     observed = {} if recipe.watcher is None else dict(recipe.watcher.observed)
+    sums = {i: recipe.store.kept[i].marks.view().clone() for i in recipe.layers if has_sums(recipe, i)}
     if not isinstance(recipe, Indexed):
-        return State(recipe.padding.real, observed, {}, {}, {}, {})
+        return State(recipe.padding.real, observed, sums, {}, {}, {}, {})
     projections = {layer: index.projection for layer, index in recipe.index.items()}
     known = dict(recipe.samples), dict(recipe.strides), dict(recipe.fitted_tokens)
-    return State(recipe.padding.real, observed, *known, projections)
+    return State(recipe.padding.real, observed, sums, *known, projections)
+
+
+def has_sums(recipe: SparseRecipe, layer: int) -> bool:
+    """Say whether a layer has marks that passes add to."""
+    return recipe.exact_marks and recipe.store.length(layer) > 0
 
 
 def restore_state(recipe: Recipe, state: State) -> None:
@@ -162,6 +170,11 @@ def restore_state(recipe: Recipe, state: State) -> None:
     recipe.padding.set(state.real)
     if recipe.watcher is not None:
         recipe.watcher.observed = dict(state.observed)
+    for layer, sums in state.sums.items():
+        marks = recipe.store.kept[layer].marks
+        # Where records were evicted meanwhile, those that are left go on with what they have.
+        if marks.length == sums.shape[2]:
+            marks.view().copy_(sums)
     if not isinstance(recipe, Indexed):
         return
     recipe.samples, recipe.strides = dict(state.samples), dict(state.strides)

@@ -30,10 +30,18 @@ class Watcher:
         )
         self.forms[layer] = Form(query.scaling, query.softcap)
 
-    def score(self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None) -> Tensor:
-        """Score records where they are, all but the window's."""
+    def score(
+        self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None, most: int | None = None
+    ) -> Tensor:
+        """Score records where they are, all but the window's.
+
+        Args:
+            most: look with no more than so many of the window's queries, the latest.
+        """
         # A deliberate copy where records are in host memory: a few queries go to them, not they near.
         observed = map_tensors(self.observed[layer], lambda t: t.to(k.device))
+        if most is not None:
+            observed = observed._replace(window=observed.window[:, :, -most:])
         return score_records(self.config.scorer, observed, k, v, visible, self.forms[layer], pool=self.config.pool)
 
     def select(self, sequences: Tensor, layer: int) -> None:

@@ -188,7 +188,7 @@ def measure_spread(
         end += some.shape[2]
         seen = None if visible is None else visible[..., :end]
         weights = k.new_empty(*k.shape[:2], some.shape[2], end, dtype=torch.float32)
-        for at, block in _walk_weights(some, k[:, :, :end], seen, form, 2):
+        for at, block in walk_weights(some, k[:, :, :end], seen, form, 2):
             weights[..., at] = block
         curve[:, :end] += weights.sort(-1, descending=True).values.sum((1, 2), dtype=torch.float64)
     return _normalise(curve)
@@ -203,7 +203,7 @@ def _split(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def _walk_weights(
+def walk_weights(
     window: Tensor, k: Tensor, visible: Tensor | None, form: Form, dim: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the softmax weights [B, Hkv, G, w, n] of the last w queries, summed over `dim`, by blocks of n keys.
@@ -253,7 +253,7 @@ def _sum_window(observed: Observed, k: Tensor, visible: Tensor | None, form: For
     n = k.shape[2] - window.shape[2]
     groups = window.shape[1] // kv_heads if per_query_head else 1
     scores = k.new_empty(batch, kv_heads, groups, n, dtype=torch.float32)
-    for at, weights in _walk_weights(window, k, visible, form, 3):
+    for at, weights in walk_weights(window, k, visible, form, 3):
         held = weights if per_query_head else weights.mean(2, keepdim=True)
         # The last blocks reach into the window, whose columns are dropped.
         scores[..., at] = held[..., : max(n - at.start, 0)]

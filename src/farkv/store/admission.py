@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 
 from farkv.store.frames import LEAST_FRAMES, LEAST_SCRATCH, SCRATCH_PAGES
-from farkv.store.kept import ROW_BYTES
 from farkv.store.ledger import Ledger
 from farkv.store.near import SLOT_BYTES
 from farkv.store.paged import NUMBER_BYTES, PagedRows
@@ -51,7 +50,7 @@ def admit(
 def admit_rows(store: Tiers, shape: LayerShape, rows: dict[int, int], need: NearNeed, besides: int) -> None:
     """Refuse records that the host pool, or near memory as their home, cannot hold."""
     total = max(rows.values(), default=0)
-    row_bytes = (ROW_BYTES if store.kept else 0) + (SLOT_BYTES if store.holds else 0)
+    row_bytes = store.book_bytes + (SLOT_BYTES if store.holds else 0)
     token_bytes = (store.stored_bytes(shape) + row_bytes) * shape.batch * shape.kv_heads
     if store.near.parent is not None:
         besides += need.total

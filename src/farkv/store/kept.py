@@ -13,14 +13,16 @@ from farkv.errors import CacheStateError
 from farkv.store.ledger import Ledger
 from farkv.store.rows import Rows
 
-# int32 place and bfloat16 mark, per record.
+# int32 place and bfloat16 mark, per record; and with a float32 mark.
 ROW_BYTES = 6
+EXACT_ROW_BYTES = 8
 
 
 class Kept:
     """The books of one layer whose records may be evicted; rows of both tensors go with the layer's rows."""
 
-    def __init__(self, ledger: Ledger, device: torch.device):
+    def __init__(self, ledger: Ledger, device: torch.device, *, exact: bool = False):
+        self.dtype = torch.float32 if exact else torch.bfloat16
         self.places = Rows(ledger, device=device)
         self.marks = Rows(ledger, device=device)
         # Rows at the end that are the newest tokens without a gap: only those can be taken back.
@@ -32,13 +34,13 @@ class Kept:
         device = self.places.device
         places = torch.arange(start, start + n, dtype=torch.int32, device=device)
         self.places.append(places.expand(batch, heads, n)[..., None])
-        self.marks.append(torch.zeros(batch, heads, n, 1, dtype=torch.bfloat16, device=device))
+        self.marks.append(torch.zeros(batch, heads, n, 1, dtype=self.dtype, device=device))
         self.gapless += n
 
     def put(self, places: Int[Tensor, "B Hkv K"], marks: Float32[Tensor, "B Hkv K"], gapless: int) -> None:
         """Note rows that were chosen before they were stored."""
         self.places.append(places[..., None].int())
-        self.marks.append(marks[..., None].bfloat16())
+        self.marks.append(marks[..., None].to(self.dtype))
         self.gapless = gapless
 
     def keep(self, positions: Int[Tensor, "B Hkv K"], marks: Float32[Tensor, "B Hkv K"], gapless: int) -> None:
@@ -46,7 +48,8 @@ class Kept:
         self.places.keep(positions)
         self.marks.keep(positions)
         self.marks.view().copy_(marks[..., None])
-        self.gapless = gapless
+        # What was taken back before has left a gap that new tokens do not close.
+        self.gapless = min(gapless, self.gapless)
 
     def crop(self, n_tokens: int, evicted: int) -> None:
         """Forget the newest rows.

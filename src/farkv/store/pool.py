@@ -14,7 +14,7 @@ from farkv.errors import ConfigError
 from farkv.store.disk import PageFile
 from farkv.store.eviction import make_policy
 from farkv.store.frames import Frames
-from farkv.store.kept import Kept
+from farkv.store.kept import EXACT_ROW_BYTES, ROW_BYTES, Kept
 from farkv.store.ledger import Ledger
 from farkv.store.paged import PagedRows
 from farkv.store.pages import PageForm, Pages, count_page_tokens
@@ -50,7 +50,10 @@ class FarMemory:
         self.pool: dict[int, Rows | PagedRows] = {
             layer: Rows(self.home, device=place, pin=pin, reserve=reserve, mover=form.mover) for layer in layers
         }
-        self.kept = {layer: Kept(self.home, place) for layer in layers} if form.evicts else {}
+        exact = form.exact_marks
+        self.kept = {layer: Kept(self.home, place, exact=exact) for layer in layers} if form.evicts else {}
+        # Of one record's place and mark, where records may go.
+        self.book_bytes = 0 if not form.evicts else EXACT_ROW_BYTES if exact else ROW_BYTES
         self.evicted = dict.fromkeys(layers, 0)
         # While steps of an evicting method are verified: every record, to compare with.
         self.shadow: dict[int, Rows] = {}

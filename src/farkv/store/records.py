@@ -45,6 +45,8 @@ class Needs(NamedTuple):
     holds: bool = False
     # Moves rows faster than plain operations do; None where there is nothing that does.
     mover: Mover | None = None
+    # Marks are sums that grow by little at a time: float32.
+    exact_marks: bool = False
 
 
 class Fetch(NamedTuple):
