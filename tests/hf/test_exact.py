@@ -9,10 +9,16 @@ import pytest
 import torch
 
 import farkv
-from farkv.methods import Full, InfiniGen, Method
+from farkv.methods import Full, InfiniGen, LowBit, Method, Pages
 from tests.models import FAMILIES, assert_same, forward, generate, make_model, make_prompt, plain_cache
 
-WHOLE = {"full": Full(), "ours": InfiniGen(fraction=1.0), "paper": InfiniGen(fraction=1.0, paper=True)}
+WHOLE: dict[str, Method] = {
+    "full": Full(),
+    "ours": InfiniGen(fraction=1.0),
+    "paper": InfiniGen(fraction=1.0, paper=True),
+    "pages": Pages(fraction=1.0, page=8),
+    "lowbit": LowBit(fraction=1.0),
+}
 PROMPTS = {"single": make_prompt(1), "padded": make_prompt(3, pad=9)}
 GREEDY: dict[str, Any] = {}
 BEAM: dict[str, Any] = {"num_beams": 3}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import farkv
-from farkv.methods import InfiniGen, Method, Oracle, Random, Window
+from farkv.methods import InfiniGen, LowBit, Method, Oracle, Pages, Random, Window
 from tests.hf.tape import Tape, check_replay
 from tests.models import generate, make_model, make_prompt
 
@@ -23,6 +23,9 @@ METHODS: dict[str, Method] = {
     "window": Window(fraction=0.3),
     "random": Random(fraction=0.3),
     "oracle": Oracle(fraction=0.3),
+    "pages": Pages(fraction=0.3, page=8),
+    "lowbit": LowBit(fraction=0.3),
+    "lowbit_4": LowBit(fraction=0.3, bits=4),
 }
 SINGLE = make_prompt(1, tokens=40)
 PADDED = make_prompt(3, tokens=40, pad=16)
@@ -44,7 +47,7 @@ def test_llama_padded(method: str, near: str | None) -> None:
 
 
 @pytest.mark.parametrize("near", [None, "1MiB"])
-@pytest.mark.parametrize("method", ["post_attn", "paper", "top_p"])
+@pytest.mark.parametrize("method", ["post_attn", "paper", "top_p", "pages", "lowbit"])
 def test_llama_beams(method: str, near: str | None) -> None:
     run(make_model("llama"), METHODS[method], make_prompt(2, tokens=40, pad=16), near, num_beams=3)
 

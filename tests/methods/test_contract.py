@@ -10,7 +10,7 @@ import torch
 
 import farkv
 from farkv.errors import CacheStateError
-from farkv.methods import XKV, Full, InfiniGen, Method, Oracle, Random, Window, make_recipe
+from farkv.methods import XKV, Full, InfiniGen, LowBit, Method, Oracle, Pages, Random, Window, make_recipe
 from farkv.methods.contract import Place, Recipe
 from farkv.receipt import Account
 from farkv.store.tiers import StoreLimits
@@ -29,6 +29,9 @@ METHODS: dict[str, Method] = {
     "window": Window(fraction=0.3),
     "random": Random(fraction=0.3),
     "oracle": Oracle(fraction=0.3),
+    "pages": Pages(fraction=0.3, page=8),
+    "lowbit": LowBit(fraction=0.3),
+    "lowbit_4": LowBit(fraction=0.3, bits=4),
 }
 NEARS = [None, "1MiB"]
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

@@ -39,8 +39,10 @@ from farkv.config import (
     Full,
     InfiniGen,
     Lever,
+    LowBit,
     Method,
     Oracle,
+    Pages,
     PyramidKV,
     Random,
     SnapKV,
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from farkv.hf.cache import FarCache
     from farkv.hf.handle import Handle
 
-METHODS = ("infinigen", "xkv", "full", "window", "oracle", "random", "h2o", "snapkv", "pyramidkv")
+METHODS = ("infinigen", "xkv", "full", "window", "oracle", "random", "h2o", "snapkv", "pyramidkv", "pages", "lowbit")
 
 
 class Ask(NamedTuple):
@@ -96,7 +98,7 @@ def make_methods(asked: Ask) -> list[Method]:
         return [InfiniGen(fraction=fraction, paper=asked.paper), *xkv]
     if name == "full":
         return [Full(fraction=1.0 if fraction is None else fraction), *xkv]
-    rivals = {"h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV}
+    rivals = {"h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV, "pages": Pages, "lowbit": LowBit}
     maker = {"window": Window, "oracle": Oracle, "random": Random, **rivals}[name]
     return [maker() if fraction is None else maker(fraction=fraction), *xkv]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from farkv.config import H2O, XKV, Full, InfiniGen, Method, Oracle, PyramidKV, Random, SnapKV, Window
+from farkv.config import H2O, XKV, Full, InfiniGen, LowBit, Method, Oracle, Pages, PyramidKV, Random, SnapKV, Window
 from farkv.methods.contract import Place, Recipe
 from farkv.methods.full import FullRecipe
 from farkv.methods.h2o import H2ORecipe
 from farkv.methods.infinigen import InfiniGenRecipe
+from farkv.methods.lowbit import LowBitRecipe
 from farkv.methods.oracle import OracleRecipe
+from farkv.methods.pages import PagesRecipe
 from farkv.methods.pyramidkv import PyramidKVRecipe
 from farkv.methods.random import RandomRecipe
 from farkv.methods.snapkv import SnapKVRecipe
@@ -16,7 +18,8 @@ from farkv.methods.xkv import XKVRecipe
 from farkv.per_model.profile import Profile
 
 __all__ = [
-    "H2O", "XKV", "Full", "InfiniGen", "Method", "Oracle", "PyramidKV", "Random", "SnapKV", "Window", "make_recipe",
+    "H2O", "XKV", "Full", "InfiniGen", "LowBit", "Method", "Oracle", "Pages", "PyramidKV", "Random", "SnapKV", "Window",
+    "make_recipe",
 ]  # fmt: skip
 
 
@@ -35,10 +38,21 @@ def make_recipe(config: Method, place: Place, profile: Profile | None) -> Recipe
             recipe = OracleRecipe(place, config)
         case XKV():
             recipe = XKVRecipe(place, config)
-        case H2O():
-            recipe = H2ORecipe(place, config)
-        case SnapKV():
-            recipe = SnapKVRecipe(place, config)
-        case PyramidKV():
-            recipe = PyramidKVRecipe(place, config)
+        case _:
+            recipe = make_rival(config, place)
     return recipe
+
+
+def make_rival(config: H2O | SnapKV | PyramidKV | Pages | LowBit, place: Place) -> Recipe:
+    """Set up the recipe of one cache of somebody else's method."""
+    match config:
+        case H2O():
+            return H2ORecipe(place, config)
+        case SnapKV():
+            return SnapKVRecipe(place, config)
+        case PyramidKV():
+            return PyramidKVRecipe(place, config)
+        case Pages():
+            return PagesRecipe(place, config)
+        case LowBit():
+            return LowBitRecipe(place, config)

@@ -33,6 +33,9 @@ FIT_KEYS = 4096
 class Indexed(SparseRecipe):
     """A recipe whose layers have an index."""
 
+    # The projection is a skew, from the profile or else from the prompt.
+    fits_skew = True
+
     def __init__(self, place: Place, config: InfiniGen, profile: Profile | None):
         super().__init__(
             place,
@@ -64,7 +67,7 @@ class Indexed(SparseRecipe):
         index, total, n_new = self.index[layer], self.store.length(layer), step.k.shape[2]
         if not self.is_final(layer):
             self.sample_queries(layer, step.query.q)
-            least = 1 if self.profile else self.fit_tokens(layer)
+            least = self.first_tokens(layer)
             due = self.find_due(layer, total, lambda n, fitted: fitted == 0 and n >= least) if n_new > 1 else []
             if due:
                 self.fit(layer, step.k if total == n_new else self.store.keys(layer), due)
@@ -83,6 +86,10 @@ class Indexed(SparseRecipe):
         if index.length < n_tokens:
             # A deliberate copy where the pool is far: these keys were stored before the index could be built.
             self.encode(layer, self.store.keys(layer, index.length, total).to(self.store.device))
+
+    def first_tokens(self, layer: int) -> int:
+        """Tokens of a prompt from which a projection is fitted at all."""
+        return 1 if self.profile else self.fit_tokens(layer)
 
     def fit_tokens(self, layer: int) -> int:
         """Tokens after which a skew from the prompt is final."""
@@ -164,7 +171,7 @@ class Indexed(SparseRecipe):
             index.replace(projection, at, len(lengths), self.make_codes(keys[:, :, : index.length], projection))
         fitted = self.get_fitted(layer)
         self.fitted_tokens[layer] = [lengths[i] if i in due else n for i, n in enumerate(fitted)]
-        if self.profile is None:
+        if self.profile is None and self.fits_skew:
             # Once per layer and fit: the receipt says where the skew came from.
             self.account.add_fallback("skew_from_prompt")
         if self.is_final(layer):

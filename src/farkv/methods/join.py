@@ -13,6 +13,7 @@ from farkv._axes import Bool, Tensor
 from farkv.errors import CacheStateError
 from farkv.methods.contract import Recipe
 from farkv.methods.indexed import Indexed
+from farkv.methods.pages import PagesRecipe
 from farkv.methods.sparse import SparseRecipe
 from farkv.store.join import admit_join, check_join, join_layer
 
@@ -50,6 +51,9 @@ def join_recipes(recipe: Recipe, other: Recipe) -> None:
         if isinstance(recipe, Indexed):
             assert isinstance(other, Indexed)
             join_index(recipe, other, layer, n_tokens)
+        if isinstance(recipe, PagesRecipe):
+            # Padding moves the pages: they are made anew.
+            recipe.index[layer].clear()
         join_layer(recipe.store, other.store, layer)
     recipe.store.max_error = max(recipe.store.max_error, other.store.max_error)
     for layer in other.layers:

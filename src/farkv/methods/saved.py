@@ -125,7 +125,7 @@ def is_of_text(recipe: Indexed, layer: int, name: str, tensor: Tensor, dtype: to
         return False
     if name == "samples":
         return (got[0], got[3], got[1] % heads) == (1, dim, 0) and got[1] > 0 and tensor.dtype == dtype
-    width = columns // 2 if recipe.bits == 4 else columns
+    width = columns * (recipe.bits or 8) // 8
     # The paper's codes are keys as the model makes them.
     return (got[0], got[1], got[3]) == (1, heads, width) and tensor.dtype == (dtype if recipe.bits == 0 else torch.int8)
 

@@ -1,4 +1,4 @@
-"""Build the index of one layer: project keys and round them to 8 or 4 bits.
+"""Build the index of one layer: project keys and round them to 8, 4 or 2 bits.
 
 In: keys, the skew's leading columns. Out: codes and the scale they were rounded with. Keeps nothing.
 """
@@ -10,6 +10,8 @@ from farkv._axes import Bool, Float, Float32, Int8, Tensor
 CODE_MAX = {8: 127, 4: 7}
 # Later keys may be a little larger than the prompt's: headroom before a code clips. Four bits have none to give.
 HEADROOM = {8: 1.1, 4: 1.0}
+# The step, in standard deviations, of the four even levels that lose least of a normal variable (Max 1960, table I).
+LEVEL_STEP = 0.9957
 
 
 def project_keys(
@@ -36,14 +38,46 @@ def encode_keys(
     return (projected / scale).round_().clamp_(-CODE_MAX[bits], CODE_MAX[bits]).char()
 
 
-def pack_codes(codes: Int8[Tensor, "B Hkv T R"]) -> Int8[Tensor, "B Hkv T R2"]:
-    """Put two four-bit codes into a byte: the first R/2 columns into the low halves, the others into the high ones.
+def measure_mean(k: Float[Tensor, "B Hkv T D"], valid: Bool[Tensor, "B T"] | None) -> Float32[Tensor, "B Hkv 1 D"]:
+    """Return every sequence's mean key."""
+    if valid is None:
+        return k.float().mean(2, keepdim=True)
+    real = valid[:, None, :, None]
+    return (k.float() * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
+
+
+def fit_levels(
+    projected: Float32[Tensor, "B Hkv T R"], valid: Bool[Tensor, "B T"] | None, bits: int = 2
+) -> Float32[Tensor, "B Hkv 1 R"]:
+    """Return the step of each column's four levels: its root mean square times 0.9957.
+
+    Source: J. Max, Quantizing for minimum distortion, IRE Trans. Inf. Theory 6 (1960).
+    """
+    mean = measure_mean(projected.square(), valid)
+    return mean.sqrt().clamp_min(1e-12) * LEVEL_STEP
+
+
+def encode_levels(
+    projected: Float32[Tensor, "B Hkv T R"], scale: Float32[Tensor, "B Hkv 1 R"]
+) -> Int8[Tensor, "B Hkv T R"]:
+    """Round to the code c, -2 .. 1, of the nearest level (c + 1/2) scale.
+
+    The halves move all scores of a query alike: codes are scored as they are.
+    """
+    return (projected / scale).floor_().clamp_(-2, 1).char()
+
+
+def pack_codes(codes: Int8[Tensor, "B Hkv T R"], bits: int = 4) -> Int8[Tensor, "B Hkv T R2"]:
+    """Put 8 / bits codes into a byte: the first of as many parts of the columns into the low bits, and so on up.
 
     Args:
-        codes: R even, each in [-7, 7].
+        codes: R a multiple of 8 / bits, each in [-7, 7], or in [-2, 1] where there are two bits.
     """
-    low, high = codes.chunk(2, -1)
-    return (low & 0x0F) | (high << 4)
+    parts = codes.chunk(8 // bits, -1)
+    packed = parts[-1] << (8 - bits)
+    for i, part in enumerate(parts[:-1]):
+        packed |= (part & (2**bits - 1)) << (i * bits)
+    return packed
 
 
 def choose_columns(

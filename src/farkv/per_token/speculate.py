@@ -36,9 +36,10 @@ def score_index(
     return softcap * torch.tanh(scores / softcap) if softcap else scores
 
 
-def unpack_codes(packed: Int8[Tensor, "B Hkv S R2"]) -> Int8[Tensor, "B Hkv S R"]:
-    """Return four-bit codes as bytes, low halves first. Arithmetic shifts keep the sign."""
-    return torch.cat([(packed << 4) >> 4, packed >> 4], -1)
+def unpack_codes(packed: Int8[Tensor, "B Hkv S R2"], bits: int = 4) -> Int8[Tensor, "B Hkv S R"]:
+    """Return codes of 4 or 2 bits as bytes, low bits first. Arithmetic shifts keep the sign."""
+    kept = 8 - bits
+    return torch.cat([(packed << (kept - at)) >> kept for at in range(0, 8, bits)], -1)
 
 
 def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"] | None) -> Float32[Tensor, "B Hkv S"]:

@@ -20,7 +20,11 @@ MOVE_ROWS = 512
 
 
 class Rows:
-    """Rows per token, appended at the end, cropped from the end, charged to a ledger by capacity."""
+    """Rows per token, appended at the end, cropped from the end, charged to a ledger by capacity.
+
+    Args:
+        row_tokens: tokens that a row stands for.
+    """
 
     def __init__(
         self,
@@ -30,7 +34,9 @@ class Rows:
         pin: bool = False,
         reserve: int = 0,
         mover: Mover | None = None,
+        row_tokens: int = 1,
     ):
+        self.row_tokens = row_tokens
         self.ledger, self.device, self.pin, self.reserve, self.mover = ledger, device, pin, reserve, mover
         self.data: Tensor | None = None
         self.length = 0
@@ -127,7 +133,9 @@ class Rows:
         if capacity == 0 and need <= self.reserve:
             wanted = self.reserve
         else:
-            wanted = grow_capacity(capacity, need) if self.ledger.roomy else need
+            n = self.row_tokens
+            # In tokens: whoever admits the context counts on steps of so many of them.
+            wanted = -(-grow_capacity(capacity * n, need * n) // n) if self.ledger.roomy else need
         if not self.ledger.has_room(wanted * row_bytes):
             wanted = need
         self.ledger.charge(wanted * row_bytes)

@@ -1,0 +1,78 @@
+"""Bounds of whole pages of keys, and the largest logit that they allow (Quest).
+
+In: keys, a query. Out: per page and KV head the least and greatest key coordinates; upper bounds of logits; an order of
+tokens that goes page by page. No host sync, no loop over heads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Bool, Float, Float32, Tensor
+
+
+def bound_pages(
+    k: Float[Tensor, "B Hkv T D"], valid: Bool[Tensor, "b h T"] | None, page: int, before: int = 0
+) -> Float[Tensor, "B Hkv P D2"]:
+    """Return min_t k_td and max_t k_td of every page, side by side, in the keys' own type.
+
+    A page without a real key gets the type's largest number as its minimum and the smallest as its maximum, so that
+    real keys which join it later decide its bounds alone.
+
+    Args:
+        valid: False on padding, which bounds nothing; None where all are real.
+        before: tokens of the first page that are not among these.
+
+    Cost: two passes over the keys.
+
+    Source: Quest (Tang et al. 2024), section 3.3.
+    """
+    limits = torch.finfo(k.dtype)
+    ends = (0, 0, before, -(before + k.shape[2]) % page)
+    low = high = k
+    if valid is not None:
+        low, high = (k.masked_fill(~valid[..., None], value) for value in (limits.max, limits.min))
+    low = torch.nn.functional.pad(low, ends, value=limits.max).unflatten(2, (-1, page)).amin(3)
+    high = torch.nn.functional.pad(high, ends, value=limits.min).unflatten(2, (-1, page)).amax(3)
+    return torch.cat([low, high], -1)
+
+
+def score_bounds(
+    q: Float[Tensor, "B Hq 1 D"], bounds: Float[Tensor, "B Hkv P D2"], scaling: float, softcap: float | None
+) -> Float32[Tensor, "B Hkv G P"]:
+    """Return the largest logit that a page may hold: scaling * sum_d max(q_d min_d, q_d max_d).
+
+    Of the two products the larger is that with the maximum where q_d > 0, that with the minimum where q_d < 0: one
+    matrix product with the query's negative and positive parts side by side.
+
+    Cost: P * 2D numbers read per KV head; 4 Hq P D operations.
+
+    Source: Quest (Tang et al. 2024), algorithm 1.
+    """
+    batch, kv_heads = bounds.shape[:2]
+    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[-1])
+    parts = torch.cat([grouped.clamp(max=0), grouped.clamp(min=0)], -1)
+    scores = parts @ bounds.float().mT * scaling
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def mark_pages(valid: Bool[Tensor, "b h S"], page: int) -> Bool[Tensor, "b h P"]:
+    """Return which pages hold a real token."""
+    return torch.nn.functional.pad(valid, (0, -valid.shape[-1] % page)).unflatten(-1, (-1, page)).any(-1)
+
+
+def rank_tokens(pooled: Float32[Tensor, "B Hkv P"], page: int, n: int) -> Float32[Tensor, "B Hkv n"]:
+    """Return a score per token that orders the first `n` by their page's, best first, then by position.
+
+    Taking the best of them takes whole pages, and of the last one as many tokens as there is room for.
+
+    Args:
+        n: at most 2^24, up to where float32 holds whole numbers.
+
+    Cost: one sort over the pages, one pass over the tokens.
+    """
+    order = torch.argsort(pooled, dim=-1, descending=True, stable=True)
+    places = torch.arange(pooled.shape[-1], device=pooled.device, dtype=torch.float32)
+    rank = torch.empty_like(pooled).scatter_(-1, order, places.expand_as(pooled))
+    within = torch.arange(page, device=pooled.device, dtype=torch.float32)
+    return -(rank[..., None] * page + within).flatten(-2)[..., :n]
