@@ -16,6 +16,7 @@ from farkv.cli.bench import app as bench
 from farkv.cli.demo import demo
 from farkv.cli.plan import plan_layers
 from farkv.cli.profile import profile_model
+from farkv.cli.report import report
 from farkv.cli.run import run
 from farkv.errors import FarKVError
 
@@ -31,6 +32,7 @@ app.command()(run)
 app.command(name="profile")(profile_model)
 app.command(name="plan")(plan_layers)
 app.command()(demo)
+app.command()(report)
 app.add_typer(bench)
 
 

@@ -1,0 +1,38 @@
+"""`farkv report`: the page and the table of what `farkv eval` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from farkv.cli.options import JsonOption, err
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What farkv eval --out DIR wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Of the page. Default: the model's name.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    r"""Draw what an evaluation found: one page, nothing outside it, readable offline.
+
+    [bold]Examples[/bold]
+
+      farkv report results -o report.html
+
+      farkv report results --title "Demo model, 32 K" --json
+    """
+    # numpy and all tables: not before they are needed.
+    from farkv.evals.report import describe_report, write_report
+    from farkv.evals.show import draw_table
+
+    page = write_report(folder, out, title)
+    if as_json:
+        typer.echo(json.dumps(describe_report(page, out), allow_nan=False))
+        return
+    err.print(draw_table(page.table))
+    err.print(page.said.headline, highlight=False)
+    err.print(f"wrote {out}", highlight=False)
