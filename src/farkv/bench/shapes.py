@@ -64,7 +64,7 @@ def find_shape(name: str) -> ModelShape:
     return SHAPES[name]
 
 
-def parse_contexts(text: str) -> list[int]:
+def parse_contexts(text: str, option: str = "--contexts") -> list[int]:
     """Turn `8192,32K` into tokens, ascending; K is 1024.
 
     Raises:
@@ -75,7 +75,7 @@ def parse_contexts(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)\s*([Kk]?)\s*", part)
         tokens = 0 if match is None else int(match[1]) * (1024 if match[2] else 1)
         if tokens < 64:
-            raise ConfigError(f"--contexts: expected numbers of at least 64 tokens, for example 8K,32K; got {part!r}")
+            raise ConfigError(f"{option}: expected numbers of at least 64 tokens, for example 8K,32K; got {part!r}")
         found.append(tokens)
     return sorted(set(found))
 

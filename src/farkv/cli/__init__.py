@@ -14,6 +14,7 @@ import typer
 
 from farkv.cli.bench import app as bench
 from farkv.cli.demo import demo
+from farkv.cli.eval import evaluate
 from farkv.cli.plan import plan_layers
 from farkv.cli.profile import profile_model
 from farkv.cli.report import report
@@ -32,6 +33,7 @@ app.command()(run)
 app.command(name="profile")(profile_model)
 app.command(name="plan")(plan_layers)
 app.command()(demo)
+app.command(name="eval")(evaluate)
 app.command()(report)
 app.add_typer(bench)
 

@@ -1,0 +1,152 @@
+"""`farkv eval`: how good a method's answers are, on your model, by one command."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, err
+from farkv.config import check_fraction
+from farkv.errors import ConfigError
+from farkv.show import show_progress
+
+if TYPE_CHECKING:
+    from farkv.evals.run import Summary
+
+TASKS = "niah_single,niah_multikey,niah_multivalue,niah_multiquery,vt,cwe,fwe,qa,extraction,multiturn,longgen,ppl"
+SOME = "niah_multikey,niah_multiquery,qa,extraction,multiturn,ppl"
+METHODS = "infinigen,oracle,window,random"
+
+
+def evaluate(
+    model: ModelOption = "demo",
+    tasks: Annotated[
+        str, typer.Option(help=f"With commas, of {TASKS.replace(',', ', ')}; or a file: ruler:PATH.")
+    ] = SOME,
+    methods: Annotated[str, typer.Option(help="With commas; see below. The full cache is always among them.")] = METHODS,
+    fractions: Annotated[str, typer.Option(help="Caps, with commas: 0.02,0.1.")] = "0.05,0.1",
+    lengths: Annotated[str, typer.Option(help="Tokens of text, question and answer, with commas: 2048,8K.")] = "2048",
+    limit: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first sample; the others follow.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a run in it goes on.")] = Path("eval"),
+    filler: Annotated[str, typer.Option(help="Between a task's lines: code or english.")] = "code",
+    form: Annotated[
+        str, typer.Option(help="How questions are put: completion, chat, or auto: chat if there is a template.")
+    ] = "auto",
+    trace: Annotated[int, typer.Option(min=0, help="Samples per task and length whose reads are mapped.")] = 1,
+    skip_gated: Annotated[
+        bool, typer.Option("--skip-gated", help="Run no method on tasks that the full cache itself fails.")
+    ] = False,
+    save_prompts: Annotated[
+        bool, typer.Option("--save-prompts", help="Also write the prompts, for another program to answer.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with the model.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process. Default: torch's own.")] = None,
+    profile: ProfileOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    r"""Compare methods on tasks that need the context, sample by sample, with the real decode path.
+
+    The text is read once; every method then answers from those keys and values, the question fed token by token. A row
+    whose method read more than it says, or as much as the full cache, stops the run. Results are JSON lines; a run
+    that was stopped goes on where it was. Draw them with: farkv report DIR
+
+    [bold]Methods[/bold]
+
+      choose anew at every step: infinigen, infinigen-far, infinigen-plan, infinigen-paper, pages (Quest), lowbit, window, random, oracle
+
+      keep a part after the text: xkv, xkv-plan, xkv-paper, snapkv, pyramidkv, h2o
+
+    [bold]Examples[/bold]
+
+      farkv eval --model demo --limit 5 --out eval
+
+      farkv eval -m Qwen/Qwen3-8B --tasks niah_multikey,extraction --methods infinigen,snapkv --lengths 8K,32K --out eval
+
+      farkv eval -m ./my-model --tasks ruler:validation.jsonl --methods infinigen --fractions 0.1 --lengths 32768
+    """  # noqa: E501 - a list that is wrapped by the terminal
+    from farkv.bench.shapes import parse_contexts
+    from farkv.evals.describe import Plan
+    from farkv.evals.run import run_eval
+
+    plan = Plan(
+        model, split(tasks, "--tasks"), split(methods, "--methods"), parse_fractions(fractions),
+        tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, check_form(form), trace, workers, threads, dtype, device,
+        profile, skip_gated, save_prompts,
+    )  # fmt: skip
+    # One line per process would be drawn over the bar.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with show_progress(err, "eval", quiet=False) as tell:
+        summary = run_eval(plan, out, tell)
+    show_summary(summary, out)
+    if as_json:
+        typer.echo(json.dumps(describe(summary, out)))
+
+
+def describe(summary: Summary, out: Path) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    from farkv.evals.tables import make_table
+
+    gated = [{"task": t, "length": n, "full_score": s} for t, n, s in summary.gated]
+    table = make_table(summary.rows)
+    return {
+        "out": str(out), "rows": len(summary.rows), "written": summary.written, "gated": gated,
+        "skipped": summary.skipped, "table": table.to_dict(),
+    }  # fmt: skip
+
+
+def show_summary(summary: Summary, out: Path) -> None:
+    """Draw the table, and say what is not in it."""
+    from farkv.evals.show import draw_table
+    from farkv.evals.tables import make_table
+
+    err.print(draw_table(make_table(summary.rows)))
+    for task, length, score in summary.gated:
+        err.print(f"gated: {task} at {length}: the full cache itself scores {score:.0%}", highlight=False)
+    for skipped in summary.skipped:
+        err.print(f"skipped: {skipped['method']} at {skipped['fraction']}: {skipped['why']}", highlight=False)
+    err.print(f"{summary.written} rows written, {len(summary.rows)} in {out}; farkv report {out}", highlight=False)
+
+
+def split(text: str, option: str) -> tuple[str, ...]:
+    """Return the parts of a list with commas.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise ConfigError(f"{option}: expected names with commas between them, got {text!r}")
+    return parts
+
+
+def parse_fractions(text: str) -> tuple[float, ...]:
+    """Return caps.
+
+    Raises:
+        ConfigError: they are no numbers in (0, 1].
+    """
+    try:
+        found = tuple(float(part) for part in split(text, "--fractions"))
+    except ValueError as error:
+        raise ConfigError(f"--fractions: expected numbers with commas between them, got {text!r}") from error
+    for fraction in found:
+        check_fraction(fraction)
+    return found
+
+
+def check_form(form: str) -> str:
+    """Return the form.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
+    if form not in ("auto", "completion", "chat"):
+        raise ConfigError(f"--form: expected auto, completion or chat, got {form!r}")
+    return form

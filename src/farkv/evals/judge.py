@@ -1,0 +1,220 @@
+"""One sample, one method: answer, score, and the proof of what was read. One sample, all methods: the same prefill.
+
+In: a loaded model, a sample. Out: rows. Every row with a fraction below one is checked: at its decode steps fewer bytes
+were read than a full cache holds, and no more than the fraction says; otherwise the run stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from farkv._axes import Tensor
+from farkv.errors import CacheStateError, ConfigError
+from farkv.evals.ask import Speaker, ask_turns, force_tokens
+from farkv.evals.describe import Variant
+from farkv.evals.methods import FULL, METHODS, attach_options, make_method
+from farkv.evals.prefill import Prefilled, fill_cache, prefill_once
+from farkv.evals.row import Row
+from farkv.evals.sample import Sample
+from farkv.evals.score import SCORES
+from farkv.hf.ask import Prompt
+from farkv.hf.attach import attach, find_profile
+from farkv.hf.cache import FarCache
+from farkv.hf.handle import Handle
+from farkv.receipt import Account
+from farkv.trace import ReadTrace
+
+# A plan's shares are rounded to records, a cap is not passed by more than this.
+ROUNDING = 2e-3
+
+
+class Reference(NamedTuple):
+    """What the full cache answered: the row, and for `ppl` its predictions."""
+
+    row: Row
+    logs: Tensor | None
+
+
+class Told(NamedTuple):
+    """What one cache answered."""
+
+    answers: list[str]
+    ids: list[list[int]]
+    logs: Tensor | None
+    seconds: float
+
+
+class Judge:
+    """Asks one model, with every method, and scores what it says."""
+
+    def __init__(self, model: Any, tokenizer: Any, form: str = "auto", profile: Any = None):
+        self.model, self.speaker = model, Speaker(tokenizer, form)
+        self.profile = find_profile(model, profile)
+
+    def read(self, sample: Sample) -> tuple[Prompt, Prefilled]:
+        """Read a sample's text once."""
+        prompt = self.speaker.build(sample)
+        return prompt, prefill_once(self.model, prompt.text)
+
+    def attach(self, variant: Variant, n_bytes: int) -> Handle:
+        """Attach a method.
+
+        Raises:
+            ConfigError: the method cannot keep to this fraction, or lacks what it needs.
+        """
+        known = METHODS[variant.method]
+        options = attach_options(known, self.profile, variant.fraction, n_bytes)
+        return attach(
+            self.model, make_method(variant.method, variant.fraction), profile=self.profile or False, **options
+        )
+
+    def find_skipped(self, variants: list[Variant]) -> dict[Variant, str]:
+        """Return which methods cannot keep to which fractions, and why, before anything is run."""
+        skipped: dict[Variant, str] = {}
+        for variant in variants:
+            try:
+                self.attach(variant, 1).detach()
+            except ConfigError as error:
+                skipped[variant] = str(error)
+        return skipped
+
+    def ask_full(self, sample: Sample, prompt: Prompt, prefilled: Prefilled) -> Reference:
+        """Return the full cache's answer."""
+        return self._judge(Variant(FULL, 1.0), sample, prompt, prefilled, None)[0]
+
+    def ask_all(
+        self, sample: Sample, variants: list[Variant], reference: Reference | None, *, traced: bool
+    ) -> Iterator[tuple[Row, dict[str, Any] | None]]:
+        """Yield every method's row, and what it read where, if that is wanted."""
+        prompt, prefilled = self.read(sample)
+        if reference is None:
+            reference = self.ask_full(sample, prompt, prefilled)
+        for variant in variants:
+            found, trace = self._judge(variant, sample, prompt, prefilled, reference, traced=traced)
+            yield found.row, trace
+
+    def _judge(
+        self,
+        variant: Variant,
+        sample: Sample,
+        prompt: Prompt,
+        prefilled: Prefilled,
+        reference: Reference | None,
+        *,
+        traced: bool = False,
+    ) -> tuple[Reference, dict[str, Any] | None]:
+        n_new = self.count_steps(sample, prompt)
+        with self.attach(variant, count_bytes(prefilled)) as far:
+            cache = fill_cache(far, prefilled, n_new)
+            # What was counted while the text was read is no decode step.
+            trace = ReadTrace(prompt.n_tokens, n_new) if traced else None
+            cache.account.trace = trace
+            told = self._tell(far, cache, sample, prompt)
+            row = self._make_row(variant, sample, prompt, told, far, cache)
+        row = compare(row, told, reference, prompt)
+        check_reads(row)
+        seen = None if trace is None else {**name_row(row), **trace.to_dict()}
+        return Reference(row, told.logs), seen
+
+    def count_steps(self, sample: Sample, prompt: Prompt) -> int:
+        """Return the most tokens that questions and answers can take."""
+        turns = sum(self.speaker.limit(t) + len(self.speaker.follow(t)) + 4 for t in sample.turns)
+        return len(prompt.question) + turns + 8
+
+    def _tell(self, far: Handle, cache: FarCache, sample: Sample, prompt: Prompt) -> Told:
+        if sample.continuation:
+            logs, seconds = force_tokens(far, cache, prompt.question)
+            return Told([], [], logs, seconds)
+        spoken = ask_turns(far, cache, self.speaker, sample, list(prompt.question))
+        return Told([s.text for s in spoken.turns], [s.ids for s in spoken.turns], None, spoken.seconds)
+
+    def _make_row(
+        self, variant: Variant, sample: Sample, prompt: Prompt, told: Told, far: Handle, cache: FarCache
+    ) -> Row:
+        receipt, account = far.receipt(cache), cache.account
+        turns = [
+            {"answer": answer, "expected": list(turn.expected), "score": SCORES[turn.score](answer, turn.expected)}
+            for answer, turn in zip(told.answers, sample.turns, strict=True)
+        ]
+        read, held = count_step_bytes(account)
+        depths = [d for d in sample.depths if d >= 0]
+        return Row(
+            task=sample.task, method=variant.method, fraction=variant.fraction, length=sample.length,
+            seed=sample.seed, answer="\n".join(told.answers), expected=[e for t in sample.turns for e in t.expected],
+            score=sum(t["score"] for t in turns) / len(turns) if turns else 0.0,
+            read_fraction=receipt.read_fraction, index_fraction=receipt.index_fraction,
+            resident_fraction=receipt.resident_fraction, kept_fraction=receipt.kept_fraction,
+            prompt_sha=sample.prompt_sha, gated=False, tokens=prompt.n_tokens, steps=account.decode_steps,
+            agrees=None, kl=None, nll=None, depth=depths[0] if depths else None, turns=turns,
+            proof=prove(variant, account), bytes_per_step=read, full_bytes_per_step=held, decode_s=told.seconds,
+            tokens_per_s=account.decode_steps / told.seconds if told.seconds else 0.0,
+        )  # fmt: skip
+
+
+def compare(row: Row, told: Told, reference: Reference | None, prompt: Prompt) -> Row:
+    """Add what the full cache's answer, or the true continuation, says of this one."""
+    if told.logs is None:
+        same = None if reference is None else row.answer == reference.row.answer
+        return replace(row, agrees=True if reference is None else same)
+    import torch
+
+    goal = torch.tensor(prompt.question[1:])
+    full = told.logs if reference is None else reference.logs
+    assert full is not None
+    return replace(
+        row,
+        score=float((told.logs.argmax(-1) == goal).float().mean()),
+        nll=float(-told.logs[torch.arange(len(goal)), goal].mean()),
+        kl=float((full.exp() * (full - told.logs)).sum(-1).mean()),
+        agrees=bool((full.argmax(-1) == told.logs.argmax(-1)).all()),
+    )
+
+
+def prove(variant: Variant, account: Account) -> str:
+    """Return what the counted reads prove of this answer."""
+    if not account.decode_steps:
+        return "unproven"
+    if variant.fraction >= 1:
+        return "everything"
+    return "every key" if METHODS[variant.method].reads_keys else "sparse"
+
+
+def check_reads(row: Row) -> None:
+    """Stop the run where a method read more than it says: its figures would be of something else.
+
+    Raises:
+        CacheStateError: more records than the fraction, or as many bytes as a full cache, were read.
+    """
+    if row.fraction >= 1 or row.steps == 0:
+        return
+    least = 1 / max(1, row.tokens)  # One record of every head is always read.
+    if row.read_fraction > row.fraction + max(ROUNDING, least):
+        raise CacheStateError(
+            f"eval: {row.method} at {row.fraction} read {row.read_fraction:.4f} of the KV bytes of "
+            f"{row.task}/{row.length}/{row.seed}; expected at most {row.fraction}: its result would not be of this cap"
+        )
+    if row.bytes_per_step >= row.full_bytes_per_step:
+        raise CacheStateError(
+            f"eval: {row.method} at {row.fraction} read {row.bytes_per_step:.0f} bytes per step, the full cache of "
+            f"{row.task}/{row.length}/{row.seed} has {row.full_bytes_per_step:.0f}; expected fewer: nothing was proven"
+        )
+
+
+def count_step_bytes(account: Account) -> tuple[float, float]:
+    """Return the KV and index bytes read per decode step, and those that a full cache holds."""
+    held = sum(c.held * account.record_bytes.get(i, 1) for i, c in account.layers.items())
+    steps = max(1, account.decode_steps)
+    return held * (account.read_fraction() + account.index_fraction()) / steps, held / steps
+
+
+def count_bytes(prefilled: Prefilled) -> int:
+    """Return the KV bytes of a text."""
+    steps = [step for layers in prefilled.passes for step in layers.values()]
+    return sum((s.k.numel() + s.v.numel()) * s.k.element_size() for s in steps)
+
+
+def name_row(row: Row) -> dict[str, Any]:
+    """Return what says which row a trace belongs to."""
+    return {**row.key._asdict(), "prompt_sha": row.prompt_sha}

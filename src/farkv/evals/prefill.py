@@ -1,0 +1,101 @@
+"""Read a text once, for every method that is to answer from it.
+
+In: a model, a text's tokens. Out: every managed layer's queries, keys and values, pass by pass, and fresh caches filled
+with those very tensors: methods then differ in nothing but what they do with them, and each still runs its own steps on
+them (scoring, skewing, evicting, indexing), pass by pass, as if it had read the text itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from farkv.config import Full
+from farkv.hf.attach import attach
+from farkv.hf.cache import FarCache
+from farkv.hf.handle import CHUNK_TOKENS, Handle
+from farkv.hf.layer import FarLayer
+from farkv.methods.contract import Kernel, Step
+
+
+class Prefilled(NamedTuple):
+    """What one reading of a text leaves behind.
+
+    passes: of every pass, each managed layer's step.  stock: the layers left to Hugging Face.  logits: after the text.
+    """
+
+    passes: list[dict[int, Step]]
+    stock: dict[int, Any]
+    n_tokens: int
+    seconds: float
+
+
+@torch.no_grad()
+def prefill_once(model: Any, tokens: list[int], chunk: int = CHUNK_TOKENS) -> Prefilled:
+    """Run the text densely, `chunk` tokens at a time, and keep what each layer saw.
+
+    Cost: the KV cache and the queries of all managed layers stay in the model's memory: 1 + Hq / (2 Hkv) times the
+    cache's bytes.
+    """
+    passes: list[dict[int, Step]] = []
+    started = time.perf_counter()
+    with attach(model, Full()) as far:
+        cache = far.new_cache()
+        for layer in cache.layers:
+            if isinstance(layer, FarLayer):
+                _listen(layer, passes)
+        for start in range(0, len(tokens), chunk):
+            passes.append({})
+            part = torch.tensor([tokens[start : start + chunk]], device=far.device)
+            far.decoder(input_ids=part, past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        stock = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
+    return Prefilled(passes, stock, len(tokens), time.perf_counter() - started)
+
+
+def _listen(layer: Any, passes: list[dict[int, Step]]) -> None:
+    attend = layer.attend
+
+    def keep(step: Step, kernel: Kernel) -> object:
+        passes[-1][layer.layer] = step
+        return attend(step, kernel)
+
+    layer.attend = keep
+
+
+@torch.no_grad()
+def fill_cache(far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int = 0) -> FarCache:
+    """Make a cache that holds a prefilled text, as if this method had read it.
+
+    Args:
+        extra_tokens: of questions and answers to come: room for them is taken at once.
+    """
+    cache = far.new_cache(tokens=prefilled.n_tokens + extra_tokens, verify=verify)
+    cache.recipe.prompt_tokens = prefilled.n_tokens
+    layers: list[Any] = cache.layers
+    for steps in prefilled.passes:
+        for i, step in steps.items():
+            layers[i].update(step.k, step.v)
+            # The text's own attention outputs are known to nobody's harm: only what follows is asked for.
+            cache.recipe.attend(i, step, _attend_nothing)
+    for i, layer in prefilled.stock.items():
+        layers[i] = copy.deepcopy(layer)
+    return cache
+
+
+class _Nothing:
+    """Stands for the model's attention where its output is not needed."""
+
+    sinks = None
+
+    def __call__(self, q: Any, k: Any, v: Any, mask: Any) -> object:
+        return None
+
+    def wrap(self, out: Any) -> object:
+        return None
+
+
+_attend_nothing = _Nothing()

@@ -1,0 +1,102 @@
+"""One line of `results.jsonl`: what one method answered to one sample, and what it read for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from farkv.errors import InputError
+
+RESULTS, RUN, READS, PROMPTS = "results.jsonl", "run.json", "reads.jsonl", "prompts.jsonl"
+
+
+class Key(NamedTuple):
+    """Which line it is."""
+
+    task: str
+    method: str
+    fraction: float
+    length: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer.
+
+    proof: `sparse`, fewer bytes than the full cache's were read at decode steps, counted and asserted; `everything`,
+    the full cache; `every key`, a bound that reads all keys to choose; `unproven`, nothing was decoded.
+    bytes_per_step: KV and index bytes read per decode step, mean; full_bytes_per_step: of a full cache.
+    agrees: the answer is the full cache's. nll, kl: per token of a continuation, nats.
+    """
+
+    task: str
+    method: str
+    fraction: float
+    length: int
+    seed: int
+    answer: str
+    expected: list[str]
+    score: float
+    read_fraction: float
+    index_fraction: float
+    resident_fraction: float
+    kept_fraction: float
+    prompt_sha: str
+    gated: bool
+    tokens: int
+    steps: int
+    agrees: bool | None
+    kl: float | None
+    nll: float | None
+    depth: float | None
+    turns: list[dict[str, Any]] = field(default_factory=list)
+    proof: str = "unproven"
+    bytes_per_step: float = 0.0
+    full_bytes_per_step: float = 0.0
+    decode_s: float = 0.0
+    tokens_per_s: float = 0.0
+    query_aware: bool = False
+
+    @property
+    def key(self) -> Key:
+        """Which line it is."""
+        return Key(self.task, self.method, self.fraction, self.length, self.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the line as plain JSON types."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """Return the line."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+
+def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
+    """Read a results file.
+
+    Args:
+        mend: a last line that was cut off by a kill is dropped from the file; otherwise it is an error.
+
+    Raises:
+        InputError: a line is no row.
+    """
+    rows: list[Row] = []
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"file {path}: cannot be read ({error}); expected the results of farkv eval") from error
+    for n, line in enumerate(lines, start=1):
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (json.JSONDecodeError, TypeError) as error:
+            if mend and n == len(lines) and not line.endswith("\n"):
+                path.write_text("".join(lines[:-1]), "utf-8")
+                break
+            raise InputError(
+                f"file {path}, line {n}: expected a row of farkv eval, got {line[:60]!r} ({error}); "
+                "remove the line, or use another --out"
+            ) from error
+    return rows
