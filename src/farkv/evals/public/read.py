@@ -1,0 +1,124 @@
+"""A set's files as records, each with its path and line, so that a bad one is named.
+
+In: a path, or a file's name on the hub. Out: records, their fields checked one by one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from farkv.errors import InputError
+
+HUB = "hub"
+
+
+class Record(NamedTuple):
+    """One JSON object: where it stands (in a list, `line` counts entries) and what it holds."""
+
+    path: Path
+    line: int
+    fields: dict[str, Any]
+
+    @property
+    def place(self) -> str:
+        """Return `path:line`."""
+        return f"{self.path}:{self.line}"
+
+    def refuse(self, expected: str) -> InputError:
+        """Return the error that says what was expected here and which fields there are."""
+        got = ", ".join(f"{name} ({type(value).__name__})" for name, value in self.fields.items())
+        return InputError(f"{self.place}: expected {expected}; got {got or 'no fields'}")
+
+    def text(self, name: str) -> str:
+        """Return a field that must be a string."""
+        value = self.fields.get(name)
+        if not isinstance(value, str):
+            raise self.refuse(f"the field {name} to be a string")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Return a field that must be a list of strings, not empty."""
+        value = self.fields.get(name)
+        if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+            raise self.refuse(f"the field {name} to be a list of strings, at least one")
+        return tuple(value)
+
+
+def find_files(path: str, *suffixes: str) -> list[Path]:
+    """Return the file, or all files below the folder that end so, in the order of their names."""
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    found = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in suffixes) if root.is_dir() else []
+    if not found:
+        raise InputError(f"{root}: expected a file or a folder with {' or '.join(suffixes)} files; there is none")
+    return found
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield a JSON list's objects, or those of a file with one JSON object per line."""
+    if path.suffix == ".json":
+        entries = parse(path, 1, read_text(path))
+        if not isinstance(entries, list):
+            raise InputError(f"{path}: expected a JSON list of objects; got {type(entries).__name__}")
+        yield from (check(path, i, entry) for i, entry in enumerate(entries, 1))
+    elif path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            for i, line in enumerate(file, 1):
+                if line.strip():
+                    yield check(path, i, parse(path, i, decode(path, i, line)))
+    else:
+        raise InputError(
+            f"{path}: expected .jsonl or .json; got {path.suffix or 'no ending'}. Write a parquet file as JSON lines: "
+            "pandas.read_parquet(PATH).to_json(NAME, orient='records', lines=True)"
+        )
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text, line ends as they are."""
+    return decode(path, 1, path.read_bytes())
+
+
+def decode(path: Path, line: int, data: bytes) -> str:
+    """Return bytes as the text that they must be."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data[: error.start].count(b"\n")
+        raise InputError(f"{path}:{line}: expected UTF-8; got the byte 0x{data[error.start]:02x}") from error
+
+
+def parse(path: Path, line: int, text: str) -> Any:
+    """Return a text's JSON value."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{line + error.lineno - 1}: expected JSON; got {error.msg}") from error
+
+
+def check(path: Path, line: int, value: Any) -> Record:
+    """Return a JSON object as a record."""
+    if not isinstance(value, dict):
+        raise InputError(f"{path}:{line}: expected a JSON object; got {type(value).__name__}")
+    return Record(path, line, value)
+
+
+def fetch(repo: str, name: str, spec: str) -> Path:
+    """Return the local copy of a data set's file on the hub, fetched where it is not there yet.
+
+    Raises:
+        InputError: it can neither be reached nor found in the hub's local cache.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except (OSError, HfHubHTTPError) as error:
+        raise InputError(
+            f"{repo}/{name}: expected the file on the hub or in its local cache; neither could be had "
+            f"({type(error).__name__}). Fetch it on a machine with a network, copy it here, and give {spec}:PATH"
+        ) from error
