@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import farkv
-from farkv.methods import InfiniGen, Oracle, Window
+from farkv.methods import InfiniGen, LowBit, Oracle, Pages, Window
 from farkv.store.sizes import count_cap
 from tests.hf.tape import Tape, replay, worst
 from tests.models import generate, make_model, make_prompt
@@ -57,7 +57,16 @@ def test_a_padded_sequence_equals_itself_alone(family: str, skew: str, near: Any
         assert (a.logits - b.logits[:1]).abs().max() <= 8 * noise
 
 
-@pytest.mark.parametrize("method", [InfiniGen(fraction=0.25), Oracle(fraction=0.25), Window(fraction=0.25)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        InfiniGen(fraction=0.25),
+        Oracle(fraction=0.25),
+        Window(fraction=0.25),
+        Pages(fraction=0.25),
+        LowBit(fraction=0.25),
+    ],
+)
 def test_sequences_of_one_length_do_not_see_each_other(method: Any) -> None:
     model = make_model("llama")
     both = make_prompt(2, tokens=ALONE)

@@ -9,7 +9,7 @@ import torch
 
 import farkv
 from farkv.errors import CapacityError
-from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.methods import Full, InfiniGen, LowBit, Method, Oracle, Pages, Random, Window
 from farkv.store import spare as spare_module
 from tests.models import generate, make_model, make_prompt
 
@@ -24,6 +24,8 @@ METHODS: dict[str, Method] = {
     "full": Full(),
     "window": Window(fraction=0.3),
     "oracle": Oracle(fraction=0.3),
+    "pages": Pages(fraction=0.3, page=8),
+    "lowbit": LowBit(fraction=0.3),
 }
 
 
@@ -101,7 +103,7 @@ def test_near_limits(method: str, reserve: bool) -> None:
 
 
 @pytest.mark.parametrize("reserve", [True, False])
-@pytest.mark.parametrize("method", ["ours", "paper"])
+@pytest.mark.parametrize("method", ["ours", "paper", "pages"])
 def test_near_limits_just_at_the_edge(method: str, reserve: bool) -> None:
     low, high = WHOLE // 4, 4 * WHOLE
     while high - low > 8:

@@ -19,7 +19,7 @@ from farkv.errors import CacheStateError, CapacityError, FarKVError, SessionErro
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.session import load_cache, read_session_text, resume
-from farkv.methods import XKV, Full, InfiniGen, Oracle, Random, Window
+from farkv.methods import XKV, Full, InfiniGen, LowBit, Oracle, Pages, Random, Window
 from farkv.store.saved import Saved, write_saved
 from tests.models import forward, make_model, make_prompt, plain_cache
 
@@ -88,7 +88,10 @@ STORAGE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("storage", list(STORAGE))
-@pytest.mark.parametrize("method", [Full(), InfiniGen(fraction=0.3), Oracle(fraction=0.3), Window(fraction=0.3)])
+@pytest.mark.parametrize(
+    "method",
+    [Full(), InfiniGen(fraction=0.3), Oracle(fraction=0.3), Window(fraction=0.3), Pages(), LowBit(), LowBit(bits=4)],
+)
 def test_two_loads_give_the_same_bits(method: Method, storage: str, tmp_path: Path) -> None:
     model, path = make(), tmp_path / "a.farkv"
     options = {k: v.format(tmp_path) if k == "disk" else v for k, v in STORAGE[storage].items()}

@@ -25,7 +25,7 @@ from farkv.store.bounds import PageBounds
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import BLOCK_TOKENS
 
-# What grows, grows in steps of so many tokens.
+# Capacities are multiples of so many tokens.
 GROWTH_TOKENS = 64
 
 
@@ -84,8 +84,9 @@ class PagesRecipe(SparseRecipe):
     # --- bytes ----------------------------------------------------------------------------------------------
 
     def index_bytes(self, shape: LayerShape, tokens: int) -> int:
-        """Bytes of one layer's bounds of a context of `tokens`: whole pages, and what they may grow by beyond it."""
-        n_pages = -(-(tokens + GROWTH_TOKENS + 2 * self.page) // self.page)
+        """Bytes of one layer's bounds of a context of `tokens`: whole pages, and the steps in which they grow."""
+        grows = self.store.limits.reserve_tokens < tokens
+        n_pages = -(-(tokens + (GROWTH_TOKENS + 2 * self.page if grows else 0)) // self.page)
         return shape.batch * shape.kv_heads * n_pages * 2 * shape.k_dim * shape.itemsize
 
     # --- the batch ------------------------------------------------------------------------------------------
