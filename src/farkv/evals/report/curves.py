@@ -48,13 +48,13 @@ class Frame(NamedTuple):
 
     width: int
     height: int
-    left: int = 50
-    right: int = 14
-    top: int = 14
-    bottom: int = 44
+    left: int
+    right: int
+    top: int
+    bottom: int
 
 
-LARGE, SMALL = Frame(440, 310), Frame(300, 200, 44, 10, 8, 24)
+LARGE, SMALL = Frame(440, 310, 52, 16, 12, 46), Frame(250, 172, 30, 10, 8, 24)
 
 
 def draw_curves(
@@ -74,10 +74,12 @@ def draw_curves(
         return el("p", "Nothing was measured.", class_="none")
     large = frame is LARGE
     low, high = find_range([cost.of(line) for line in shown], share=cost.share)
-    x = Axis(low, high, frame.left, frame.width - frame.right, log=True)
+    x = Axis(low, high, frame.left, frame.width - frame.right, log=cost.share)
     y = Axis(*y_range, frame.height - frame.bottom, frame.top)
-    show = (lambda v: percent(v, 1 if v < 0.01 else 0)) if cost.share else number
-    parts = [draw_axes(x, y, show, lambda v: percent(v, 0), 8 if large else 5)]
+    # In small pictures the unit stands above them, not at every number.
+    unit = " %" if large else ""
+    show_x = (lambda v: f"{100 * v:.3g}{unit}") if cost.share else number
+    parts = [draw_axes(x, y, show_x, lambda v: f"{100 * v:.0f}{unit}", 9 if large else 7)]
     if large:
         parts.append(
             el("text", cost.caption, class_="label", x=(x.start + x.end) / 2, y=frame.height - 6, text_anchor="middle")
@@ -95,12 +97,9 @@ def draw_curves(
 
 
 def find_range(values: Sequence[float], *, share: bool) -> tuple[float, float]:
-    """Return the range of a cost; of a share always up to everything."""
-    values = [max(value, LEAST) for value in values]
-    low, high = min(values), max(values)
-    if share:
-        return min(low * 0.8, 0.5), max(1.0, high)
-    return low / 1.15, high * 1.15
+    """Return the range of a cost: of a share up to everything, of speed from nothing."""
+    low, high = max(min(values), LEAST), max(*values, LEAST)
+    return (min(low * 0.8, 0.5), 1.15 * max(1.0, high)) if share else (0.0, 1.08 * high)
 
 
 def draw_full(line: Line, cost: Cost, look: Look, x: Axis, y: Axis) -> Html:

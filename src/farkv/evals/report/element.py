@@ -6,6 +6,7 @@ an answer of a model can say `<script>` and be read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 
@@ -25,7 +26,17 @@ def text(value: object) -> Html:
 
 def join(parts: Iterable[object], between: str = "") -> Html:
     """Return texts and elements as one."""
-    return Html(between.join(text(part) for part in parts))
+    return Html(text(between).join(text(part) for part in parts))
+
+
+def keep(said: str) -> str:
+    """Return a sentence in which numbers stay on one line with their units."""
+    return re.sub(r"(?<=\d) (?=%|K\b|points\b)", "\u00a0", said)
+
+
+def break_name(method: str) -> Html:
+    """Return a method's name, which may go on in the next line after a colon."""
+    return join(method.split(":"), Html(":<wbr>"))
 
 
 def el(name: str, /, *children: object, **attributes: object) -> Html:

@@ -14,7 +14,7 @@ from farkv.errors import InputError
 from farkv.evals.cells import FULL, OURS, Setting, Study
 from farkv.evals.report.element import Html, el, join
 from farkv.evals.report.grids import draw_box
-from farkv.evals.report.words import say_methods
+from farkv.evals.report.words import and_join, say_methods
 from farkv.evals.row import RUN, Row
 from farkv.evals.show import fraction_text, length_text, name_setting, percent
 from farkv.evals.tables import Table
@@ -65,12 +65,12 @@ def draw_run(run: dict[str, Any], study: Study) -> Html:
     """Return what was run: model, command, versions, machine, seeds."""
     machine = run.get("machine") if isinstance(run.get("machine"), dict) else {}
     versions = run.get("versions") if isinstance(run.get("versions"), dict) else {}
-    cells = [*study.cells]
+    cells = study.cells
     facts: list[tuple[str, object]] = [
         ("model", join_known(run.get("model"), run.get("model_sha"))),
         ("command", el("code", run["command"]) if run.get("command") else ""),
         ("tasks", ", ".join(dict.fromkeys(cell.task for cell in cells))),
-        ("lengths", ", ".join(length_text(n) for n in sorted({cell.length for cell in cells})) + " tokens"),
+        ("lengths", and_join(length_text(n) for n in sorted({cell.length for cell in cells})) + " tokens"),
         ("methods", say_methods([s for s in study.settings if not s.is_full])),
         ("samples", f"{run.get('limit', '?')} per task and length, seeds from {run.get('seed', '?')}"),
         ("filler", run.get("filler") or ""),
@@ -133,8 +133,8 @@ def list_skipped(run: dict[str, Any]) -> list[list[str]]:
 def draw_plain(head: Sequence[str], rows: Iterable[Sequence[str]], name: str) -> Html:
     """Return a table of words."""
     body = [el("tr", *(el("td", text, class_="words") for text in row)) for row in rows]
-    made = el("table", el("thead", el("tr", *(el("th", text, scope="col") for text in head))), el("tbody", *body))
-    return draw_box(made, name)
+    heads = (el("th", text, scope="col", class_="words") for text in head)
+    return draw_box(el("table", el("thead", el("tr", *heads)), el("tbody", *body), class_="plain"), name)
 
 
 def draw_notes() -> Html:

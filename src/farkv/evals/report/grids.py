@@ -8,24 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from farkv.evals.cells import FULL, Study
-from farkv.evals.report.element import Html, el, join
+from farkv.evals.report.element import Html, break_name, el, join
 from farkv.evals.report.looks import Look, draw_marker
 from farkv.evals.show import fraction_text, name_setting, number, percent, point_span, points, span
 from farkv.evals.tables import Line, Table
 
 HEADS = (
     ("method", ""),
-    ("score", "mean of cells, 95 % interval below"),
-    ("to full", "points, paired, 95 % interval below"),
-    ("won · tied · lost", "samples, against the full cache"),
-    ("agrees", "same answer as the full cache"),
-    ("KL", "nats per token, to the full cache (ppl)"),
-    ("read", "share of the cache's bytes per step"),
-    ("index", "share of the cache's bytes per step"),
+    ("score", "95 % below"),
+    ("to full", "points"),
+    ("tally", "won · tied · lost"),
+    ("agrees", "with full"),
+    ("KL", "nats/token"),
+    ("read", "per step"),
+    ("index", "per step"),
     ("kept", "anywhere"),
     ("resident", "near"),
-    ("tokens/s", "decoding; noisy"),
-    ("proof", "see the notes"),
+    ("speed", "tokens/s"),
+    ("proof", ""),
 )
 MARKS = {"best": ("best", "best of its fraction, the oracle aside"), "same": ("≈", "not different from the best")}
 
@@ -35,21 +35,24 @@ def draw_box(table: Html, name: str) -> Html:
     return el("div", table, class_="scroll", tabindex=0, role="region", aria_label=name)
 
 
-def draw_name(method: str, look: Look | None, note: str = "") -> Html:
+def draw_name(method: str, look: Look | None, *, bound: bool = False) -> Html:
     """Return a method's name with its marker in its colour."""
     if look is None or look.marker == "none":
         dot = el("svg", el("line", class_="full", x1=0, x2=12, y1=6, y2=6), viewBox="0 0 12 12", aria_hidden="true")
     else:
-        kind = "aware" if look.aware else "blind"
+        kind = "bound" if bound else "aware" if look.aware else "blind"
         marker = el("g", el("path", class_="dot", d=draw_marker(look, 6, 6, 3.4)), class_=f"sample {kind}")
         dot = el("svg", marker, viewBox="0 0 12 12", aria_hidden="true")
-    name = el("span", dot, method, class_=f"name {look.name if look else ''}".strip())
-    return join([name, el("span", note, class_="soft")]) if note else name
+    note = el("span", " ceiling", class_="soft") if bound else ""
+    return el("span", dot, el("span", break_name(method), note), class_=f"name {look.name if look else ''}".strip())
 
 
 def draw_lines(table: Table, looks: Mapping[str, Look]) -> Html:
     """Return a table with a group of lines per fraction, the best first in each, the full cache above all."""
-    head = [el("th", name, el("span", told, class_="told") if told else "", scope="col") for name, told in HEADS]
+    head = [
+        el("th", name, el("span", told, class_="told") if told else "", scope="col", class_=None if told else "words")
+        for name, told in HEADS
+    ]
     bodies = []
     full = table.find(FULL)
     if full is not None:
@@ -64,8 +67,8 @@ def draw_lines(table: Table, looks: Mapping[str, Look]) -> Html:
 
 def draw_line(line: Line, looks: Mapping[str, Look]) -> Html:
     """Return one row."""
-    note = " ceiling" if line.bound else ""
-    name = el("th", draw_name(line.setting.method, looks.get(line.setting.method), note), scope="row")
+    named = draw_name(line.setting.method, looks.get(line.setting.method), bound=line.bound)
+    name = el("th", named, scope="row")
     m = line.measured
     to_full, tally = "–", "–"
     if line.delta is not None:
@@ -95,7 +98,11 @@ def draw_score(line: Line, digits: str = " %") -> Html:
     shown = percent(line.score.mean) if digits else f"{100 * line.score.mean:.1f}"
     mark = MARKS.get(line.mark)
     number_ = el("b", shown) if line.mark == "best" else shown
-    badge = el("abbr", mark[0], title=mark[1], class_=f"mark {line.mark}") if mark else ""
+    badge = (
+        el("abbr", mark[0], title=mark[1], class_=f"mark {line.mark}")
+        if mark and (digits or line.mark == "same")
+        else ""
+    )
     return join([badge, number_, draw_small(span(line.score))])
 
 
@@ -117,7 +124,8 @@ def draw_grid(study: Study, columns: Sequence[Table], fraction: float, looks: Ma
         if not any(found):
             continue
         cells = [el("td", "–" if line is None else draw_score(line, "")) for line in found]
-        rows.append(el("tr", el("th", draw_name(method, looks.get(method)), scope="row"), *cells))
+        bound = any(line is not None and line.bound for line in found)
+        rows.append(el("tr", el("th", draw_name(method, looks.get(method), bound=bound), scope="row"), *cells))
     made = el("table", el("thead", el("tr", *head)), el("tbody", *rows))
     return draw_box(made, f"Scores at {fraction_text(fraction)} by length and task, in percent")
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from farkv.evals.cells import Cell, Setting, Study
-from farkv.evals.report.element import Html, el
+from farkv.evals.report.element import Html, break_name, el
+from farkv.evals.report.looks import order_methods
 from farkv.evals.show import length_text, percent
 from farkv.evals.stats import Floats
 
@@ -75,7 +76,7 @@ def draw_map(lengths: Sequence[int], means: Floats, counts: Floats, name: str) -
             depth = f"{percent(row / n_bins, 0)} to {percent((row + 1) / n_bins, 0)} deep"
             said = f"{length_text(length)}, {depth}: {percent(mean)}, n = {counts[row, column]:.0f}"
             field = el("rect", class_="field", fill_opacity=round(mean, 3), **place)
-            strong = "value on" if mean > 0.55 else "value"
+            strong = "value on" if mean > 0.77 else "value"
             number = el("text", f"{100 * mean:.0f}", class_=strong, x=x + WIDTH / 2, y=y + 14, text_anchor="middle")
             parts.append(el("g", el("title", said), field, number))
     for column, length in enumerate(lengths):
@@ -90,14 +91,15 @@ def draw_retrieval(study: Study, fraction: float) -> Html:
     cells = find_known(study)
     n_bins = count_bins(cells)
     figures = []
-    for setting in study.settings:
-        if not setting.is_full and setting.fraction != fraction:
-            continue
+    shown = {s.method: s for s in study.settings if s.is_full or s.fraction == fraction}
+    for method in order_methods(shown):
+        setting = shown[method]
         lengths, means, counts = bin_scores(cells, setting, n_bins)
         if counts.any():
-            drawn = draw_map(lengths, means, counts, setting.method)
-            figures.append(el("figure", el("figcaption", setting.method), drawn))
-    return el("div", *figures, class_="maps")
+            drawn = draw_map(lengths, means, counts, method)
+            figures.append(el("figure", el("figcaption", break_name(method)), drawn))
+    width = LEFT + WIDTH * len({cell.length for cell in cells}) + 12
+    return el("div", *figures, class_="maps", style=f"--map:{max(width, 150)}px")
 
 
 def list_tasks(study: Study) -> Mapping[str, int]:

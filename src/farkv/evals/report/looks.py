@@ -52,14 +52,20 @@ class Look(NamedTuple):
     aware: bool
 
 
+def order_methods(methods: Iterable[str]) -> list[str]:
+    """Return methods in the order of `KNOWN`, those of others after them by name."""
+    places = {method: i for i, method in enumerate(KNOWN)}
+    return sorted(methods, key=lambda method: (places.get(method, len(places)), method))
+
+
 def choose_looks(methods: Iterable[str], aware: Iterable[str]) -> dict[str, Look]:
     """Return the look of every method.
 
     Args:
-        methods: names, in the order of the legend.
+        methods: names, in any order.
         aware: those whose choice sees the query.
     """
-    methods = list(methods)
+    methods = order_methods(methods)
     others = sorted(method for method in methods if method not in KNOWN)
     seen = set(aware)
     looks = {}

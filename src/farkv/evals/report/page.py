@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from farkv.evals.cells import Study, study_rows
 from farkv.evals.report.curves import draw_average, draw_cells, draw_legend
-from farkv.evals.report.element import Html, el
+from farkv.evals.report.element import Html, el, keep
 from farkv.evals.report.facts import draw_left_out, draw_lost, draw_notes, draw_run
 from farkv.evals.report.grids import draw_grid, draw_lines, draw_tabs, write_tab_css
 from farkv.evals.report.heat import draw_retrieval, find_known, list_tasks
@@ -87,12 +87,12 @@ def draw_head(title: str, said: Said, run: Mapping[str, Any]) -> Html:
     """Return the title, the headline and what stands behind it."""
     model = f"Model: {run['model']}. " if run.get("model") else ""
     basis, *more = said.more or [""]
-    points = el("ul", *(el("li", text) for text in more)) if more else ""
+    points = el("ul", *(el("li", keep(text)) for text in more)) if more else ""
     return el(
         "header",
         el("h1", title),
-        el("p", said.headline, class_="headline"),
-        el("p", model + basis, class_="soft"),
+        el("p", keep(said.headline), class_="headline"),
+        el("p", keep(model + basis), class_="soft"),
         points,
     )
 
@@ -103,13 +103,11 @@ def draw_quality(study: Study, table: Table, looks: Mapping[str, Look], chosen: 
         return []
     bounds = {s.method for s in study.proofs if study.is_bound(s)}
     small = [make_table(study, f"{c.task}, {length_text(c.length)}", [c.task], [c.length]) for c in study.cells]
-    told = (
-        "Average over all cells. Up is better, left is cheaper; of speed, right is better. Point at a mark to read it."
-    )
+    told = "Average over all cells. Up is better, left is cheaper; of speed, right is better. Bars: 95 %."
     parts = [section("curves", "Quality and what it costs", el("p", told, class_="soft"),
                      draw_legend(looks, bounds, boxes=True), draw_average(table, looks))]  # fmt: skip
     if len(small) > 1:
-        told = "Score over read + index, one picture per task and length."
+        told = "Score over read + index, both in percent; one picture per task and length."
         parts.append(
             section("cells", "Every task and length", el("p", told, class_="soft"),
                     draw_legend(looks, bounds, boxes=False), draw_cells(small, looks))
@@ -145,7 +143,7 @@ def draw_heat(study: Study, reads: Sequence[Reads], chosen: float | None) -> lis
         names = [name for name, _ in panels]
         first = names.index("infinigen") if "infinigen" in names else 0
         told = (
-            "Position in the text to the right, decode step downward; the darker, the larger the share that was read."
+            "Position in the text to the right, decode step downward; the stronger, the larger the share that was read."
         )
         parts.append(
             section("reads", "What was read when", el("p", told, class_="soft"), draw_scale(),

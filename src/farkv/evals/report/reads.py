@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from farkv.errors import InputError
 from farkv.evals.report.element import Html, el
+from farkv.evals.report.looks import order_methods
 from farkv.evals.row import READS
 from farkv.evals.show import name_setting, percent
 from farkv.evals.tables import Setting
@@ -89,7 +90,7 @@ def choose_reads(reads: Sequence[Reads], fraction: float) -> list[Reads]:
     chosen: dict[str, Reads] = {}
     for line in sorted(reads, key=rank):
         chosen.setdefault(line.setting.method, line)
-    return list(chosen.values())
+    return [chosen[method] for method in order_methods(chosen)]
 
 
 def write_png(shares: NDArray[np.float64]) -> str:

@@ -5,11 +5,12 @@ In: a study and its tables. Out: sentences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from farkv.evals.cells import FULL, OURS, Setting, Study
-from farkv.evals.show import fraction_text, length_text, list_places, percent, point_span, points, span
+from farkv.evals.report.looks import order_methods
+from farkv.evals.show import fraction_text, length_text, percent, point_span, points
 from farkv.evals.tables import Line, Table, compare
 
 PROMISED = 0.1
@@ -52,7 +53,8 @@ def say(study: Study, table: Table) -> Said:
     line = None if fraction is None else choose_subject(study, table, fraction)
     if line is None or line.delta is None:
         return Said(f"The full cache scores {percent(full.score.mean)}; no other method was compared.", [])
-    tasks, lengths = list_places(table)
+    tasks = len({task for task, _ in table.cells})
+    lengths = and_join(length_text(length) for length in sorted({length for _, length in table.cells}))
     name, gap = line.setting.method, line.delta.delta
     headline = (
         f"{name} at {fraction_text(line.setting.fraction)} scores {percent(line.score.mean)}, the full cache "
@@ -60,8 +62,8 @@ def say(study: Study, table: Table) -> Said:
         f"{say_reads(line)}."
     )
     basis = (
-        f"{count(tasks, 'task')} at {lengths} tokens, {table.samples} samples per method; every method answered the "
-        "same samples. In brackets: what 95 % of a paired bootstrap lies between."
+        f"{tasks} task{'s' if tasks > 1 else ''} at {lengths} tokens, {table.samples} samples per method, the same "
+        "for all. In brackets: what 95 % of a paired bootstrap lies between."
     )
     return Said(headline, [basis, say_promise(line), *say_rivals(study, table, name)])
 
@@ -85,12 +87,6 @@ def say_promise(line: Line) -> str:
     return f"{where}: yes, the whole interval."
 
 
-def count(names: str, word: str) -> str:
-    """Return how many names a list has, in words: 3 tasks."""
-    n = len(names.split(", "))
-    return f"{n} {word}" + ("s" if n != 1 else "")
-
-
 def say_rivals(study: Study, table: Table, name: str) -> list[str]:
     """Return, per fraction, who is better than a method, on average and on which tasks and lengths."""
     best, worse = [], []
@@ -105,7 +101,7 @@ def say_rivals(study: Study, table: Table, name: str) -> list[str]:
             worse.append(say_gap(study, table, line, rivals[0]))
     said = []
     if best:
-        said.append(f"Best on average of all methods but the oracle at {', '.join(best)}.")
+        said.append(f"Best on average of all methods but the oracle at {and_join(best)}.")
     if worse:
         said.append(f"Not best on average: {'; '.join(worse)}.")
     return said + [text for fraction in study.fractions if (text := say_lost_cells(study, table, name, fraction))]
@@ -140,14 +136,18 @@ def say_lost_cells(study: Study, table: Table, name: str, fraction: float) -> st
     )
 
 
-def say_interval(line: Line) -> str:
-    """Return a score with its interval and what it stands on."""
-    return f"{percent(line.score.mean)} [{span(line.score)}], n = {line.score.n}"
-
-
 def say_methods(settings: Sequence[Setting]) -> str:
-    """Return methods with their fractions: `h2o (2 %, 5 %), pages (10 %)`."""
+    """Return methods with their fractions: `h2o, pages at 2 % and 5 %; random at 10 %`."""
     by_method: dict[str, list[str]] = {}
     for setting in settings:
         by_method.setdefault(setting.method, []).append(fraction_text(setting.fraction))
-    return ", ".join(f"{method} ({', '.join(fractions)})" for method, fractions in by_method.items())
+    by_fractions: dict[str, list[str]] = {}
+    for method in order_methods(by_method):
+        by_fractions.setdefault(and_join(by_method[method]), []).append(method)
+    return "; ".join(f"{', '.join(methods)} at {fractions}" for fractions, methods in by_fractions.items())
+
+
+def and_join(names: Iterable[str]) -> str:
+    """Return names as a list in a sentence: `a, b and c`."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
