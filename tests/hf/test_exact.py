@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import farkv
-from farkv.methods import Full, InfiniGen, LowBit, Method, Pages
+from farkv.methods import H2O, Full, InfiniGen, LowBit, Method, Pages, PyramidKV, SnapKV
 from tests.models import FAMILIES, assert_same, forward, generate, make_model, make_prompt, plain_cache
 
 WHOLE: dict[str, Method] = {
@@ -18,6 +18,9 @@ WHOLE: dict[str, Method] = {
     "paper": InfiniGen(fraction=1.0, paper=True),
     "pages": Pages(fraction=1.0, page=8),
     "lowbit": LowBit(fraction=1.0),
+    "h2o": H2O(fraction=1.0),
+    "snapkv": SnapKV(fraction=1.0),
+    "pyramidkv": PyramidKV(fraction=1.0),
 }
 PROMPTS = {"single": make_prompt(1), "padded": make_prompt(3, pad=9)}
 GREEDY: dict[str, Any] = {}

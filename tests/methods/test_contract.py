@@ -10,7 +10,21 @@ import torch
 
 import farkv
 from farkv.errors import CacheStateError
-from farkv.methods import XKV, Full, InfiniGen, LowBit, Method, Oracle, Pages, Random, Window, make_recipe
+from farkv.methods import (
+    H2O,
+    XKV,
+    Full,
+    InfiniGen,
+    LowBit,
+    Method,
+    Oracle,
+    Pages,
+    PyramidKV,
+    Random,
+    SnapKV,
+    Window,
+    make_recipe,
+)
 from farkv.methods.contract import Place, Recipe
 from farkv.receipt import Account
 from farkv.store.tiers import StoreLimits
@@ -180,7 +194,12 @@ EVICTING: dict[str, tuple[Method, ...]] = {
     "xkv_retention": (XKV(retention=0.6),),
     "xkv_paper": (XKV(fraction=0.3, paper=True),),
     "infinigen+keep": (InfiniGen(fraction=0.2), XKV(fraction=0.5)),
+    "h2o": (H2O(fraction=0.3),),
+    "snapkv": (SnapKV(fraction=0.3),),
+    "pyramidkv": (PyramidKV(fraction=0.3),),
 }
+ALONE = {name: methods[0] for name, methods in EVICTING.items() if len(methods) == 1}
+every_single_evicting = pytest.mark.parametrize("method", ALONE.values(), ids=ALONE)
 every_evicting = pytest.mark.parametrize("methods", EVICTING.values(), ids=EVICTING)
 
 
@@ -234,3 +253,32 @@ def test_an_evicted_cache_is_copied_cropped_and_reset_as_others_are(methods: tup
         assert store.host.used == store.near.used == store.index.used == 0
         forward(model, IDS, cache)
         assert same(steps(model, cache, IDS[:, :3]), expected)
+
+
+@every_single_evicting
+def test_an_evicting_method_is_a_recipe(method: Method) -> None:
+    account = Account()
+    recipe = make_recipe(method, Place([0, 2, 3], StoreLimits(), torch.device("cpu"), account), None)
+    assert isinstance(recipe, Recipe)
+    assert recipe.account is account
+    assert recipe.query_source is None
+    assert not recipe.dense
+
+
+@every_single_evicting
+def test_an_evicting_method_survives_prompts_of_few_tokens(method: Method) -> None:
+    model = make_model("llama")
+    for n in (1, 2, 3):
+        with farkv.attach(model, method) as far:
+            out = generate(model, make_prompt(2, tokens=n), far.new_cache(), n=8)
+        assert all(logits.isfinite().all() for logits in out.logits)
+
+
+@every_near
+@every_single_evicting
+def test_an_evicting_run_twice_is_the_same(method: Method, near: Any) -> None:
+    model = make_model("llama")
+    with farkv.attach(model, method, near=near) as far:
+        runs = [generate(model, make_prompt(2, tokens=40, pad=9), far.new_cache()) for _ in range(2)]
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    assert same(list(runs[0].logits), list(runs[1].logits))

@@ -5,7 +5,6 @@ In: a watcher, a store. Out: how many records stay, and which, for SnapKV, Pyram
 
 from __future__ import annotations
 
-from farkv._axes import Bool, Tensor
 from farkv.methods.keep import Keeper
 from farkv.methods.watch import Watcher
 from farkv.store.sizes import count_cap
@@ -30,9 +29,3 @@ class CappedKeeper(Keeper):
         # One record besides is the newest token, while it is read.
         share = min(int(self.share * cap), cap - 1)
         return max(1, share if self.most is None else min(share, self.most))
-
-    def end_prompt(self, layer: int, visible: Bool[Tensor, "B h S"] | None) -> list[int]:
-        """Score a layer when the prompt has gone through it; equal shares need not wait for the other layers."""
-        if self.allowed is None and self.config.rule == "uniform":
-            self.allow_evenly()
-        return super().end_prompt(layer, visible)

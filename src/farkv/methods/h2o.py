@@ -70,6 +70,10 @@ class HitterKeeper(CappedKeeper):
         seen = None if visible is None else visible[..., :n].to(keys.device)
         add_weights(sums, self.asked.take(layer, leave).to(keys.device), keys, seen, self.asked.forms[layer])
 
+    def allocate(self) -> None:
+        """Give every layer the same."""
+        self.allow_evenly()
+
     def mark(self, layer: int, visible: Bool[Tensor, "B h S"] | None, *, curve: bool = False) -> None:
         """Bring a layer's sums up to date."""
         self.add(layer, visible)
