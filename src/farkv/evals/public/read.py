@@ -69,7 +69,7 @@ def read_records(path: Path) -> Iterator[Record]:
         with path.open("rb") as file:
             for i, line in enumerate(file, 1):
                 if line.strip():
-                    yield check(path, i, parse(path, i, decode(path, i, line)))
+                    yield check(path, i, parse(path, i, decode(path, i, line).rstrip()))
     else:
         raise InputError(
             f"{path}: expected .jsonl or .json; got {path.suffix or 'no ending'}. Write a parquet file as JSON lines: "
