@@ -62,12 +62,14 @@ def make_row(task: str, method: str, fraction: float, length: int, seed: int, **
     index = INDEX.get(method, 0.0)
     lost_kl = None if task != "ppl" else 0.0 if method == "full" else 2.0 * (1.02 - quality) ** 2 * (0.5 + jitter)
     proof = {"full": "everything", "oracle": "every key"}.get(method, "sparse")
+    sha = f"{task}{length}{seed}"
     values: dict[str, Any] = {
         "task": task, "method": method, "fraction": fraction, "length": length, "seed": seed,
-        "answer": "4711" if score == 1 else "0", "expected": ["4711"], "score": score, "read_fraction": 0.98 * fraction,
-        "index_fraction": index, "resident_fraction": held, "kept_fraction": held, "prompt_sha": f"{task}{length}{seed}",
-        "gated": task == "cwe" and length == 8192, "tokens": length, "steps": 12, "agrees": score == 1 or method == "full",
-        "kl": lost_kl, "nll": None if lost_kl is None else 2.1 + lost_kl, "depth": depth, "proof": proof,
+        "answer": "4711" if score == 1 else "0", "expected": ["4711"], "score": score, "prompt_sha": sha,
+        "read_fraction": 0.98 * fraction, "index_fraction": index, "resident_fraction": held, "kept_fraction": held,
+        "gated": task == "cwe" and length == 8192, "tokens": length, "steps": 12,
+        "agrees": score == 1 or method == "full", "kl": lost_kl, "depth": depth, "proof": proof,
+        "nll": None if lost_kl is None else 2.1 + lost_kl,
         "bytes_per_step": (fraction + index) * length * 512, "full_bytes_per_step": length * 512.0, "decode_s": 0.2,
         "tokens_per_s": (60 / (0.3 + fraction + 2 * index)) * (0.9 + 0.2 * jitter) * 2048 / length,
         "query_aware": method not in (*EVICTS, "window", "random"),

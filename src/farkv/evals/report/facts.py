@@ -65,7 +65,7 @@ def draw_run(run: dict[str, Any], study: Study) -> Html:
     """Return what was run: model, command, versions, machine, seeds."""
     machine = run.get("machine") if isinstance(run.get("machine"), dict) else {}
     versions = run.get("versions") if isinstance(run.get("versions"), dict) else {}
-    cells = study.cells
+    cells = [*study.cells, *study.gated]
     facts: list[tuple[str, object]] = [
         ("model", join_known(run.get("model"), run.get("model_sha"))),
         ("command", el("code", run["command"]) if run.get("command") else ""),

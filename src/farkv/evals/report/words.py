@@ -149,5 +149,5 @@ def say_methods(settings: Sequence[Setting]) -> str:
 
 def and_join(names: Iterable[str]) -> str:
     """Return names as a list in a sentence: `a, b and c`."""
-    *first, last = names
+    *first, last = [*names] or [""]
     return f"{', '.join(first)} and {last}" if first else last

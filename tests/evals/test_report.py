@@ -1,0 +1,249 @@
+"""The report: one file, nothing outside it, nothing that runs, whatever stands in the rows."""
+
+from __future__ import annotations
+
+import base64
+import re
+import struct
+import time
+import zlib
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from farkv.errors import InputError
+from farkv.evals.cells import study_rows
+from farkv.evals.report import write_report
+from farkv.evals.report.axes import Axis, even_ticks, log_ticks, round_range
+from farkv.evals.report.element import el, text
+from farkv.evals.report.heat import bin_scores, find_known
+from farkv.evals.report.looks import choose_looks
+from farkv.evals.report.page import Page, make_page
+from farkv.evals.report.reads import load_reads, write_png
+from farkv.evals.report.words import say
+from farkv.evals.row import READS, RUN
+from farkv.evals.tables import make_table
+from tests.evals.results import QUALITY, make_reads, make_row, make_rows, make_run, write_folder
+
+VOID = {"meta", "input", "br", "wbr"}
+EVIL = '<script>alert(1)</script><img src="http://evil.example/x" onerror="alert(2)">&amp;\'"'
+
+
+class Walk(HTMLParser):
+    """Elements, attributes and texts of a page; every element is closed in its order."""
+
+    def __init__(self, page: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def check_page(html: str) -> Walk:
+    """Check what holds for every page, and return its elements."""
+    walk = Walk(html)
+    tags = {tag for tag, _ in walk.tags}
+    assert not tags & {"script", "iframe", "object", "embed", "base", "img", "a"}
+    for _, attributes in walk.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href", "action"):
+            assert (attributes.get(name) or "data:image/png").startswith("data:image/png")
+    style = "".join(re.findall(r"<style>(.*?)</style>", html, re.S))
+    assert "url(" not in style
+    assert "@import" not in style
+    assert not re.search(r'(?:d|x|y|cx|cy|x1|x2|y1|y2|width|height|viewBox)="[^"]*(?:nan|inf)', html)
+    identities = [attributes["id"] for _, attributes in walk.tags if attributes.get("id")]
+    assert len(identities) == len(set(identities))
+    targets = {attributes["for"] for tag, attributes in walk.tags if tag == "label"}
+    assert targets <= set(identities)
+    for tag, attributes in walk.tags:
+        if tag == "svg":
+            assert attributes.get("aria-label") or attributes.get("aria-hidden")
+    return walk
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    folder = tmp_path_factory.mktemp("eval")
+    rows = make_rows(fractions=(0.1,), tasks=("niah_single", "cwe", "ppl"), limit=3)
+    write_folder(folder, rows, [make_reads(method, 0.1, layers=2) for method in ("infinigen", "window")])
+    return write_report(folder, folder / "report.html")
+
+
+def test_page_stands_alone_and_is_well_formed(page: Page):
+    walk = check_page(page.html)
+    policy = [a["content"] for tag, a in walk.tags if tag == "meta" and "http-equiv" in a]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
+    assert "http:" not in page.html
+    assert "https:" not in page.html
+
+
+def test_page_says_everything_that_was_run(page: Page):
+    said = " ".join(Walk(page.html).texts)
+    for expected in (*QUALITY, "0123abcd", "farkv eval --model demo", "torch 2.13.0", "A processor of 2.4 GHz"):
+        assert expected in said
+    assert "its index alone reads more than this fraction" in said
+    assert "The full cache itself is near the floor here" in said
+    headings = [part for part in ("What was read when", "Where it is found", "How to read this") if part in said]
+    assert len(headings) == 3
+
+
+def test_headline_is_made_from_the_numbers(page: Page):
+    line = page.table.find("infinigen", 0.1)
+    assert line is not None
+    assert page.said.headline.startswith(f"infinigen at 10 % scores {100 * line.score.mean:.1f} %, the full cache")
+
+
+def test_where_ours_is_not_best_is_said():
+    rows = [replace(make_row("vt", "full", 1.0, 2048, i), score=1.0) for i in range(30)]
+    rows += [replace(make_row("vt", "infinigen", 0.1, 2048, i), score=float(i % 3 > 0)) for i in range(30)]
+    rows += [replace(make_row("vt", "pages", 0.1, 2048, i), score=1.0) for i in range(30)]
+    study = study_rows(rows)
+    said = " ".join(say(study, make_table(study)).more)
+    assert "Not best on average: at 10 % pages has 100.0 %, +33.3 points" in said
+    assert "more than chance" in said
+    assert "better by more than chance on 1 of 1 cells: vt at 2 K (pages +33.3)" in said
+    assert "Within one point of the full cache at 10 %: no, −33.3 points" in said
+
+
+def test_answers_and_names_cannot_break_out(tmp_path: Path):
+    rows = make_rows(("infinigen", EVIL), (0.1,), ("niah_single",), (2048,), 8)
+    rows = [replace(row, answer=EVIL, expected=[EVIL], proof=EVIL if row.method == EVIL else row.proof) for row in rows]
+    rows = [replace(row, score=0.0) if row.method == "infinigen" else row for row in rows]
+    skipped = [{"method": EVIL, "fraction": 0.1, "why": EVIL}]
+    folder = write_folder(tmp_path, rows, [make_reads(EVIL, 0.1, layers=1)], model=EVIL, command=EVIL, skipped=skipped)
+    made = write_report(folder, tmp_path / "r.html", title=EVIL)
+    walk = check_page(made.html)
+    assert any(EVIL in said for said in walk.texts)
+    assert "<script" not in made.html
+
+
+@pytest.mark.parametrize(
+    ("methods", "fractions", "tasks", "lengths", "limit"),
+    [
+        ((), (), ("vt",), (2048,), 1),
+        (("infinigen",), (0.1,), ("vt",), (2048,), 1),
+        (("window",), (0.05,), ("niah_single",), (1500,), 2),
+        (("infinigen", "kvpress:A", "kvpress:B", "kvpress:C", "x-new"), (0.1, 0.2), ("qa", "ppl"), (2048,), 3),
+        (("oracle",), (0.1,), ("cwe",), (8192,), 2),
+    ],
+)
+def test_small_and_odd_runs_make_a_page(methods, fractions, tasks, lengths, limit):
+    rows = make_rows(methods, fractions, tasks, lengths, limit)
+    made = make_page(rows, [], {}, "title")
+    check_page(made.html)
+    assert "What was read when" not in made.html
+
+
+def test_missing_numbers_make_a_page():
+    rows = make_rows(("infinigen",), (0.1,), ("vt", "ppl"), (2048,), 3)
+    nothing = {"kl": None, "nll": None, "agrees": None, "depth": None, "tokens_per_s": float("nan")}
+    rows = [replace(row, read_fraction=float("nan"), resident_fraction=0.0, **nothing) for row in rows]
+    check_page(make_page(rows, [], make_run(machine=None, versions=[], skipped="all"), "title").html)
+
+
+def test_without_reads_and_run_a_folder_still_makes_a_page(tmp_path: Path):
+    write_folder(tmp_path, make_rows(("infinigen",), (0.1,), ("vt",), (2048,), 2))
+    (tmp_path / RUN).unlink()
+    assert load_reads(tmp_path) == []
+    check_page(write_report(tmp_path, tmp_path / "report.html").html)
+
+
+@pytest.mark.parametrize("damage", ['{"task"', "[]", '{"read": []}', '{"read": [[1]]}'])
+def test_damaged_reads_are_one_error(tmp_path: Path, damage: str):
+    write_folder(tmp_path, make_rows(("infinigen",), (0.1,), ("vt",), (2048,), 1))
+    (tmp_path / READS).write_text(damage + "\n", "utf-8")
+    with pytest.raises(InputError, match=r"reads\.jsonl, line 1"):
+        write_report(tmp_path, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1]"])
+def test_damaged_run_is_one_error(tmp_path: Path, damage: str):
+    write_folder(tmp_path, make_rows(("infinigen",), (0.1,), ("vt",), (2048,), 1))
+    (tmp_path / RUN).write_text(damage, "utf-8")
+    with pytest.raises(InputError, match=r"run\.json"):
+        write_report(tmp_path, tmp_path / "report.html")
+
+
+def test_a_page_that_cannot_be_written_is_one_error(tmp_path: Path):
+    write_folder(tmp_path, make_rows(("infinigen",), (0.1,), ("vt",), (2048,), 1))
+    with pytest.raises(InputError, match="cannot be written"):
+        write_report(tmp_path, tmp_path / "none" / "report.html")
+
+
+def test_same_rows_same_page():
+    rows = make_rows(("infinigen", "window"), (0.1,), ("vt",), (2048,), 3)
+    assert make_page(rows, [], make_run(), "t").html == make_page(list(rows), [], make_run(), "t").html
+    assert time.strftime("%Y-%m-%d") not in make_page(rows, [], make_run(), "t").html
+
+
+def test_retrieval_bins_by_depth_and_length():
+    rows = []
+    for seed in range(8):
+        depth = seed / 8
+        rows.append(replace(make_row("niah_single", "full", 1.0, 2048, seed), depth=depth, score=1.0))
+        rows.append(
+            replace(make_row("niah_single", "window", 0.1, 2048, seed), depth=depth, score=float(depth >= 0.75))
+        )
+    study = study_rows(rows)
+    window = next(setting for setting in study.settings if setting.method == "window")
+    lengths, means, counts = bin_scores(find_known(study), window, 4)
+    assert lengths == [2048]
+    assert means[:, 0].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert counts[:, 0].tolist() == [2, 2, 2, 2]
+
+
+def test_image_holds_the_shares():
+    shares = np.array([[0.0, 0.25, 1.0], [0.01, 0.5, 2.0]])
+    data = base64.b64decode(write_png(shares).split(",")[1])
+    assert struct.unpack(">II", data[16:24]) == (3, 2)
+    start = data.index(b"IDAT")
+    size = struct.unpack(">I", data[start - 4 : start])[0]
+    lines = zlib.decompress(data[start + 4 : start + 4 + size])
+    assert list(lines) == [0, 0, 128, 255, 0, 26, 180, 255]
+
+
+def test_every_method_has_one_look_and_others_have_their_own():
+    looks = choose_looks(["kvpress:B", "full", "infinigen", "kvpress:A", "xkv"], {"infinigen"})
+    assert list(looks) == ["full", "infinigen", "xkv", "kvpress:A", "kvpress:B"]
+    assert len({look.light for look in looks.values()}) == len({look.name for look in looks.values()}) == 5
+    assert looks["infinigen"].aware
+    assert not looks["xkv"].aware
+
+
+def test_axes():
+    assert even_ticks(0.0, 1.0, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert log_ticks(0.016, 1.15, 9) == [0.02, 0.05, 0.1, 0.2, 0.5, 1.0]
+    assert Axis(0.01, 1.0, 0, 100, log=True).place(0.1) == pytest.approx(50)
+    assert Axis(0.0, 1.0, 100, 0).place(2.0) == 0
+    assert round_range([0.93, 0.981])[1] == 1.0
+    assert round_range([0.5, 0.5])[0] < 0.5 < round_range([0.5, 0.5])[1]
+
+
+def test_texts_are_escaped_and_elements_are_not():
+    assert el("p", "a < b", el("b", "&"), title='"') == '<p title="&quot;">a &lt; b<b>&amp;</b></p>'
+    assert text(text("<")) == "&lt;"
+    assert (
+        el("input", checked=True, disabled=False, for_="x", stroke_width=1.0)
+        == '<input checked for="x" stroke-width="1"/>'
+    )
