@@ -27,12 +27,12 @@ def evaluate(
     tasks: Annotated[
         str, typer.Option(help=f"With commas, of {TASKS.replace(',', ', ')}; or a file: ruler:PATH.")
     ] = SOME,
-    methods: Annotated[str, typer.Option(help="With commas; see below. The full cache is always among them.")] = METHODS,
+    methods: Annotated[str, typer.Option(help="With commas; see above. The full cache always takes part.")] = METHODS,
     fractions: Annotated[str, typer.Option(help="Caps, with commas: 0.02,0.1.")] = "0.05,0.1",
     lengths: Annotated[str, typer.Option(help="Tokens of text, question and answer, with commas: 2048,8K.")] = "2048",
     limit: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of the first sample; the others follow.")] = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; a run in it goes on.")] = Path("eval"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; a run in it goes on.")] = Path("eval"),
     filler: Annotated[str, typer.Option(help="Between a task's lines: code or english.")] = "code",
     form: Annotated[
         str, typer.Option(help="How questions are put: completion, chat, or auto: chat if there is a template.")
@@ -51,34 +51,37 @@ def evaluate(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    r"""Compare methods on tasks that need the context, sample by sample, with the real decode path.
+    r"""Compare methods on tasks that need the context, on the real decode path.
 
-    The text is read once; every method then answers from those keys and values, the question fed token by token. A row
-    whose method read more than it says, or as much as the full cache, stops the run. Results are JSON lines; a run
-    that was stopped goes on where it was. Draw them with: farkv report DIR
+    The text is read once; every method then answers from those keys and
+    values, the question fed token by token. A method that reads more than it
+    says, or as much as the full cache, stops the run. Results are JSON lines;
+    a run that was stopped goes on. Draw them with: farkv report DIR
 
     [bold]Methods[/bold]
 
-      choose anew at every step: infinigen, infinigen-far, infinigen-plan, infinigen-paper, pages (Quest), lowbit, window, random, oracle
+      choosing anew at every step: infinigen, infinigen-far, infinigen-plan,
+      infinigen-paper, pages (Quest), lowbit, window, random, oracle
 
-      keep a part after the text: xkv, xkv-plan, xkv-paper, snapkv, pyramidkv, h2o
+      keeping a part after the text: xkv, xkv-plan, xkv-paper, snapkv,
+      pyramidkv, h2o
 
     [bold]Examples[/bold]
 
       farkv eval --model demo --limit 5 --out eval
 
-      farkv eval -m Qwen/Qwen3-8B --tasks niah_multikey,extraction --methods infinigen,snapkv --lengths 8K,32K --out eval
+      farkv eval -m Qwen/Qwen3-8B --tasks extraction --lengths 8K,32K
 
-      farkv eval -m ./my-model --tasks ruler:validation.jsonl --methods infinigen --fractions 0.1 --lengths 32768
-    """  # noqa: E501 - a list that is wrapped by the terminal
+      farkv eval -m ./my-model --tasks ruler:validation.jsonl --lengths 32K
+    """
     from farkv.bench.shapes import parse_contexts
     from farkv.evals.describe import Plan
     from farkv.evals.run import run_eval
 
     plan = Plan(
         model, split(tasks, "--tasks"), split(methods, "--methods"), parse_fractions(fractions),
-        tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, check_form(form), trace, workers, threads, dtype, device,
-        profile, skip_gated, save_prompts,
+        tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, check_form(form), trace, workers, threads,
+        dtype, device, profile, skip_gated, save_prompts,
     )  # fmt: skip
     # One line per process would be drawn over the bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from farkv._axes import Tensor
-from farkv.errors import CacheStateError, ConfigError
+from farkv.errors import CacheStateError, ConfigError, ProfileError
 from farkv.evals.ask import Speaker, ask_turns, force_tokens
 from farkv.evals.describe import Variant
 from farkv.evals.methods import FULL, METHODS, attach_options, make_method
@@ -76,7 +76,7 @@ class Judge:
         for variant in variants:
             try:
                 self.attach(variant, 1).detach()
-            except ConfigError as error:
+            except (ConfigError, ProfileError) as error:
                 skipped[variant] = str(error)
         return skipped
 

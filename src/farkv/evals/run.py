@@ -24,9 +24,8 @@ from farkv.evals.row import PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
 from farkv.evals.sample import Sample
 from farkv.evals.work import Cell, Job, Loaded, do_job, start_worker
 
-# A task where the full cache scores less is gated.
+# A task where the full cache scores less is gated; continuations have no floor.
 FLOOR = 0.25
-NOT_GATED = ("ppl",)
 
 
 class Summary(NamedTuple):
@@ -148,7 +147,7 @@ class Runner:
             tell(len(cell.samples) - len(missing) + len(found))
         old = [row for row in have.values() if row is not None]
         score = statistics.fmean(row.score for row in old + found)
-        gated = old[0].gated if old else score < FLOOR and cell.task not in NOT_GATED
+        gated = old[0].gated if old else score < FLOOR and not cell.samples[0].continuation
         if gated:
             self.gated.append((cell.task, cell.length, score))
         for row in found:

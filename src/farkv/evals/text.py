@@ -21,7 +21,7 @@ from farkv.evals.tasks import TASKS
 
 FILLERS = ("code", "english")
 # Tokens of a continuation, and of a text that cannot be shorter.
-CONTINUATION = 128
+CONTINUATION = 64
 LEAST_TOKENS = 256
 PPL = "ppl"
 

@@ -73,7 +73,7 @@ class Loaded:
     def load_cells(self, spec: str, plan: Plan) -> list[Cell]:
         """Return the cells of a public set."""
         # Its formats are read only where they are asked for.
-        from farkv.evals.files import load_public
+        from farkv.evals.public import load_public
 
         grouped: dict[tuple[str, int], list[Sample]] = {}
         for sample in load_public(spec, self.tokenizer, plan.lengths, plan.limit, plan.seed):

@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from farkv.evals.report.axes import Axis, draw_axes, round_range
-from farkv.evals.report.element import Html, el
+from farkv.evals.cells import OURS
+from farkv.evals.report.axes import Axis, draw_axes
+from farkv.evals.report.element import Html, el, join
 from farkv.evals.report.looks import Look, draw_marker
 from farkv.evals.show import name_setting, number, percent, point_span, points, span
 from farkv.evals.tables import Line, Table
 
 # Nothing is read less than this, so that a logarithm exists.
 LEAST = 1e-3
-OURS_FAMILY = "infinigen"
 
 
 class Cost(NamedTuple):
@@ -57,43 +57,86 @@ class Frame(NamedTuple):
 LARGE, SMALL = Frame(440, 310, 52, 16, 12, 46), Frame(250, 172, 30, 10, 8, 24)
 
 
+class Worth(NamedTuple):
+    """What stands on the y axis: its value with the ends of its interval."""
+
+    title: str
+    of: Callable[[Line], tuple[float, float, float]]
+    show: Callable[[float], str] = percent
+    log: bool = False
+
+
+SCORE = Worth("score", lambda line: line.score[:3])
+KL = Worth(
+    "KL to the full cache, nats per token",
+    lambda x: (x.measured["kl"], x.measured["kl"], x.measured["kl"]),
+    number,
+    log=True,
+)
+
+
+class Plot(NamedTuple):
+    """One picture: both axes and what stands on them."""
+
+    cost: Cost
+    worth: Worth
+    x: Axis
+    y: Axis
+    frame: Frame
+
+    @property
+    def is_large(self) -> bool:
+        """Return whether there is room for units and intervals."""
+        return self.frame is LARGE
+
+
 def draw_curves(
-    table: Table, cost: Cost, looks: Mapping[str, Look], frame: Frame, y_range: tuple[float, float]
+    table: Table,
+    cost: Cost,
+    looks: Mapping[str, Look],
+    frame: Frame,
+    y_range: tuple[float, float],
+    worth: Worth = SCORE,
 ) -> Html:
     """Return one picture of a table.
 
     Args:
-        table: of which every line with a cost is a point.
+        table: of which every line with a cost and a worth in the range is a point.
         cost: what stands on the x axis.
         looks: of the methods.
         frame: its size.
-        y_range: of the scores.
+        y_range: of what stands on the y axis.
+        worth: what that is.
     """
-    shown = [line for line in table.lines if math.isfinite(cost.of(line))]
+    known = [line for line in table.lines if math.isfinite(cost.of(line))]
+    shown = [line for line in known if y_range[0] <= worth.of(line)[0] <= y_range[1]]
     if not shown:
         return el("p", "Nothing was measured.", class_="none")
-    large = frame is LARGE
-    low, high = find_range([cost.of(line) for line in shown], share=cost.share)
+    low, high = find_range([cost.of(line) for line in known], share=cost.share)
     x = Axis(low, high, frame.left, frame.width - frame.right, log=cost.share)
-    y = Axis(*y_range, frame.height - frame.bottom, frame.top)
-    # In small pictures the unit stands above them, not at every number.
-    unit = " %" if large else ""
-    show_x = (lambda v: f"{100 * v:.3g}{unit}") if cost.share else number
-    parts = [draw_axes(x, y, show_x, lambda v: f"{100 * v:.0f}{unit}", 9 if large else 7)]
-    if large:
-        parts.append(
-            el("text", cost.caption, class_="label", x=(x.start + x.end) / 2, y=frame.height - 6, text_anchor="middle")
-        )
-    full = [line for line in shown if line.setting.is_full]
-    parts += [draw_full(line, cost, looks[line.setting.method], x, y) for line in full]
+    y = Axis(*y_range, frame.height - frame.bottom, frame.top, log=worth.log)
+    plot = Plot(cost, worth, x, y, frame)
+    parts = [draw_frame(plot)]
+    parts += [draw_full(line, plot, looks[line.setting.method]) for line in shown if line.setting.is_full]
     others = dict.fromkeys(line.setting.method for line in shown if not line.setting.is_full)
     # Ours is drawn last, above all others.
-    for method in sorted(others, key=lambda name: name == OURS_FAMILY):
+    for method in sorted(others, key=lambda name: name == OURS):
         of_method = sorted((x for x in shown if x.setting.method == method), key=lambda x: x.setting.fraction)
-        parts.append(draw_curve(of_method, cost, looks[method], x, y, large=large))
-    name = f"{table.title}: score over {cost.caption}"
-    box = f"0 0 {frame.width} {frame.height}"
-    return el("svg", *parts, viewBox=box, role="img", aria_label=f"{name}. The same numbers stand in the table.")
+        parts.append(draw_curve(of_method, plot, looks[method]))
+    said = f"{table.title}: {worth.title} over {cost.caption}. The same numbers stand in the table."
+    return el("svg", *parts, viewBox=f"0 0 {frame.width} {frame.height}", role="img", aria_label=said)
+
+
+def draw_frame(plot: Plot) -> Html:
+    """Return the axes; in small pictures the unit stands above them, not at every number."""
+    unit, x, y = " %" if plot.is_large else "", plot.x, plot.y
+    show_x = (lambda v: f"{100 * v:.3g}{unit}") if plot.cost.share else number
+    show_y = number if plot.worth.log else lambda v: f"{100 * v:.3g}{unit}"
+    axes = draw_axes(x, y, show_x, show_y, 9 if plot.is_large else 7)
+    if not plot.is_large:
+        return axes
+    middle, low = (x.start + x.end) / 2, plot.frame.height - 6
+    return join([axes, el("text", plot.cost.caption, class_="label", x=middle, y=low, text_anchor="middle")])
 
 
 def find_range(values: Sequence[float], *, share: bool) -> tuple[float, float]:
@@ -102,26 +145,26 @@ def find_range(values: Sequence[float], *, share: bool) -> tuple[float, float]:
     return (min(low * 0.8, 0.5), 1.15 * max(1.0, high)) if share else (0.0, 1.08 * high)
 
 
-def draw_full(line: Line, cost: Cost, look: Look, x: Axis, y: Axis) -> Html:
+def draw_full(line: Line, plot: Plot, look: Look) -> Html:
     """Return the full cache's line across and, on the axis of speed, where it stands on it."""
-    place = y.place(line.score.mean)
-    parts = [el("line", class_="full", x1=x.start, x2=x.end, y1=place, y2=place)]
-    if not cost.share:
-        parts.append(el("circle", class_="full-dot", cx=x.place(cost.of(line)), cy=place, r=4))
-    return el("g", el("title", describe(line, cost)), *parts, class_=f"curve {look.name}")
+    place = plot.y.place(plot.worth.of(line)[0])
+    parts = [el("line", class_="full", x1=plot.x.start, x2=plot.x.end, y1=place, y2=place)]
+    if not plot.cost.share:
+        parts.append(el("circle", class_="full-dot", cx=plot.x.place(plot.cost.of(line)), cy=place, r=4))
+    return el("g", el("title", describe(line, plot)), *parts, class_=f"curve {look.name}")
 
 
-def draw_curve(lines: Sequence[Line], cost: Cost, look: Look, x: Axis, y: Axis, *, large: bool) -> Html:
+def draw_curve(lines: Sequence[Line], plot: Plot, look: Look) -> Html:
     """Return a method's line, its markers, each with a tooltip, and in large pictures its intervals."""
-    spots = [(x.place(max(cost.of(line), LEAST)), y.place(line.score.mean)) for line in lines]
-    path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in spots)
+    places = [plot.x.place(max(plot.cost.of(line), LEAST)) for line in lines]
+    heights = [[plot.y.place(value) for value in plot.worth.of(line)] for line in lines]
+    path = "M" + "L".join(f"{a:.1f} {b[0]:.1f}" for a, b in zip(places, heights, strict=True))
     parts = [el("path", class_="line", d=path)]
-    for line, (a, b) in zip(lines, spots, strict=True):
-        inside = [el("title", describe(line, cost))]
-        if large:
-            whisker = f"M{a:.1f} {y.place(line.score.low):.1f}V{y.place(line.score.high):.1f}"
-            inside.append(el("path", class_="whisker", d=whisker))
-        inside.append(el("path", class_="dot", d=draw_marker(look, a, b, 4.0 if large else 3.0)))
+    for line, a, (b, low, high) in zip(lines, places, heights, strict=True):
+        inside = [el("title", describe(line, plot))]
+        if plot.is_large and low != high:
+            inside.append(el("path", class_="whisker", d=f"M{a:.1f} {low:.1f}V{high:.1f}"))
+        inside.append(el("path", class_="dot", d=draw_marker(look, a, b, 4.0 if plot.is_large else 3.0)))
         parts.append(el("g", *inside))
     return el("g", *parts, class_=name_class(look, lines[0].bound))
 
@@ -129,69 +172,17 @@ def draw_curve(lines: Sequence[Line], cost: Cost, look: Look, x: Axis, y: Axis, 
 def name_class(look: Look, bound: bool) -> str:
     """Return the CSS classes of a method's curve."""
     kinds = ["curve", look.name, "aware" if look.aware else "blind"]
-    return " ".join([*kinds, *(["bound"] if bound else []), *(["ours"] if look.method == OURS_FAMILY else [])])
+    return " ".join([*kinds, *(["bound"] if bound else []), *(["ours"] if look.method == OURS else [])])
 
 
-def describe(line: Line, cost: Cost) -> str:
+def describe(line: Line, plot: Plot) -> str:
     """Return the tooltip of one point."""
-    value = percent(cost.of(line)) if cost.share else f"{number(cost.of(line))} tokens/s"
-    said = (
-        f"{name_setting(line.setting)}: {percent(line.score.mean)} [{span(line.score)}], {cost.title.lower()} {value}"
+    cost = plot.cost.of(line)
+    value = percent(cost) if plot.cost.share else f"{number(cost)} tokens/s"
+    score = (
+        f"{percent(line.score.mean)} [{span(line.score)}]" if plot.worth is SCORE else number(plot.worth.of(line)[0])
     )
-    if line.delta is not None:
+    said = f"{name_setting(line.setting)}: {plot.worth.title} {score}, {plot.cost.title.lower()} {value}"
+    if line.delta is not None and plot.worth is SCORE:
         said += f", to full {points(line.delta.delta.mean)} [{point_span(line.delta.delta)}] points"
     return said
-
-
-def draw_sample(look: Look, bound: bool) -> Html:
-    """Return the piece of line that stands for a method in a legend."""
-    if look.marker == "none":
-        line: list[object] = [el("line", class_="full", x1=1, x2=33, y1=8, y2=8)]
-    else:
-        line = [el("path", class_="line", d="M1 8H33"), el("path", class_="dot", d=draw_marker(look, 17, 8))]
-    named = el("g", *line, class_=name_class(look, bound).replace("curve ", "sample "))
-    return el("svg", named, viewBox="0 0 34 16", width=34, height=16, aria_hidden="true")
-
-
-def draw_legend(looks: Mapping[str, Look], bounds: set[str], *, boxes: bool) -> Html:
-    """Return all methods with their lines.
-
-    Args:
-        looks: of the methods.
-        bounds: those that are ceilings.
-        boxes: also the box that shows or hides each; a page has them once, other legends are labels of the same boxes.
-    """
-    items = []
-    for look in looks.values():
-        box = el("input", type="checkbox", id=f"show-{look.name}", checked=True) if boxes else None
-        said = f"{look.method} (ceiling)" if look.method in bounds else look.method
-        label = el("label", draw_sample(look, look.method in bounds), said, for_=f"show-{look.name}", class_=look.name)
-        items.append(el("span", *([box] if box else []), label, class_="key"))
-    return el("div", *items, class_="legend", role="group", aria_label="Methods shown in the curves")
-
-
-def draw_average(table: Table, looks: Mapping[str, Look]) -> Html:
-    """Return the averages over all cells, one picture per cost."""
-    scores = [line.score for line in table.lines]
-    y_range = round_range([s.low for s in scores] + [s.high for s in scores])
-    figures = []
-    for cost in COSTS:
-        noted = f"{cost.title}" + ("" if cost.share else " (one machine, noisy: see the note)")
-        figures.append(
-            el("figure", el("figcaption", noted), draw_curves(table, cost, looks, LARGE, y_range), class_="panel")
-        )
-    return el("div", *figures, class_="pair")
-
-
-def draw_cells(tables: Sequence[Table], looks: Mapping[str, Look]) -> Html:
-    """Return one small picture per task and length, quality over bytes read, all of the same range of scores."""
-    figures = [
-        el(
-            "figure",
-            el("figcaption", table.title),
-            draw_curves(table, COSTS[0], looks, SMALL, (0.0, 1.0)),
-            class_="panel",
-        )
-        for table in tables
-    ]
-    return el("div", *figures, class_="many")

@@ -10,12 +10,12 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from farkv.evals.cells import Study, study_rows
-from farkv.evals.report.curves import draw_average, draw_cells, draw_legend
 from farkv.evals.report.element import Html, el, keep
 from farkv.evals.report.facts import draw_left_out, draw_lost, draw_notes, draw_run
 from farkv.evals.report.grids import draw_grid, draw_lines, draw_tabs, write_tab_css
 from farkv.evals.report.heat import draw_retrieval, find_known, list_tasks
 from farkv.evals.report.looks import Look, choose_looks, write_css
+from farkv.evals.report.pictures import draw_average, draw_cells, draw_legend
 from farkv.evals.report.reads import Reads, choose_reads, draw_reads, draw_scale
 from farkv.evals.report.words import Said, choose_fraction, say
 from farkv.evals.row import Row

@@ -16,12 +16,14 @@ COLOURS = "red blue green black white brown grey pink".split()
 def make(draw: Draw) -> Made:
     """Tables of ten records each, some code between their rows; the question names one table."""
     rng = draw.rng
-    n_tables = max(1, min(draw.length * 2 // 3 // (ROWS * ROW_TOKENS), 60))
+    # The answer takes as much again as a table.
+    n_rows = max(2, min(ROWS, draw.length // (4 * ROW_TOKENS)))
+    n_tables = max(1, min(draw.length * 2 // 3 // (n_rows * ROW_TOKENS), 60))
     titles = draw.names(n_tables)
     lines: list[str] = []
     tables: list[list[dict[str, str | int]]] = []
     for title in titles:
-        rows = [{"name": n, "code": int(draw.value())} for n in draw.names(ROWS)]
+        rows = [{"name": n, "code": int(draw.value())} for n in draw.names(n_rows)]
         lines += [f"{title}.add({r['name']!r}, {r['code']}, {rng.choice(COLOURS)!r})\n" for r in rows]
         tables.append(rows)
     asked = rng.randrange(n_tables)
