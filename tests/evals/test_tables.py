@@ -148,7 +148,7 @@ def test_read_results_says_what_is_wrong(tmp_path: Path):
     first, second, third = path.read_text("utf-8").splitlines()
     path.write_text("\n".join([first, second, third.replace('"length": 2048', '"length": "long"')]), "utf-8")
     # (?s): the checker of types in tests has its say in many lines; without it `check_row` has in one.
-    with pytest.raises(InputError, match="(?s)line 3.*length"):
+    with pytest.raises(InputError, match=r"(?s)line 3.*length"):
         read_results(tmp_path)
 
 
