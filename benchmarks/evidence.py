@@ -1,0 +1,135 @@
+"""The published evaluation: every method, fraction, task and length, on the demo model that knows the tasks.
+
+    python benchmarks/evidence.py                 # runs what is not there yet, 2 processes; then farkv report
+    python benchmarks/evidence.py --limit-scale 2 # twice the samples
+
+In: `farkv eval`. Out: `benchmarks/results/eval/`, and the tables of README and docs/evaluation.md (`tables.py`).
+Tasks whose answers are long get fewer samples: a step costs the same whatever it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from farkv.evals.cells import Study, study_rows
+from farkv.evals.show import list_notes, percent, point_span, points, to_grid, to_markdown
+from farkv.evals.tables import Line, make_table, read_results
+
+OUT = Path(__file__).parent / "results/eval"
+METHODS = (
+    "infinigen", "infinigen-paper", "pages", "lowbit", "oracle", "window", "random", "xkv", "xkv-paper", "snapkv",
+    "pyramidkv", "h2o",
+)  # fmt: skip
+FRACTIONS = (0.02, 0.05, 0.1, 0.2)
+LENGTHS = (2048, 8192)
+# Samples per task and length.
+LIMITS = {
+    "niah_single": 10,
+    "niah_multikey": 10,
+    "niah_multivalue": 10,
+    "niah_multiquery": 10,
+    "qa": 10,
+    "vt": 10,
+    "cwe": 6,
+    "fwe": 6,
+    "multiturn": 6,
+    "ppl": 4,
+    "longgen": 4,
+    "extraction": 3,
+}
+# Methods that see nothing of the question when they choose: what they keep, they keep for all questions.
+OURS, HEADLINE = "infinigen", 0.1
+
+
+def run(scale: float, workers: int) -> None:
+    """Run every task with its own number of samples; what is there already is left."""
+    for task, limit in LIMITS.items():
+        command = [
+            sys.executable, "-m", "farkv.cli", "eval", "--model", "demo-tasks", "--tasks", task,
+            "--methods", ",".join(METHODS), "--fractions", ",".join(map(str, FRACTIONS)),
+            "--lengths", ",".join(map(str, LENGTHS)), "--limit", str(round(limit * scale)), "--workers", str(workers),
+            "--threads", "1", "--skip-gated", "--save-prompts", "--out", str(OUT),
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+
+
+@cache
+def study(folder: Path) -> Study:
+    """Return the rows of the published run."""
+    return study_rows(read_results(folder))
+
+
+def format_grids(folder: Path = OUT) -> str:
+    """Return one table per fraction: methods down; all, each length and each task across."""
+    found = study(folder)
+    parts = []
+    for fraction in FRACTIONS:
+        parts += [f"**{percent(fraction, 0)} of the KV bytes read per step**", to_grid(found, fraction)]
+    return "\n\n".join([*(p.strip() for p in parts), *list_notes(make_table(found))])
+
+
+def format_methods(folder: Path = OUT) -> str:
+    """Return all methods and fractions over all tasks, with intervals."""
+    return to_markdown(make_table(study(folder))).strip()
+
+
+def format_short(folder: Path = OUT) -> str:
+    """Return the README's table: the mean score of every method, fractions across, and the verdict."""
+    table = make_table(study(folder))
+    full = table.find("full")
+    assert full is not None
+    lines = [f"| method | {' | '.join(percent(f, 0) for f in FRACTIONS)} |", "|---" * (len(FRACTIONS) + 1) + "|"]
+    for method in dict.fromkeys(line.setting.method for line in table.lines):
+        if method == "full":
+            continue
+        cells = [describe(table.find(method, f)) for f in FRACTIONS]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    scored = f"The full cache scores {percent(full.score.mean)}; {table.samples} samples, {len(table.cells)} cells"
+    return "\n".join([*lines, "", f"{scored}. {format_verdict(folder)}"])
+
+
+def describe(line: Line | None) -> str:
+    """Return a score with its mark."""
+    if line is None:
+        return "–"
+    text = percent(line.score.mean)
+    return {"best": f"**{text}**", "same": f"{text} ≈"}.get(line.mark, text)
+
+
+def format_verdict(folder: Path = OUT) -> str:
+    """Say how ours stands to the full cache and to the best rival, where it is behind too."""
+    table = make_table(study(folder))
+    ours = table.find(OURS, HEADLINE)
+    assert ours is not None
+    assert ours.delta is not None
+    delta = ours.delta.delta
+    said = [f"{OURS} at {percent(HEADLINE, 0)} is {points(delta.mean)} points [{point_span(delta)}] from it"]
+    behind = []
+    for fraction in FRACTIONS[:3]:
+        mine = table.find(OURS, fraction)
+        if mine is not None and not mine.mark:
+            best = next(line for line in table.at(fraction) if line.mark == "best")
+            behind.append(f"at {percent(fraction, 0)} behind {best.setting.method}")
+    said.append(f"it is {', '.join(behind)}" if behind else "no rival is better at 2, 5 or 10 %, within the interval")
+    return "; ".join(said) + "."
+
+
+def main() -> None:
+    """Run, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit-scale", type=float, default=1.0, help="times the samples of every task")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    run(args.limit_scale, args.workers)
+    print(format_methods())
+    subprocess.run(
+        [sys.executable, "-m", "farkv.cli", "report", str(OUT), "-o", str(OUT / "report.html")], check=True
+    )
+
+
+if __name__ == "__main__":
+    main()
