@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from kvpress_peer import Told
+from kvpress_talk import Heard, Talk, find_lengths
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
 # Prints the logits of a text's first tokens; run by another environment's interpreter, which reads it from -c.
@@ -78,22 +79,25 @@ class Answerer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
-    def answer(self, prompt: dict[str, Any], variants: Variants) -> Iterator[Told]:
-        """Yield the full cache's answer, then every variant's."""
+    def answer(self, prompt: dict[str, Any], variants: Variants, *, together: bool = True) -> Iterator[Told]:
+        """Yield the full cache's answer, then every variant's; `together`: caches of equal lengths as one batch."""
         text, rest = self._split(prompt)
         caches = self.read(text, [v for v in variants if v[0] in SDPA], eager=False)
         eager = [v for v in variants if v[0] in EAGER]
         if eager and len(text) <= self.eager_tokens:
             caches |= self.read(text, eager, eager=True)
-        reference = None
+        groups: dict[Any, Variants] = {}
         for variant, cache in caches.items():
-            told, logs = self._tell(variant, cache, len(text), prompt, (rest, reference))
-            reference = logs if variant[0] == "full" else reference
-            yield told
+            groups.setdefault(tuple(find_lengths(cache)) if together else variant, []).append(variant)
+        reference = None
+        for group in groups.values():
+            tolds, logs = self._tell(group, [caches.pop(v) for v in group], len(text), prompt, (rest, reference))
+            reference = logs if group[0][0] == "full" else reference
+            yield from tolds
         for variant in variants:
             if variant[0] in MASKS:
                 cache = self.press(text, make_press(*variant))
-                yield self._tell(variant, cache, len(text), prompt, (rest, reference))[0]
+                yield from self._tell([variant], [cache], len(text), prompt, (rest, reference))[0]
                 for layer in self.model.model.layers:
                     layer.self_attn.masked_key_indices = None
 
@@ -150,84 +154,37 @@ class Answerer:
 
     def _tell(
         self,
-        variant: tuple[str, float],
-        cache: DynamicCache,
+        group: Variants,
+        caches: list[DynamicCache],
         n_text: int,
         prompt: dict[str, Any],
         fed: tuple[list[int], torch.Tensor | None],
-    ) -> tuple[Told, torch.Tensor | None]:
-        """Ask one cache; `fed` is what follows the text and, of `ppl`, the full cache's predictions."""
+    ) -> tuple[list[Told], torch.Tensor | None]:
+        """Ask caches of equal lengths; `fed` is what follows the text and, of `ppl`, the full cache's predictions."""
         rest, reference = fed
-        talk = Talk(self, cache, n_text)
-        started = time.perf_counter()
+        talk, started = Talk(self, caches, n_text), time.perf_counter()
         logs = talk.force(rest) if prompt.get("continuation") else None
-        answers = [] if logs is not None else talk.ask(prompt["turns"], rest)
-        seconds = time.perf_counter() - started
-        read, held, last = talk.fractions()
-        told = Told(*variant, answers, read / held, last, read, held, talk.smaller, talk.steps, seconds)
-        if logs is not None:
-            goal, reference = torch.tensor(rest[1:]), logs if reference is None else reference
-            told = told._replace(
-                score=float((logs.argmax(-1) == goal).float().mean()),
-                nll=float(-logs[torch.arange(len(goal)), goal].mean()),
-                kl=float((reference.exp() * (reference - logs)).sum(-1).mean()),
-            )
-        return told, logs
+        heard = talk.ask(prompt["turns"], rest) if logs is None else [Heard([], talk.steps)] * len(group)
+        # Rows that waited for each other were not timed.
+        seconds = time.perf_counter() - started if len(group) == 1 else None
+        reference = logs[0] if reference is None and logs is not None else reference
+        tolds = []
+        for i, (variant, row) in enumerate(zip(group, heard, strict=True)):
+            count = talk.count(row.steps)
+            told = Told(*variant, row.answers, count.read / count.full, count.last, count.read, count.full,
+                        talk.smaller[i], row.steps, seconds)  # fmt: skip
+            tolds.append(told if logs is None else judge_text(told, logs[i], reference, torch.tensor(rest[1:])))
+        return tolds, reference
 
 
-class Talk:
-    """One cache while it is asked; counts what its tensors hold at every step."""
-
-    def __init__(self, answerer: Answerer, cache: DynamicCache, n_text: int):
-        self.own, self.cache, self.at, self.steps = answerer, cache, n_text, 0
-        self.read: list[int] = []
-        self.held: list[int] = []
-        keys = cache.layers[0].keys
-        # K and V of one token in one layer.
-        self.record_bytes = 2 * keys[:, :, 0].numel() * keys.element_size()
-        stored = sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
-        self.smaller = stored < n_text * self.record_bytes * len(cache.layers)
-
-    def step(self, token: int) -> torch.Tensor:
-        """Feed one token at its own place in the text; return the logits."""
-        place = torch.tensor([[self.at]])
-        out = self.own.model(input_ids=torch.tensor([[token]]), past_key_values=self.cache, position_ids=place)
-        self.at, self.steps = self.at + 1, self.steps + 1
-        self.read.append(sum(layer.keys.shape[2] for layer in self.cache.layers) * self.record_bytes)
-        self.held.append(self.at * len(self.cache.layers) * self.record_bytes)
-        return out.logits[0, -1]
-
-    def fractions(self) -> tuple[float, float, float]:
-        """Return bytes read per step, those of a full cache, and the last step's share."""
-        return sum(self.read) / self.steps, sum(self.held) / self.steps, self.read[-1] / self.held[-1]
-
-    def force(self, tokens: list[int]) -> torch.Tensor:
-        """Feed known tokens; return the log-probabilities after each but the last."""
-        return torch.stack([self.step(token).float().log_softmax(-1) for token in tokens[:-1]])
-
-    def ask(self, turns: list[dict[str, Any]], pending: list[int]) -> list[str]:
-        """Ask turn by turn as `farkv eval` asks a base model: an answer ends with its line."""
-        answers = []
-        for n, turn in enumerate(turns):
-            pending = pending + self.own.encode(turn["completion"]) if n else pending
-            logits = [self.step(token) for token in pending][-1]
-            ids, pending = self._answer(logits, len(self.own.encode(turn["answer"])))
-            answers.append(self.own.tokenizer.decode(ids, skip_special_tokens=True))
-        return answers
-
-    def _answer(self, logits: torch.Tensor, n_right: int) -> tuple[list[int], list[int]]:
-        """Return an answer's tokens, and what the cache has not seen of it yet."""
-        most, ids, line_end = n_right + n_right // 3 + 4, [], self.own.encode("\n")
-        while True:
-            token = int(logits.argmax())
-            if token in self.own.stops:
-                return ids, line_end
-            if "\n" in self.own.tokenizer.decode([token]):
-                return ids, [token]
-            ids.append(token)
-            if len(ids) == most:
-                return ids, [token, *line_end]
-            logits = self.step(token)
+def judge_text(told: Told, logs: torch.Tensor, reference: torch.Tensor | None, goal: torch.Tensor) -> Told:
+    """Add what the true continuation and the full cache say of predictions, [n, vocabulary]."""
+    assert reference is not None
+    return told._replace(
+        score=float((logs.argmax(-1) == goal).float().mean()),
+        nll=float(-logs[torch.arange(len(goal)), goal].mean()),
+        kl=float((reference.exp() * (reference - logs)).sum(-1).mean()),
+    )
 
 
 def compare_logits(python: str, path: str, text: str, answerer: Answerer) -> str:
@@ -260,3 +217,14 @@ def compare_presses(answerer: Answerer, text: str, names: list[str], fraction: f
         sys.exit(f"kvpress_peer: one reading for all presses is not each press's own: {same}")
     kept = math.floor(fraction * len(tokens))
     return json.dumps({"presses_checked": list(same), "tokens": len(tokens), "kept_of_each_layer_about": kept})
+
+
+@torch.no_grad()
+def compare_batch(answerer: Answerer, prompt: dict[str, Any], variants: Variants) -> str:
+    """Say whether caches that are asked together answer as each does alone."""
+    alone, together = (list(answerer.answer(prompt, variants, together=t)) for t in (False, True))
+    answers = [
+        {(t.press, t.fraction): (t.answers, t.steps, t.read_fraction) for t in told} for told in (alone, together)
+    ]
+    same = sum(answers[0][name] == answers[1][name] for name in answers[0])
+    return json.dumps({"asked_together_as_alone": same, "of": len(alone), "task": prompt["task"]})
