@@ -11,7 +11,7 @@ text's records; questions and answers are fed token by token, greedy, and stay w
 cache's tensors hold, counted from their shapes: a little more than the fraction. A press that only masks (kvzip) keeps
 its tensors whole; its rows say read_fraction 1 and `unproven`. It runs only where --presses names it, and so does
 observedattention (H2O's score), which needs all attention weights: at 8 K tokens it takes ten times the other presses'
-time. Caches of equal lengths are asked as one batch, so their rows have no tokens per second.
+time. Caches of equal lengths are asked as one batch, so their rows have no tokens per second (NaN).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -114,7 +115,7 @@ def make_row(prompt: dict[str, Any], full: dict[str, Any], told: Told, scores: d
         "agrees": answer == full["answer"] if turns else None, "kl": told.kl, "nll": told.nll, "depth": full["depth"],
         "turns": turns, "proof": "sparse" if told.smaller else "unproven", "bytes_per_step": told.bytes_per_step,
         "full_bytes_per_step": told.full_bytes_per_step, "decode_s": told.seconds or 0.0,
-        "tokens_per_s": told.steps / told.seconds if told.seconds else None, "query_aware": False,
+        "tokens_per_s": told.steps / told.seconds if told.seconds else math.nan, "query_aware": False,
     }  # fmt: skip
 
 
