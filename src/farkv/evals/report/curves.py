@@ -62,15 +62,21 @@ class Worth(NamedTuple):
 
     title: str
     of: Callable[[Line], tuple[float, float, float]]
-    show: Callable[[float], str] = percent
+    show: Callable[[float], str]
     log: bool = False
 
 
-SCORE = Worth("score", lambda line: line.score[:3])
+def find_gap(line: Line) -> tuple[float, float, float]:
+    """Return the difference to the full cache with its paired interval, of the full cache itself nothing."""
+    return (0.0, 0.0, 0.0) if line.delta is None else line.delta.delta[:3]
+
+
+SCORE = Worth("score", lambda line: line.score[:3], lambda value: f"{100 * value:.3g}")
+GAP = Worth("difference to the full cache", find_gap, lambda value: points(value).removesuffix(".0"))
 KL = Worth(
     "KL to the full cache, nats per token",
     lambda x: (x.measured["kl"], x.measured["kl"], x.measured["kl"]),
-    number,
+    lambda value: f"{value:g}",
     log=True,
 )
 
@@ -131,7 +137,7 @@ def draw_frame(plot: Plot) -> Html:
     """Return the axes; in small pictures the unit stands above them, not at every number."""
     unit, x, y = " %" if plot.is_large else "", plot.x, plot.y
     show_x = (lambda v: f"{100 * v:.3g}{unit}") if plot.cost.share else number
-    show_y = number if plot.worth.log else lambda v: f"{100 * v:.3g}{unit}"
+    show_y = plot.worth.show if plot.worth is not SCORE else lambda v: plot.worth.show(v) + unit
     axes = draw_axes(x, y, show_x, show_y, 9 if plot.is_large else 7)
     if not plot.is_large:
         return axes
@@ -179,10 +185,9 @@ def describe(line: Line, plot: Plot) -> str:
     """Return the tooltip of one point."""
     cost = plot.cost.of(line)
     value = percent(cost) if plot.cost.share else f"{number(cost)} tokens/s"
-    score = (
-        f"{percent(line.score.mean)} [{span(line.score)}]" if plot.worth is SCORE else number(plot.worth.of(line)[0])
-    )
-    said = f"{name_setting(line.setting)}: {plot.worth.title} {score}, {plot.cost.title.lower()} {value}"
-    if line.delta is not None and plot.worth is SCORE:
+    score = f"score {percent(line.score.mean)} [{span(line.score)}]"
+    worth = score if plot.worth is not KL else f"{KL.title} {number(line.measured['kl'])}"
+    said = f"{name_setting(line.setting)}: {worth}, {plot.cost.title.lower()} {value}"
+    if line.delta is not None:
         said += f", to full {points(line.delta.delta.mean)} [{point_span(line.delta.delta)}] points"
     return said

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from farkv.evals.cells import FULL
 from farkv.evals.report.axes import round_range
-from farkv.evals.report.curves import COSTS, KL, LARGE, SMALL, Cost, Worth, draw_curves, name_class
+from farkv.evals.report.curves import COSTS, GAP, KL, LARGE, SMALL, Cost, Worth, draw_curves, find_gap, name_class
 from farkv.evals.report.element import Html, el
 from farkv.evals.report.looks import Look, draw_marker
 from farkv.evals.tables import Table
 
-# How far below the full cache the enlarged picture reaches, and above it.
-NEAR_FULL = (0.1, 0.02)
+# How far below the full cache the enlarged picture reaches, and how far above it at least.
+BELOW, ABOVE = 0.1, 0.01
 
 
 def draw_sample(look: Look, bound: bool) -> Html:
@@ -46,7 +46,7 @@ def draw_legend(looks: Mapping[str, Look], bounds: set[str], *, boxes: bool) -> 
 
 
 def draw_average(table: Table, looks: Mapping[str, Look]) -> Html:
-    """Return the averages over all cells: over bytes read, the same near the full cache, KL, and the other costs."""
+    """Return the averages over all cells: score and difference over bytes read, the other costs, KL."""
     scores = [line.score for line in table.lines]
     whole = round_range([s.low for s in scores] + [s.high for s in scores])
     reads, *others = COSTS
@@ -57,9 +57,9 @@ def draw_average(table: Table, looks: Mapping[str, Look]) -> Html:
 
     figures = [draw(reads.title, reads, whole)]
     full = table.find(FULL)
-    if full is not None and whole[0] < full.score.mean - NEAR_FULL[0]:
-        near = (full.score.mean - NEAR_FULL[0], min(1.0, full.score.mean + NEAR_FULL[1]))
-        figures.append(draw("The same, within ten points of the full cache", reads, near))
+    if full is not None:
+        above = max(ABOVE, *(find_gap(line)[2] for line in table.lines))
+        figures.append(draw("Points to the full cache, paired; the last ten", reads, (-BELOW, min(above, BELOW)), GAP))
     figures += [draw(cost.title if cost.share else f"{cost.title} (noisy)", cost, whole) for cost in others]
     losses = [kl for line in table.lines if (kl := line.measured["kl"]) > 0]
     if len(losses) > 1:
