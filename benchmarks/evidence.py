@@ -1,4 +1,4 @@
-"""The published evaluation: every method, fraction, task and length, on the demo model that knows the tasks.
+"""The published evaluation: every method, fraction, task and length, on the demo model.
 
     python benchmarks/evidence.py                 # runs what is not there yet, 2 processes; then farkv report
     python benchmarks/evidence.py --limit-scale 2 # twice the samples
@@ -28,18 +28,18 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.2)
 LENGTHS = (2048, 8192)
 # Samples per task and length.
 LIMITS = {
-    "niah_single": 10,
-    "niah_multikey": 10,
-    "niah_multivalue": 10,
-    "niah_multiquery": 10,
-    "qa": 10,
-    "vt": 10,
-    "cwe": 6,
-    "fwe": 6,
+    "niah_multikey": 16,
+    "niah_single": 8,
     "multiturn": 6,
     "ppl": 4,
+    "niah_multivalue": 6,
+    "niah_multiquery": 6,
+    "qa": 6,
+    "vt": 4,
+    "cwe": 4,
+    "fwe": 4,
     "longgen": 4,
-    "extraction": 3,
+    "extraction": 4,
 }
 # Methods that see nothing of the question when they choose: what they keep, they keep for all questions.
 OURS, HEADLINE = "infinigen", 0.1
@@ -49,7 +49,7 @@ def run(scale: float, workers: int) -> None:
     """Run every task with its own number of samples; what is there already is left."""
     for task, limit in LIMITS.items():
         command = [
-            sys.executable, "-m", "farkv.cli", "eval", "--model", "demo-tasks", "--tasks", task,
+            sys.executable, "-m", "farkv.cli", "eval", "--model", "demo", "--tasks", task,
             "--methods", ",".join(METHODS), "--fractions", ",".join(map(str, FRACTIONS)),
             "--lengths", ",".join(map(str, LENGTHS)), "--limit", str(round(limit * scale)), "--workers", str(workers),
             "--threads", "1", "--skip-gated", "--save-prompts", "--out", str(OUT),

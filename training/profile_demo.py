@@ -1,7 +1,6 @@
-"""Measure a demo model's profile and put it beside its weights.
+"""Measure the demo model's profile and put it beside its weights.
 
     python training/profile_demo.py
-    python training/profile_demo.py --tasks      # skews of demo-tasks, on texts of its tasks
 
 In: the training side of the standard library, with facts and questions whose names are random letters; every prompt
 ends with its question, as prompts are asked. Out: `profile.safetensors`: skews and gain curves. Held-out files and
@@ -12,19 +11,14 @@ from __future__ import annotations
 
 import random
 import string
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import farkv
-from farkv.demo import MODEL_PATH, TASKS_PATH
+from farkv.demo import MODEL_PATH
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
-from farkv.evals.draw import Draw
-from farkv.evals.sample import Made, lay
-from farkv.evals.tasks import TASKS
 from farkv.hf.load import load_model
 
 # The skews: texts of one length, with the answer.
@@ -35,8 +29,6 @@ PROMPTS, SHORTEST, LONGEST = 64, 1024, 6144
 LOSSES = 16
 # Tokens of a fact and of the question, about.
 FACT_TOKENS = 14
-# Tasks whose texts the skews of demo-tasks are measured on.
-PROFILED = ("niah_multikey", "niah_multiquery", "qa", "niah_multivalue", "longgen", "extraction")
 PART = Path("runs/profile_demo.part")
 
 
@@ -74,33 +66,8 @@ def make_prompts(measure: Callable[[str], int]) -> list[str]:
     return texts
 
 
-def make_task_texts(measure: Callable[[str], int]) -> list[str]:
-    """Make texts of two tasks each, with their questions and answers, between lines of the training side."""
-    files, words = read_sources(STDLIB, held_out=False), make_words(random.Random(1))
-    texts = []
-    for seed, pair in enumerate([*pairwise(PROFILED)] * 3):
-        made = [TASKS[task](Draw(10 * seed + i, SKEW_TOKENS // 2, words)) for i, task in enumerate(pair)]
-        lines, turns = [line for m in made for line in m.lines], [t for m in made for t in m.turns]
-        filler = draw_filler(files, SKEW_TOKENS - sum(map(measure, lines)), seed, measure)
-        laid, _ = lay(Made(lines, turns), filler, random.Random(seed))
-        texts.append("".join(laid) + "".join(f"{t.completion}{t.answer}\n" for t in turns))
-    return texts
-
-
-def profile_tasks() -> None:
-    """Measure the skews of demo-tasks."""
-    model, tokenizer = load_model("demo-tasks", device="cpu")
-    texts = make_task_texts(lambda text: len(tokenizer(text)["input_ids"]))
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    farkv.profile(model, rows, curves=False).save(TASKS_PATH / "profile.safetensors")
-    print(f"wrote profile.safetensors: skews from {sum(map(len, rows)):,} tokens")
-
-
 def main() -> None:
     """Measure and save; an interrupted run goes on where it was, but for the losses."""
-    if "--tasks" in sys.argv[1:]:
-        profile_tasks()
-        return
     model, tokenizer = load_model("demo", device="cpu")
 
     def show(done: int, total: int) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 err = Console(stderr=True)
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="demo, demo-tasks, a folder, or a hub id.")]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a hub id.")]
 FractionOption = Annotated[
     float | None, typer.Option(help="Hard cap on the KV bytes read per step, over all layers (default 0.1).")
 ]

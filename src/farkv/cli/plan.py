@@ -132,9 +132,9 @@ def find_profile_of(model: str) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    from farkv.demo import MODELS
+    from farkv.demo import MODEL_PATH
 
-    path = MODELS.get(model, Path(model)) / "profile.safetensors"
+    path = (MODEL_PATH if model == "demo" else Path(model)) / "profile.safetensors"
     if not path.is_file():
         raise ConfigError(f"--profile: there is none beside {model}; make one: farkv profile --model {model}")
     return path

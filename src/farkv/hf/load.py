@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer by name: `demo`, `demo-tasks`, a folder, or a hub id."""
+"""Load a model and its tokenizer by name: `demo`, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from farkv.demo import MODELS
+from farkv.demo import MODEL_PATH
 from farkv.errors import ConfigError, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,7 +20,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     """Load a causal LM and its tokenizer.
 
     Args:
-        name: `demo` and `demo-tasks` are the models inside the package.
+        name: `demo` is the model inside the package.
         dtype: auto is the checkpoint's, except that float16 becomes float32 on a CPU, where half arithmetic is slow.
         device: auto is a GPU where there is one.
 
@@ -31,7 +31,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
-    path = str(MODELS.get(name, name))
+    path = str(MODEL_PATH) if name == "demo" else name
     if looks_local(path) and not (Path(path) / "config.json").is_file():
         raise InputError(f"model {name}: expected a folder with a config.json, found none; or give a hub id, or demo")
     try:
