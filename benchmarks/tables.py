@@ -12,8 +12,8 @@ from pathlib import Path
 
 import allocate
 import disk
-import evidence
 import eviction
+import evidence
 import faults
 import hot
 import limits
@@ -40,7 +40,6 @@ def make_tables() -> dict[Path, dict[str, str]]:
         ROOT / "README.md": {
             "headline": quality.format_headline(RESULTS / "infinigen_quality.jsonl"),
             "eval": evidence.format_short(),
-            "plan": xkv_tables.format_headline(),
             "speed": speed.format_decode((32768, 131072), short=True),
         },
         ROOT / "docs/evaluation.md": {"eval": evidence.format_methods(), "grids": evidence.format_grids()},
@@ -49,6 +48,7 @@ def make_tables() -> dict[Path, dict[str, str]]:
             "limits": limits.format_table(RESULTS / "near_limits.jsonl"),
         },
         ROOT / "docs/papers/xkv.md": {
+            "plan": xkv_tables.format_headline(),
             "keep": xkv_tables.format_keep(),
             "code": xkv_tables.format_code(),
             "agnostic": xkv_tables.format_agnostic(),

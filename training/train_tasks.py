@@ -4,8 +4,8 @@
     python training/train_tasks.py --out runs/tasks --export         # only write the fp16 weights
 
 In: the shipped demo model, the standard library's sources. Out: checkpoints, a log, and at the end
-`runs/model_tasks/`: weights that are not shipped, because a run of an hour was not enough (README.md). Half of the samples hold tasks; the other half is what the demo model
-learned before, so that it is not forgotten.
+`runs/model_tasks/`: weights that are not shipped, because a run of an hour was not enough (README.md).
+Half of the samples hold tasks; the other half is what the demo model learned before.
 """
 
 from __future__ import annotations

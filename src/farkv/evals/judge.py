@@ -189,8 +189,9 @@ def check_reads(row: Row) -> None:
     """
     if row.fraction >= 1 or row.steps == 0:
         return
-    least = 1 / max(1, row.tokens)  # One record of every head is always read.
-    if row.read_fraction > row.fraction + max(ROUNDING, least):
+    # One record of every head is always read; what may grow, grows by one a step.
+    more = 1 + (row.steps if METHODS[row.method].grows else 0)
+    if row.read_fraction > row.fraction + max(ROUNDING, more / max(1, row.tokens)):
         raise CacheStateError(
             f"eval: {row.method} at {row.fraction} read {row.read_fraction:.4f} of the KV bytes of "
             f"{row.task}/{row.length}/{row.seed}; expected at most {row.fraction}: its result would not be of this cap"

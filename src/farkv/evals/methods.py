@@ -33,7 +33,8 @@ class Known(NamedTuple):
 
     evicts: what the text's end leaves is all there is for later questions.  reads_keys: its choice reads every key, so
     it is a bound and saves nothing.  far: near memory is a tier of its own, so records are chosen one layer ahead.
-    plan: the lever for which each layer's share comes from the model's own profile.
+    plan: the lever for which each layer's share comes from the model's own profile.  grows: as published, what is
+    decoded is kept besides, so the fraction is the text's alone.
     """
 
     make: Callable[[float], Method]
@@ -41,6 +42,7 @@ class Known(NamedTuple):
     reads_keys: bool = False
     far: bool = False
     plan: str | None = None
+    grows: bool = False
 
 
 METHODS: dict[str, Known] = {
@@ -56,7 +58,7 @@ METHODS: dict[str, Known] = {
     "random": Known(lambda f: Random(fraction=f)),
     "xkv": Known(lambda f: XKV(fraction=f), evicts=True),
     "xkv-plan": Known(lambda f: XKV(), evicts=True, plan="keep"),
-    "xkv-paper": Known(lambda f: XKV(fraction=f, paper=True), evicts=True),
+    "xkv-paper": Known(lambda f: XKV(fraction=f, paper=True), evicts=True, grows=True),
     "snapkv": Known(lambda f: SnapKV(fraction=f), evicts=True),
     "pyramidkv": Known(lambda f: PyramidKV(fraction=f), evicts=True),
     "h2o": Known(lambda f: H2O(fraction=f), evicts=True),
