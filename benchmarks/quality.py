@@ -17,19 +17,20 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from farkv.config import Full, InfiniGen, Method, Oracle, Random, Window
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
+from farkv.evals import prefill as shared
+from farkv.evals.prefill import Prefilled
 from farkv.hf.ask import build_prompt, feed
 from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
-from farkv.methods.contract import Kernel, Step
 
 # Of a fact's line, at most, on average.
 FACT_TOKENS = 14
@@ -55,38 +56,14 @@ METHODS: dict[str, Method] = {
 UNPROFILED = {"ours 0.10, no profile": InfiniGen(fraction=0.10)}
 
 
-class Prefilled(NamedTuple):
-    """What one prefill left behind: every managed layer's queries, keys and values."""
-
-    steps: dict[int, Step]
-    n_tokens: int
-
-
-@torch.no_grad()
 def prefill_once(model: Any, tokens: list[int]) -> Prefilled:
-    """Run the text densely and keep what each layer saw."""
-    steps: dict[int, Step] = {}
-    with attach(model, Full()) as far:
-        cache = far.new_cache()
-        for layer in cache.layers:
-            attend = layer.attend
-
-            def keep(step: Step, kernel: Kernel, *, i: int = layer.layer, attend: Any = attend) -> object:
-                steps[i] = step
-                return attend(step, kernel)
-
-            layer.attend = keep
-        far.decoder(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True)
-    return Prefilled(steps, len(tokens))
+    """Run the text densely, in one pass, and keep what each layer saw."""
+    return shared.prefill_once(model, tokens, chunk=len(tokens))
 
 
 def fill_cache(far: Handle, prefilled: Prefilled, verify: int = 0) -> FarCache:
     """Make a cache that holds a prefilled text, as if this method had read it."""
-    cache = far.new_cache(tokens=prefilled.n_tokens + 256, verify=verify)
-    for i, step in prefilled.steps.items():
-        cache.layers[i].update(step.k, step.v)
-        cache.recipe.attend(i, step, lambda q, k, v, mask: None)
-    return cache
+    return shared.fill_cache(far, prefilled, extra_tokens=256, verify=verify)
 
 
 @torch.no_grad()
