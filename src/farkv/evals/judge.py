@@ -115,7 +115,7 @@ class Judge:
             row = self._make_row(variant, sample, prompt, told, far, cache)
         row = compare(row, told, reference, prompt)
         check_reads(row)
-        seen = None if trace is None else {**name_row(row), **trace.to_dict()}
+        seen = None if trace is None else {**name_row(row), **shorten(trace.to_dict())}
         return Reference(row, told.logs), seen
 
     def count_steps(self, sample: Sample, prompt: Prompt) -> int:
@@ -214,6 +214,11 @@ def count_bytes(prefilled: Prefilled) -> int:
     """Return the KV bytes of a text."""
     steps = [step for layers in prefilled.passes for step in layers.values()]
     return sum((s.k.numel() + s.v.numel()) * s.k.element_size() for s in steps)
+
+
+def shorten(trace: dict[str, Any]) -> dict[str, Any]:
+    """Round shares to four places: thousands of them lie in one line."""
+    return {**trace, "read": [[[round(x, 4) for x in step] for step in layer] for layer in trace["read"]]}
 
 
 def name_row(row: Row) -> dict[str, Any]:
