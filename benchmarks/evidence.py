@@ -56,7 +56,8 @@ def run(scale: float, workers: int) -> None:
             sys.executable, "-m", "farkv.cli", "eval", "--model", "demo", "--tasks", task,
             "--methods", ",".join(METHODS), "--fractions", ",".join(map(str, FRACTIONS)),
             "--lengths", str(length), "--limit", str(round(limit * scale)), "--workers", str(workers),
-            "--threads", "1", "--trace", str(int((task, length) == TRACED)), "--skip-gated", "--save-prompts", "--out", str(OUT),
+            "--threads", "1", "--trace", str(int((task, length) == TRACED)),
+            "--skip-gated", "--save-prompts", "--out", str(OUT),
         ]  # fmt: skip
         subprocess.run(command, check=True)
 
