@@ -109,7 +109,7 @@ class Judge:
         with self.attach(variant, count_bytes(prefilled)) as far:
             cache = fill_cache(far, prefilled, n_new)
             # What was counted while the text was read is no decode step.
-            trace = ReadTrace(prompt.n_tokens, n_new) if traced else None
+            trace = ReadTrace(prompt.n_tokens, self.expect_steps(sample, prompt)) if traced else None
             cache.account.trace = trace
             told = self._tell(far, cache, sample, prompt)
             row = self._make_row(variant, sample, prompt, told, far, cache)
@@ -122,6 +122,11 @@ class Judge:
         """Return the most tokens that questions and answers can take."""
         turns = sum(self.speaker.limit(t) + len(self.speaker.follow(t)) + 4 for t in sample.turns)
         return len(prompt.question) + turns + 8
+
+    def expect_steps(self, sample: Sample, prompt: Prompt) -> int:
+        """Return the tokens that are fed where every answer is the right one."""
+        answers = sum(len(self.speaker.encode(t.answer)) for t in sample.turns)
+        return len(prompt.question) + answers + sum(len(self.speaker.follow(t)) for t in sample.turns[1:]) - 1
 
     def _tell(self, far: Handle, cache: FarCache, sample: Sample, prompt: Prompt) -> Told:
         if sample.continuation:
