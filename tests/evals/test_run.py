@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from farkv.evals.row import RESULTS, RUN, Key, read_rows
 from farkv.evals.run import run_eval
 from farkv.evals.sample import Sample, Turn
 from farkv.evals.text import Maker
-from farkv.hf.ask import prefill
+from farkv.hf.ask import Listener, prefill
 from farkv.hf.load import load_model
 
 # What the issue wants of every line.
@@ -45,6 +46,21 @@ def judge() -> Judge:
 
 def make(task: str, length: int = 512, seed: int = 0) -> Sample:
     return Maker(demo()[1]).make(task, length, seed)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that a whole run of PLAN wrote."""
+    out = tmp_path_factory.mktemp("done")
+    run_eval(PLAN, out)
+    return out
+
+
+@pytest.fixture
+def out(done: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 def read_lines(out: Path) -> list[dict[str, Any]]:
@@ -73,35 +89,32 @@ def test_every_sample_has_a_row_per_method_and_fraction(tmp_path: Path) -> None:
     assert {(r["method"], r["task"]) for r in reads} == {(m, t) for m in ("infinigen", "window") for t in plan.tasks}
 
 
-def test_a_run_goes_on_where_it_was_cut(tmp_path: Path) -> None:
-    run_eval(PLAN, tmp_path)
-    path = tmp_path / RESULTS
+def test_a_run_goes_on_where_it_was_cut(out: Path) -> None:
+    path = out / RESULTS
     whole = path.read_text()
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:40])
-    assert run_eval(PLAN, tmp_path).written == len(lines) - 3
+    assert run_eval(PLAN, out).written == len(lines) - 3
 
     def steady(line: str) -> dict[str, Any]:
         row = json.loads(line)
         return {k: v for k, v in row.items() if k not in ("decode_s", "tokens_per_s")}
 
     assert sorted(map(repr, map(steady, lines))) == sorted(map(repr, map(steady, path.read_text().splitlines())))
-    assert run_eval(PLAN, tmp_path).written == 0
+    assert run_eval(PLAN, out).written == 0
 
 
-def test_more_methods_join_the_same_folder(tmp_path: Path) -> None:
-    run_eval(PLAN, tmp_path)
-    assert run_eval(PLAN._replace(methods=("random",)), tmp_path).written == 2
-    assert json.loads((tmp_path / RUN).read_text())["methods"] == ["full", "infinigen", "window", "random"]
+def test_more_methods_join_the_same_folder(out: Path) -> None:
+    assert run_eval(PLAN._replace(methods=("random",)), out).written == 2
+    assert json.loads((out / RUN).read_text())["methods"] == ["full", "infinigen", "window", "random"]
 
 
-def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    run_eval(PLAN, tmp_path)
+def test_a_folder_of_another_run_is_refused(out: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run with seed 0"):
-        run_eval(PLAN._replace(seed=5), tmp_path)
-    (tmp_path / RESULTS).write_text("{}\n")
+        run_eval(PLAN._replace(seed=5), out)
+    (out / RESULTS).write_text("{}\n")
     with pytest.raises(InputError, match=r"results.jsonl, line 1"):
-        run_eval(PLAN, tmp_path)
+        run_eval(PLAN, out)
 
 
 def test_tasks_that_the_full_cache_fails_are_gated(tmp_path: Path) -> None:
@@ -163,28 +176,19 @@ def test_a_shared_prefill_answers_as_an_own_one(name: str) -> None:
                 cache = fill_cache(far, prefilled, 64)
             else:
                 cache = far.new_cache(tokens=prefilled.n_tokens + 64)
-                prefill(far, cache, prompt.text, 200, LISTENER)
+                prefill(far, cache, prompt.text, 200, Listener())
             steps = [model(input_ids=torch.tensor([[t]]), past_key_values=cache).logits for t in prompt.question]
             logits.append(torch.cat(steps))
     assert torch.equal(*logits)
-
-
-class Quiet:
-    """Hears nothing."""
-
-    @staticmethod
-    def on_prefill(done: int, total: int) -> None: ...
-
-
-LISTENER: Any = Quiet()
 
 
 def test_full_answers_as_plain_transformers_do() -> None:
     model, tokenizer = demo()
     sample = make("multiturn", 700)
     prompt = Speaker(tokenizer).build(sample)
+    prefilled = prefill_once(model, prompt.text)
     with farkv.attach(model, farkv.Full()) as far:
-        cache = fill_cache(far, prefill_once(model, prompt.text), 200)
+        cache = fill_cache(far, prefilled, 200)
         said = ask_turns(far, cache, Speaker(tokenizer), sample, list(prompt.question))
     context = sample.text
     for turn, told in zip(sample.turns, said.turns, strict=True):
@@ -211,7 +215,6 @@ def test_chat_models_are_asked_in_their_template() -> None:
         Speaker(demo()[1], "chat")
 
 
-def test_rows_survive_being_written(tmp_path: Path) -> None:
-    run_eval(PLAN._replace(limit=1, methods=("window",)), tmp_path)
-    rows = read_rows(tmp_path / RESULTS)
-    assert [json.loads(row.to_json()) for row in rows] == read_lines(tmp_path)
+def test_rows_survive_being_written(done: Path) -> None:
+    rows = read_rows(done / RESULTS)
+    assert [json.loads(row.to_json()) for row in rows] == read_lines(done)

@@ -1,0 +1,73 @@
+"""`farkv eval` as it is run: one object on stdout, results in a folder, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from farkv.cli.eval import METHODS, SOME, TASKS, evaluate, parse_fractions, split
+from farkv.errors import ConfigError, FarKVError
+from farkv.evals import methods, tasks
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.command(name="eval")(evaluate)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def test_it_compares_and_prints_one_object(tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    ran = call(
+        "--tasks", "niah_single", "--methods", "infinigen,window", "--fractions", "0.1", "--lengths", "512",
+        "--limit", "1", "--threads", "1", "--out", str(out), "--save-prompts", "--json",
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    told = json.loads(ran.stdout)
+    assert (told["rows"], told["written"]) == (3, 3)
+    assert {line["method"] for line in told["table"]["lines"]} == {"full", "infinigen", "window"}
+    assert {p.name for p in out.iterdir()} == {"results.jsonl", "run.json", "prompts.jsonl", "reads.jsonl"}
+    prompt = json.loads((out / "prompts.jsonl").read_text())
+    row = json.loads((out / "results.jsonl").read_text().splitlines()[0])
+    assert prompt["prompt_sha"] == row["prompt_sha"]
+    assert prompt["turns"][0]["completion"].startswith("print(")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--fractions", "0"), "fraction: expected a number in"),
+        (("--fractions", "x"), "--fractions: expected numbers"),
+        (("--lengths", "12"), "--lengths: expected numbers of at least 64"),
+        (("--form", "poem"), "--form: expected auto, completion or chat"),
+        (("--tasks", ","), "--tasks: expected names"),
+        (("--tasks", "ruler:/nowhere.jsonl"), "/nowhere.jsonl"),
+        (("--methods", "h3o"), "expected some of full, infinigen"),
+    ],
+)
+def test_a_mistake_is_one_error(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    ran = call(*arguments, "--out", str(tmp_path))
+    assert isinstance(ran.exception, FarKVError)
+    assert said in str(ran.exception)
+    assert "\n" not in str(ran.exception)
+
+
+def test_the_help_names_what_there_is() -> None:
+    text = " ".join(call("--help").output.split())
+    for name in methods.METHODS:
+        assert name in text or name == "full"
+    assert split(TASKS, "") == (*tasks.TASKS, "ppl")
+    assert set(split(SOME, "")) <= set(split(TASKS, ""))
+    assert set(split(METHODS, "")) <= set(methods.METHODS)
+
+
+def test_fractions_are_read() -> None:
+    assert parse_fractions("0.02, 0.1") == (0.02, 0.1)
+    with pytest.raises(ConfigError):
+        parse_fractions("2")
