@@ -68,7 +68,7 @@ def evaluate(
 
     [bold]Examples[/bold]
 
-      farkv eval --model demo --limit 5 --out eval
+      farkv eval --model demo --tasks niah_multikey,ppl --limit 5 --out eval
 
       farkv eval -m Qwen/Qwen3-8B --tasks extraction --lengths 8K,32K
 
