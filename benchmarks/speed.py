@@ -58,7 +58,8 @@ def format_decode(contexts: tuple[int, ...] = (), *, short: bool = False, name: 
     """
     found = read(name)
     columns = COLUMNS[:2] if short else COLUMNS
-    rows = [r for r in found["rows"] if not short or r["method"] != "matmul-fp32"]
+    left_out = ("matmul-fp32", "matmul-bf16", "hf-sdpa-fp32") if short else ()
+    rows = [r for r in found["rows"] if r["method"] not in left_out]
     contexts = contexts or tuple(sorted({r["context"] for r in rows}))
     heads = [f"{format_tokens(n)}, {column}" for n in contexts for column in columns]
     lines = [f"| one layer, one token | reads | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]

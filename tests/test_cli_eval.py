@@ -13,7 +13,6 @@ from farkv.cli.eval import METHODS, SOME, TASKS, evaluate, parse_fractions, spli
 from farkv.errors import ConfigError, FarKVError
 from farkv.evals import methods, tasks
 
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command(name="eval")(evaluate)
 

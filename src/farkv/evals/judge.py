@@ -109,7 +109,7 @@ class Judge:
         with self.attach(variant, count_bytes(prefilled)) as far:
             cache = fill_cache(far, prefilled, n_new)
             # What was counted while the text was read is no decode step.
-            trace = ReadTrace(prompt.n_tokens, self.expect_steps(sample, prompt)) if traced else None
+            trace = ReadTrace(len(prompt.text), self.expect_steps(sample, prompt)) if traced else None
             cache.account.trace = trace
             told = self._tell(far, cache, sample, prompt)
             row = self._make_row(variant, sample, prompt, told, far, cache)
