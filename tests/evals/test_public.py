@@ -15,6 +15,7 @@ from farkv.evals.public.read import Record
 from farkv.evals.public.ruler import QUESTIONS, split_row
 from farkv.evals.sample import Sample
 from farkv.evals.score import SCORES
+from farkv.evals.text import CONTINUATION
 
 LINES = [f"The grass of field {i} is green and the sky above it is blue.\n" for i in range(400)]
 GOOD = json.dumps({"input": "x\nQuestion: y", "outputs": ["1"]}) + "\n"
@@ -145,7 +146,7 @@ def test_pg19_continues_books_byte_for_byte(tmp_path: Path, tokenizer: Any) -> N
     for sample, text in zip(found, books.values(), strict=True):
         assert sample.text + sample.continuation in text
         ids = tokenizer(sample.text + sample.continuation, add_special_tokens=False)["input_ids"]
-        assert len(ids) == 512 + 128 and count(tokenizer, sample.text) == pytest.approx(512, abs=2)
+        assert len(ids) == 512 + CONTINUATION and count(tokenizer, sample.text) == pytest.approx(512, abs=2)
     jsonl = write_lines(tmp_path / "books.jsonl", [{"text": text} for text in books.values()])
     assert [s.text for s in load(f"pg19:{jsonl}", tokenizer, 512)] == [s.text for s in found]
     with pytest.raises(InputError, match=r"expected books of at least 100128 tokens; 3 books are all shorter"):
