@@ -71,7 +71,7 @@ def make_samples(books: list[Book], path: str, wanted: Wanted) -> Iterator[Sampl
 
 
 def cut_stretch(book: Book, length: int, wanted: Wanted) -> Sample | None:
-    """Return `length` tokens of a book and the 128 that follow; None where the book is too short."""
+    """Return `length` tokens of a book and what follows them; None where the book is too short."""
     total = length + CONTINUATION
     rng = random.Random(f"{wanted.seed}/{book.number}/{length}")
     drawn = max(0, book.text.find("\n\n", rng.randint(0, max(0, len(book.text) - WIDE * total))))
