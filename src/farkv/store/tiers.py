@@ -146,8 +146,7 @@ class Tiers(FarMemory):
         """
         k_dim, n = self.k_dims[layer], self.block_tokens
         if self.frames is not None:
-            # No page belongs to two blocks, where a block has room for one.
-            n -= n % min(n, self.frames.pages.form.tokens)
+            n -= n % min(n, self.frames.pages.form.tokens)  # No page belongs to two blocks, where one has room.
         ends = [(start, min(start + n, stop)) for start in range(0, stop, n)]
         coming = [self._bring_block(layer, *ends[0])] if ends else []
         taken = 0
@@ -295,6 +294,7 @@ class Tiers(FarMemory):
             self.tails[layer].clear()
             self.buffers.clear()
         if self.frames is not None and not any(rows.length for rows in self.pool.values()):
+            # A block still on its way would hold the file. Pages and a saved text go with it: what comes opens another.
+            self.link.drain()
             self.frames.clear()
-            # Pages go with their file, and the saved text with them: whatever comes next opens another.
             self.frames, self.limits = None, self.limits._replace(saved=None)
