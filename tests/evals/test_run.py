@@ -17,7 +17,7 @@ from farkv.errors import CacheStateError, ConfigError, InputError
 from farkv.evals.ask import Speaker, ask_turns
 from farkv.evals.describe import Plan, Variant
 from farkv.evals.judge import Judge, check_reads
-from farkv.evals.methods import METHODS, make_method
+from farkv.evals.methods import METHODS
 from farkv.evals.prefill import fill_cache, prefill_once
 from farkv.evals.row import RESULTS, RUN, Key, read_rows
 from farkv.evals.run import run_eval
@@ -161,17 +161,16 @@ def test_a_method_that_reads_too_much_stops_the_run() -> None:
         check_reads(replace(row, bytes_per_step=row.full_bytes_per_step))
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "infinigen-paper" and not n.endswith("-plan")])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_shared_prefill_answers_as_an_own_one(name: str) -> None:
     """The same predictions, bit for bit, as a cache whose method read the text itself, in chunks."""
     model, tokenizer = demo()
     sample = make("niah_multikey")
     prompt = Speaker(tokenizer).build(sample)
     prefilled = prefill_once(model, prompt.text, chunk=200)
-    near = "64MiB" if METHODS[name].far else None
     logits = []
     for shared in (True, False):
-        with farkv.attach(model, make_method(name, 0.1), near=near) as far:
+        with judge().attach(Variant(name, 1.0 if name == "full" else 0.2), 2**22) as far:
             if shared:
                 cache = fill_cache(far, prefilled, 64)
             else:

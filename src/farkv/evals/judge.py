@@ -26,9 +26,6 @@ from farkv.hf.handle import Handle
 from farkv.receipt import Account
 from farkv.trace import ReadTrace
 
-# A plan's shares are rounded to records, a cap is not passed by more than this.
-ROUNDING = 2e-3
-
 
 class Reference(NamedTuple):
     """What the full cache answered: the row, and for `ppl` its predictions."""
@@ -196,7 +193,7 @@ def check_reads(row: Row) -> None:
         return
     # One record of every head is always read; what may grow, grows by one a step.
     more = 1 + (row.steps if METHODS[row.method].grows else 0)
-    if row.read_fraction > row.fraction + max(ROUNDING, more / max(1, row.tokens)):
+    if row.read_fraction > row.fraction + more / max(1, row.tokens):
         raise CacheStateError(
             f"eval: {row.method} at {row.fraction} read {row.read_fraction:.4f} of the KV bytes of "
             f"{row.task}/{row.length}/{row.seed}; expected at most {row.fraction}: its result would not be of this cap"
