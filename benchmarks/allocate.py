@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from farkv.per_prompt.allocate import allocate, measure_retention
+from farkv.math.allocate import allocate, measure_retention
 
 LAYERS, RATIO, RETENTION = 32, 0.2, 0.9
 PROBLEMS: dict[str, dict[str, Any]] = {"P1": {"ratio": RATIO}, "P2": {"retention": RETENTION}}

@@ -36,7 +36,7 @@ from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
-from farkv.store.eviction import POLICIES
+from farkv.store.far.eviction import POLICIES
 
 LIMITS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FACTS = {2048: 20, 4096: 30, 8192: 40}

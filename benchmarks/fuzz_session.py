@@ -29,8 +29,8 @@ import torch
 from safetensors import safe_open
 
 from farkv.errors import SessionError, StoreError
-from farkv.store.header import DTYPES, MAX_HEADER_BYTES, seal_header
-from farkv.store.saved import Saved, write_saved
+from farkv.session.file import Saved, write_saved
+from farkv.session.header import DTYPES, MAX_HEADER_BYTES, seal_header
 
 # (notes, tensors as (name, dtype, shape, bytes), pages)
 Content = tuple[Any, list[tuple[Any, ...]], bytes]

@@ -16,7 +16,7 @@ import torch
 from farkv.bench.shapes import ModelShape
 from farkv.kernels.gpu import Gpu, Held
 from farkv.kernels.native import IndexView, Logits, Rows
-from farkv.store.quantize import Codec
+from farkv.store.far.quantize import Codec
 
 COLUMNS, BITS = 32, 4
 

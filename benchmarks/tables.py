@@ -21,13 +21,14 @@ import overhead
 import prefill
 import quality
 import quant
-import session
 import speed
 import xkv_batch
 import xkv_coverage
 import xkv_light
 import xkv_memory
 import xkv_tables
+
+import session
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"

@@ -32,11 +32,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import farkv
+from farkv.calibrate.plan import Allocation, Plan
 from farkv.errors import CapacityError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
-from farkv.plan import Allocation, Plan
 
 LAYERS = 8
 KV_HEADS = 2

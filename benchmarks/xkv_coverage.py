@@ -24,15 +24,15 @@ import torch
 from scipy.stats import beta
 
 import farkv
+from farkv.calibrate.conformal import allocate_promise, average_allocations
+from farkv.calibrate.curves import GRID, Curves
+from farkv.calibrate.profile import Profile
 from farkv.demo import MODEL_PATH
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.hf.load import load_model, quiet_libraries
-from farkv.hf.mini import Light
-from farkv.per_model.curves import GRID, Curves
-from farkv.per_model.profile import Profile
-from farkv.per_prompt.allocate import allocate, measure_retention
-from farkv.per_prompt.promise import allocate_promise, average_allocations
+from farkv.math.allocate import allocate, measure_retention
+from farkv.measure.mini import Light
 
 SEED = 8_200_000
 FACTS, FACT_TOKENS = 30, 14

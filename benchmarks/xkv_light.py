@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 import farkv
+from farkv.calibrate.curves import Curves
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.hf.load import load_model
-from farkv.hf.mini import Light
-from farkv.per_model.curves import Curves
-from farkv.per_prompt.allocate import allocate, measure_retention
+from farkv.math.allocate import allocate, measure_retention
+from farkv.measure.mini import Light
 
 LENGTHS = (1024, 2048, 4096, 6144)
 FACTS = 30

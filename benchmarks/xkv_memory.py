@@ -41,8 +41,8 @@ from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import farkv
+from farkv.calibrate.plan import Allocation, Plan
 from farkv.hf.identity import identify_model
-from farkv.plan import Allocation, Plan
 
 KV_HEADS = 8
 HEAD_DIM = 64

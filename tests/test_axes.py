@@ -9,7 +9,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 import farkv
-from farkv.per_token.speculate import pool_group
+from farkv.math.score import pool_group
 
 
 def test_a_right_shape_passes() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import farkv
 from farkv.cli.profile import profile_model
 from farkv.errors import FarKVError
-from farkv.hf import measure as hf_measure
+from farkv.measure import profile as hf_measure
 from tests.test_cli import FACTS, QUESTION
 
 CODE = FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20

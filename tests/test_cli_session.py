@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from farkv.store.header import ALIGN_BYTES
+from farkv.session.header import ALIGN_BYTES
 from tests.test_cli import FACTS, QUESTION, farkv
 
 TEXT = FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20

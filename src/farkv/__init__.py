@@ -8,23 +8,23 @@ from farkv.config import XKV, Full, InfiniGen
 from farkv.errors import FarKVError
 
 if TYPE_CHECKING:
+    from farkv.calibrate.plan import Plan
+    from farkv.calibrate.profile import Profile
     from farkv.hf.attach import attach
-    from farkv.hf.measure import profile
     from farkv.hf.session import load_cache
-    from farkv.per_model.profile import Profile
-    from farkv.per_prompt.allocate import allocate
-    from farkv.plan import Plan
+    from farkv.math.allocate import allocate
+    from farkv.measure.profile import profile
 
 __all__ = ["XKV", "FarKVError", "Full", "InfiniGen", "Plan", "Profile", "allocate", "attach", "load_cache", "profile"]
 
 # What needs torch and transformers is imported when it is first asked for: `farkv --help` answers at once.
 _LAZY = {
-    "Plan": "farkv.plan",
-    "Profile": "farkv.per_model.profile",
-    "allocate": "farkv.per_prompt.allocate",
+    "Plan": "farkv.calibrate.plan",
+    "Profile": "farkv.calibrate.profile",
+    "allocate": "farkv.math.allocate",
     "attach": "farkv.hf.attach",
     "load_cache": "farkv.hf.session",
-    "profile": "farkv.hf.measure",
+    "profile": "farkv.measure.profile",
 }
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from farkv.calibrate.plan import Plan
 from farkv.errors import ConfigError
-from farkv.plan import Plan
 
 if TYPE_CHECKING:
-    from farkv.per_model.curves import Curves
+    from farkv.calibrate.curves import Curves
 
 
 def import_matplotlib() -> Any:
@@ -33,7 +33,7 @@ def plot_plan(plan: Plan, curves: Curves, path: str | Path) -> None:
     matplotlib = import_matplotlib()
     from matplotlib import pyplot
 
-    from farkv.per_model.curves import GRID
+    from farkv.calibrate.curves import GRID
 
     figure, axes = pyplot.subplots(len(plan.levers), 2, figsize=(11, 3.6 * len(plan.levers)), squeeze=False)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(plan.layers)))

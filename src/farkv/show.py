@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from farkv.calibrate.plan import Allocation, Plan
 from farkv.config import format_bytes
-from farkv.plan import Allocation, Plan
 from farkv.receipt import Receipt
 
 

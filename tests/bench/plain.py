@@ -7,7 +7,7 @@ from torch import Tensor
 
 from farkv.bench.shapes import ModelShape
 from farkv.kernels.native import IndexView, Logits, Native, Rows
-from farkv.store.quantize import Codec
+from farkv.store.far.quantize import Codec
 
 TINY = ModelShape("tiny", "llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96)
 

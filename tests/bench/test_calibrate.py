@@ -9,7 +9,7 @@ from rich.console import Console
 
 from farkv.bench import calibrate as module
 from farkv.bench.calibrate import Times, calibrate, draw_calibration, find_crossover
-from farkv.calibration import load_crossover
+from farkv.calibrate.crossover import load_crossover
 from tests.bench.plain import TINY, PlainNative
 
 

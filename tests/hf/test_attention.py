@@ -11,9 +11,9 @@ import farkv
 from farkv.errors import CacheStateError
 from farkv.hf._compat import find_attention
 from farkv.hf.attention import OwnAttention
+from farkv.math.stream import Softmax, Stream
 from farkv.methods import Full
 from farkv.methods.contract import Kernel
-from farkv.per_token.stream import Softmax, Stream
 from tests.models import make_model
 
 B, HQ, HKV, T, S, D = 2, 4, 2, 5, 13, 8

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import farkv
+from farkv.calibrate.plan import Plan
 from farkv.errors import CapacityError, ConfigError, PlanError
 from farkv.hf.identity import identify_model
 from farkv.methods import XKV, Full, InfiniGen, Oracle, Window
-from farkv.plan import Plan
 from farkv.store import spare
-from farkv.store.kept import ROW_BYTES
+from farkv.store.far.kept import ROW_BYTES
 from tests.hf.tape import check_replay, replay
 from tests.hf.test_attach import describe as describe_model
 from tests.hf.test_attach import settle

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import farkv
 from farkv.errors import CapacityError
 from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
-from farkv.store import pages as pages_module
-from farkv.store.eviction import POLICIES
+from farkv.store.far import pages as pages_module
+from farkv.store.far.eviction import POLICIES
 from tests.hf.test_limits import LAYERS, TOKEN, tiny
 from tests.models import VOCAB
-from tests.store.test_frames import check_copies
+from tests.store.far.test_page_cache import check_copies
 from tests.store.test_stateful import count_bytes, count_host, count_near
 
 NEW, PAGE_TOKENS = 3, 8

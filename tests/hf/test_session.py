@@ -20,7 +20,7 @@ from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.session import load_cache, read_session_text, resume
 from farkv.methods import XKV, Full, InfiniGen, LowBit, Oracle, Pages, Random, Window
-from farkv.store.saved import Saved, write_saved
+from farkv.session.file import Saved, write_saved
 from tests.models import forward, make_model, make_prompt, plain_cache
 
 QUESTION = make_prompt(1, tokens=4, seed=9)["input_ids"]

@@ -9,7 +9,7 @@ import torch
 
 from farkv.errors import CacheStateError
 from farkv.kernels.native import Logits, Rows
-from farkv.store.quantize import Codec
+from farkv.store.far.quantize import Codec
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
 
 pytestmark = MARKS

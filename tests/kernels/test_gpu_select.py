@@ -9,7 +9,7 @@ import torch
 
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Logits
-from farkv.per_token.speculate import unpack_codes
+from farkv.math.score import unpack_codes
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
 
 pytestmark = MARKS

@@ -16,7 +16,7 @@ from torch import Tensor
 from farkv.errors import CacheStateError, ConfigError
 from farkv.kernels import native, native_abi
 from farkv.kernels.native import Logits, Native, Rows, list_native, load_native
-from farkv.store.quantize import Codec
+from farkv.store.far.quantize import Codec
 
 FORMS = ("float32", "bfloat16", "float16", "int8", "int4")
 # B, Hkv, G, Dk, Dv, records: odd sizes, several blocks, one record, groups that are no power of two.

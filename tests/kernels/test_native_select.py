@@ -14,8 +14,8 @@ from torch import Tensor
 
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Logits, Native, list_native
-from farkv.per_token.select import force_sinks, select_rest, select_top
-from farkv.per_token.speculate import pool_group, project_query, score_index, unpack_codes
+from farkv.math.score import pool_group, project_query, score_index, unpack_codes
+from farkv.math.select import force_sinks, select_rest, select_top
 
 # What the kernel promises: weights that differ by less may change places, and so may weights far below the largest.
 TOLERANCE, FAINT = 2.0**-7, 2.0**-120

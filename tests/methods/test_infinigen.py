@@ -9,9 +9,9 @@ import torch
 
 import farkv
 from farkv.errors import ConfigError
+from farkv.math.score import unpack_codes
 from farkv.methods import InfiniGen, Oracle
 from farkv.methods.infinigen import share_beside_dense
-from farkv.per_token.speculate import unpack_codes
 from tests.hf.tape import Tape
 from tests.models import forward, generate, make_model, make_prompt
 

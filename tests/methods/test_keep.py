@@ -14,12 +14,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import farkv
+from farkv.calibrate.plan import Allocation, Plan
 from farkv.errors import CacheStateError
 from farkv.hf.ask import Listener, prefill
 from farkv.hf.identity import identify_model
+from farkv.math.allocate import allocate, measure_retention
 from farkv.methods import XKV, InfiniGen, Method
-from farkv.per_prompt.allocate import allocate, measure_retention
-from farkv.plan import Allocation, Plan
 from tests.hf.tape import Tape, check_replay, replay_attention
 from tests.hf.test_exact import BEAM
 from tests.models import FAMILIES, assert_same, forward, generate, make_model, make_prompt

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import farkv
+from farkv.math.index import encode_levels, fit_levels, measure_mean, pack_codes
+from farkv.math.score import unpack_codes
 from farkv.methods import LowBit
-from farkv.per_prompt.index import encode_levels, fit_levels, measure_mean, pack_codes
-from farkv.per_token.speculate import unpack_codes
 from farkv.store.sizes import count_cap
 from tests.methods.replay_choice import Choice, divide, pool, record
 from tests.models import forward, generate, make_model, make_prompt

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import farkv
+from farkv.math.bounds import bound_pages
 from farkv.methods import XKV, Pages
-from farkv.per_token.bounds import bound_pages
 from farkv.store.sizes import count_cap
 from tests.methods.replay_choice import Choice, divide, pool, record
 from tests.models import forward, make_model, make_prompt

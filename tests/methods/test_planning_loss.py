@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from farkv.calibrate import planning
+from farkv.calibrate.curves import GRID
+from farkv.calibrate.losses import SHARES, Losses
+from farkv.calibrate.plan import Plan
+from farkv.calibrate.planning import Budget, Choice, make_plan
+from farkv.calibrate.profile import Profile
 from farkv.errors import ConfigError, ProfileError
-from farkv.methods import planning
-from farkv.methods.planning import Budget, Choice, make_plan
-from farkv.per_model.curves import GRID
-from farkv.per_model.losses import SHARES, Losses
-from farkv.per_model.profile import Profile
-from farkv.plan import Plan
 from farkv.show import draw_plan
-from tests.methods.test_planning import LAYERS, draw_curves, make_profile
+from tests.calibrate.test_planning import LAYERS, draw_curves, make_profile
 
 LOSS = Choice(rule="loss")
 

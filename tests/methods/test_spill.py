@@ -11,8 +11,8 @@ import torch
 import farkv
 from farkv.errors import CacheStateError, CapacityError
 from farkv.methods import Full, InfiniGen, Method, Oracle, Window
-from farkv.store.eviction import POLICIES
-from farkv.store.kept import ROW_BYTES
+from farkv.store.far.eviction import POLICIES
+from farkv.store.far.kept import ROW_BYTES
 from tests.hf.tape import Tape, check_replay
 from tests.models import VOCAB, forward, make_model, make_prompt
 

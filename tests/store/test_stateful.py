@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from farkv.errors import CacheStateError, CapacityError
-from farkv.store import pages as pages_module
+from farkv.session.file import Saved, write_saved
+from farkv.session.pages import list_pages, open_tail, take_text
 from farkv.store import spare as spare_module
 from farkv.store.admission import admit
-from farkv.store.disk import DiskSpace
-from farkv.store.quantize import Codec
+from farkv.store.far import pages as pages_module
+from farkv.store.far.page_file import DiskSpace
+from farkv.store.far.quantize import Codec
 from farkv.store.records import Fetch, Keep, Needs, SavedText, StoreLimits
-from farkv.store.saved import Saved, write_saved
 from farkv.store.sizes import LayerShape, NearNeed
 from farkv.store.spare import Pass, admit_hot
-from farkv.store.text import list_pages, open_tail, take_text
 from farkv.store.tiers import Tiers
-from tests.store.test_frames import check_copies
+from tests.store.far.test_page_cache import check_copies
 
 LAYERS, HEADS, D, DV, WINDOW = (0, 1), 2, 4, 3, 2
 PAGE_TOKENS, MOST_CHOSEN, BLOCK = 8, 12, 16

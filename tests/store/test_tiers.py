@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from farkv.errors import CapacityError
 from farkv.kernels.native import load_native
 from farkv.store.admission import admit
+from farkv.store.far.rows import gather_rows
 from farkv.store.ledger import Ledger
-from farkv.store.near import Tail
+from farkv.store.near.buffers import Tail
 from farkv.store.records import Needs, StoreLimits
-from farkv.store.rows import gather_rows
 from farkv.store.sizes import (
     LayerShape,
     NearNeed,

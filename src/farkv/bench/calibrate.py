@@ -20,7 +20,7 @@ from farkv.bench.ours import DenseNativeRunner
 from farkv.bench.report import draw_machine, format_ms, make_table
 from farkv.bench.shapes import SHAPES, ModelShape, format_tokens
 from farkv.bench.timing import measure_interleaved, summarize
-from farkv.calibration import read_cpu_model, save_crossover
+from farkv.calibrate.crossover import read_cpu_model, save_crossover
 from farkv.config import InfiniGen
 from farkv.kernels.native import IndexView, Logits, Native, Rows
 from farkv.methods.contract import Place

@@ -16,7 +16,7 @@ from farkv.bench.peers import DTYPES, HuggingFaceRunner, KeyValues, MatmulRunner
 from farkv.bench.shapes import ModelShape
 from farkv.errors import ConfigError
 from farkv.kernels.native import Native
-from farkv.store.quantize import encoded_bytes
+from farkv.store.far.quantize import encoded_bytes
 
 DEFAULT = ("infinigen", "dense-native", "matmul-bf16", "matmul-fp32", "hf-sdpa-bf16", "hf-sdpa-fp32")
 CODED = {"infinigen-int8": "int8", "infinigen-int4": "int4"}

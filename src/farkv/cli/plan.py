@@ -71,9 +71,9 @@ def plan_layers(
     if kvpress is not None and "keep" not in levers and base is None:
         raise ConfigError("--kvpress: writes the keep lever, which this plan does not drive; add --lever keep")
     n_bytes = parse_bytes(size, "--bytes")
-    from farkv.methods.planning import Budget, Choice, make_plan
-    from farkv.per_model.profile import Profile
-    from farkv.plan import Plan
+    from farkv.calibrate.plan import Plan
+    from farkv.calibrate.planning import Budget, Choice, make_plan
+    from farkv.calibrate.profile import Profile
 
     loaded = Profile.load(profile or find_profile_of(model))
     budget = Budget(tokens, ratio, n_bytes, retention, confidence, context)

@@ -17,8 +17,8 @@ from farkv.errors import ConfigError, InputError
 from farkv.show import show_progress
 
 if TYPE_CHECKING:
-    from farkv.per_model.profile import Profile
-    from farkv.per_prompt.importance import Scorer
+    from farkv.calibrate.profile import Profile
+    from farkv.math.importance import Scorer
 
 # Tokenised prompts come from here: a text, or a text and the question about it.
 Encode = Callable[[str, str | None], list[int]]
@@ -65,9 +65,9 @@ def profile_model(
       farkv profile -m Qwen/Qwen3-8B -p asked.jsonl --losses 8
     """
     from farkv.hf.load import load_model, quiet_libraries
-    from farkv.hf.measure import profile
-    from farkv.hf.mini import Light
-    from farkv.per_prompt.importance import SCORERS
+    from farkv.math.importance import SCORERS
+    from farkv.measure.mini import Light
+    from farkv.measure.profile import profile
 
     if scorer not in SCORERS:
         raise ConfigError(f"--scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")

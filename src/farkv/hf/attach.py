@@ -6,7 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from farkv.calibration import load_crossover
+from farkv.calibrate.crossover import load_crossover
+from farkv.calibrate.plan import Plan
+from farkv.calibrate.profile import Profile
 from farkv.config import (
     KERNELS,
     XKV,
@@ -27,9 +29,7 @@ from farkv.hf.identity import identify_model
 from farkv.kernels.gpu import Gpu, load_gpu
 from farkv.kernels.native import load_native
 from farkv.methods.contract import Fast, Levers, Setting
-from farkv.per_model.profile import Profile
-from farkv.plan import Plan
-from farkv.store.disk import DiskSpace
+from farkv.store.far.page_file import DiskSpace
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
 

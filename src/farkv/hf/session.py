@@ -22,12 +22,12 @@ from farkv.hf.cache import FarCache, FarLayer
 from farkv.hf.handle import CHUNK_TOKENS, Handle, find_handle
 from farkv.methods.contract import Levers
 from farkv.methods.saved import describe_index, list_tensors, take_tensors
-from farkv.store.pages import MOST_TOKENS, PageForm
-from farkv.store.reader import bytes_of
+from farkv.session.file import Saved, write_saved
+from farkv.session.pages import list_pages, open_tail, take_text
+from farkv.store.far.page_reader import bytes_of
+from farkv.store.far.pages import MOST_TOKENS, PageForm
 from farkv.store.records import SavedText
-from farkv.store.saved import Saved, write_saved
 from farkv.store.sizes import LayerShape
-from farkv.store.text import list_pages, open_tail, take_text
 
 # Tokens at a text's end that may come out otherwise when something follows it.
 MOST_SHARED = 16

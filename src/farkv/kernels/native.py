@@ -37,7 +37,7 @@ class IndexView(NamedTuple):
 
     codes: int8 [B, Hkv, S, W], a view; heads and rows may have any stride, bytes of a row stand side by side. With
     `bits` 4, W = R/2 and byte j holds column j in its low half and column j + R/2 in its high half
-    (per_token.speculate.unpack_codes); with 8, W = R.
+    (math.score.unpack_codes); with 8, W = R.
     """
 
     codes: Tensor

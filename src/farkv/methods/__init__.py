@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from farkv.calibrate.profile import Profile
 from farkv.config import H2O, XKV, Full, InfiniGen, LowBit, Method, Oracle, Pages, PyramidKV, Random, SnapKV, Window
 from farkv.methods.contract import Place, Recipe
 from farkv.methods.full import FullRecipe
@@ -15,7 +16,6 @@ from farkv.methods.random import RandomRecipe
 from farkv.methods.snapkv import SnapKVRecipe
 from farkv.methods.window import WindowRecipe
 from farkv.methods.xkv import XKVRecipe
-from farkv.per_model.profile import Profile
 
 __all__ = [
     "H2O", "XKV", "Full", "InfiniGen", "LowBit", "Method", "Oracle", "Pages", "PyramidKV", "Random", "SnapKV", "Window",

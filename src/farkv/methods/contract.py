@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from farkv._axes import Bool, Float, Int, Tensor
+from farkv.calibrate.profile import Profile
 from farkv.config import XKV, Source
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import Native
-from farkv.per_model.profile import Profile
 from farkv.receipt import Account
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed, LayerShape

@@ -13,8 +13,8 @@ import torch
 from farkv._axes import Tensor
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import IndexView, Logits, Native
+from farkv.math.select import Choice
 from farkv.methods.contract import Budget, Query
-from farkv.per_token.select import Choice
 
 
 class Job(NamedTuple):

@@ -1,8 +1,8 @@
 """H2O: the records that all queries so far attended to most stay, and the newest ones, half each.
 
   every pass       note its queries
-  long passes      add what they attended to, to every record's sum     (`per_prompt.accumulate`)
-  end of prompt    add the rest, keep the greatest sums and the newest  (`per_prompt.evict`, `store.tiers`)
+  long passes      add what they attended to, to every record's sum     (`math.accumulate`)
+  end of prompt    add the rest, keep the greatest sums and the newest  (`math.keep`, `store.tiers`)
   every few steps  the same, so that decoding stays within the budget
 
 A layer's records do not change between two evictions, so a step's weights may be added at the next one: K is then read
@@ -16,12 +16,12 @@ import torch
 
 from farkv._axes import Bool, Tensor
 from farkv.config import H2O, XKV
+from farkv.math.accumulate import add_weights
+from farkv.math.importance import Form, Observed
 from farkv.methods.capped import CappedKeeper
 from farkv.methods.contract import Place, Query, Step
 from farkv.methods.watch import Watcher
 from farkv.methods.xkv import XKVRecipe
-from farkv.per_prompt.accumulate import add_weights
-from farkv.per_prompt.importance import Form, Observed
 from farkv.store.records import Keep
 from farkv.store.tiers import Tiers
 

@@ -6,8 +6,8 @@ Nothing is lost by a wrong choice: what is not held near is fetched. Chosen once
 from __future__ import annotations
 
 from farkv._axes import Bool, Tensor
+from farkv.math.keep import choose_kept
 from farkv.methods.watch import Watcher
-from farkv.per_prompt.evict import choose_kept
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Tiers
 

@@ -12,14 +12,14 @@ from collections.abc import Callable
 import torch
 
 from farkv._axes import Bool, Float, Int, Tensor
+from farkv.calibrate.profile import MAX_COLUMNS, Profile
 from farkv.config import InfiniGen, Source
+from farkv.math.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
+from farkv.math.sample import extend_sample, thin_keys, thin_queries, widen_stride
+from farkv.math.skew import measure_gram, solve_bilinear, solve_svd
 from farkv.methods.contract import Place, Step
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_model.profile import MAX_COLUMNS, Profile
-from farkv.per_model.skew import measure_gram, solve_bilinear, solve_svd
-from farkv.per_prompt.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
-from farkv.per_prompt.sample import extend_sample, thin_keys, thin_queries, widen_stride
-from farkv.store.index import LayerIndex, Projection
+from farkv.store.near.index import LayerIndex, Projection
 from farkv.store.sizes import LayerShape
 
 # Without a profile, the skew is final once it was fitted to this many tokens per head dimension.

@@ -1,10 +1,10 @@
 """InfiniGen: speculate one layer ahead which records attention will need, fetch only those.
 
 The steps, in the paper's order (docs/papers/infinigen.md has equation, function and deviation):
-  once per model     skew: a basis in which few columns decide the scores     (`per_model.skew`, in the profile)
-  once per prompt    index: partial keys of every token                       (`methods.indexed`, `per_prompt.index`)
-  every layer, step  speculate: score layer i's index with an estimated query (`per_token.speculate`)
-                     select: threshold and cap                                (`per_token.select`)
+  once per model     skew: a basis in which few columns decide the scores     (`math.skew`, in the profile)
+  once per prompt    index: partial keys of every token                       (`methods.indexed`, `math.index`)
+  every layer, step  speculate: score layer i's index with an estimated query (`math.score`)
+                     select: threshold and cap                                (`math.select`)
                      fetch: only the chosen records cross the link            (`store.tiers`)
                      attend, and top up what the true query finds missing
 """
@@ -12,14 +12,12 @@ The steps, in the paper's order (docs/papers/infinigen.md has equation, function
 from __future__ import annotations
 
 from farkv._axes import Tensor
+from farkv.calibrate.profile import Profile
 from farkv.config import InfiniGen
 from farkv.errors import ConfigError
 from farkv.kernels.native import IndexView
-from farkv.methods.contract import Budget, Place, Query
-from farkv.methods.fast_choice import Job, choose_alike, choose_each, share_early, share_late
-from farkv.methods.indexed import Indexed
-from farkv.per_model.profile import Profile
-from farkv.per_token.select import (
+from farkv.math.score import pool_group, pool_group_by_best, project_query, score_index, unpack_codes
+from farkv.math.select import (
     Choice,
     forbid,
     force_sinks,
@@ -29,7 +27,9 @@ from farkv.per_token.select import (
     select_top,
     select_within,
 )
-from farkv.per_token.speculate import pool_group, pool_group_by_best, project_query, score_index, unpack_codes
+from farkv.methods.contract import Budget, Place, Query
+from farkv.methods.fast_choice import Job, choose_alike, choose_each, share_early, share_late
+from farkv.methods.indexed import Indexed
 from farkv.store.tiers import Fetch
 
 

@@ -2,9 +2,9 @@
 
 The steps, in XKV's order (docs/papers/xkv.md has equation, function and deviation):
   every pass       watch: the last queries of every layer                       (`methods.watch`)
-  end of prompt    score every record by them                                   (`per_prompt.importance`)
-                   allocate: how many each layer keeps, unless a plan says so   (`per_prompt.allocate`)
-                   evict: the best of every head stay, memory is freed          (`per_prompt.evict`, `store.tiers`)
+  end of prompt    score every record by them                                   (`math.importance`)
+                   allocate: how many each layer keeps, unless a plan says so   (`math.allocate`)
+                   evict: the best of every head stay, memory is freed          (`math.keep`, `store.tiers`)
   every few steps  score and evict again, so that decoding stays within the budget (not in the paper)
 """
 
@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from farkv._axes import Bool, Tensor
+from farkv.math.allocate import allocate
+from farkv.math.importance import PADDING, sort_gains
+from farkv.math.keep import choose_kept, join_marks
+from farkv.math.select import force_sinks
 from farkv.methods.watch import Watcher
-from farkv.per_prompt.allocate import allocate
-from farkv.per_prompt.evict import choose_kept, join_marks
-from farkv.per_prompt.importance import PADDING, sort_gains
-from farkv.per_token.select import force_sinks
 from farkv.store.records import Keep
 from farkv.store.sizes import Allowed, LayerShape, count_cap, share_out
 from farkv.store.tiers import Tiers

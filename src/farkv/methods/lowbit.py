@@ -10,11 +10,11 @@ import torch
 
 from farkv._axes import Bool, Float, Tensor
 from farkv.config import InfiniGen, LowBit, Source
+from farkv.math.index import encode_levels, fit_levels, fit_scale, measure_mean, pack_codes, project_keys
+from farkv.math.score import project_query, score_index, unpack_codes
 from farkv.methods.contract import Place, Query
 from farkv.methods.infinigen import InfiniGenRecipe
-from farkv.per_prompt.index import encode_levels, fit_levels, fit_scale, measure_mean, pack_codes, project_keys
-from farkv.per_token.speculate import project_query, score_index, unpack_codes
-from farkv.store.index import Projection
+from farkv.store.near.index import Projection
 
 
 class LowBitRecipe(InfiniGenRecipe):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Float32, Tensor
+from farkv.math.attention import measure_mass
+from farkv.math.score import score_keys
 from farkv.methods.contract import Query, Step
-from farkv.per_token.attend import measure_mass
-from farkv.per_token.speculate import score_keys
 from farkv.store.records import Read
 from farkv.store.tiers import BLOCK_TOKENS, Tiers
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 
 from farkv.config import Oracle
+from farkv.math.score import pool_group
+from farkv.math.select import Choice, force_sinks
 from farkv.methods.contract import Budget, Place, Query
 from farkv.methods.mass import score_stored
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_token.select import Choice, force_sinks
-from farkv.per_token.speculate import pool_group
 
 
 class OracleRecipe(SparseRecipe):

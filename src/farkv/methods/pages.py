@@ -1,7 +1,7 @@
 """Pages: per page of keys their bounds; at every step the pages that promise the largest logits are read (Quest).
 
 The steps, in the paper's order (docs/papers/baselines.md has equation, function and deviation):
-  as tokens come     bounds: per page and KV head the least and greatest key coordinates  (`per_token.bounds`)
+  as tokens come     bounds: per page and KV head the least and greatest key coordinates  (`math.bounds`)
   every layer, step  estimate: the largest logit that a page may hold, by the true query
                      select: the best pages, as many as the cap holds
                      attend
@@ -16,12 +16,12 @@ import torch
 
 from farkv._axes import Float, Int, Tensor
 from farkv.config import Pages
+from farkv.math.bounds import bound_pages, mark_pages, rank_tokens, score_bounds
+from farkv.math.score import pool_group
+from farkv.math.select import Choice, force_sinks
 from farkv.methods.contract import Budget, Place, Query, Step
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_token.bounds import bound_pages, mark_pages, rank_tokens, score_bounds
-from farkv.per_token.select import Choice, force_sinks
-from farkv.per_token.speculate import pool_group
-from farkv.store.bounds import PageBounds
+from farkv.store.near.bounds import PageBounds
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import BLOCK_TOKENS
 

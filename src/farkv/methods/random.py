@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from farkv.config import Random
+from farkv.math.select import Choice, force_sinks
 from farkv.methods.contract import Budget, Place, Query
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_token.select import Choice, force_sinks
 
 
 class RandomRecipe(SparseRecipe):

@@ -12,11 +12,11 @@ import torch
 
 from farkv._axes import Tensor
 from farkv.errors import SessionError
+from farkv.math.importance import Observed
 from farkv.methods.contract import Recipe
 from farkv.methods.indexed import Indexed
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_prompt.importance import Observed
-from farkv.store.index import LayerIndex, Projection
+from farkv.store.near.index import LayerIndex, Projection
 
 # --- a text in a file ---------------------------------------------------------------------------------------
 

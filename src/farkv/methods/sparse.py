@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 
 from farkv._axes import Bool, Float32, Int, Tensor
+from farkv.math.attention import align_mask, align_rows
+from farkv.math.select import Choice, find_recent, limit_pages, select_seen, select_top
+from farkv.math.stream import Softmax, Stream
 from farkv.methods.contract import Budget, Kernel, Place, Query, Step
 from farkv.methods.in_place import InPlace
 from farkv.methods.mass import measure_found
 from farkv.methods.padding import Padding
-from farkv.per_token.attend import align_mask, align_rows
-from farkv.per_token.select import Choice, find_recent, limit_pages, select_seen, select_top
-from farkv.per_token.stream import Softmax, Stream
 from farkv.store.records import Fetch, Read
 from farkv.store.sizes import LayerShape
 

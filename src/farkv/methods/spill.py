@@ -1,7 +1,7 @@
 """A full pool: which records go, by what was read of late.
 
 The steps (InfiniGen §4.4 has the counter; its prompts always fit, so votes while the prompt is read are ours):
-  every pass       vote: the pass's last queries say which records they would read     (`per_token.attend`)
+  every pass       vote: the pass's last queries say which records they would read     (`math.attention`)
   every step       note: what attention read                                           (`store.eviction`)
   no room          choose victims, never sinks nor the recent window; padding first    (`store.eviction`)
                    their slots and index entries go in the same call                   (`methods.sparse`)
@@ -12,13 +12,13 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Int, Tensor
+from farkv.math.attention import weigh_rows
 from farkv.methods.contract import Query
 from farkv.methods.padding import Padding
-from farkv.per_token.attend import weigh_rows
-from farkv.store.eviction import Marks, make_policy
-from farkv.store.kept import ROW_BYTES
+from farkv.store.far.eviction import Marks, make_policy
+from farkv.store.far.kept import ROW_BYTES
+from farkv.store.far.rows import Rows
 from farkv.store.records import Keep, Read
-from farkv.store.rows import Rows
 from farkv.store.sizes import LayerShape, grow_capacity
 from farkv.store.tiers import BLOCK_TOKENS, Tiers
 

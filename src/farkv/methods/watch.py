@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from farkv._axes import Bool, Tensor
 from farkv.config import XKV
+from farkv.math.importance import Form, Observed, observe_queries, score_records
 from farkv.methods.contract import Query
-from farkv.per_prompt.importance import Form, Observed, observe_queries, score_records
 
 
 class Watcher:

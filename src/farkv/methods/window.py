@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from farkv.config import Window
+from farkv.math.select import Choice, force_sinks, select_top
 from farkv.methods.contract import Budget, Place, Query
 from farkv.methods.sparse import SparseRecipe
-from farkv.per_token.select import Choice, force_sinks, select_top
 
 
 class WindowRecipe(SparseRecipe):

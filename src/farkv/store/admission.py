@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gc
 
-from farkv.store.frames import LEAST_FRAMES, LEAST_SCRATCH, SCRATCH_PAGES
+from farkv.store.far.page_cache import LEAST_FRAMES, LEAST_SCRATCH, SCRATCH_PAGES
+from farkv.store.far.page_rows import NUMBER_BYTES, PagedRows
 from farkv.store.ledger import Ledger
-from farkv.store.near import SLOT_BYTES
-from farkv.store.paged import NUMBER_BYTES, PagedRows
+from farkv.store.near.buffers import SLOT_BYTES
 from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
 from farkv.store.tiers import Tiers
 

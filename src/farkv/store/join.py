@@ -6,7 +6,7 @@ In: two stores of one form. Out: one that holds both batches; the other is empty
 from __future__ import annotations
 
 from farkv.errors import CacheStateError
-from farkv.store.rows import Rows
+from farkv.store.far.rows import Rows
 from farkv.store.sizes import LayerShape, NearNeed
 from farkv.store.tiers import Tiers
 

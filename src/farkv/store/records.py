@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from farkv._axes import Bool, Float32, Int, Tensor
-from farkv.store.disk import DiskSpace, PageReader
+from farkv.store.far.page_file import DiskSpace, PageReader
+from farkv.store.far.pages import PageForm
+from farkv.store.link import Ticket
 from farkv.store.memory import Mover
-from farkv.store.pages import PageForm
-from farkv.store.transfer import Ticket
 
 
 class SavedText(NamedTuple):

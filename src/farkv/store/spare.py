@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from farkv.store.frames import LEAST_FRAMES
-from farkv.store.hot import RECORD_BYTES, SLOT_BYTES, Hot, HotSize
+from farkv.store.far.page_cache import LEAST_FRAMES
+from farkv.store.near.recently_used import RECORD_BYTES, SLOT_BYTES, Hot, HotSize
 from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
 from farkv.store.tiers import Tiers
 

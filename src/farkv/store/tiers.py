@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import torch
 
 from farkv._axes import Bool, Int, Tensor
-from farkv.store.hot import Hot
-from farkv.store.near import Buffers, Held, Tail
-from farkv.store.paged import PagedRows
-from farkv.store.pool import FarMemory
+from farkv.store.far.page_rows import PagedRows
+from farkv.store.far.pool import FarMemory
+from farkv.store.far.rows import Rows, spread_heads
+from farkv.store.link import Link, Ticket
+from farkv.store.near.buffers import Buffers, Held, Tail
+from farkv.store.near.recently_used import Hot
 from farkv.store.records import Fetch, Keep, Needs, Read, Stored, StoreLimits
-from farkv.store.rows import Rows, spread_heads
-from farkv.store.transfer import Link, Ticket
 
 # Tokens that a dense read brings near at once, where the whole layer has no room.
 BLOCK_TOKENS = 1024

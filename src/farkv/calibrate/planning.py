@@ -1,0 +1,219 @@
+"""Make a plan: join the curves that a profile holds with the allocator.
+
+In: a profile, one budget, the levers it is for. Out: a `Plan`. What a layer keeps or holds near is one choice of
+records for all steps, so those levers are planned on the `keep` curves; what it may fetch is chosen anew at every step,
+so that lever is planned on the `spread` curves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from farkv.calibrate.conformal import allocate_promise, average_allocations
+from farkv.calibrate.curves import GRID, Curves, Kind
+from farkv.calibrate.losses import Losses
+from farkv.calibrate.plan import Allocation, Plan
+from farkv.calibrate.profile import Profile
+from farkv.config import Lever
+from farkv.errors import ConfigError, ProfileError
+from farkv.math.allocate import allocate, measure_layer_retention
+from farkv.math.knapsack import choose_levels
+
+# Shares that the knapsack chooses from.
+LEVELS = 72
+CURVE_OF: dict[Lever, Kind] = {"keep": "keep", "near": "keep", "fetch": "spread"}
+
+
+class Budget(NamedTuple):
+    """What is to be shared; exactly one of the first four is given.
+
+    tokens: records per KV head, summed over layers, besides the window.  ratio: the share of the whole KV.  n_bytes: of
+    one sequence's KV.  retention: the share of attention mass to hold, in mean over layers, on an unseen prompt with
+    probability `confidence` (0: on the mean of the profile's prompts).  context: tokens that absolute budgets are
+    meant for; the profile's mean prompt where it is left out.
+    """
+
+    tokens: int | None = None
+    ratio: float | None = None
+    n_bytes: int | None = None
+    retention: float | None = None
+    confidence: float = 0.9
+    context: int | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """Return what was given."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        if self.retention is None:
+            del given["confidence"]
+        return given
+
+
+class Choice(NamedTuple):
+    """How layers share: the rule, weights and least share.
+
+    `xkv`: greatest mean retention.  `loss`: least measured loss, by an exact knapsack.  `paper`: the mean of the
+    samples' own allocations.  `maxmin`, `pyramid`, `uniform`: as in `allocate`.
+    """
+
+    rule: str = "xkv"
+    weights: tuple[float, ...] | None = None
+    floor: float = 0.0
+
+
+def make_plan(
+    profile: Profile,
+    budget: Budget,
+    levers: tuple[Lever, ...] = ("keep", "near", "fetch"),
+    choice: Choice | None = None,
+    base: Plan | None = None,
+) -> Plan:
+    """Allocate one budget for the given levers.
+
+    Args:
+        profile: with curves.
+        base: a plan whose other levers are taken over, so that one file drives several at different budgets.
+
+    Raises:
+        ProfileError: the profile has no curves. ConfigError: the budget cannot be used.
+    """
+    curves = profile.curves()
+    choice = choice or Choice()
+    made: dict[Lever, Allocation] = {}
+    for lever in levers:
+        kind = CURVE_OF[lever]
+        # What is held near costs no quality, only traffic: there is no loss to share it by.
+        mine = choice._replace(rule="xkv") if choice.rule == "loss" and lever == "near" else choice
+        if mine.rule == "loss":
+            cells = lose_cells(profile.losses(), curves, kind, count_cells(curves, budget))
+        else:
+            cells = find_cells(curves, budget, kind, mine)
+        made[lever] = describe(curves, budget, kind, mine, cells)
+        if profile.limited is not None and lever != "near":
+            made[lever] = replace(made[lever], losses=compare_losses(profile.limited, curves, kind, cells))
+    if base is not None:
+        base.check(profile.identity, list(curves.layers))
+        made = {**base.levers, **made}
+    return Plan(profile.identity, curves.layers, made)
+
+
+def find_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice) -> np.ndarray:
+    """Share a budget over the layers, on the grid."""
+    if not 0 <= choice.floor < 1:
+        raise ConfigError(f"floor: expected a share in [0, 1), got {choice.floor!r}")
+    options = {"weights": choice.weights, "floor": round(choice.floor * GRID)}
+    if budget.retention is not None and budget.confidence > 0 and choice.rule == "xkv":
+        return promise_cells(curves, budget, kind, options)
+    return share_cells(curves, budget, kind, choice, options)
+
+
+def describe(curves: Curves, budget: Budget, kind: Kind, choice: Choice, cells: np.ndarray) -> Allocation:
+    """Return an allocation of the grid's cells, with what it and equal shares hold of the profile's attention mass."""
+    if choice.rule != "xkv":
+        # Only the rule xkv is calibrated: no other plan may say that it was.
+        budget = budget._replace(confidence=0.0)
+    mean = curves.mean(kind).numpy()
+    window = int(curves.settings.get("window", 0))
+    # A budget in bytes or as a ratio counts every record; the others come beside the window, as the curves do. One
+    # record more rounds what a share of a context leaves over up.
+    on_top = {"tokens": window, "retention": window + 1}
+    extra = next((n for name, n in on_top.items() if getattr(budget, name) is not None), 0)
+    total = int(cells.sum())
+    uniform = allocate(mean, tokens=total, rule="uniform")
+    return Allocation(
+        shares=tuple(float(c) / GRID for c in cells),
+        base=extra if kind == "keep" else 0,
+        rule=choice.rule,
+        budget=budget.to_dict(),
+        retention=tuple(float(r) for r in measure_layer_retention(mean, cells)),
+        uniform=tuple(float(r) for r in measure_layer_retention(mean, uniform)),
+    )
+
+
+def share_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice, options: dict[str, Any]) -> np.ndarray:
+    """Allocate the mean curve's cells; `paper` allocates every sample alone and takes the mean."""
+    limit = limit_cells(curves, budget)
+    if choice.rule == "paper":
+        rows = curves.keep if kind == "keep" else curves.spread
+        return average_allocations(rows.numpy(), **limit, **options)
+    return allocate(curves.mean(kind).numpy(), rule=choice.rule, **limit, **options)
+
+
+def limit_cells(curves: Curves, budget: Budget) -> dict[str, Any]:
+    """Turn a budget into the allocator's, in cells of the grid.
+
+    Raises:
+        ConfigError: not exactly one budget is given, or the profile does not know the bytes of a token.
+    """
+    given = [name for name in ("tokens", "ratio", "n_bytes", "retention") if getattr(budget, name) is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"budget: expected one of tokens, ratio, bytes and retention, got {' and '.join(given) or 'none'}"
+        )
+    context = round(float(curves.tokens.float().mean())) if budget.context is None else budget.context
+    if context < 1:
+        raise ConfigError(f"context: expected at least 1 token, got {context}")
+    n_layers = len(curves.layers)
+    if budget.tokens is not None:
+        return {"tokens": min(n_layers * GRID, int(budget.tokens * GRID / context))}
+    if budget.n_bytes is not None:
+        token_bytes = curves.settings.get("token_bytes")
+        if token_bytes is None:
+            raise ProfileError("profile: does not know the bytes of a token; make it anew: farkv profile")
+        return {"n_bytes": int(budget.n_bytes * GRID / context), "token_bytes": token_bytes}
+    if budget.ratio is not None:
+        return {"ratio": budget.ratio}
+    return {"retention": budget.retention}
+
+
+def promise_cells(curves: Curves, budget: Budget, kind: Kind, options: dict[str, Any]) -> np.ndarray:
+    """Allocate so that an unseen prompt keeps its retention: fit on one half of the prompts, calibrate on the other."""
+    fit, calibration = curves.split(0.5)
+    rows = [c.keep.numpy() if kind == "keep" else c.spread.numpy() for c in (fit, calibration)]
+    assert budget.retention is not None
+    return allocate_promise(*rows, retention=budget.retention, confidence=budget.confidence, **options).tokens
+
+
+def count_cells(curves: Curves, budget: Budget) -> int:
+    """Return a budget in cells, all layers together.
+
+    Raises:
+        ConfigError: the budget is a retention, or layers differ in bytes.
+    """
+    if budget.retention is not None:
+        raise ConfigError("rule loss: promises no retention; give tokens, ratio or bytes, or use the rule xkv")
+    limit = limit_cells(curves, budget)
+    if len(set(limit.get("token_bytes", [1]))) > 1:
+        raise ConfigError("rule loss: expected layers of equal bytes; use the rule xkv")
+    if "n_bytes" in limit:
+        return int(limit["n_bytes"] // limit["token_bytes"][0])
+    return int(limit["tokens"] if "tokens" in limit else limit["ratio"] * len(curves.layers) * GRID + 1e-9)
+
+
+def lose_cells(losses: Losses, curves: Curves, kind: Kind, total: int) -> np.ndarray:
+    """Choose a share per layer so that the measured losses sum to the least: one level each, by dynamic programming.
+
+    It takes losses to add up over layers, which a joint run may not bear out (docs/papers/xkv.md).
+
+    Raises:
+        ConfigError: the budget is too small for the least measured share of every layer.
+    """
+    least = max(1, round(losses.shares[0] * GRID))
+    levels = np.unique(np.round(np.geomspace(least, GRID, LEVELS)).astype(np.int64))
+    lost = losses.interpolate("keep" if kind == "keep" else "fetch", levels, GRID)
+    return levels[choose_levels(-lost, np.broadcast_to(levels, lost.shape), total)]
+
+
+def compare_losses(losses: Losses, curves: Curves, kind: Kind, cells: np.ndarray) -> dict[str, float]:
+    """Return the measured losses of an allocation, of equal shares and of the least possible, summed over layers."""
+    total = int(cells.sum())
+    plans = {"planned": cells, "uniform": allocate(curves.mean(kind).numpy(), tokens=total, rule="uniform")}
+    if total >= len(cells) * max(1, round(losses.shares[0] * GRID)):
+        plans["least"] = lose_cells(losses, curves, kind, total)
+    at = np.arange(1, GRID + 1)
+    rows = losses.interpolate("keep" if kind == "keep" else "fetch", at, GRID)
+    return {
+        name: float(sum(row[max(c, 1) - 1] for row, c in zip(rows, plan, strict=True))) for name, plan in plans.items()
+    }

@@ -1,0 +1,48 @@
+"""How much attention every stored record got, from all queries that could see it.
+
+In: queries of the newest tokens, keys. Out: sums that later passes and steps go on adding to. Reads K in blocks;
+keeps nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Bool, Float, Float32, Tensor
+from farkv.math.importance import Form, walk_weights
+
+# Queries whose weights are held at a time, on a block of keys.
+QUERIES_AT_ONCE = 64
+
+
+@torch.no_grad()
+def add_weights(
+    sums: Float32[Tensor, "B Hkv S"],
+    q: Float[Tensor, "B Hq T D"],
+    k: Float[Tensor, "B Hkv S D"],
+    visible: Bool[Tensor, "B h S"] | None,
+    form: Form,
+) -> None:
+    """Add to every record the weight that the queries of the newest T of S tokens give it, in place:
+
+        s_j += sum_i mean_g softmax_j(softcap(scaling q_gi . k_j))   over queries i >= j, the mean over the query group
+
+    A prompt in chunks gets the sums of one pass, to rounding: later chunks add to earlier keys, and no key is seen
+    by a query before it.
+
+    Args:
+        sums: float32, of all S records; the newest start at 0.
+        q: after RoPE, oldest first.
+        visible: False on padding, which gets nothing and, as a query, gives nothing; h is 1 or Hkv.
+
+    Cost: 4 Hq T S D operations (the logits twice: once for the softmax's sums, half of that where T = S), and
+    B Hq 64 x 4096 floats; never T x S.
+    Source: H2O's accumulated scores; deviations: the mean over the query group, because KV is kept per KV head; learned
+    sink logits are left out of the denominator.
+    """
+    end = k.shape[2] - q.shape[2]
+    for some in q.split(QUERIES_AT_ONCE, 2):
+        end += some.shape[2]
+        seen = None if visible is None else visible[..., :end]
+        for at, weights in walk_weights(some, k[:, :, :end], seen, form, 3):
+            sums[..., at] += weights.mean(2)

@@ -1,0 +1,280 @@
+"""Measure a model once: run it over calibration prompts and sum what its queries and keys look like.
+
+In: a model, tokenised prompts. Out: a `Profile`. Runs the model's own attention (`hf.mini`); keeps one Gram matrix
+pair per KV head and layer and two gain curves per prompt and layer, nothing per token. Can be interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from transformers import PreTrainedModel
+
+from farkv._axes import Tensor
+from farkv.calibrate.curves import Curves, fill_layers
+from farkv.calibrate.profile import Profile, make_profile
+from farkv.errors import ConfigError, InputError, ProfileError, UnsupportedModelError
+from farkv.hf.attach import attach
+from farkv.hf.handle import Handle
+from farkv.hf.identity import identify_model
+from farkv.math.importance import SCORERS, Scorer
+from farkv.math.skew import Gram
+from farkv.measure.losses import LEAST_TOKENS, measure_losses
+from farkv.measure.mini import Light, Look, Sample, draw_runs, run_mini, thin_blocks
+from farkv.methods import Full
+
+PART_FORMAT = "farkv-profile-part-1"
+# An unfinished measurement is written at most so often.
+SECONDS_BETWEEN_WRITES = 5.0
+GRAM_PARTS = ("queries", "keys", "key_sum", "n_keys")
+
+
+@torch.no_grad()
+def profile(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor | Sequence[int]],
+    *,
+    on_prompt: Callable[[int, int], None] = lambda done, total: None,
+    scorer: Scorer = "window",
+    window: int = 8,
+    pool: int = 7,
+    curves: bool = True,
+    resume: str | Path | None = None,
+    light: Light | None = None,
+    losses: int = 0,
+) -> Profile:
+    """Measure the skews and the gain curves of every full-attention layer.
+
+    Args:
+        model: on its device, not attached.
+        prompts: token ids, one sequence each; a few thousand tokens in all are enough for the skew. For the curves
+            they should end as the prompts end that will be asked, and be 20 or more. Calibrate on text that no test
+            uses.
+        on_prompt: is told how many prompts are done, of how many; also at the start, if some were done before.
+        scorer, window, pool: how the records of a curve are scored, by how many of the last queries, and the width
+            of the average along tokens. A prompt of `window` tokens or fewer has no curve.
+        curves: False leaves them out.
+        resume: where an unfinished measurement is kept; a later call with the same prompts and settings goes on from
+            there, to the same result bit for bit. Deleted at the end.
+        light: run less of the model and of the prompts. The profile then has curves and no skew.
+        losses: measure on so many of the prompts what limiting each layer costs (`hf.losses`); not with `light`.
+
+    Raises:
+        InputError: there is no prompt of at least two tokens.
+        ConfigError: a setting cannot be used.
+        UnsupportedModelError: the model cannot be managed.
+        ProfileError: `resume` is of other prompts, settings or another model, or damaged.
+
+    Cost: one pass per prompt (`run_mini`), and 2 (Hq + Hkv) D^2 operations per token and layer for the skew.
+    """
+    look = check_settings(Look(scorer, window, pool, curves, light is None), light)
+    if losses < 0 or (losses and light is not None):
+        raise ConfigError(f"losses: expected 0 or more prompts, and none with light, got {losses}")
+    rows = [torch.as_tensor(p, dtype=torch.long).reshape(-1).to("cpu") for p in prompts]
+    rows = [r for r in rows if r.shape[0] > 1]
+    if not rows:
+        raise InputError("profile: expected at least one prompt of two or more tokens, got none")
+    identity, total = identify_model(model), len(rows) + (len(pick_long(rows, losses)) if losses else 0)
+    with attach(model, Full(), profile=False) as handle:
+        if not handle.managed:
+            raise UnsupportedModelError(f"{type(model).__name__}: has no full-attention layer, so nothing to measure")
+        part = Part(resume, digest_task(rows, look, light, {**identity, "dtype": str(model.dtype)}))
+        sums = sum_prompts(handle, rows, part, look, light, on_prompt=lambda done, _: on_prompt(done, total))
+        curves_made = make_curves(sums, handle, look, light)
+        made = make_profile(dict(sorted(sums.grams.items())), identity, curves_made)
+        if losses:
+            some = pick_long(rows, losses)
+            lost = measure_losses(handle, some, lambda done, _: on_prompt(len(rows) + done, total))
+            made = replace(made, limited=lost)
+        part.delete()
+    return made
+
+
+def sum_prompts(
+    handle: Handle,
+    rows: list[Tensor],
+    part: Part,
+    look: Look,
+    light: Light | None,
+    *,
+    on_prompt: Callable[[int, int], None],
+) -> Sums:
+    """Run every prompt that is not in the unfinished measurement yet, and add what it showed."""
+    with thin_blocks(handle, light.layers if light else 1) as layers:
+        sums = part.load()
+        if sums.n_done:
+            on_prompt(sums.n_done, len(rows))
+        try:
+            for i in range(sums.n_done, len(rows)):
+                ids = rows[i] if light is None else rows[i][draw_runs(rows[i].shape[0], light.tokens, i)]
+                sums = add_sample(sums, run_mini(handle, ids, look, layers), rows[i].shape[0], handle.managed)
+                part.write(sums, SECONDS_BETWEEN_WRITES)
+                on_prompt(sums.n_done, len(rows))
+        except BaseException:
+            part.write(sums)
+            raise
+    return sums
+
+
+def pick_long(rows: list[Tensor], n: int) -> list[Tensor]:
+    """Return `n` of the prompts that losses can be measured on, from all over.
+
+    Raises:
+        InputError: none is long enough.
+    """
+    long = [row for row in rows if row.shape[0] > LEAST_TOKENS]
+    if not long:
+        raise InputError(f"losses: expected a prompt of more than {LEAST_TOKENS} tokens, got none")
+    return long[:: max(1, len(long) // n)][:n]
+
+
+def check_settings(look: Look, light: Light | None) -> Look:
+    """Return the settings.
+
+    Raises:
+        ConfigError: one cannot be used, or they leave nothing to measure.
+    """
+    if look.scorer not in SCORERS:
+        raise ConfigError(f"scorer: expected one of {', '.join(SCORERS)}, got {look.scorer!r}")
+    if look.window < 1 or look.pool < 1 or look.pool % 2 == 0:
+        raise ConfigError(f"expected window >= 1 and an odd pool >= 1, got {look.window} and {look.pool}")
+    if light is not None and not (0 < light.tokens <= 1 and light.layers >= 1):
+        raise ConfigError(f"light: expected 0 < tokens <= 1 and layers >= 1, got {light.tokens} and {light.layers}")
+    if light is not None and not look.curves:
+        raise ConfigError("light: measures curves alone, and curves=False leaves them out; give only one of both")
+    return look
+
+
+class Sums(NamedTuple):
+    """What the prompts so far left: summed moments by layer, and one row of curves ([L, GRID]) per prompt."""
+
+    n_done: int
+    grams: dict[int, Gram]
+    keep: list[Tensor]
+    spread: list[Tensor]
+    tokens: list[int]
+    token_bytes: dict[int, int]
+
+
+def add_sample(sums: Sums, sample: Sample, n_tokens: int, layers: list[int]) -> Sums:
+    """Return new sums, so that an interruption never sees half of a prompt.
+
+    Args:
+        n_tokens: the prompt's length.
+        layers: all managed layers; curves of those that were not run are filled in.
+    """
+    old = sums.grams
+    grams = {i: old[i].add(gram) if i in old else gram for i, gram in sample.grams.items()}
+    keep, spread, tokens = sums.keep, sums.spread, sums.tokens
+    if sample.keep:
+        keep = [*keep, fill_layers(sample.keep, tuple(layers))]
+        spread = [*spread, fill_layers(sample.spread, tuple(layers))]
+        tokens = [*tokens, n_tokens]
+    return Sums(sums.n_done + 1, {**old, **grams}, keep, spread, tokens, sample.token_bytes)
+
+
+def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> Curves | None:
+    """Return the curves of all prompts, or None if there are none.
+
+    Raises:
+        InputError: nothing else was to be measured.
+    """
+    if not sums.keep:
+        if light is not None:
+            raise InputError(f"light: expected a prompt of more than {look.window} tokens, got none; give longer ones")
+        return None
+    settings: dict[str, Any] = {"scorer": look.scorer, "window": look.window, "pool": look.pool}
+    if all(i in sums.token_bytes for i in handle.managed):
+        settings["token_bytes"] = [sums.token_bytes[i] for i in handle.managed]
+    if light is not None:
+        settings["light"] = light._asdict()
+    keep, spread = torch.stack(sums.keep), torch.stack(sums.spread)
+    return Curves(keep, spread, torch.tensor(sums.tokens), tuple(handle.managed), settings)
+
+
+def digest_task(rows: list[Tensor], look: Look, light: Light | None, identity: dict[str, str]) -> str:
+    """Return a digest of all that decides the result: prompts, settings, model."""
+    digest = hashlib.sha256(json.dumps([look, light, identity], sort_keys=True).encode())
+    for row in rows:
+        digest.update(save({"ids": row.contiguous()}))
+    return digest.hexdigest()
+
+
+class Part:
+    """The file of an unfinished measurement; without a path it does nothing."""
+
+    def __init__(self, path: str | Path | None, digest: str):
+        self.path = None if path is None else Path(path)
+        self.digest = digest
+        self._written = time.monotonic()
+
+    def load(self) -> Sums:
+        """Return the sums so far.
+
+        Raises:
+            ProfileError: the file is of another measurement, or damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return Sums(0, {}, [], [], [], {})
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if about.get("format") == PART_FORMAT and about.get("digest") == self.digest:
+                return unpack_sums(tensors, json.loads(about["sums"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ProfileError(f"resume {self.path}: cannot be read ({error}); delete it to start anew") from error
+        raise ProfileError(
+            f"resume {self.path}: expected an unfinished profile of these prompts, settings and model, got another; "
+            "delete it to start anew, or repeat the call that began it"
+        )
+
+    def write(self, sums: Sums, pause: float = 0.0) -> None:
+        """Write the sums, unless the last write is less than `pause` seconds old; old file or whole new one."""
+        if self.path is None or sums.n_done == 0 or time.monotonic() - self._written < pause:
+            return
+        tensors, about = pack_sums(sums)
+        new = self.path.with_name(self.path.name + ".new")
+        metadata = {"format": PART_FORMAT, "digest": self.digest, "sums": json.dumps(about)}
+        save_file(tensors, new, metadata=metadata)
+        new.replace(self.path)
+        self._written = time.monotonic()
+
+    def delete(self) -> None:
+        """Delete the file: the measurement is complete."""
+        if self.path is not None:
+            with suppress(FileNotFoundError):
+                self.path.unlink()
+
+
+def pack_sums(sums: Sums) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the sums as tensors by name, and what is no tensor."""
+    tensors = {f"{i}.{name}": getattr(gram, name) for i, gram in sums.grams.items() for name in GRAM_PARTS}
+    if sums.keep:
+        tensors |= {"keep": torch.stack(sums.keep), "spread": torch.stack(sums.spread)}
+    about = {
+        "n_done": sums.n_done,
+        "layers": sorted(sums.grams),
+        "tokens": sums.tokens,
+        "token_bytes": sums.token_bytes,
+    }
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
+
+
+def unpack_sums(tensors: dict[str, Tensor], about: dict[str, Any]) -> Sums:
+    """Return what `pack_sums` was given."""
+    grams = {i: Gram(*(tensors[f"{i}.{name}"] for name in GRAM_PARTS)) for i in about["layers"]}
+    n_curves = len(about["tokens"])
+    keep, spread = (list(tensors[name]) if n_curves else [] for name in ("keep", "spread"))
+    sizes = {int(i): n for i, n in about["token_bytes"].items()}
+    return Sums(about["n_done"], grams, keep, spread, about["tokens"], sizes)

@@ -1,0 +1,227 @@
+"""Moves chosen records from the pool to near memory, beside the computation.
+
+In: a layer's pool rows, positions, a near buffer. Out: a ticket; waiting for it waits for this copy alone, never
+for the device. One worker thread per link gathers; on a GPU it copies from pinned memory on a side stream and
+leaves an event. Knows nothing of why a record was chosen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import torch
+
+from farkv._axes import Bool, Int, Tensor
+from farkv.store.far.page_rows import PagedRows
+from farkv.store.far.rows import Rows, spread_heads
+from farkv.store.memory import Fetcher
+from farkv.store.near.buffers import Held
+from farkv.store.near.recently_used import Hot
+
+
+class Ticket:
+    """A fetch under way; `wait` makes its rows safe to read."""
+
+    def __init__(self, work: Future[Any]):
+        self._work = work
+
+    def wait(self) -> None:
+        """Return when the rows are there; on a GPU only the current stream waits."""
+        event = self._work.result()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def result(self) -> Any:
+        """Return what the work made."""
+        return self._work.result()
+
+
+class Job(NamedTuple):
+    """One fetch, as `Link.fetch` was asked for it."""
+
+    rows: Rows | PagedRows
+    positions: Tensor
+    valid: Tensor | None
+    out: Tensor
+    report: Callable[[int], None]
+    # What is near already, and need not cross.
+    near: Held | Hot | None
+
+
+class Link:
+    """The way from host to near memory: one worker thread and, on a GPU, one side stream."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._worker: ThreadPoolExecutor | None = None
+        self._owner = 0
+        self._stream: Any = None
+        # What the GPU may still be reading, each with the event after which it is done.
+        self._reading: deque[tuple[Any, Tensor]] = deque()
+        self._staging: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        return Link(self.device)
+
+    def submit(self, work: Callable[[], Any]) -> Ticket:
+        """Run `work` on the link's thread."""
+        if self._worker is None or self._owner != os.getpid():
+            # A forked child has none of its parent's threads.
+            self._worker, self._owner = ThreadPoolExecutor(1, thread_name_prefix="farkv-link"), os.getpid()
+        return Ticket(self._worker.submit(work))
+
+    def drain(self) -> None:
+        """Wait for all that was submitted: what was read for one layer is then known when the next one chooses."""
+        if self._worker is not None:
+            self.submit(lambda: None).result()
+
+    def fetch(
+        self,
+        rows: Rows | PagedRows,
+        positions: Int[Tensor, "B Hkv K"],
+        valid: Bool[Tensor, "B Hkv K"] | None,
+        out: Tensor,
+        count: Callable[[int], None],
+        near: Held | Hot | None = None,
+    ) -> Ticket:
+        """Copy the rows at `positions` into `out` ([B, Hkv, >= K, W], near).
+
+        Where `valid` is given, valid positions stand first and rows behind the longest valid run stay unread.
+
+        Args:
+            rows: the layer's pool: in host memory, or on disk with copies there.
+            count: is told the bytes that crossed, from the worker.
+            near: records that are near already, and need not cross; a hot set takes in what does.
+
+        Cost: B * Hkv * n * W elements read from the pool and written near, n the longest valid run.
+        """
+        job = Job(rows, positions, valid, out, count, near)
+        if self.device.type != "cuda":
+            return self.submit(lambda: self._copy(job))
+        ready = torch.cuda.Event()
+        ready.record()
+        if isinstance(rows, Rows) and isinstance(rows.mover, Fetcher) and valid is None and near is None:
+            return self._launch(job, rows.mover, ready)
+        return self.submit(lambda: self._copy_to_gpu(job, ready))
+
+    def _launch(self, job: Job, fetcher: Fetcher, ready: torch.cuda.Event) -> Ticket:
+        """Let the GPU read the rows over the link itself, on the side stream; no thread waits for anything."""
+        n, data = job.positions.shape[-1], job.rows.data if isinstance(job.rows, Rows) else None
+        assert data is not None
+        stream = self._find_stream()
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            fetcher.fetch(data, job.positions, job.out, torch.zeros(1, dtype=torch.int64, device=self.device))
+            # Its memory must not be given to others before the side stream has read it.
+            job.positions.record_stream(stream)
+            done = torch.cuda.Event()
+            done.record(stream)
+        # A pool that grows meanwhile lets go of these rows: pinned memory would be given to others at once.
+        self._reading.append((done, data))
+        while self._reading[0][0].query() and len(self._reading) > 1:
+            self._reading.popleft()
+        job.report(job.out[:, :, :n].numel() * job.out.element_size())
+        arrived: Future[Any] = Future()
+        arrived.set_result(done)
+        return Ticket(arrived)
+
+    def _find_stream(self) -> Any:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        return self._stream
+
+    def _copy(self, job: Job) -> None:
+        rows, positions, valid, out, count, near = job
+        # `positions` is in host memory here: reading its counts waits for nothing.
+        n = positions.shape[-1] if valid is None else int(valid.sum(-1).max())
+        if n == 0:
+            return
+        if isinstance(near, Hot):
+            self._copy_cold(job, near, n)
+            return
+        slots = None if near is None else near.find(positions[..., :n])
+        if near is not None and slots is not None:
+            self._copy_missing(job._replace(positions=positions[..., :n]), near.rows.view(), slots)
+            return
+        if valid is not None and isinstance(rows, PagedRows):
+            # No page is read for a row that does not count.
+            missing = (torch.arange(n) < valid.sum(-1, keepdim=True)).nonzero()
+            self._bring(job, missing)
+            return
+        place, positions = out[:, :, :n], positions[..., :n]
+        # Both are deliberate copies: this is the link.
+        if isinstance(rows, Rows) and place.device == rows.device:
+            rows.take_each(positions, place)
+        else:
+            staged = self._stage(positions.numel(), rows)
+            rows.take(spread_heads(positions), positions.reshape(-1), staged)
+            place.copy_(staged.view(place.shape), non_blocking=True)
+        count(place.numel() * place.element_size())
+
+    def _copy_cold(self, job: Job, hot: Hot, n: int) -> None:
+        """Bring what is not in the hot set, which takes it in; then all comes from there."""
+        place, positions = job.out[:, :, :n], job.positions[..., :n].flatten(0, 1)
+        wanted = hot.find(positions, None if job.valid is None else job.valid[..., :n].flatten(0, 1))
+        head, column = wanted.missing
+        staged = self._stage(len(head), job.rows)
+        # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
+        if len(head):
+            job.rows.take(head, positions[head, column], staged)
+            job.report(staged.numel() * staged.element_size())
+        cold = staged.to(place.device, non_blocking=True)
+        hot.take_in(wanted, cold)
+        hot.read(wanted, place)
+        if wanted.enter is not None:
+            left = ~wanted.enter
+            at = head[left].to(place.device), column[left].to(place.device)
+            place.view(len(positions), n, -1).index_put_(at, cold[left.to(place.device)])
+
+    def _bring(self, job: Job, missing: Int[Tensor, "N 3"]) -> None:
+        """Bring the rows at some places (sequence, head, column) of the job's positions."""
+        if len(missing) == 0:
+            return
+        b, h, j = missing.unbind(1)
+        staged = self._stage(len(missing), job.rows)
+        job.rows.take(b * job.positions.shape[1] + h, job.positions[b, h, j], staged)
+        # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
+        at = missing.to(job.out.device).unbind(1)
+        job.out.index_put_(at, staged.to(job.out.device, non_blocking=True))
+        job.report(staged.numel() * staged.element_size())
+
+    def _copy_missing(self, job: Job, near: Tensor, slots: Tensor) -> None:
+        """Bring only what is not held; the held copies go near to near."""
+        # Slots are in host memory here: asking which are held waits for nothing.
+        missing, here = (slots < 0).nonzero(), (slots >= 0).nonzero()
+        self._bring(job, missing)
+        out = job.out
+        at = here.to(out.device).unbind(1)
+        held = slots[here.unbind(1)].to(out.device)
+        out.index_put_(at, near[at[0], at[1], held])
+
+    def _copy_to_gpu(self, job: Job, ready: torch.cuda.Event) -> Any:
+        stream = self._find_stream()
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            # The worker, not the decoding thread, waits for the positions: a host gather must know them.
+            valid = None if job.valid is None else job.valid.to("cpu")
+            self._copy(job._replace(positions=job.positions.to("cpu"), valid=valid))
+            done = torch.cuda.Event()
+            done.record(stream)
+        return done
+
+    def _stage(self, n: int, like: Rows | PagedRows) -> Tensor:
+        """Return a staging area of `n` rows; pinned, and idle again, where there is a GPU."""
+        key = (like.width, like.dtype)
+        area = self._staging.get(key)
+        if self._stream is not None:
+            # The last copy out of the staging area must be done before it is written again.
+            self._stream.synchronize()
+        if area is None or area.shape[0] < n:
+            pin = self.device.type == "cuda"
+            area = torch.empty(max(64, n + n // 4), like.width, dtype=like.dtype, pin_memory=pin)
+            self._staging[key] = area
+        return area[:n]

@@ -1,0 +1,63 @@
+"""The page bounds of one layer: what is scored instead of the keys where whole pages are chosen.
+
+In: bounds of new keys. Out: the bounds of every page, in place, the unfinished one's included. Knows bytes;
+`math.bounds` knows the maths.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from farkv._axes import Int, Tensor
+from farkv.store.far.rows import Rows
+from farkv.store.ledger import Ledger
+
+
+class PageBounds:
+    """A row per page: the keys' least coordinates, then their greatest."""
+
+    def __init__(self, ledger: Ledger, device: torch.device, reserve: int, page: int):
+        """Make room for `reserve` tokens at first."""
+        self.rows = Rows(ledger, device=device, reserve=-(-reserve // page), row_tokens=page)
+        self.page = page
+        # Tokens whose keys the bounds hold.
+        self.length = 0
+
+    @property
+    def unfinished(self) -> int:
+        """Return the tokens of the last page, 0 where it is full."""
+        return self.length % self.page
+
+    def append(self, bounds: Tensor, n_tokens: int) -> None:
+        """Add bounds of `n_tokens` new tokens, [B, Hkv, P, 2D]; the first joins the unfinished page, if there is one.
+
+        Cost: P rows written; when the capacity grows, one copy of all rows.
+        """
+        if self.unfinished:
+            last, first = self.rows.view()[:, :, -1], bounds[:, :, 0]
+            dim = last.shape[-1] // 2
+            torch.minimum(last[..., :dim], first[..., :dim], out=last[..., :dim])
+            torch.maximum(last[..., dim:], first[..., dim:], out=last[..., dim:])
+            bounds = bounds[:, :, 1:]
+        if bounds.shape[2]:
+            self.rows.append(bounds)
+        self.length += n_tokens
+
+    def view(self, n_tokens: int) -> Tensor:
+        """Return the bounds of the pages of the first `n_tokens`, in place, [B, Hkv, P, 2D]."""
+        return self.rows.view()[:, :, : -(-n_tokens // self.page)]
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget the newest tokens, and the page that they leave unfinished: its bounds hold theirs."""
+        self.length = max(0, self.length - n_tokens)
+        self.length -= self.unfinished
+        self.rows.length = self.length // self.page
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self.rows.select(sequences)
+
+    def clear(self) -> None:
+        """Free everything."""
+        self.rows.clear()
+        self.length = 0

@@ -1,0 +1,96 @@
+"""The near index of one layer: what is scored instead of the keys.
+
+In: codes of new keys. Out: the stored codes, in place, with what turns a query into their space. Rows hold int8
+codes (ours) or the model's own dtype (the paper's partial keys). Knows bytes; `math.index` knows the maths.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Float32, Int, Tensor
+from farkv.store.far.rows import Rows
+from farkv.store.ledger import Ledger
+
+
+class Projection(NamedTuple):
+    """How a query and a key meet in the index: score = (q @ query * scale) . ((k - mean) @ key / scale).
+
+    The batch axis is 1 where a profile serves all sequences.
+    """
+
+    query: Float32[Tensor, "b Hkv D R"]
+    key: Float32[Tensor, "b Hkv D R"]
+    mean: Float32[Tensor, "b Hkv 1 D"]
+    scale: Float32[Tensor, "B Hkv 1 R"]
+
+
+class LayerIndex:
+    """Codes of all tokens of one layer, and the projection they were made with."""
+
+    def __init__(self, ledger: Ledger, device: torch.device, reserve: int):
+        self.rows = Rows(ledger, device=device, reserve=reserve)
+        self.projection: Projection | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens indexed."""
+        return self.rows.length
+
+    def append(self, codes: Tensor) -> None:
+        """Add codes of new tokens, [B, Hkv, T, R]."""
+        self.rows.append(codes)
+
+    def replace(self, new: Projection, sequences: Int[Tensor, " n"], batch: int, codes: Tensor) -> None:
+        """Give some of the `batch` sequences another projection, and the codes that it makes of what is indexed."""
+        old = self.projection or Projection._make(torch.zeros_like(t[:1]) for t in new)
+        self.projection = Projection._make(
+            was.expand(batch, -1, -1, -1).index_copy(0, sequences, now.expand(len(sequences), -1, -1, -1))
+            for was, now in zip(old, new, strict=True)
+        )
+        if self.length:
+            self.rows.view()[sequences] = codes
+
+    def join(self, other: LayerIndex, length: int, batches: tuple[int, int]) -> None:
+        """Put another's sequences behind these, all with `length` codes; a projection that is missing is zeros."""
+        known = [p for p in (self.projection, other.projection) if p is not None]
+        if not known:
+            return
+        parts = [
+            p or Projection._make(torch.zeros_like(t[:1]) for t in known[0])
+            for p in (self.projection, other.projection)
+        ]
+        wide = [[t.expand(n, -1, -1, -1) for t in part] for part, n in zip(parts, batches, strict=True)]
+        self.projection = Projection._make(torch.cat(pair) for pair in zip(*wide, strict=True))
+        if self.length or other.length:
+            self.rows.join(other.rows, length, batches)
+        other.clear()
+
+    def codes(self) -> Tensor:
+        """Return all codes in place, [B, Hkv, S, R]."""
+        return self.rows.view()
+
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Keep the codes at these positions."""
+        self.rows.keep(positions.to(self.rows.device))
+
+    def crop(self, n_tokens: int) -> None:
+        """Forget the newest tokens."""
+        self.rows.crop(n_tokens)
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self.rows.select(sequences)
+        if self.projection is not None:
+            *shared, scale = self.projection
+            at = sequences.to(scale.device)
+            # A batch axis of 1 serves all sequences; the scale has one row per sequence, even where that is one.
+            shared = [p if p.shape[0] == 1 else p.index_select(0, at) for p in shared]
+            self.projection = Projection._make([*shared, scale.index_select(0, at)])
+
+    def clear(self) -> None:
+        """Free everything."""
+        self.rows.clear()
+        self.projection = None

@@ -1,0 +1,153 @@
+"""The hot set of one layer: recently fetched records stay near, so that the next fetch brings only the others.
+
+In: positions that a step chose. Out: where their copies are, and which slots the missing ones may take. What is chosen
+never depends on it. The least recently read copy goes first; a record and its copy are the same bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Bool, Int, Tensor
+from farkv.store.far.rows import Rows
+from farkv.store.ledger import Ledger
+
+# Host memory: a record's slot, int32; a slot's record and the fetch that read it last, int32 each.
+RECORD_BYTES = 4
+SLOT_BYTES = 8
+
+
+class HotSize(NamedTuple):
+    """What a hot set is made of: `slots` near rows of every KV head, for a pool of up to `records`."""
+
+    batch: int
+    kv_heads: int
+    slots: int
+    records: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def near_bytes(self) -> int:
+        """Bytes of the rows."""
+        return self.batch * self.kv_heads * self.slots * self.width * self.dtype.itemsize
+
+    @property
+    def book_bytes(self) -> int:
+        """Bytes of the books."""
+        return self.batch * self.kv_heads * (self.records * RECORD_BYTES + self.slots * SLOT_BYTES)
+
+
+class Wanted(NamedTuple):
+    """One fetch against the hot set; a place is a head over all sequences, and a column of the positions.
+
+    enter: which of the missing ones found a slot, None where all did.
+    """
+
+    records: Int[Tensor, "G K"]
+    # Where each record is or will be; anywhere for one that finds no slot.
+    slots: Int[Tensor, "G K"]
+    missing: tuple[Int[Tensor, " M"], Int[Tensor, " M"]]
+    enter: Bool[Tensor, " M"] | None
+
+
+class Hot:
+    """Copies of recently fetched rows of one layer, [B, Hkv, slots, W], and the books that find them."""
+
+    def __init__(self, near: Ledger, device: torch.device, home: Ledger, size: HotSize):
+        self.size, self.home = size, home
+        self.rows = Rows(near, device=device, reserve=size.slots)
+        self.rows.ensure((size.batch, size.kv_heads, size.slots, size.width), size.dtype)
+        self.rows.length = size.slots
+        # A slot without a record may be read where a choice is not valid: that is masked, but must be finite.
+        self.rows.view().zero_()
+        home.charge(size.book_bytes)
+        heads = size.batch * size.kv_heads
+        # A record's slot is only right where that slot's owner is the record: so nothing is undone when a copy goes.
+        self.slot_of = torch.zeros(heads, size.records, dtype=torch.int32)
+        self.owner = torch.full((heads, size.slots), -1, dtype=torch.int32)
+        self.last_read = torch.zeros(heads, size.slots, dtype=torch.int32)
+        self.n_fetches = 0
+        # Of every head the first slot, counted over all heads.
+        self.first = (torch.arange(heads) * size.slots)[:, None]
+
+    @property
+    def books(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what finds the copies."""
+        return self.slot_of, self.owner, self.last_read
+
+    # --- one fetch ------------------------------------------------------------------------------------------
+
+    def find(self, positions: Int[Tensor, "G K"], valid: Bool[Tensor, "G K"] | None) -> Wanted:
+        """Say which records are missing, and which slots they get; those that are here count as read.
+
+        Cost: some ten operations on G * K elements, and where some are missing one choice among G * slots.
+        """
+        self.n_fetches += 1
+        slots = self.slot_of.gather(1, positions).long()
+        is_here = self.owner.gather(1, slots) == positions
+        self.last_read.view(-1).index_fill_(0, (slots + self.first)[is_here], self.n_fetches)
+        is_missing = ~is_here if valid is None else ~is_here & valid
+        head, column = is_missing.nonzero(as_tuple=True)
+        if len(head) == 0:
+            return Wanted(positions, slots, (head, column), None)
+        # In host memory: reading a count waits for nothing.
+        rank = is_missing.cumsum(1)
+        n = min(self.size.slots, int(rank[:, -1].max()))
+        oldest = self.last_read.topk(n, largest=False)
+        at = rank[head, column] - 1
+        if positions.shape[1] <= self.size.slots:
+            slots[head, column] = oldest.indices[head, at]
+            return Wanted(positions, slots, (head, column), None)
+        # What this fetch reads stays.
+        enter = (at < n) & (oldest.values[head, at.clamp(max=n - 1)] < self.n_fetches)
+        slots[head[enter], column[enter]] = oldest.indices[head[enter], at[enter]]
+        return Wanted(positions, slots, (head, column), enter)
+
+    def take_in(self, wanted: Wanted, rows: Tensor) -> None:
+        """Keep those of the missing `rows` ([M, W], near) that found a slot."""
+        head, column = wanted.missing
+        if wanted.enter is not None:
+            rows, head, column = rows[wanted.enter.to(rows.device)], head[wanted.enter], column[wanted.enter]
+        slots, records = wanted.slots[head, column], wanted.records[head, column]
+        at = slots + self.first[head, 0]
+        self.rows.view().view(-1, self.size.width).index_copy_(0, at.to(rows.device), rows)
+        self.owner.view(-1).index_copy_(0, at, records.int())
+        self.last_read.view(-1).index_fill_(0, at, self.n_fetches)
+        self.slot_of[head, records] = slots.int()
+
+    def read(self, wanted: Wanted, out: Tensor) -> None:
+        """Copy what has a slot into `out`, [B, Hkv, K, W], near to near; elsewhere stands some other row."""
+        shape = self.size.batch, self.size.kv_heads, out.shape[2]
+        self.rows.take_each(wanted.slots.view(shape).to(out.device), out)
+
+    # --- the pool changes -----------------------------------------------------------------------------------
+
+    def crop(self, length: int) -> None:
+        """Forget copies of all records but a layer's first `length`: others will stand in their places."""
+        self.owner.masked_fill_(self.owner >= length, -1)
+
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Follow an eviction from the pool: record positions[j] is record j from now on."""
+        old = positions.reshape(self.owner.shape[0], -1)
+        slots = self.slot_of.gather(1, old)
+        head, record = (self.owner.gather(1, slots.long()) == old).nonzero(as_tuple=True)
+        self.owner.fill_(-1)
+        self.owner[head, slots[head, record].long()] = record.int()
+        self.slot_of[:, : old.shape[1]] = slots
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Put the sequences in this order, repeats allowed; their number stays."""
+        self.rows.select(sequences)
+        batch, heads = self.size.batch, self.size.kv_heads
+        order = (sequences.cpu()[:, None] * heads + torch.arange(heads)).reshape(batch * heads)
+        for book in self.books:
+            book.copy_(book[order])
+
+    def clear(self) -> None:
+        """Free everything."""
+        self.rows.clear()
+        self.home.release(self.size.book_bytes)
+        self.size = self.size._replace(slots=0, records=0)

@@ -1,0 +1,90 @@
+"""The calibration file: by processor and kernel, whole or not at all, and never trusted when damaged."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+
+from farkv.calibrate.crossover import find_calibration_path, load_crossover, read_cpu_model, save_crossover
+from farkv.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FARKV_CACHE_DIR", str(tmp_path / "new"))
+    return tmp_path / "new"
+
+
+def test_what_is_saved_is_loaded_by_kernel(folder: Path) -> None:
+    assert load_crossover("native-avx2") is None
+    path = save_crossover("native-avx2", 2048, {"threads": 1})
+    save_crossover("native-generic", 8192, {})
+    assert path == folder / "calibration.json"
+    assert (load_crossover("native-avx2"), load_crossover("native-generic")) == (2048, 8192)
+    save_crossover("native-avx2", 1024, {})
+    assert (load_crossover("native-avx2"), load_crossover("native-generic")) == (1024, 8192)
+    assert [p.name for p in folder.iterdir()] == ["calibration.json"]
+
+
+def test_another_processor_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    save_crossover("native-avx2", 2048, {})
+    monkeypatch.setattr(calibration, "read_cpu_model", lambda: "another")
+    assert load_crossover("native-avx2") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "{}", '{"format": "other", "entries": {}}',
+        '{"format": "farkv-calibration-1", "entries": {"x": {"tokens": "many"}}}',
+        '{"format": "farkv-calibration-1", "entries": {"x": {}}}', "\0",
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_and_left_alone(folder: Path, text: str) -> None:
+    folder.mkdir()
+    path = folder / "calibration.json"
+    path.write_text(text)
+    for call in (lambda: load_crossover("k"), lambda: save_crossover("k", 1, {})):
+        with pytest.raises(ConfigError, match=r"calibration\.json: cannot be read.*farkv bench --calibrate"):
+            call()
+    assert path.read_text() == text
+
+
+def test_a_file_that_cannot_be_written_is_named(folder: Path) -> None:
+    folder.write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match="calibration file"):
+        save_crossover("k", 1, {})
+
+
+def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_crossover("k", 1, {})
+    before = (folder / "calibration.json").read_text()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(json, "dump", fail)
+    with pytest.raises(ConfigError, match=r"cannot be written.*No space"):
+        save_crossover("k", 2, {})
+    assert [p.name for p in folder.iterdir()] == ["calibration.json"]
+    assert (folder / "calibration.json").read_text() == before
+
+
+def test_without_a_folder_of_ones_own_it_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FARKV_CACHE_DIR")
+    assert find_calibration_path().parent.name == "farkv"
+
+
+def test_a_processor_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert read_cpu_model()
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(calibration, "CPU_INFO", info)
+    info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n")
+    assert read_cpu_model() == "AMD EPYC 25/1"
+    info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
+    assert read_cpu_model() == f"{platform.machine()} 0x41 0xd40"
+    info.unlink()
+    assert read_cpu_model() == platform.processor() or platform.machine()

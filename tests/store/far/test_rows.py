@@ -1,0 +1,111 @@
+"""Growing rows against a plain tensor, for any sequence of operations, limits included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farkv.errors import CapacityError
+from farkv.store.far.rows import Rows
+from farkv.store.ledger import Ledger
+
+HEADS, WIDTH = 2, 3
+CPU = torch.device("cpu")
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 90)),
+        st.tuples(st.just("crop"), st.integers(0, 40)),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 3), min_size=1, max_size=4)),
+        st.tuples(st.just("clear"), st.none()),
+    ),
+    max_size=14,
+)
+
+
+def apply(model: torch.Tensor, name: str, value: Any, new: torch.Tensor | None) -> torch.Tensor:
+    """Do the same to a plain tensor."""
+    match name:
+        case "append":
+            assert new is not None
+            return new if model.shape[2] == 0 else torch.cat([model, new], 2)
+        case "crop":
+            return model[:, :, : max(0, model.shape[2] - value)]
+        case "select":
+            return model[[i % model.shape[0] for i in value]]
+        case _:
+            return torch.empty(2, HEADS, 0, WIDTH)
+
+
+@given(OPERATIONS, st.sampled_from([0, 50, 200]), st.none() | st.integers(100, 60_000))
+def test_rows_equal_a_plain_tensor(operations: list[tuple[str, Any]], reserve: int, limit: int | None) -> None:
+    ledger = Ledger("host", limit)
+    rows = Rows(ledger, device=CPU, reserve=reserve)
+    model = torch.empty(2, HEADS, 0, WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in operations:
+        empty = rows.data is None
+        if name == "select" and empty:
+            continue
+        new = None
+        if name == "append":
+            batch = 2 if empty else rows.data.shape[0]  # type: ignore[union-attr]
+            new = torch.randn(batch, HEADS, value, WIDTH, generator=generator)
+        before = (rows.length, rows.n_bytes, ledger.used)
+        try:
+            match name:
+                case "append":
+                    rows.append(new[..., :1], new[..., 1:])  # type: ignore[index]
+                case "crop":
+                    rows.crop(value)
+                case "select":
+                    rows.select(torch.tensor([i % model.shape[0] for i in value]))
+                case _:
+                    rows.clear()
+        except CapacityError:
+            assert (rows.length, rows.n_bytes, ledger.used) == before
+            continue
+        if name == "append" and empty:
+            model = torch.empty(batch, HEADS, 0, WIDTH)
+        model = apply(model, name, value, new)
+        assert rows.length == model.shape[2]
+        assert rows.data is None or torch.equal(rows.view(), model)
+        assert ledger.used == rows.n_bytes
+        assert limit is None or ledger.peak <= limit
+
+
+def test_reserved_rows_never_move() -> None:
+    rows = Rows(Ledger("host"), device=CPU, reserve=64)
+    rows.append(torch.zeros(1, HEADS, 3, WIDTH))
+    place = rows.view().data_ptr()
+    for _ in range(61):
+        rows.append(torch.zeros(1, HEADS, 1, WIDTH))
+    assert rows.view().data_ptr() == place
+    assert rows.length == 64
+
+
+def test_a_tight_limit_is_used_to_the_last_byte() -> None:
+    row = HEADS * WIDTH * 4
+    rows = Rows(Ledger("host", 10 * row), device=CPU)
+    rows.append(torch.zeros(1, HEADS, 10, WIDTH))
+    assert rows.ledger.used == 10 * row
+
+
+def test_joined_rows_stand_right_and_are_charged_once() -> None:
+    mine, theirs = Ledger("host", None), Ledger("host", None)
+    a, b = Rows(mine, device=CPU), Rows(theirs, device=CPU)
+    few, many = torch.randn(2, HEADS, 3, WIDTH), torch.randn(1, HEADS, 70, WIDTH)
+    a.append(few)
+    b.append(many)
+    a.join(b, 70, (2, 1))
+    assert a.heads == (3, HEADS)
+    assert torch.equal(a.view()[:2, :, -3:], few)
+    assert not a.view()[:2, :, :-3].any()
+    assert torch.equal(a.view()[2:], many)
+    assert (mine.used, theirs.used) == (a.n_bytes, 0)
+    assert b.data is None
+    a.join(b, 70, (3, 1))
+    assert not a.view()[3].any(), "who has none yet gets zeros"
+    assert torch.equal(a.view()[2:3], many)

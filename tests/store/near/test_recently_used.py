@@ -1,0 +1,318 @@
+"""The hot set: what crosses the link is what was chosen less what is near, and what is read is what was stored."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from farkv.errors import StoreError
+from farkv.store import spare as spare_module
+from farkv.store.admission import admit
+from farkv.store.ledger import Ledger
+from farkv.store.near.recently_used import Hot, HotSize
+from farkv.store.records import Keep, Needs, StoreLimits
+from farkv.store.sizes import LayerShape, NearNeed
+from farkv.store.spare import Pass, admit_hot
+from farkv.store.tiers import Tiers
+from tests.store.test_stateful import check_hot, count_host, count_near
+
+HKV, D, DV, TOKENS = 2, 4, 3, 60
+CPU = torch.device("cpu")
+SHAPE = LayerShape(1, HKV, D, DV, 4)
+ROW = SHAPE.record_bytes
+# Window, buffers and nothing else: what a step of 12 records needs.
+NEED = NearNeed(0, 2 * 2 * 3 * SHAPE.token_bytes, 0, 2 * 16 * SHAPE.token_bytes)
+
+
+def fill(
+    slots: int, *, batch: int = 1, host: int | None = None, evicts: bool = False, layers: tuple[int, ...] = (0,)
+) -> tuple[Tiers, dict[int, torch.Tensor], list[int]]:
+    """Return a store whose near limit leaves room for `slots` hot rows of every head, its rows, and what it moves."""
+    shape = SHAPE._replace(batch=batch)
+    need = NearNeed(*(n * batch for n in NEED))
+    near = need.total + slots * len(layers) * shape.token_bytes + 2
+    store = Tiers(list(layers), StoreLimits(near, host, reserve_tokens=TOKENS), CPU, Needs(2, evicts=evicts))
+    moved: list[int] = []
+    store.on_fetch = moved.append
+    rows = {layer: torch.randn(batch, HKV, TOKENS, D + DV) for layer in layers}
+    for layer in layers:
+        store.append(layer, rows[layer][..., :D], rows[layer][..., D:])
+    step(store, shape, need)
+    return store, rows, moved
+
+
+def step(store: Tiers, shape: LayerShape = SHAPE, need: NearNeed = NEED, *, decodes: bool = True) -> None:
+    """Admit a pass of the announced context."""
+    rows = {layer: TOKENS for layer in store.order}
+    admit(store, shape, rows, need)
+    admit_hot(store, Pass(shape, rows, need, announced=True, decodes=decodes))
+
+
+def read(store: Tiers, rows: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+    """Fetch and read records of the first layer; what comes is what was stored."""
+    out = store.read(0, store.fetch(0, positions, valid, 2), None, 2)
+    got, want = torch.cat([out.k, out.v], -1), rows.gather(2, out.positions[..., None].expand(-1, -1, -1, D + DV))
+    known = torch.ones_like(out.positions, dtype=torch.bool) if out.valid is None else out.valid
+    assert torch.equal(got[known], want[known])
+
+
+def pick(*heads: list[int]) -> torch.Tensor:
+    return torch.tensor(heads)[None]
+
+
+def test_only_what_is_not_near_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_module, "LEAST_SLOTS", 8)
+    store, rows, moved = fill(8)
+    assert store.hot[0].size.slots == 8
+    asked = [
+        # Positions of both heads, and how many of them must cross.
+        (pick([1, 2, 3, 4], [11, 12, 13, 14]), 8),
+        (pick([1, 2, 3, 4], [11, 12, 13, 14]), 0),
+        (pick([1, 2, 5, 6], [11, 12, 13, 15]), 3),
+        (pick([1, 2, 7, 8], [21, 22, 23, 24]), 6),
+        # The first head has 1 to 8. Of the other one's nine 14 went, which was longest unread.
+        (pick([5, 6, 7, 8], [11, 12, 13, 15]), 0),
+        (pick([3, 4, 5, 6], [14, 21, 22, 23]), 1),
+        # And now 24.
+        (pick([9, 1, 2, 3], [24, 11, 12, 13]), 2),
+    ]
+    for positions, n_missing in asked:
+        moved.clear()
+        read(store, rows[0], positions)
+        assert sum(moved) == n_missing * ROW
+        check_hot(store)
+
+
+def test_the_longest_unread_goes_first() -> None:
+    store, rows, moved = fill(16)
+    for first in (0, 8, 0, 16):
+        read(store, rows[0], torch.arange(first, first + 8).expand(1, HKV, 8))
+    moved.clear()
+    read(store, rows[0], torch.arange(0, 8).expand(1, HKV, 8))
+    assert moved == []
+    read(store, rows[0], torch.arange(8, 16).expand(1, HKV, 8))
+    assert sum(moved) == HKV * 8 * ROW
+
+
+def test_a_hot_set_smaller_than_a_fetch_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spare_module, "LEAST_SLOTS", 1)
+    store, rows, moved = fill(5)
+    positions = torch.arange(12).expand(1, HKV, 12)
+    for n_missing in (12, 7, 7):
+        moved.clear()
+        read(store, rows[0], positions)
+        assert sum(moved) == HKV * n_missing * ROW
+
+
+def test_what_is_not_valid_neither_crosses_nor_enters() -> None:
+    store, rows, moved = fill(16)
+    positions = pick([1, 2, 3, 4], [11, 12, 13, 14])
+    valid = torch.tensor([[[True, True, False, False], [True, True, True, False]]])
+    read(store, rows[0], positions, valid)
+    assert sum(moved) == 5 * ROW
+    moved.clear()
+    read(store, rows[0], positions)
+    assert sum(moved) == 3 * ROW
+
+
+def test_a_late_top_up_is_found_too() -> None:
+    store, rows, moved = fill(16)
+    early, late = pick([1, 2], [3, 4]), pick([5, 6], [7, 8])
+    for n_missing in (8, 0):
+        moved.clear()
+        top_up = store.fetch(0, late, None, 0)._replace(ticket=None)
+        fetch = store.fetch(0, early, None, 4)
+        out = store.read(0, fetch, top_up, 2)
+        want = rows[0].gather(2, out.positions[..., None].expand(-1, -1, -1, D + DV))
+        assert torch.equal(torch.cat([out.k, out.v], -1), want)
+        assert sum(moved) == n_missing * ROW
+
+
+def test_records_that_come_after_a_crop_are_others() -> None:
+    store, rows, moved = fill(16)
+    read(store, rows[0], pick([1, 50, 51, 52], [2, 50, 51, 52]))
+    store.crop(0, 12)
+    new = torch.randn(1, HKV, 12, D + DV)
+    store.append(0, new[..., :D], new[..., D:])
+    rows[0] = torch.cat([rows[0][:, :, :48], new], 2)
+    moved.clear()
+    read(store, rows[0], pick([1, 50, 51, 52], [2, 50, 51, 52]))
+    assert sum(moved) == 6 * ROW
+
+
+def test_hot_records_are_followed_through_an_eviction() -> None:
+    store, rows, moved = fill(16, evicts=True)
+    read(store, rows[0], pick([1, 30, 31, 32], [2, 30, 31, 33]))
+    kept = torch.arange(20, TOKENS).expand(1, HKV, -1)
+    store.evict(0, Keep(kept, torch.zeros(kept.shape), 10))
+    rows[0] = rows[0][:, :, 20:]
+    check_hot(store)
+    moved.clear()
+    read(store, rows[0], pick([10, 11, 12, 1], [10, 11, 13, 2]))
+    assert sum(moved) == 2 * ROW
+
+
+def test_beams_take_their_hot_records_along() -> None:
+    store, rows, moved = fill(16, batch=3)
+    positions = torch.stack([torch.arange(8 * i, 8 * i + 8).expand(HKV, 8) for i in range(3)])
+    read(store, rows[0], positions)
+    order = torch.tensor([2, 0, 0])
+    store.select(0, order)
+    rows[0] = rows[0][order]
+    moved.clear()
+    read(store, rows[0], positions[order])
+    check_hot(store)
+    # The newest two records come from the pool after a reordering.
+    assert sum(moved) == 3 * HKV * 2 * ROW
+    store.select(0, torch.tensor([0, 1]))
+    assert store.hot == {}
+
+
+def test_a_copy_of_a_cache_has_a_hot_set_of_its_own() -> None:
+    store, rows, moved = fill(16)
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    twin = copy.deepcopy(store)
+    read(twin, rows[0], torch.arange(10, 26).expand(1, HKV, 16))
+    check_hot(twin)
+    moved.clear()
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    assert moved == []
+    assert twin.hot[0].home is twin.home
+
+
+def test_a_dense_pass_does_not_disturb_it() -> None:
+    store, rows, moved = fill(30)
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    before = copy.deepcopy((store.hot[0].owner, store.hot[0].last_read))
+    for _, k, _v in store.read_blocks(0, 4):
+        assert k.shape[2] == 4
+    assert torch.equal(store.hot[0].owner, before[0])
+    assert torch.equal(store.hot[0].last_read, before[1])
+    moved.clear()
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    assert moved == []
+
+
+def test_a_fetch_that_fails_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, rows, _ = fill(16)
+    read(store, rows[0], pick([1, 2], [3, 4]))
+
+    def fail(*_: object) -> None:
+        raise StoreError("page 7 is damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.pool[0], "take", fail)
+        fetch = store.fetch(0, pick([1, 9], [3, 9]), None, 2)
+        assert fetch.ticket is not None
+        with pytest.raises(StoreError, match="page 7"):
+            fetch.ticket.wait()
+    check_hot(store)
+    read(store, rows[0], pick([1, 9], [3, 9]))
+
+
+# --- how much of the limit ----------------------------------------------------------------------------------
+
+
+def test_it_takes_what_is_left_and_no_more() -> None:
+    store, _, _ = fill(20, layers=(0, 1))
+    assert {hot.size.slots for hot in store.hot.values()} == {20}
+    assert store.near.used == count_near(store)
+    assert store.host.used == count_host(store)
+    store.clear(0)
+    store.clear(1)
+    assert store.near.used == store.host.used == 0
+
+
+def test_there_is_none_where_little_is_left() -> None:
+    store, _, _ = fill(spare_module.LEAST_SLOTS - 1)
+    assert store.hot == {}
+    assert store.host.used == count_host(store)
+
+
+def test_it_goes_where_a_pass_needs_the_memory_and_comes_back() -> None:
+    store, rows, moved = fill(20)
+    positions = pick([1, 2], [3, 4])
+    read(store, rows[0], positions)
+    step(store, need=NEED._replace(prefill=NEED.decode + 10 * SHAPE.token_bytes), decodes=False)
+    assert store.hot == {}
+    step(store)
+    moved.clear()
+    read(store, rows[0], positions)
+    assert sum(moved) == 4 * ROW, "a new one begins cold"
+
+
+def test_it_stays_where_a_pass_has_room_beside_it() -> None:
+    store, rows, moved = fill(20)
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    step(store, decodes=False)
+    moved.clear()
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    assert moved == []
+
+
+@pytest.mark.parametrize(("spare_bytes", "n_layers"), [(0, 0), (2 * HKV * (4 * TOKENS + 8 * 20), 2)])
+def test_its_books_must_find_room_with_the_pool(spare_bytes: int, n_layers: int) -> None:
+    host = 2 * TOKENS * SHAPE.token_bytes
+    store, _, _ = fill(20, host=host + spare_bytes, layers=(0, 1))
+    assert len(store.hot) == n_layers
+    assert store.host.peak <= host + spare_bytes
+
+
+def test_it_is_off_where_a_plan_holds_records_near() -> None:
+    store = Tiers([0], StoreLimits(1 << 20, reserve_tokens=TOKENS), CPU, Needs(2, holds=True))
+    new = torch.randn(1, HKV, TOKENS, D + DV)
+    store.append(0, new[..., :D], new[..., D:])
+    step(store)
+    assert store.hot == {}
+
+
+def test_a_context_longer_than_its_books_begins_anew() -> None:
+    store, rows, _ = fill(20)
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    near = NEED._replace(index=0)
+    longer = {0: 2 * TOKENS}
+    admit_hot(store, Pass(SHAPE, longer, near, announced=True, decodes=True))
+    assert store.hot[0].size.records == 2 * TOKENS
+    assert (store.hot[0].owner == -1).all()
+
+
+# --- the set itself -----------------------------------------------------------------------------------------
+
+
+def make(slots: int, records: int = 50) -> Hot:
+    return Hot(Ledger("near"), CPU, Ledger("host"), HotSize(1, 1, slots, records, 2, torch.float32))
+
+
+def test_it_follows_the_plain_twin() -> None:
+    """A list of records by when they were read last is all there is to it."""
+    draw = torch.Generator().manual_seed(3)
+    hot, pool = make(9), torch.randn(1, 50, 2)
+    ages: dict[int, int] = {}
+    for now in range(200):
+        n = int(torch.randint(1, 9, (1,), generator=draw))
+        positions = torch.rand(1, 50, generator=draw).mul(torch.linspace(1, 2, 50)).argsort(-1)[:, :n]
+        wanted = hot.find(positions, None)
+        missing, asked = positions[wanted.missing].tolist(), positions[0].tolist()
+        assert set(missing) == set(asked) - set(ages)
+        hot.take_in(wanted, pool[0, missing])
+        out = torch.zeros(1, 1, n, 2)
+        hot.read(wanted, out)
+        assert torch.equal(out[0, 0], pool[0, asked])
+        owners = set(hot.owner[0][hot.owner[0] >= 0].tolist())
+        assert set(asked) <= owners
+        assert len(owners) == min(9, len(set(asked) | set(ages)))
+        # Those that were read together are of one age: which of them goes is the set's own choice.
+        gone, stayed = ([ages[i] for i in part] for part in (set(ages) - owners, owners - set(asked)))
+        assert max(gone, default=-1) <= min(stayed, default=now)
+        ages = {i: ages[i] for i in owners - set(asked)} | dict.fromkeys(asked, now)
+
+
+def test_its_bytes_are_those_of_the_formula() -> None:
+    hot = make(9)
+    near, home = hot.rows.ledger, hot.home
+    assert near.used == hot.size.near_bytes == 9 * 2 * 4
+    assert home.used == hot.size.book_bytes == sum(t.numel() * t.element_size() for t in hot.books)
+    hot.clear()
+    assert near.used == home.used == 0
