@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from farkv.calibrate import crossover
 from farkv.calibrate.crossover import find_calibration_path, load_crossover, read_cpu_model, save_crossover
 from farkv.errors import ConfigError
 
@@ -31,7 +32,7 @@ def test_what_is_saved_is_loaded_by_kernel(folder: Path) -> None:
 
 def test_another_processor_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     save_crossover("native-avx2", 2048, {})
-    monkeypatch.setattr(calibration, "read_cpu_model", lambda: "another")
+    monkeypatch.setattr(crossover, "read_cpu_model", lambda: "another")
     assert load_crossover("native-avx2") is None
 
 
@@ -81,7 +82,7 @@ def test_without_a_folder_of_ones_own_it_is_the_users(monkeypatch: pytest.Monkey
 def test_a_processor_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert read_cpu_model()
     info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(calibration, "CPU_INFO", info)
+    monkeypatch.setattr(crossover, "CPU_INFO", info)
     info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n")
     assert read_cpu_model() == "AMD EPYC 25/1"
     info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
