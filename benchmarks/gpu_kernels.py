@@ -15,7 +15,8 @@ import torch
 
 from farkv.bench.shapes import ModelShape
 from farkv.kernels.gpu import Gpu, Held
-from farkv.kernels.native import IndexView, Logits, Rows
+from farkv.kernels.native import IndexView, Rows
+from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 
 COLUMNS, BITS = 32, 4
@@ -110,7 +111,7 @@ def hold_half(positions: torch.Tensor, layer: Layer) -> Held:
     slots = torch.full(layer.near.shape[:3], -1, dtype=torch.int32, device=positions.device)
     places = torch.arange(kept.shape[-1], dtype=torch.int32, device=positions.device).expand_as(kept)
     slots.scatter_(-1, kept, places)
-    return Held(layer.near[:, :, : kept.shape[-1]].contiguous(), slots)
+    return Pinned(layer.near[:, :, : kept.shape[-1]].contiguous(), slots)
 
 
 def measure_kernels(kernels: Gpu, layer: Layer, speeds: dict[str, float]) -> list[dict[str, Any]]:

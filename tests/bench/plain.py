@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from farkv.bench.shapes import ModelShape
-from farkv.kernels.native import IndexView, Logits, Native, Rows
+from farkv.kernels.native import IndexView, Native, Rows
+from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 
 TINY = ModelShape("tiny", "llama", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, mlp=96)

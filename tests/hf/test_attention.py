@@ -47,7 +47,7 @@ def test_a_stream_stands_in_for_the_models_own_attention(family: str, implementa
         if not eager:
             options.pop("softcap", None)
         expected = kernel(q, k, v, mask)
-        stream = Stream(q, Softmax(module.scaling, softcap, kernel.sinks))
+        stream = Stream(q, Logits(module.scaling, softcap, kernel.sinks))
         for a, b in ((0, 4), (4, S - T)):
             stream.add(k[:, :, a:b], v[:, :, a:b], mask[..., a:b])
         stream.add(k[:, :, S - T :], v[:, :, S - T :], None, causal=True)

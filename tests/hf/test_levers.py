@@ -118,7 +118,7 @@ def home_tensors(store: Any) -> list[Any]:
     """Return every tensor that is counted where records live."""
     rows = [*store.pool.values(), *store.shadow.values()]
     rows += [r for kept in store.kept.values() for r in (kept.places, kept.marks)]
-    books = [held.slots.data for held in store.held.values()] + [t for hot in store.hot.values() for t in hot.books]
+    books = [held.slots.data for held in store.pinned.values()] + [t for hot in store.recently_used.values() for t in hot.books]
     return [r.data for r in rows] + books
 
 
@@ -129,7 +129,7 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
         store = cache.recipe.store
         home, other = (store.near, store.host) if store.home is store.near else (store.host, store.near)
         assert count_storages(home_tensors(store)) == home.used <= limits.get(home.tier, home.used)
-        near = near_tensors(cache.recipe) + [held.rows.data for held in store.held.values()]
+        near = near_tensors(cache.recipe) + [held.rows.data for held in store.pinned.values()]
         assert count_storages(near) == other.used <= limits.get(other.tier, other.used)
 
     return model.register_forward_hook(after)
@@ -301,7 +301,7 @@ def test_holding_near_changes_no_answer_and_fetches_less(
     assert 0 < after.fetched_bytes_per_token < 0.8 * before.fetched_bytes_per_token
     assert after.read_fraction == before.read_fraction
     copies = len(IDS) * (2 if play == "repeat" else 1)
-    rows = sum(held.rows.n_bytes for held in cache.recipe.store.held.values())
+    rows = sum(held.rows.n_bytes for held in cache.recipe.store.pinned.values())
     most = sum(int(share * 60) for share in SHARES) * copies * 2 * 64
     assert 0.8 * most < rows <= most
     assert rows == most or keep, "what is evicted, and the window, needs no copy"
@@ -314,7 +314,7 @@ def test_held_and_fetched_are_all_that_is_chosen() -> None:
         cache = far.new_cache()
         with KeptTape(model, cache) as tape:
             forward(model, IDS, cache)
-            held = {i: cache.recipe.store.held[i].slots.view()[..., 0].clone() for i in range(4)}
+            held = {i: cache.recipe.store.pinned[i].slots.view()[..., 0].clone() for i in range(4)}
             forward(model, IDS[:, :1], cache)
         fetched = far.receipt().fetched_bytes_per_token
     missing = 0
@@ -333,7 +333,7 @@ def test_without_a_near_limit_the_near_lever_costs_nothing() -> None:
         cache = far.new_cache()
         forward(model, IDS, cache)
         steps(model, cache, IDS[:, :2])
-    assert cache.recipe.store.held == {}
+    assert cache.recipe.store.pinned == {}
     assert cache.recipe.store.near.peak == cache.recipe.store.index.peak
 
 

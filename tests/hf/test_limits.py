@@ -44,8 +44,8 @@ def count_storages(tensors: list[Any]) -> int:
 def near_tensors(recipe: Any) -> list[Any]:
     """Return every long-lived near tensor by its place in the objects, not by the books."""
     store = recipe.store
-    found = [tail.data for tail in store.tails.values()] + list(store.buffers._areas)
-    found += [hot.rows.data for hot in store.hot.values()]
+    found = [tail.data for tail in store.windows.values()] + list(store.buffers._areas)
+    found += [hot.rows.data for hot in store.recently_used.values()]
     return found + [index.rows.data for index in getattr(recipe, "index", {}).values()]
 
 
@@ -55,7 +55,7 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
     def after(*_: object) -> None:
         store = cache.recipe.store
         near = count_storages(near_tensors(cache.recipe)) if store.far else 0
-        books = [t for hot in store.hot.values() for t in hot.books]
+        books = [t for hot in store.recently_used.values() for t in hot.books]
         pool = count_storages([rows.data for rows in store.pool.values()] + books)
         assert pool == store.host.used <= limits.get("host", pool)
         if store.far:
@@ -151,7 +151,7 @@ def test_a_hot_set_changes_no_bit(method: Method, monkeypatch: pytest.MonkeyPatc
         with farkv.attach(model, method, near=2 * WHOLE * share // 16) as far:
             cache = far.new_cache()
             answer = generate(model, padded, cache, n=8)
-            slots = [hot.size.slots for hot in cache.recipe.store.hot.values()]
+            slots = [hot.size.slots for hot in cache.recipe.store.recently_used.values()]
             runs.append((answer, slots, far.receipt(cache).fetched_bytes_per_token))
     (without, none, all_bytes), *others = runs
     assert none == []

@@ -44,8 +44,8 @@ def check_books(cache: Any, options: dict[str, Any]) -> None:
     if store.far:
         assert store.near.peak <= (store.near.limit or store.near.peak)
     assert store.host.peak <= (store.host.limit or store.host.peak)
-    if store.frames is not None:
-        check_copies(store.frames)
+    if store.page_cache is not None:
+        check_copies(store.page_cache)
         disk = store.limits.disk
         assert disk is None or disk.ledger.used == store.disk_bytes <= (disk.ledger.limit or store.disk_bytes)
     assert len({store.seen(i) for i in range(LAYERS)}) == 1, "half a token was stored"

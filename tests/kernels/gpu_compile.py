@@ -14,7 +14,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from farkv.kernels.gpu import Gpu, Held
-from farkv.kernels.native import IndexView, Logits, Rows
+from farkv.kernels.native import IndexView, Rows
+from farkv.math.logits import Logits
 
 HEADS, GROUP, DIM, TOKENS = 2, 4, 64, 2048
 WIDTHS = {"plain": 2 * DIM, "int8": 2 * DIM + 8, "int4": DIM + 16}

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from farkv.kernels import gpu
-from farkv.kernels.native import IndexView, Logits, Native, Rows
+from farkv.kernels.native import IndexView, Native, Rows
+from farkv.math.logits import Logits
 from tests.kernels.gpu_interpreter import DEVICE, GPU, HAS_GPU, LARGER, MARKS
 
 pytestmark = MARKS

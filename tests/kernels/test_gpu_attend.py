@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from farkv.errors import CacheStateError
-from farkv.kernels.native import Logits, Rows
+from farkv.kernels.native import Rows
+from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from farkv.errors import CacheStateError
-from farkv.kernels.native import IndexView, Logits
+from farkv.kernels.native import IndexView
+from farkv.math.logits import Logits
 from farkv.math.score import unpack_codes
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
 

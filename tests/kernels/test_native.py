@@ -15,7 +15,8 @@ from torch import Tensor
 
 from farkv.errors import CacheStateError, ConfigError
 from farkv.kernels import native, native_abi
-from farkv.kernels.native import Logits, Native, Rows, list_native, load_native
+from farkv.kernels.native import Native, Rows, list_native, load_native
+from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 
 FORMS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -238,7 +239,8 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
 def test_a_forked_child_makes_its_own_threads() -> None:
     script = """
 import os, torch
-from farkv.kernels.native import Logits, Rows, load_native
+from farkv.kernels.native import Rows, load_native
+from farkv.math.logits import Logits
 torch.set_num_threads(2)
 kernels, rows, q = load_native(), Rows(torch.ones(1, 4, 300, 32), 16, 16), torch.ones(1, 4, 1, 16)
 attend = lambda: kernels.attend(q, rows, Logits(1.0), positions=None, n=300)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farkv.errors import CacheStateError
-from farkv.kernels.native import IndexView, Logits, Native, list_native
+from farkv.kernels.native import IndexView, Native, list_native
+from farkv.math.logits import Logits
 from farkv.math.score import pool_group, project_query, score_index, unpack_codes
 from farkv.math.select import force_sinks, select_rest, select_top
 

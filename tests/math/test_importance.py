@@ -25,7 +25,7 @@ from farkv.math.importance import (
 )
 
 B, HKV, S, W, D, DV = 2, 2, 41, 4, 8, 6
-FORM = Form(D**-0.5, None)
+FORM = Logits(D**-0.5, None)
 
 
 def make(
@@ -146,7 +146,7 @@ def test_every_layout_and_mask(
     monkeypatch.setattr(importance, "BLOCK", 16)
     observed, k, v = make(groups, dtype=dtype)
     assert not k.is_contiguous()
-    check(scorer, observed, k, v, pad(h) if h else None, Form(0.4, softcap))
+    check(scorer, observed, k, v, pad(h) if h else None, Logits(0.4, softcap))
 
 
 def test_expected_scores_cross_blocks() -> None:
@@ -217,9 +217,9 @@ def test_pooling_by_hand() -> None:
     weights = torch.tensor([1.0, 2.0, 1.0, 4.0, 8.0, 16.0])
     k = weights.log()[None, None, :, None]
     observed = Observed(torch.ones(1, 1, 1, 1), None, None)
-    got = score_records("window", observed, k, k, None, Form(1.0, None), pool=3)[0, 0]
+    got = score_records("window", observed, k, k, None, Logits(1.0, None), pool=3)[0, 0]
     assert torch.allclose(got, torch.tensor([3.0, 4.0, 7.0, 13.0, 12.0]) / 3 / 32)
-    raw = score_records("window", observed, k, k, None, Form(1.0, None), pool=1)[0, 0]
+    raw = score_records("window", observed, k, k, None, Logits(1.0, None), pool=1)[0, 0]
     assert torch.allclose(raw, weights[:5] / 32)
 
 

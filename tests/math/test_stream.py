@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from farkv.math import stream as module
-from farkv.math.stream import Softmax, Stream, may_fuse
+from farkv.math.stream import Stream, may_fuse
 
 
 class Case:
@@ -40,7 +40,7 @@ class Case:
         rows = make(self.batch, self.kv_heads, total, self.dim + self.v_dim)
         self.k, self.v = rows.split([self.dim, self.v_dim], -1)
         sinks = make(heads) if draw(st.booleans()) else None
-        self.form = Softmax(draw(st.sampled_from([self.dim**-0.5, 1.0])), softcap, sinks)
+        self.form = Logits(draw(st.sampled_from([self.dim**-0.5, 1.0])), softcap, sinks)
         self.visible = self._make_flags(generator)
 
     def _make_flags(self, generator: torch.Generator) -> Tensor | None:
@@ -88,7 +88,7 @@ class Case:
     def allowed(self) -> float:
         """Twice the error of torch's own attention in one piece, and what rounding may add at the least."""
         k, v = (t.repeat_interleave(self.groups, 1) for t in (self.k, self.v))
-        plain = Softmax(self.form.scaling)
+        plain = Logits(self.form.scaling)
         whole = scaled_dot_product_attention(self.q, k, v, attn_mask=self.mask(), scale=plain.scaling)
         twin = Case.__new__(Case)
         twin.__dict__.update(self.__dict__, form=plain)
@@ -145,7 +145,7 @@ def test_a_query_that_sees_nothing_is_zero() -> None:
     visible[:, :, 1] = True
     for dim in (4, 3):  # fused, plain
         for sinks in (None, torch.zeros(2)):
-            stream = Stream(q, Softmax(0.5, sinks=sinks))
+            stream = Stream(q, Logits(0.5, sinks=sinks))
             stream.add(k, k[..., :dim], visible)
             out = stream.finish()
             assert torch.equal(out[:, :, ::2], torch.zeros(1, 2, 2, dim))
@@ -156,7 +156,7 @@ def test_a_long_block_whose_first_records_are_hidden() -> None:
     # The fused kernel splits keys at 512 itself, and queries at 256.
     q, k, v = torch.randn(1, 2, 800, 8), torch.randn(1, 1, 1300, 8), torch.randn(1, 1, 1300, 8)
     visible = torch.arange(1300)[None, None, None] >= 700
-    stream = Stream(q, Softmax(1.0))
+    stream = Stream(q, Logits(1.0))
     stream.add(k[:, :, :650], v[:, :, :650], visible[..., :650])
     stream.add(k[:, :, 650:], v[:, :, 650:], visible[..., 650:])
     exact = (q.double() @ k[:, :, 700:].double().mT).softmax(-1) @ v[:, :, 700:].double()
@@ -166,7 +166,7 @@ def test_a_long_block_whose_first_records_are_hidden() -> None:
 def test_huge_logits_neither_overflow_nor_vanish() -> None:
     q, k, v = torch.full((1, 1, 1, 4), 100.0), torch.ones(1, 1, 6, 4), torch.randn(1, 1, 6, 4)
     for signs in ((1, -1), (-1, 1), (-1, -1)):
-        stream = Stream(q, Softmax(1.0))
+        stream = Stream(q, Logits(1.0))
         for i, sign in enumerate(signs):
             stream.add(sign * k[:, :, 3 * i : 3 * i + 3], v[:, :, 3 * i : 3 * i + 3], None)
         of = [i for i in range(2) if signs[i] == max(signs)]
@@ -175,11 +175,11 @@ def test_huge_logits_neither_overflow_nor_vanish() -> None:
 
 def test_what_the_fused_kernel_cannot_do_is_done_plainly() -> None:
     q, k, v = torch.randn(1, 1, 2, 3, 4), torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4)
-    form = Softmax(0.5)
+    form = Logits(0.5)
     if module._fused is not None:
         assert may_fuse(q, k, v, form)
     assert not may_fuse(q, k, v[..., :3], form)
-    assert not may_fuse(q, k, v, Softmax(0.5, 30.0))
+    assert not may_fuse(q, k, v, Logits(0.5, 30.0))
     # It would read the keys of the wrong records, without a word.
     turned = k.mT.contiguous().mT
     assert not may_fuse(q, turned, v, form)
@@ -191,7 +191,7 @@ def test_what_the_fused_kernel_cannot_do_is_done_plainly() -> None:
 
 def test_float64_stays() -> None:
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 5, 5))
-    stream = Stream(q, Softmax(0.5))
+    stream = Stream(q, Logits(0.5))
     stream.add(k[:, :, :2], v[:, :, :2], None)
     stream.add(k[:, :, 2:], v[:, :, 2:], None)
     got = stream.finish()
@@ -201,7 +201,7 @@ def test_float64_stays() -> None:
 
 def test_the_output_lies_as_a_model_wants_it() -> None:
     q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)
-    stream = Stream(q, Softmax(0.5))
+    stream = Stream(q, Logits(0.5))
     stream.add(k, k, None)
     assert stream.finish().transpose(1, 2).is_contiguous()
 
@@ -209,7 +209,7 @@ def test_the_output_lies_as_a_model_wants_it() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_an_empty_block_changes_nothing(causal: bool) -> None:
     q, k = torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4)
-    streams = [Stream(q, Softmax(0.5)) for _ in range(2)]
+    streams = [Stream(q, Logits(0.5)) for _ in range(2)]
     streams[0].add(k[:, :, :0], k[:, :, :0], None)
     for stream in streams:
         stream.add(k, k, None, causal=causal)

@@ -86,7 +86,7 @@ def test_it_keeps_cap_books_and_lengths(method: Method, near: Any) -> None:
     assert receipt.context_tokens == 65
     assert receipt.read_fraction <= method.fraction + 1e-9  # type: ignore[operator]
     store = cache.recipe.store
-    books = sum(hot.size.book_bytes for hot in store.hot.values())
+    books = sum(hot.size.metadata_bytes for hot in store.recently_used.values())
     assert store.host.used == sum(rows.n_bytes for rows in store.pool.values()) + books
     for p in tape.decode():
         for positions, valid in p.reads.values():

@@ -1,4 +1,4 @@
-"""Tiers against plain tensors: whatever is done in whatever order, what is read is what was stored.
+"""Store against plain tensors: whatever is done in whatever order, what is read is what was stored.
 
 One machine, several configurations. To add an operation, add a rule that does it to `self.store` and to
 `self.model`; the invariants run after every rule.
@@ -29,7 +29,7 @@ from farkv.store.far.quantize import Codec
 from farkv.store.records import Fetch, Keep, Needs, SavedText, StoreLimits
 from farkv.store.sizes import LayerShape, NearNeed
 from farkv.store.spare import Pass, admit_hot
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 from tests.store.far.test_page_cache import check_copies
 
 LAYERS, HEADS, D, DV, WINDOW = (0, 1), 2, 4, 3, 2
@@ -119,9 +119,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.space = DiskSpace(Path(self.folder.name), None) if self.case.disk else None
         case = self.case
         limits = StoreLimits(case.near, case.host, disk=self.space, evict=case.evict, quant=case.quant)
-        self.store = Tiers(list(LAYERS), limits, CPU, Needs(WINDOW, evicts=case.evicts, holds=case.holds))
+        self.store = Store(list(LAYERS), limits, CPU, Needs(WINDOW, evicts=case.evicts, holds=case.holds))
         self.model = Model(batch)
-        self.twin: tuple[Tiers, Model] | None = None
+        self.twin: tuple[Store, Model] | None = None
 
     def teardown(self) -> None:
         if hasattr(self, "held"):
@@ -312,7 +312,7 @@ class StoreMachine(RuleBasedStateMachine):
         write_saved(path, {}, tails, list_pages(old, form), n_pages * HEADS * len(LAYERS), form.n_bytes)
         saved = Saved.open(path)
         text = SavedText(saved.reader, saved.n_pages, form)
-        new = Tiers(list(LAYERS), old.limits._replace(saved=text), CPU, Needs(WINDOW))
+        new = Store(list(LAYERS), old.limits._replace(saved=text), CPU, Needs(WINDOW))
         new.open_pages(self.shape(), torch.float32)
         try:
             admit(new, self.shape(), dict.fromkeys(LAYERS, length + 1), self.need(), n_new=1)
@@ -334,20 +334,20 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.twin is not None
         self.twin, (self.store, self.model) = (self.store, self.model), self.twin
 
-    @precondition(lambda self: self.store.frames is not None)
+    @precondition(lambda self: self.store.page_cache is not None)
     @rule(room=st.integers(0, 20), piece=st.integers(1, 8))
     def resize(self, room: int, piece: int) -> None:
-        frames = self.store.frames
+        frames = self.store.page_cache
         assert frames is not None
         # Under a limit there is never more room than was admitted.
         frames.resize(min(room, frames.room) if self.case.host else room, min(piece, frames.piece))
 
     @precondition(lambda self: self.case.holds and self.model.length > 0)
     @rule(layer=st.sampled_from(LAYERS), n=st.integers(1, MOST_CHOSEN))
-    def hold_near(self, layer: int, n: int) -> None:
+    def pin(self, layer: int, n: int) -> None:
         n = min(n, self.model.length)
         noise = torch.rand(self.model.batch, HEADS, self.model.length, generator=self.torch)
-        self.store.hold_near(layer, noise.argsort(-1)[..., :n])
+        self.store.pin(layer, noise.argsort(-1)[..., :n])
 
     # --- what must always hold ------------------------------------------------------------------------------
 
@@ -371,8 +371,8 @@ class StoreMachine(RuleBasedStateMachine):
         stores = [self.store, *([self.twin[0]] if self.twin else [])]
         for store in stores:
             check_hot(store)
-            if store.frames is not None:
-                check_copies(store.frames)
+            if store.page_cache is not None:
+                check_copies(store.page_cache)
         if self.space is not None:
             files = {id(s.frames.pages.file): s.frames.pages.file for s in stores if s.frames is not None}
             assert self.space.ledger.used == sum(f.n_pages * f.page_bytes for f in files.values() if f is not None)
@@ -382,26 +382,26 @@ def count_bytes(tensors: list[Any]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors if t is not None)
 
 
-def count_near(store: Tiers) -> int:
+def count_near(store: Store) -> int:
     """Return the bytes of everything near, by the tensors themselves."""
-    held = [h.rows.data for h in (*store.held.values(), *store.hot.values())]
-    return count_bytes([t.data for t in store.tails.values()] + list(store.buffers._areas) + held)
+    held = [h.rows.data for h in (*store.pinned.values(), *store.recently_used.values())]
+    return count_bytes([t.data for t in store.windows.values()] + list(store.buffers._areas) + held)
 
 
-def count_host(store: Tiers) -> int:
+def count_host(store: Store) -> int:
     """Return the bytes of the pool and its books, by the tensors themselves."""
     pool: list[Any] = [part.data for rows in store.pool.values() for part in parts_of(rows)]
     pool += [rows.data for kept in store.kept.values() for rows in (kept.places, kept.marks)]
-    pool += [held.slots.data for held in store.held.values()]
-    pool += [books for hot in store.hot.values() for books in hot.books]
-    if store.frames is None:
+    pool += [held.slots.data for held in store.pinned.values()]
+    pool += [books for hot in store.recently_used.values() for books in hot.books]
+    if store.page_cache is None:
         return count_bytes(pool)
-    return count_bytes([*pool, store.frames.scratch]) + store.frames.used * store.frames.pages.form.n_bytes
+    return count_bytes([*pool, store.page_cache.scratch]) + store.page_cache.used * store.page_cache.pages.form.n_bytes
 
 
-def check_hot(store: Tiers) -> None:
+def check_hot(store: Store) -> None:
     """Every copy in a hot set that can be found is its record's."""
-    for layer, hot in store.hot.items():
+    for layer, hot in store.recently_used.items():
         head, slot = (hot.owner >= 0).nonzero(as_tuple=True)
         at = hot.owner[head, slot].long()
         assert (at < store.length(layer)).all()

@@ -14,7 +14,7 @@ from farkv.kernels.native import load_native
 from farkv.store.admission import admit
 from farkv.store.far.rows import gather_rows
 from farkv.store.ledger import Ledger
-from farkv.store.near.buffers import Tail
+from farkv.store.near.buffers import RecentWindow
 from farkv.store.records import Needs, StoreLimits
 from farkv.store.sizes import (
     LayerShape,
@@ -24,15 +24,15 @@ from farkv.store.sizes import (
     fetched_bytes,
     grow_capacity,
 )
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 
 B, HKV, D, DV = 2, 2, 4, 3
 CPU = torch.device("cpu")
 SHAPE = LayerShape(B, HKV, D, DV, 4)
 
 
-def fill(near: int | None, tokens: int = 30, window: int = 3) -> tuple[Tiers, torch.Tensor, torch.Tensor, list[int]]:
-    store = Tiers([0, 1], StoreLimits(near), CPU, Needs(window))
+def fill(near: int | None, tokens: int = 30, window: int = 3) -> tuple[Store, torch.Tensor, torch.Tensor, list[int]]:
+    store = Store([0, 1], StoreLimits(near), CPU, Needs(window))
     moved: list[int] = []
     store.on_fetch = moved.append
     k, v = torch.randn(2, B, HKV, tokens, D), torch.randn(2, B, HKV, tokens, DV)
@@ -141,7 +141,7 @@ def test_crop_select_and_clear_keep_reads_right() -> None:
 
 @given(st.integers(1, 5), st.lists(st.tuples(st.booleans(), st.integers(1, 14)), max_size=12))
 def test_the_tail_holds_the_newest(n: int, moves: list[tuple[bool, int]]) -> None:
-    tail = Tail(Ledger("near"), CPU, n)
+    tail = RecentWindow(Ledger("near"), CPU, n)
     model = torch.empty(1, 1, 0, 2)
     for count, (push, size) in enumerate(moves):
         if push:
@@ -159,7 +159,7 @@ def test_the_tail_holds_the_newest(n: int, moves: list[tuple[bool, int]]) -> Non
 
 
 def test_admit_refuses_before_anything_is_stored() -> None:
-    store = Tiers([0, 1], StoreLimits(near=500, host=2000), CPU, Needs(1))
+    store = Store([0, 1], StoreLimits(near=500, host=2000), CPU, Needs(1))
     enough = NearNeed(index=100, window=100, prefill=300, decode=200)
     with pytest.raises(CapacityError, match="host limit"):
         admit(store, SHAPE, dict.fromkeys((0, 1), 2000 // (2 * SHAPE.token_bytes) + 1), enough)

@@ -22,7 +22,8 @@ from farkv.bench.shapes import SHAPES, ModelShape, format_tokens
 from farkv.bench.timing import measure_interleaved, summarize
 from farkv.calibrate.crossover import read_cpu_model, save_crossover
 from farkv.config import InfiniGen
-from farkv.kernels.native import IndexView, Logits, Native, Rows
+from farkv.kernels.native import IndexView, Native, Rows
+from farkv.math.logits import Logits
 from farkv.methods.contract import Place
 from farkv.methods.infinigen import InfiniGenRecipe
 from farkv.receipt import Account

@@ -12,7 +12,8 @@ from farkv.bench.case import Case, Traffic
 from farkv.bench.fill import CHUNK_TOKENS, KVSource
 from farkv.bench.torch_attention import Attention
 from farkv.config import InfiniGen
-from farkv.kernels.native import Logits, Native, Rows
+from farkv.kernels.native import Native, Rows
+from farkv.math.logits import Logits
 from farkv.methods import make_recipe
 from farkv.methods.contract import Fast, Place, Query, Step
 from farkv.methods.infinigen import InfiniGenRecipe

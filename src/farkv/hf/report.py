@@ -14,7 +14,7 @@ from farkv.hf.cache import FarCache, FarLayer
 from farkv.methods.contract import Levers, Setting
 from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times
 from farkv.store.records import StoreLimits
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 
 
 def name_method(method: Method, levers: Levers) -> str:
@@ -80,7 +80,7 @@ def make_limits(limits: StoreLimits) -> Limits:
     return Limits(limits.near, limits.host, None if limits.disk is None else limits.disk.ledger.limit)
 
 
-def make_quant(store: Tiers) -> Quant:
+def make_quant(store: Store) -> Quant:
     """Return how records are stored in each tier, and the largest error of any of their values."""
     name = store.limits.quant
     if name is None:

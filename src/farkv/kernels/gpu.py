@@ -17,7 +17,8 @@ import torch
 
 from farkv._axes import Float, Int, Tensor
 from farkv.errors import CacheStateError
-from farkv.kernels.native import IndexView, Logits, Rows
+from farkv.kernels.native import IndexView, Rows
+from farkv.math.logits import Logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("plain", "int8", "int4")

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from farkv._axes import Tensor
-from farkv.kernels.native import Logits, Rows
+from farkv.kernels.native import Rows
+from farkv.math.logits import Logits
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Values of a group in coded rows, as store/quantize.py writes them.

@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 
 from farkv._axes import Int, Tensor
-from farkv.kernels.native import IndexView, Logits
+from farkv.kernels.native import IndexView
+from farkv.math.logits import Logits
 
 LOG2E = tl.constexpr(math.log2(math.e))
 BINS = tl.constexpr(2048)

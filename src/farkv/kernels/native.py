@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Float, Float32, Int, Tensor
+from farkv.math.logits import Logits
 from farkv.errors import CacheStateError, ConfigError
 from farkv.kernels.native_abi import (
     BAD_POSITION,
@@ -44,13 +45,6 @@ class IndexView(NamedTuple):
     bits: int
     query: Float32[Tensor, "b Hkv D R"]
     scale: Float32[Tensor, "B Hkv 1 R"]
-
-
-class Logits(NamedTuple):
-    """How a logit is formed: softcap(scaling * q . k)."""
-
-    scaling: float
-    softcap: float | None = None
 
 
 class Rows(NamedTuple):

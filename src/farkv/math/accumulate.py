@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Float, Float32, Tensor
-from farkv.math.importance import Form, walk_weights
+from farkv.math.logits import Logits
+from farkv.math.importance import walk_weights
 
 # Queries whose weights are held at a time, on a block of keys.
 QUERIES_AT_ONCE = 64
@@ -21,7 +22,7 @@ def add_weights(
     q: Float[Tensor, "B Hq T D"],
     k: Float[Tensor, "B Hkv S D"],
     visible: Bool[Tensor, "B h S"] | None,
-    form: Form,
+    logits: Logits,
 ) -> None:
     """Add to every record the weight that the queries of the newest T of S tokens give it, in place:
 
@@ -44,5 +45,5 @@ def add_weights(
     for some in q.split(QUERIES_AT_ONCE, 2):
         end += some.shape[2]
         seen = None if visible is None else visible[..., :end]
-        for at, weights in walk_weights(some, k[:, :, :end], seen, form, 3):
+        for at, weights in walk_weights(some, k[:, :, :end], seen, logits, 3):
             sums[..., at] += weights.mean(2)

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 import torch
 
 from farkv._axes import Bool, Float, Float32, Int, Tensor
+from farkv.math.logits import Logits
 
 
 def weigh_keys(
     q: Float[Tensor, "B Hq T D"],
     k: Float[Tensor, "B Hkv S D"],
     visible: Bool[Tensor, "B T S"] | None,
-    scaling: float,
-    softcap: float | None = None,
+    logits: Logits,
 ) -> Float32[Tensor, "B Hkv G T S"]:
     """Return softmax(scaling * q k^T) of every query head, grouped by KV head, in float32.
 
@@ -25,20 +25,17 @@ def weigh_keys(
     """
     batch, kv_heads, _, dim = k.shape
     grouped = q.float().reshape(batch, kv_heads, -1, q.shape[2], dim)
-    logits = grouped @ k.float()[:, :, None].mT * scaling
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    scores = logits.cap(grouped @ k.float()[:, :, None].mT * logits.scaling)
     if visible is not None:
-        logits = logits.masked_fill(~visible[:, None, None], -torch.inf)
-    return logits.softmax(-1)
+        scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    return scores.softmax(-1)
 
 
 def weigh_rows(
     q: Float[Tensor, "B Hq T D"],
     keys: Iterable[Float[Tensor, "B Hkv n D"]],
     visible: Bool[Tensor, "b h t K"] | None,
-    scaling: float,
-    softcap: float | None = None,
+    logits: Logits,
 ) -> Float32[Tensor, "B Hkv T K"]:
     """Return the softmax weights of some records, which may differ from head to head, mean over the query group.
 
@@ -50,14 +47,12 @@ def weigh_rows(
     parts: list[Tensor] = []
     for k in keys:
         grouped = q.float().reshape(k.shape[0], k.shape[1], -1, q.shape[2], k.shape[-1])
-        parts.append(grouped @ k.float()[:, :, None].mT * scaling)
-    logits = torch.cat(parts, -1)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+        parts.append(grouped @ k.float()[:, :, None].mT * logits.scaling)
+    scores = logits.cap(torch.cat(parts, -1))
     if visible is not None:
-        logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
+        scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
     # A query of padding sees nothing: it has no weights to give.
-    return logits.softmax(-1).nan_to_num(0.0).mean(2)
+    return scores.softmax(-1).nan_to_num(0.0).mean(2)
 
 
 def measure_mass(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Float, Float32, Tensor
+from farkv.math.logits import Logits
 
 
 def bound_pages(
@@ -38,7 +39,7 @@ def bound_pages(
 
 
 def score_bounds(
-    q: Float[Tensor, "B Hq 1 D"], bounds: Float[Tensor, "B Hkv P D2"], scaling: float, softcap: float | None
+    q: Float[Tensor, "B Hq 1 D"], bounds: Float[Tensor, "B Hkv P D2"], logits: Logits
 ) -> Float32[Tensor, "B Hkv G P"]:
     """Return the largest logit that a page may hold: scaling * sum_d max(q_d min_d, q_d max_d).
 
@@ -52,8 +53,7 @@ def score_bounds(
     batch, kv_heads = bounds.shape[:2]
     grouped = q.float().reshape(batch, kv_heads, -1, q.shape[-1])
     parts = torch.cat([grouped.clamp(max=0), grouped.clamp(min=0)], -1)
-    scores = parts @ bounds.float().mT * scaling
-    return softcap * torch.tanh(scores / softcap) if softcap else scores
+    return logits.cap(parts @ bounds.float().mT * logits.scaling)
 
 
 def mark_pages(valid: Bool[Tensor, "b h S"], page: int) -> Bool[Tensor, "b h P"]:

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import avg_pool1d
 
 from farkv._axes import Bool, Float, Float32, Tensor
+from farkv.math.logits import Logits
 from farkv.errors import CacheStateError, ConfigError
 
 Scorer = Literal["window", "expected", "value"]
@@ -36,13 +37,6 @@ class Observed(NamedTuple):
     window: Float[Tensor, "B Hq w D"]
     mean: Float32[Tensor, "B Hq D"] | None
     covariance: Float32[Tensor, "B Hq D D"] | None
-
-
-class Form(NamedTuple):
-    """How logits are formed: softcap(scaling * q . k)."""
-
-    scaling: float
-    softcap: float | None
 
 
 @torch.no_grad()
@@ -100,7 +94,7 @@ def score_records(
     k: Float[Tensor, "B Hkv S D"],
     v: Float[Tensor, "B Hkv S Dv"],
     visible: Bool[Tensor, "B h S"] | None,
-    form: Form,
+    logits: Logits,
     *,
     pool: int = 7,
     per_query_head: bool = False,
@@ -130,7 +124,7 @@ def score_records(
     Source: "window" XKV's released code (SnapKV); deviation: the mean over the query group, because KV is kept per KV
     head. "value" CriticalKV, LAVa; deviation: the norm of v, not of W_O v, because a cache knows no output projection.
     "expected" Expected Attention; deviations: the moments are of the last 512 queries after RoPE, in place of
-    statistics before RoPE turned ahead by 512 positions; a softcap, which leaves no closed form, is left out.
+    statistics before RoPE turned ahead by 512 positions; a softcap, which leaves no closed logits, is left out.
     """
     if pool < 1 or pool % 2 == 0:
         raise ConfigError(f"the pooling width was {pool}; it must be odd to be centred on a record: set it to 7")
@@ -139,9 +133,9 @@ def score_records(
         heads = observed.window.shape[1] if per_query_head else k.shape[1]
         return k.new_zeros(k.shape[0], heads, 0, dtype=torch.float32)
     if scorer == "expected":
-        scores = _expect(observed, k[:, :, :n], visible, form, per_query_head)
+        scores = _expect(observed, k[:, :, :n], visible, logits, per_query_head)
     else:
-        scores = _sum_window(observed, k, visible, form, per_query_head)
+        scores = _sum_window(observed, k, visible, logits, per_query_head)
         scores = avg_pool1d(scores.flatten(0, 2), pool, stride=1, padding=pool // 2).view_as(scores)
     if scorer != "window":
         scores.mul_(_measure_values(v, visible)[:, :, None, :n])
@@ -167,7 +161,7 @@ def sort_gains(scores: Float32[Tensor, "B H N"]) -> Float32[Tensor, "B N"]:
 
 @torch.no_grad()
 def measure_spread(
-    observed: Observed, k: Float[Tensor, "B Hkv S D"], visible: Bool[Tensor, "B h S"] | None, form: Form
+    observed: Observed, k: Float[Tensor, "B Hkv S D"], visible: Bool[Tensor, "B h S"] | None, logits: Logits
 ) -> Float32[Tensor, "B S"]:
     """Return the gain curve of a selector that chooses anew at every step.
 
@@ -188,7 +182,7 @@ def measure_spread(
         end += some.shape[2]
         seen = None if visible is None else visible[..., :end]
         weights = k.new_empty(*k.shape[:2], some.shape[2], end, dtype=torch.float32)
-        for at, block in walk_weights(some, k[:, :, :end], seen, form, 2):
+        for at, block in walk_weights(some, k[:, :, :end], seen, logits, 2):
             weights[..., at] = block
         curve[:, :end] += weights.sort(-1, descending=True).values.sum((1, 2), dtype=torch.float64)
     return _normalise(curve)
@@ -204,7 +198,7 @@ def _split(n: int, size: int) -> Iterator[slice]:
 
 
 def walk_weights(
-    window: Tensor, k: Tensor, visible: Tensor | None, form: Form, dim: int
+    window: Tensor, k: Tensor, visible: Tensor | None, how: Logits, dim: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the softmax weights [B, Hkv, G, w, n] of the last w queries, summed over `dim`, by blocks of n keys.
 
@@ -212,14 +206,14 @@ def walk_weights(
     """
     n_tokens = k.shape[2]
     # Scaling the few queries, and not the logits, saves a walk over every block.
-    q = (window.float() * form.scaling).unflatten(1, (k.shape[1], -1))
+    q = (window.float() * how.scaling).unflatten(1, (k.shape[1], -1))
     padded = None if visible is None else ~visible[:, :, None, n_tokens - window.shape[2] :]
     if padded is not None:
         q.masked_fill_(padded[..., None], 0.0)  # what a model leaves there may be no number
     peak = q.new_full((), torch.finfo(torch.float32).min)
     total = torch.zeros_like(peak)
     for at in _split(n_tokens, BLOCK):
-        logits = _form_logits(q, k, visible, form.softcap, at)
+        logits = _form_logits(q, k, visible, how, at)
         higher = torch.maximum(peak, logits.amax(-1))
         total = total * (peak - higher).exp() + logits.sub_(higher[..., None]).exp_().sum(-1)
         peak = higher
@@ -228,15 +222,13 @@ def walk_weights(
     if padded is not None:
         log_sum.masked_fill_(padded, torch.inf)  # all its weights are 0; a real query sees itself at least
     for at in _split(n_tokens, BLOCK):
-        yield at, _form_logits(q, k, visible, form.softcap, at).sub_(log_sum[..., None]).exp_().sum(dim)
+        yield at, _form_logits(q, k, visible, how, at).sub_(log_sum[..., None]).exp_().sum(dim)
 
 
-def _form_logits(q: Tensor, k: Tensor, visible: Tensor | None, softcap: float | None, at: slice) -> Tensor:
+def _form_logits(q: Tensor, k: Tensor, visible: Tensor | None, how: Logits, at: slice) -> Tensor:
     """Return the logits [B, Hkv, G, w, n] of the last w queries, scaled, on a block of keys; -inf where unseen."""
     n_tokens, w = k.shape[2], q.shape[3]
-    logits = (q.flatten(2, 3) @ k[:, :, at].float().mT).unflatten(2, q.shape[2:4])
-    if softcap:
-        logits.div_(softcap).tanh_().mul_(softcap)
+    logits = how.cap_((q.flatten(2, 3) @ k[:, :, at].float().mT).unflatten(2, q.shape[2:4]))
     if visible is not None:
         logits.masked_fill_(~visible[:, :, None, None, at], -torch.inf)
     if at.stop > n_tokens - w:
@@ -246,21 +238,21 @@ def _form_logits(q: Tensor, k: Tensor, visible: Tensor | None, softcap: float | 
     return logits
 
 
-def _sum_window(observed: Observed, k: Tensor, visible: Tensor | None, form: Form, per_query_head: bool) -> Tensor:
+def _sum_window(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logits, per_query_head: bool) -> Tensor:
     """Return the window's summed weights [B, Hkv, G or 1, N] on the records before it."""
     window = observed.window
     batch, kv_heads = k.shape[:2]
     n = k.shape[2] - window.shape[2]
     groups = window.shape[1] // kv_heads if per_query_head else 1
     scores = k.new_empty(batch, kv_heads, groups, n, dtype=torch.float32)
-    for at, weights in walk_weights(window, k, visible, form, 3):
+    for at, weights in walk_weights(window, k, visible, logits, 3):
         held = weights if per_query_head else weights.mean(2, keepdim=True)
         # The last blocks reach into the window, whose columns are dropped.
         scores[..., at] = held[..., : max(n - at.start, 0)]
     return scores
 
 
-def _expect(observed: Observed, k: Tensor, visible: Tensor | None, form: Form, per_query_head: bool) -> Tensor:
+def _expect(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logits, per_query_head: bool) -> Tensor:
     """Return the weights [B, Hkv, G or 1, N] that Gaussian queries are expected to give."""
     mean, covariance = observed.mean, observed.covariance
     if mean is None or covariance is None:
@@ -270,8 +262,8 @@ def _expect(observed: Observed, k: Tensor, visible: Tensor | None, form: Form, p
         )
     batch, kv_heads, n, dim = k.shape
     # One product for the whole group: its covariances side by side, [D, G D].
-    sides = covariance.view(batch, kv_heads, -1, dim, dim).transpose(2, 3).flatten(3) * (form.scaling**2 / 2)
-    shift = mean.view(batch, kv_heads, 1, -1, dim) * form.scaling
+    sides = covariance.view(batch, kv_heads, -1, dim, dim).transpose(2, 3).flatten(3) * (logits.scaling**2 / 2)
+    shift = mean.view(batch, kv_heads, 1, -1, dim) * logits.scaling
     logs = k.new_empty(batch, kv_heads, shift.shape[3], n, dtype=torch.float32)
     # The products are D wide where the window's logits are w: shorter blocks hold as much.
     for at in _split(n, max(BLOCK * observed.window.shape[2] // dim, 64)):

@@ -10,7 +10,7 @@ import torch
 from farkv._axes import Float, Float32, Int, Tensor
 
 
-def join_marks(
+def join_scores(
     scores: Float32[Tensor, "B Hkv N"], marks: Float[Tensor, "B Hkv S"] | None
 ) -> Float32[Tensor, "B Hkv N"]:
     """Return the larger of a record's new score and its old mark: what was important once is not forgotten at once."""

@@ -8,22 +8,23 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Float, Float32, Int8, Tensor
+from farkv.math.logits import Logits
 
 
 def project_query(
     q: Float[Tensor, "B Hq 1 D"],
     query: Float32[Tensor, "b Hkv D R"],
     scale: Float32[Tensor, "B Hkv 1 R"],
-    scaling: float,
+    logits: Logits,
 ) -> Float32[Tensor, "B Hkv G R"]:
     """Return q A_q with the softmax scaling and the codes' scale folded in. Cost: 2 Hq D R operations."""
     batch, kv_heads = scale.shape[:2]
     grouped = q.float().reshape(batch, kv_heads, -1, q.shape[-1])
-    return (grouped @ query) * (scale * scaling)
+    return (grouped @ query) * (scale * logits.scaling)
 
 
 def score_index(
-    projected: Float32[Tensor, "B Hkv G R"], codes: Tensor, softcap: float | None
+    projected: Float32[Tensor, "B Hkv G R"], codes: Tensor, logits: Logits
 ) -> Float32[Tensor, "B Hkv G S"]:
     """Return estimated attention logits, up to a constant per query.
 
@@ -33,7 +34,7 @@ def score_index(
     Cost: S * R * itemsize index bytes read per KV head; 2 Hq S R operations.
     """
     scores = projected @ codes.float().mT
-    return softcap * torch.tanh(scores / softcap) if softcap else scores
+    return logits.cap(scores)
 
 
 def unpack_codes(packed: Int8[Tensor, "B Hkv S R2"], bits: int = 4) -> Int8[Tensor, "B Hkv S R"]:
@@ -71,9 +72,9 @@ def pool_group_by_best(
 
 
 def score_keys(
-    q: Float[Tensor, "B Hq 1 D"], k: Float[Tensor, "B Hkv S D"], scaling: float, softcap: float | None
+    q: Float[Tensor, "B Hq 1 D"], k: Float[Tensor, "B Hkv S D"], logits: Logits
 ) -> Float32[Tensor, "B Hkv G S"]:
     """Return the true logits of a query over full keys, for the oracle. Cost: every key is read."""
     batch, kv_heads = k.shape[:2]
-    scores = q.float().reshape(batch, kv_heads, -1, q.shape[-1]) @ k.float().mT * scaling
-    return softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = q.float().reshape(batch, kv_heads, -1, q.shape[-1]) @ k.float().mT * logits.scaling
+    return logits.cap(scores)

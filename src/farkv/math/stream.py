@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Bool, Float, Tensor
+from farkv.math.logits import Logits
 
 # Scores, or mask values, that are held at once: a few megabytes stay in the cache.
 TILE_BYTES = 8 * 2**20
@@ -21,14 +22,6 @@ TILE_BYTES = 8 * 2**20
 # not public: where a release has it no more, the plain path does everything, as it does on a GPU, whose fused
 # kernels have other rules for masks and alignment.
 _fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-
-
-class Softmax(NamedTuple):
-    """How weights are formed: softmax(softcap(scaling * q . k)); `sinks` are logits in the denominator alone."""
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Float[Tensor, " Hq"] | None = None
 
 
 class Part(NamedTuple):
@@ -46,8 +39,8 @@ class Stream:
     the fused kernel the block in float32, 4 B Hkv n (D + Dv) bytes.
     """
 
-    def __init__(self, q: Float[Tensor, "B Hq T D"], form: Softmax):
-        self.q, self.form = q, form
+    def __init__(self, q: Float[Tensor, "B Hq T D"], logits: Logits):
+        self.q, self.logits = q, logits
         # The sums are float32 whatever the model's dtype is; float64 stays.
         self.dtype = torch.promote_types(q.dtype, torch.float32)
         # The largest lse so far; with it sum_blocks exp(lse - top) out, and the same without out. No block yet: None.
@@ -78,7 +71,7 @@ class Stream:
         if n == 0:
             return
         seen = group_mask(visible, q)
-        fused = may_fuse(q, k, v, self.form)
+        fused = may_fuse(q, k, v, self.logits)
         if not fused:
             # Deliberate copies: the plain path computes in float32.
             k, v = k.to(self.dtype), v.to(self.dtype)
@@ -91,7 +84,7 @@ class Stream:
             # The queries of one group stand below one another, so that no key or value is repeated: a copy of theirs.
             now = q[:, :, :, rows]
             mask = fold_mask(mask, now)
-            self._merge(attend(now.flatten(2, 3), k[:, :, :end], v[:, :, :end], mask, self.form), rows)
+            self._merge(attend(now.flatten(2, 3), k[:, :, :end], v[:, :, :end], mask, self.logits), rows)
 
     def finish(self) -> Float[Tensor, "B Hq T Dv"]:
         """Return the attention output in the queries' dtype, zero for a query that saw nothing; the stream ends.
@@ -100,9 +93,9 @@ class Stream:
         """
         assert self.sums is not None
         top, weight, total = self.sums
-        if self.form.sinks is not None:
+        if self.logits.sinks is not None:
             # A sink is a record whose value is zero.
-            lse = self.form.sinks.to(self.dtype).unflatten(0, top.shape[1:3])[None, ..., None].expand_as(top)
+            lse = self.logits.sinks.to(self.dtype).unflatten(0, top.shape[1:3])[None, ..., None].expand_as(top)
             self._merge(Part(torch.zeros_like(total).flatten(2, 3), lse.flatten(2, 3)), slice(None))
         # The block on top has weight exp(0): less than 1 is 0, of a query that saw nothing.
         return total.div_(weight.clamp_min(1)[..., None]).to(self.q.dtype).flatten(1, 2)
@@ -128,12 +121,12 @@ class Stream:
         top.copy_(new)
 
 
-def may_fuse(q: Tensor, k: Tensor, v: Tensor, form: Softmax) -> bool:
+def may_fuse(q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> bool:
     """Say whether the fused kernel knows this case; it reads wrong values where the last stride is not 1."""
     return (
         _fused is not None
         and q.device.type == "cpu"
-        and form.softcap is None
+        and logits.softcap is None
         and q.dtype == k.dtype == v.dtype
         and q.shape[-1] == k.shape[-1] == v.shape[-1]
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
@@ -145,14 +138,14 @@ def attend_fused(
     k: Float[Tensor, "B Hkv n D"],
     v: Float[Tensor, "B Hkv n D"],
     mask: Bool[Tensor, "b h #r n"] | None,
-    form: Softmax,
+    logits: Logits,
 ) -> Part:
     """Attend with torch's fused kernel. Cost: the mask in the dtype of the queries."""
     assert _fused is not None
     if mask is None:
-        return Part(*_fused(q, k, v, scale=form.scaling))
+        return Part(*_fused(q, k, v, scale=logits.scaling))
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
-    out, lse = _fused(q, k, v, attn_mask=bias.expand(-1, -1, q.shape[2], -1), scale=form.scaling)
+    out, lse = _fused(q, k, v, attn_mask=bias.expand(-1, -1, q.shape[2], -1), scale=logits.scaling)
     # For a query that sees nothing the kernel's log-sum-exp is 0, as if it had seen one record.
     empty = ~mask.any(-1)
     return Part(out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf))
@@ -163,12 +156,11 @@ def attend_plain(
     k: Float[Tensor, "B Hkv n D"],
     v: Float[Tensor, "B Hkv n Dv"],
     mask: Bool[Tensor, "b h #r n"] | None,
-    form: Softmax,
+    logits: Logits,
 ) -> Part:
     """Attend in plain operations, in the dtype of the keys. Cost: the scores, B Hkv r n."""
-    scores = (q.to(k.dtype) * form.scaling) @ k.mT
-    if form.softcap:
-        scores.div_(form.softcap).tanh_().mul_(form.softcap)
+    scores = (q.to(k.dtype) * logits.scaling) @ k.mT
+    logits.cap_(scores)
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
     top = scores.amax(-1, keepdim=True)

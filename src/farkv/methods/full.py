@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from farkv.config import Full
-from farkv.methods.contract import Place
-from farkv.methods.sparse import SparseRecipe
+from dataclasses import dataclass
+
+from farkv.errors import ConfigError
+from farkv.methods.base import Selector
 
 
-class FullRecipe(SparseRecipe):
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Attend to every record: the reference. With a near limit each layer is copied near, in turn, at every step."""
+
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.fraction != 1.0:
+            raise ConfigError(f"fraction: full attention reads all, expected 1.0, got {self.fraction!r}")
+
+
+class FullSelector(Selector):
     """Reads every record of every layer at every step."""
-
-    def __init__(self, place: Place, config: Full):
-        super().__init__(place, fraction=config.fraction, sinks=0, window=0)
 
     def reads_all(self, layer: int) -> bool:
         """Every layer is dense."""

@@ -42,7 +42,7 @@ def join_recipes(recipe: Recipe, other: Recipe) -> None:
     admit_join(recipe.store, shape, room, recipe.near_need(shape, room, (1, 1)))
     for each in (recipe, other):
         # What was hot would take the room of the joined index.
-        each.store.drop_hot()
+        each.store.drop_recently_used()
     recipe.padding.set(join_real(recipe, other, n_tokens))
     recipe.shape = shape
     recipe.pending.clear()

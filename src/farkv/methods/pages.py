@@ -12,102 +12,107 @@ they are made anew from the store.
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any
 
-from farkv._axes import Float, Int, Tensor
-from farkv.config import Pages
+from farkv._axes import Bool, Float, Float32, Tensor
+from farkv.config import check_counts, check_fraction
+from farkv.errors import ConfigError
 from farkv.math.bounds import bound_pages, mark_pages, rank_tokens, score_bounds
 from farkv.math.score import pool_group
-from farkv.math.select import Choice, force_sinks
-from farkv.methods.contract import Budget, Place, Query, Step
-from farkv.methods.sparse import SparseRecipe
+from farkv.math.step import Query, Step
+from farkv.methods.base import Place, Records, Selector
 from farkv.store.near.bounds import PageBounds
 from farkv.store.sizes import LayerShape
-from farkv.store.tiers import BLOCK_TOKENS
 
 # Capacities are multiples of so many tokens.
 GROWTH_TOKENS = 64
+# Keys whose bounds are made at once where they were stored before.
+BLOCK_TOKENS = 1024
 
 
-class PagesRecipe(SparseRecipe):
+@dataclass(frozen=True, kw_only=True)
+class Pages:
+    """Attend to the pages whose key bounds promise the largest logit (Quest): chosen anew at every step.
+
+    Args:
+        fraction: hard cap on the KV bytes read per step.
+        page: tokens of a page (Quest's: 16).
+        sinks, window: first and recent tokens that are always read.
+    """
+
+    fraction: float = 0.1
+    page: int = 16
+    sinks: int = 4
+    window: int = 16
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction)
+        check_counts(sinks=self.sinks, window=self.window)
+        if not isinstance(self.page, int) or self.page < 1:
+            raise ConfigError(f"page: expected at least 1 token, got {self.page!r}")
+
+
+class PagesSelector(Selector):
     """Reads sinks, the window and the best pages by the true query."""
 
-    def __init__(self, place: Place, config: Pages):
-        super().__init__(place, fraction=config.fraction, sinks=config.sinks, window=config.window)
-        self.config, self.page = config, config.page
-        reserve = place.limits.reserve_tokens
-        self.index = {i: PageBounds(self.store.index, place.device, reserve, config.page) for i in place.layers}
+    def __init__(self, config: Any, place: Place):
+        super().__init__(config, place)
+        self.page: int = config.page
+        reserve = place.reserve_tokens
+        self.bounds = {i: PageBounds(place.index, place.device, reserve, config.page) for i in place.layers}
+        self.followers = dict(self.bounds)
 
     # --- as tokens come -------------------------------------------------------------------------------------
 
-    def observe(self, layer: int, step: Step) -> None:
+    def observe(self, records: Records, step: Step) -> None:
         """Add new keys to the bounds. Coded ones wait until they are scored: their bounds are those of what is read."""
-        n_old = self.store.length(layer) - step.k.shape[2]
-        if self.index[layer].length == n_old and layer not in self.store.codecs:
-            self.add_keys(layer, step.k)
+        if self.bounds[records.layer].length == records.length - step.n_new and not records.is_coded:
+            self._add_keys(records, step.k)
 
-    def catch_up(self, layer: int, n_tokens: int) -> None:
-        """Bring a layer's bounds up to `n_tokens`, a block at a time: something was taken back, or is coded."""
-        index = self.index[layer]
-        while index.length < n_tokens:
-            stop = min(index.length + BLOCK_TOKENS, n_tokens)
+    def prepare(self, records: Records, n_rows: int) -> None:
+        """Bring a layer's bounds up to date, a block at a time: something was taken back, or is coded."""
+        bounds = self.bounds[records.layer]
+        # The newest token's key may not be here yet; it is read anyway.
+        stop = records.length - 1
+        while bounds.length < stop:
+            end = min(bounds.length + BLOCK_TOKENS, stop)
             # A deliberate copy where the pool is far: these keys were stored before.
-            self.add_keys(layer, self.store.keys(layer, index.length, stop).to(self.store.device))
+            self._add_keys(records, records.keys(bounds.length, end).to(self.place.device))
 
-    def add_keys(self, layer: int, keys: Float[Tensor, "B Hkv T D"]) -> None:
+    def _add_keys(self, records: Records, keys: Float[Tensor, "B Hkv T D"]) -> None:
         """Add keys of the tokens that follow to a layer's bounds."""
-        index, n_new = self.index[layer], keys.shape[2]
-        valid = self.visible(layer, index.length + n_new)
-        valid = None if valid is None else valid[..., index.length :]
-        index.append(bound_pages(keys.detach(), valid, self.page, index.unfinished), n_new)
+        bounds, n_new = self.bounds[records.layer], keys.shape[2]
+        valid = records.visible(bounds.length + n_new)
+        valid = None if valid is None else valid[..., bounds.length :]
+        bounds.append(bound_pages(keys.detach(), valid, self.page, bounds.unfinished), n_new)
 
     # --- every layer, every step ----------------------------------------------------------------------------
 
-    def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
-        """1. The largest logit of every page.  2. Join the query group.  3. The best pages, sinks before all."""
-        n_old = self.store.length(layer) - budget.tail
-        valid, recent = self.find_open(layer, n_old, budget)
-        scores = rank_tokens(self.score(layer, query, n_old, valid), self.page, n_old)
-        if valid is not None:
-            scores = scores.masked_fill(~valid, -torch.inf)
-        return self.pick(layer, force_sinks(scores, budget.own_sinks, valid, recent), budget)
-
-    def score(self, layer: int, query: Query, n_old: int, valid: Tensor | None) -> Tensor:
-        """Return the worth of the pages of a layer's first `n_old` records, [B, Hkv, P]."""
-        # The newest token's key is not here yet; it is read anyway.
-        self.catch_up(layer, self.store.length(layer) - 1)
-        bounds = self.index[layer].view(n_old)
-        self.count_index(layer, bounds.numel() * bounds.element_size())
-        best = score_bounds(query.q, bounds, query.scaling, query.softcap)
-        return pool_group(best, None if valid is None else mark_pages(valid, self.page))
+    def score(
+        self, records: Records, query: Query, n_rows: int, visible: Bool[Tensor, "b h S"] | None
+    ) -> Float32[Tensor, "B Hkv S"]:
+        """1. The largest logit of every page.  2. Join the query group.  3. Tokens in the order of their pages."""
+        best = score_bounds(query.q, self.bounds[records.layer].view(n_rows), query.logits)
+        pooled = pool_group(best, None if visible is None else mark_pages(visible, self.page))
+        return rank_tokens(pooled, self.page, n_rows)
 
     # --- bytes ----------------------------------------------------------------------------------------------
 
+    def count_scored_bytes(self, records: Records, n_rows: int) -> int:
+        """Return the bytes of the bounds of the first `n_rows` rows' pages."""
+        bounds = self.bounds[records.layer].view(n_rows)
+        return bounds.numel() * bounds.element_size()
+
     def index_bytes(self, shape: LayerShape, tokens: int) -> int:
-        """Bytes of one layer's bounds of a context of `tokens`: whole pages, and the steps in which they grow."""
-        grows = self.store.limits.reserve_tokens < tokens
+        """Return the bytes of one layer's bounds: whole pages, and the steps in which they grow."""
+        grows = self.place.reserve_tokens < tokens
         n_pages = -(-(tokens + (GROWTH_TOKENS + 2 * self.page if grows else 0)) // self.page)
         return shape.batch * shape.kv_heads * n_pages * 2 * shape.k_dim * shape.itemsize
 
     # --- the batch ------------------------------------------------------------------------------------------
 
-    def forget(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Follow an eviction: what is left stands on other pages."""
-        self.index[layer].clear()
-
-    def crop(self, n_tokens: int, layer: int) -> None:
-        """Forget the newest tokens, in the bounds too."""
-        super().crop(n_tokens, layer)
-        excess = self.index[layer].length - self.store.length(layer)
-        if excess > 0:
-            self.index[layer].crop(excess)
-
-    def select(self, sequences: Int[Tensor, " N"], layer: int) -> None:
-        """Keep these sequences, in the bounds too."""
-        super().select(sequences, layer)
-        self.index[layer].select(sequences)
-
-    def clear(self, layer: int) -> None:
-        """Forget everything of a layer."""
-        super().clear(layer)
-        self.index[layer].clear()
+    def join(self, other: Any, layer: int, batches: tuple[int, int], n_rows: int) -> None:
+        """Padding moves the pages: they are made anew."""
+        self.bounds[layer].clear()
+        other.bounds[layer].clear()

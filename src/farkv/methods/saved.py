@@ -160,7 +160,7 @@ def note_state(recipe: Recipe) -> State:
 
 def has_sums(recipe: SparseRecipe, layer: int) -> bool:
     """Say whether a layer has marks that passes add to."""
-    return recipe.exact_marks and recipe.store.length(layer) > 0
+    return recipe.exact_scores and recipe.store.length(layer) > 0
 
 
 def restore_state(recipe: Recipe, state: State) -> None:

@@ -1,21 +1,49 @@
-"""SnapKV: of every layer the records stay that the text's last queries attend to, equal shares per layer.
+"""SnapKV and PyramidKV: of every layer the records stay that the text's last queries attend to.
 
-The steps are those of `methods.keep`, and docs/papers/baselines.md has equation, function and deviation.
+SnapKV gives every layer the same share; PyramidKV's fall linearly with depth, with the same sum. The steps are those of
+`methods.xkv`; docs/papers/baselines.md has equation, function and deviation.
 """
 
 from __future__ import annotations
 
-from farkv.config import XKV, SnapKV
-from farkv.methods.capped import CappedKeeper
-from farkv.methods.contract import Place
-from farkv.methods.xkv import XKVRecipe
+from dataclasses import dataclass
+from typing import ClassVar
+
+from farkv.config import Rule, check_counts, check_fraction
+from farkv.errors import ConfigError
+from farkv.methods.base import KeepRule
 
 
-class SnapKVRecipe(XKVRecipe):
-    """Keeps the same number of records in every layer, chosen by the text's last queries."""
+@dataclass(frozen=True, kw_only=True)
+class SnapKV:
+    """Keep of every layer the records that the text's last queries attend to; the rest is evicted after the text.
 
-    def __init__(self, place: Place, config: SnapKV):
-        same = XKV(fraction=config.fraction, rule="uniform", window=config.window, pool=config.pool, sinks=0)
-        super().__init__(place, same)
-        assert self.watcher is not None
-        self.keeper = CappedKeeper(self.watcher, self.store, config.window)
+    Args:
+        fraction: hard cap on the kept (and so the read) fraction over all layers.
+        window: recent tokens that are always kept, whose queries score the others (SnapKV's: 32).
+        pool: width of the average over neighbouring tokens' scores (odd).
+    """
+
+    fraction: float = 0.1
+    window: int = 32
+    pool: int = 7
+    scorer: ClassVar = "window"
+    share: ClassVar[Rule] = "uniform"
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction)
+        check_counts(window=self.window, pool=self.pool)
+        if self.window < 1 or self.pool % 2 == 0:
+            raise ConfigError(f"window and pool: expected at least 1, pool odd; got {self.window} and {self.pool}")
+
+    @property
+    def keep_rule(self) -> KeepRule:
+        """A hard cap, of which the window takes no more than half."""
+        return KeepRule(self.fraction, share=self.share, window=self.window, most_recent=0.5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidKV(SnapKV):
+    """SnapKV with more room in the lower layers, falling linearly (PyramidKV); the same sum over all layers."""
+
+    share: ClassVar[Rule] = "pyramid"

@@ -5,34 +5,42 @@ Deviation: nothing is evicted and positions are the true ones, so only the choic
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
-from farkv.config import Window
-from farkv.math.select import Choice, force_sinks, select_top
-from farkv.methods.contract import Budget, Place, Query
-from farkv.methods.sparse import SparseRecipe
+from farkv._axes import Bool, Float32, Tensor
+from farkv.config import check_counts, check_fraction
+from farkv.math.step import Query
+from farkv.methods.base import Place, Records, Selector
 
 
-class WindowRecipe(SparseRecipe):
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Attend to the first `sinks` and the most recent records (StreamingLLM's pattern, nothing evicted)."""
+
+    fraction: float = 0.1
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction)
+        check_counts(sinks=self.sinks)
+
+
+class WindowSelector(Selector):
     """Reads the first `sinks` tokens, the rest of the cap from the end."""
 
-    def __init__(self, place: Place, config: Window):
-        super().__init__(place, fraction=config.fraction, sinks=config.sinks, window=0)
+    # The newest records are worth their pages by definition.
+    limits_pages = False
 
-    def split(self, tokens: int, layer: int, pads: int = 0) -> Budget:
-        """All but the sinks is window."""
-        cap = self.count_cap(tokens, layer, pads)
-        sinks = min(self.sinks, cap // 4)
-        return Budget(sinks, cap - 1, 0, 1)
+    def __init__(self, config: Any, place: Place):
+        super().__init__(config, place)
+        self.cap = self.cap._replace(only_sinks=True)
 
-    def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
-        """1. The youngest score highest.  2. Sinks before all."""
-        n_old = self.store.length(layer) - budget.tail
-        batch, heads = self.store.heads(layer)
-        age = torch.arange(n_old, device=query.q.device, dtype=torch.float32)
-        scores = age.repeat(batch, heads, 1)
-        valid, recent = self.find_open(layer, n_old, budget)
-        if valid is not None:
-            scores.masked_fill_(~valid, -torch.inf)
-        scores = force_sinks(scores, budget.own_sinks, valid, recent)
-        return select_top(scores, budget.early, budget.own_early)
+    def score(
+        self, records: Records, query: Query, n_rows: int, visible: Bool[Tensor, "b h S"] | None
+    ) -> Float32[Tensor, "B Hkv S"]:
+        """The youngest score highest."""
+        age = torch.arange(n_rows, device=query.q.device, dtype=torch.float32)
+        return age.repeat(records.shape.batch, records.shape.kv_heads, 1)

@@ -1,64 +1,181 @@
 """XKV: every layer keeps its own share of a cache budget; the rest is evicted, and attention is dense over what stays.
 
-The steps are those of `methods.keep`. Where a plan says how much each layer keeps, a layer is evicted as soon as it
-was attended to: its prompt is never stored whole. Without one, all layers wait until the last is scored.
+The steps, in the paper's order (docs/papers/xkv.md has equation, function and deviation):
+  every pass       observe: the last queries of every layer            (`math.importance`)
+  end of prompt    score every record by them                          (`math.importance`)
+                   allocate: how many each layer keeps                 (`math.allocate`, unless a plan says so)
+                   evict: the best of every head stay                  (`engine.evict`)
+  every few steps  the same, so that decoding stays within the budget  (not in the paper)
 """
 
 from __future__ import annotations
 
-from farkv._axes import Tensor
-from farkv.config import XKV
-from farkv.methods.contract import Kernel, Place, Step
-from farkv.methods.sparse import SparseRecipe
-from farkv.store.sizes import LayerShape
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from farkv._axes import Bool, Float32, Int, Tensor
+from farkv.config import LEVERS, RULES, Lever, Rule, check_counts, check_fraction, check_name
+from farkv.errors import ConfigError
+from farkv.math.importance import SCORERS, Observed, observe_queries, score_records
+from farkv.math.logits import Logits
+from farkv.math.step import Query
+from farkv.methods.base import LEAST_RECORDS, Evictor, KeepRule, Place, Records
+from farkv.store.follow import Cropped
+
+# XKV's published average: 61.6 % fewer KV bytes.
+KEPT_FRACTION = 0.384
 
 
-class XKVRecipe(SparseRecipe):
-    """Keeps records near, as many per layer as it is allowed, and reads all of them."""
+@dataclass(frozen=True, kw_only=True)
+class XKV:
+    """Give every layer its own share of a cache budget; what a layer has no room for is evicted after the prompt.
 
-    at_home = True
+    Without a plan, the shares are found from each prompt: at most one of `fraction`, `retention` and `tokens` says how
+    much is kept. With one (`attach(..., plan=...)`) they are the plan's.
 
-    def __init__(self, place: Place, config: XKV):
-        levers = place.levers._replace(xkv=config, keep=True)
-        super().__init__(place._replace(levers=levers), fraction=1.0, sinks=0, window=0)
-        assert self.keeper is not None
-        self.wants_one_pass = self.keeper.passes_by = self.keeper.planned
-        self.passing = False
+    Args:
+        fraction: hard cap on the kept (and so the read) fraction over all layers. Left out, and with no other budget,
+            it is 0.384 but never fewer than 64 records: a short text is kept whole.
+        retention: keep as little as holds this share of the observed attention mass, mean over layers.
+        tokens: records per KV head, summed over layers, besides the window (the paper's `total_size`).
+        levers: what a plan drives: `keep` (evict), `near` (pin near), `fetch` (cap per step). `near` and `fetch` need
+            a plan and a selector beside this.
+        rule: how layers share: `xkv` (greatest mean retention), `maxmin` (PrefixKV), `pyramid` (PyramidKV), `uniform`.
+        scorer: how records are scored: `window` (the paper's), `expected`, `value`.
+        window: recent tokens that are always kept, whose queries score the others (the paper's: 8).
+        pool: width of the average over neighbouring tokens' scores (the paper's: 7).
+        sinks: first tokens that are always kept; left out, 4 (the paper's: 0).
+        paper: as published: no sinks, and decoding never evicts, so the cache grows by every generated token.
+    """
 
-    def reads_all(self, layer: int) -> bool:
-        """Attention is dense over what is kept."""
-        return True
+    fraction: float | None = None
+    retention: float | None = None
+    tokens: int | None = None
+    levers: tuple[Lever, ...] = ("keep",)
+    rule: Rule = "xkv"
+    scorer: Literal["window", "expected", "value"] = "window"
+    window: int = 8
+    pool: int = 7
+    sinks: int | None = None
+    paper: bool = False
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store new tokens, or let a whole prompt pass by: what stays of it is stored after attention."""
-        keeper = self.keeper
-        assert keeper is not None
-        if layer == self.layers[0]:
-            keeper.prompt_tokens = self.prompt_tokens
-            # Said once for all layers, before the first of them has seen anything.
-            self.passing = keeper.keeps_at_once(k.shape[2])
-        if not self.passing:
-            super().append(layer, k, v)
-            return
-        self.account.record_bytes[layer] = (k.shape[-1] + v.shape[-1]) * k.element_size()
-        if layer == self.layers[0]:
-            self.admit(LayerShape(k.shape[0], k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.shape[2])
-        self.store.pass_by(layer, k, v)
+    def __post_init__(self) -> None:
+        given = [n for n in ("fraction", "retention", "tokens") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"XKV: expected one of fraction, retention and tokens, got {' and '.join(given)}")
+        if self.fraction is not None:
+            check_fraction(self.fraction)
+        if self.retention is not None and not 0 < self.retention <= 1:
+            raise ConfigError(f"retention: expected a number in (0, 1], got {self.retention!r}")
+        check_counts(tokens=self.tokens or 0, window=self.window, sinks=self.sinks or 0)
+        if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
+            raise ConfigError(f"window and pool: expected at least 1, pool odd; got {self.window} and {self.pool}")
+        names = {"rule": (self.rule, RULES), "scorer": (self.scorer, SCORERS)}
+        for option, (got, known) in [*names.items(), *(("levers", (lever, LEVERS)) for lever in self.levers)]:
+            check_name(option, got, known)
+        if not self.levers:
+            raise ConfigError(f"levers: expected some of {', '.join(LEVERS)}, got none")
 
-    def attend(self, layer: int, step: Step, kernel: Kernel) -> object:
-        """Attend to everything; then store what stays of a prompt that passes by."""
-        if not self.passing or self.dense:
-            return super().attend(layer, step, kernel)
-        keeper = self.keeper
-        assert keeper is not None
-        self.padding.note(step.mask)
-        n = step.k.shape[2]
-        real = self.padding.of_tokens(n)
-        watcher = self.watcher
-        assert watcher is not None
-        watcher.watch(layer, step.query, real)
-        out = kernel(step.query.q, step.k, step.v, step.mask)
-        visible = None if real is None else real[:, None]
-        scores = watcher.score(layer, step.k, step.v, visible)
-        self.store.put(layer, step.k, step.v, keeper.choose(layer, scores, n, visible, keeper.room(layer)))
-        return out
+    @property
+    def has_budget(self) -> bool:
+        """Say whether one was given."""
+        return any(value is not None for value in (self.fraction, self.retention, self.tokens))
+
+    @property
+    def keep_rule(self) -> KeepRule:
+        """How much is kept, after defaults are filled in."""
+        return KeepRule(
+            fraction=KEPT_FRACTION if self.fraction is None else self.fraction,
+            tokens=self.tokens,
+            retention=self.retention,
+            share=self.rule,
+            sinks=self.sinks if self.sinks is not None else (0 if self.paper else 4),
+            window=self.window,
+            least=1 if self.has_budget else LEAST_RECORDS,
+            grows=self.paper,
+        )
+
+
+class LastQueries:
+    """What one layer's recent queries looked like; it follows the layer."""
+
+    def __init__(self) -> None:
+        self.observed: Observed | None = None
+        self.logits = Logits(1.0)
+        # Tokens that the layer had been given when they came.
+        self.seen = 0
+
+    def crop(self, now: Cropped) -> None:
+        """Forget the newest tokens' queries: the next ones slide in behind those that are left."""
+        n = self.seen - now.seen
+        if self.observed is not None and n > 0:
+            window = self.observed.window
+            self.observed = self.observed._replace(window=window[:, :, : max(0, window.shape[2] - n)])
+            self.seen = now.seen
+
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Nothing: queries do not go with records."""
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Keep these sequences' queries."""
+        if self.observed is not None:
+            at = sequences.to(self.observed.window.device)
+            self.observed = map_tensors(self.observed, lambda t: t.index_select(0, at))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.observed, self.seen = None, 0
+
+
+class QueryEvictor(Evictor):
+    """Scores records by a layer's last queries.
+
+    Args:
+        config: with `scorer`, `window` and `pool`.
+    """
+
+    def __init__(self, config: Any, place: Place):
+        super().__init__(config, place)
+        self.rule = config.keep_rule
+        self.last = {layer: LastQueries() for layer in place.layers}
+        self.followers = dict(self.last)
+
+    def observe(self, records: Records, query: Query) -> None:
+        """Slide the layer's window of queries."""
+        last, config = self.last[records.layer], self.config
+        real = records.real_tokens(records.seen)
+        valid = None if real is None else real[:, -query.q.shape[2] :].expand(query.q.shape[0], -1)
+        last.observed = observe_queries(query.q, config.window, config.scorer, last.observed, valid=valid)
+        last.logits, last.seen = query.logits, records.seen
+
+    def score(
+        self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None, n_recent: int | None = None
+    ) -> Float32[Tensor, "B Hkv N"]:
+        """Score records where they are, all but the window's."""
+        last = self.last[layer]
+        assert last.observed is not None
+        # A deliberate copy where records are in host memory: a few queries go to them, not they near.
+        observed = map_tensors(last.observed, lambda t: t.to(k.device))
+        if n_recent is not None:
+            observed = observed._replace(window=observed.window[:, :, -n_recent:])
+        return score_records(self.config.scorer, observed, k, v, visible, last.logits, pool=self.config.pool)
+
+    def snapshot(self) -> Any:
+        """Return the windows of queries: a pass makes new ones."""
+        return {layer: (last.observed, last.seen) for layer, last in self.last.items()}
+
+    def restore(self, state: Any) -> None:
+        """Put them back."""
+        for layer, (observed, seen) in state.items():
+            self.last[layer].observed, self.last[layer].seen = observed, seen
+
+
+def map_tensors(observed: Observed, change: Callable[[Tensor], Tensor]) -> Observed:
+    """Change every tensor that is there."""
+    mean, covariance = observed.mean, observed.covariance
+    return Observed(
+        change(observed.window),
+        None if mean is None else change(mean),
+        None if covariance is None else change(covariance),
+    )

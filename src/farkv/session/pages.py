@@ -15,7 +15,7 @@ import torch
 from farkv._axes import Int, Tensor
 from farkv.store.far.page_rows import PagedRows
 from farkv.store.far.pages import PageForm
-from farkv.store.far.pool import FarMemory
+from farkv.store.far.pool import FarStore
 
 # Consecutive pages of one head that lie together: a megabyte on real shapes.
 RUN_PAGES = 16
@@ -31,7 +31,7 @@ def number_pages(n_layers: int, heads: int, n_pages: int) -> Int[Tensor, "L Hkv 
     return layer + heads * run + head * length + (page - run)
 
 
-def list_pages(store: FarMemory, form: PageForm) -> Iterator[Tensor]:
+def list_pages(store: FarStore, form: PageForm) -> Iterator[Tensor]:
     """Give a text's full pages in the order of the file, a run at a time: [Hkv * n, tokens, W] in host memory.
 
     Cost: one run of one layer in memory at a time; every full page read once.
@@ -45,23 +45,23 @@ def list_pages(store: FarMemory, form: PageForm) -> Iterator[Tensor]:
             yield block.to("cpu").reshape(-1, form.tokens, form.width).contiguous()
 
 
-def open_tail(store: FarMemory, layer: int, form: PageForm) -> Tensor:
+def open_tail(store: FarStore, layer: int, form: PageForm) -> Tensor:
     """Return the stored rows behind a layer's last full page, [1, Hkv, n, W]."""
     n = store.length(layer)
     return store.pool[layer].read(n // form.tokens * form.tokens, n)
 
 
-def take_text(store: FarMemory, n_pages: int, tails: dict[int, Tensor]) -> None:
+def take_text(store: FarStore, n_pages: int, tails: dict[int, Tensor]) -> None:
     """Let an empty store hold a saved text: page tables are filled, no page is read.
 
     Args:
         n_pages: full pages of every layer and KV head.
         tails: the stored rows behind them.
     """
-    assert store.frames is not None
+    assert store.page_cache is not None
     heads = next(iter(tails.values())).shape[1]
     numbers = number_pages(len(store.pool), heads, n_pages)
-    tokens = store.frames.pages.form.tokens
+    tokens = store.page_cache.pages.form.tokens
     for (layer, rows), table in zip(store.pool.items(), numbers, strict=True):
         assert isinstance(rows, PagedRows)
         rows.take_pages(table[None, :, :, None])

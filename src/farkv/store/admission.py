@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import gc
 
-from farkv.store.far.page_cache import LEAST_FRAMES, LEAST_SCRATCH, SCRATCH_PAGES
+from farkv.store.far.page_cache import LEAST_PAGES, LEAST_SCRATCH, SCRATCH_PAGES
 from farkv.store.far.page_rows import NUMBER_BYTES, PagedRows
 from farkv.store.ledger import Ledger
 from farkv.store.near.buffers import SLOT_BYTES
 from farkv.store.sizes import LayerShape, NearNeed, grow_capacity
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 
 
 def admit(
-    store: Tiers, shape: LayerShape, rows: dict[int, int], need: NearNeed, *, n_new: int = 0, besides: int = 0
+    store: Store, shape: LayerShape, rows: dict[int, int], need: NearNeed, *, n_new: int = 0, besides: int = 0
 ) -> None:
     """Refuse, before any layer is touched, what some limit cannot hold.
 
@@ -31,7 +31,7 @@ def admit(
         CapacityError: with the bytes needed, the limit and the remedy.
     """
     total = max(rows.values(), default=0)
-    if store.frames is not None:
+    if store.page_cache is not None:
         admit_pages(store, shape, (total, n_new), need)
     else:
         admit_rows(store, shape, rows, need, besides)
@@ -47,10 +47,10 @@ def admit(
         store.index.roomy = need.total + need.index * (room - total) // total <= store.near.limit
 
 
-def admit_rows(store: Tiers, shape: LayerShape, rows: dict[int, int], need: NearNeed, besides: int) -> None:
+def admit_rows(store: Store, shape: LayerShape, rows: dict[int, int], need: NearNeed, besides: int) -> None:
     """Refuse records that the host pool, or near memory as their home, cannot hold."""
     total = max(rows.values(), default=0)
-    row_bytes = store.book_bytes + (SLOT_BYTES if store.holds else 0)
+    row_bytes = store.metadata_bytes + (SLOT_BYTES if store.pins else 0)
     token_bytes = (store.stored_bytes(shape) + row_bytes) * shape.batch * shape.kv_heads
     if store.near.parent is not None:
         besides += need.total
@@ -70,14 +70,14 @@ def admit_rows(store: Tiers, shape: LayerShape, rows: dict[int, int], need: Near
         store.home.roomy = kept + besides + spare + room * token_bytes <= store.home.limit
 
 
-def admit_pages(store: Tiers, shape: LayerShape, size: tuple[int, int], need: NearNeed) -> None:
+def admit_pages(store: Store, shape: LayerShape, size: tuple[int, int], need: NearNeed) -> None:
     """Refuse a context whose pages the disk cannot hold, and let page copies have what host memory is left.
 
     Args:
         size: tokens of the context, and of this pass.
     """
     tokens, n_new = size
-    frames, n_layers, heads = store.frames, len(store.pool), shape.batch * shape.kv_heads
+    frames, n_layers, heads = store.page_cache, len(store.pool), shape.batch * shape.kv_heads
     assert frames is not None
     form, file = frames.pages.form, frames.pages.file
     row_bytes = form.n_bytes // form.tokens
@@ -101,10 +101,10 @@ def admit_pages(store: Tiers, shape: LayerShape, size: tuple[int, int], need: Ne
     # What is read from disk passes through memory of its own.
     piece = min(SCRATCH_PAGES, max(LEAST_SCRATCH, room // 8))
     room -= piece
-    if room < LEAST_FRAMES:
-        least = fixed + (LEAST_FRAMES + LEAST_SCRATCH) * form.n_bytes
+    if room < LEAST_PAGES:
+        least = fixed + (LEAST_PAGES + LEAST_SCRATCH) * form.n_bytes
         raise store.host.refuse(least - store.host.used, f"the index, buffers and open pages of {tokens} tokens")
-    frames.resize(min(room, max(n_pages, LEAST_FRAMES)), piece)
+    frames.resize(min(room, max(n_pages, LEAST_PAGES)), piece)
 
 
 def admit_disk(ledger: Ledger, n_bytes: int, tokens: int) -> None:
@@ -116,15 +116,15 @@ def admit_disk(ledger: Ledger, n_bytes: int, tokens: int) -> None:
             raise ledger.refuse(n_bytes, f"the pages of {tokens} tokens")
 
 
-def saved_tokens(store: Tiers, heads: int) -> int:
+def saved_tokens(store: Store, heads: int) -> int:
     """Return the tokens of the saved text that are in full pages."""
-    assert store.frames is not None
-    form = store.frames.pages.form
-    return store.frames.pages.n_saved // (len(store.pool) * heads) * form.tokens
+    assert store.page_cache is not None
+    form = store.page_cache.pages.form
+    return store.page_cache.pages.n_saved // (len(store.pool) * heads) * form.tokens
 
 
-def count_held(store: Tiers, layer: int) -> int:
+def count_held(store: Store, layer: int) -> int:
     """Return the bytes that a layer's records and their books take now."""
-    kept, held = store.kept.get(layer), store.held.get(layer)
-    books = kept.places.n_bytes + kept.marks.n_bytes if kept else 0
+    kept, held = store.kept.get(layer), store.pinned.get(layer)
+    books = kept.places.n_bytes + kept.scores.n_bytes if kept else 0
     return store.pool[layer].n_bytes + books + (held.slots.n_bytes if held else 0)

@@ -8,17 +8,17 @@ from __future__ import annotations
 from farkv.errors import CacheStateError
 from farkv.store.far.rows import Rows
 from farkv.store.sizes import LayerShape, NearNeed
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 
 
-def check_join(store: Tiers, other: Tiers) -> None:
+def check_join(store: Store, other: Store) -> None:
     """Raise CacheStateError unless both stores are plain pools of one form, with records in them."""
     for each in (store, other):
         reasons = {
             "one of them is empty": not all(each.length(layer) for layer in each.order),
-            "records are on disk or in a session file": each.paged,
+            "records are on disk or in a session file": each.page_cache is not None,
             "records may be evicted": bool(each.kept),
-            "some records are held near by a plan": each.holds,
+            "some records are held near by a plan": each.pins,
         }
         why = next((reason for reason, holds in reasons.items() if holds), None)
         if why is not None:
@@ -27,14 +27,14 @@ def check_join(store: Tiers, other: Tiers) -> None:
                 "read both texts as one batch instead"
             )
     forms = [
-        [(rows.heads[1], rows.width, rows.dtype) for rows in each.pool.values()] + [each.k_dims]
+        [(rows.heads[1], rows.width, rows.dtype) for rows in each.pool.values()] + [{i: s.k_dim for i, s in each.shapes.items()}]
         for each in (store, other)
     ]
     if forms[0] != forms[1] or store.device != other.device:
         raise CacheStateError("join: the caches' records differ in shape, type or device; expected one model's")
 
 
-def admit_join(store: Tiers, shape: LayerShape, tokens: int, need: NearNeed) -> None:
+def admit_join(store: Store, shape: LayerShape, tokens: int, need: NearNeed) -> None:
     """Refuse, before anything changes, a joined batch that some limit cannot hold.
 
     Args:
@@ -54,14 +54,14 @@ def admit_join(store: Tiers, shape: LayerShape, tokens: int, need: NearNeed) -> 
     if store.near.parent is not None:
         total += besides
     for ledger, wanted in ((store.home, total), (store.near, besides)):
-        if ledger.limit is not None and (ledger is store.home or store.far) and wanted > ledger.limit:
+        if ledger.limit is not None and (ledger is store.home or store.is_far) and wanted > ledger.limit:
             raise ledger.refuse(wanted - ledger.used, purpose)
     # What is admitted is what fits: the next pass says how far rows may grow.
     store.home.roomy = store.home.limit is None
     store.index.roomy = store.index.roomy and store.near.limit is None
 
 
-def join_layer(store: Tiers, other: Tiers, layer: int) -> None:
+def join_layer(store: Store, other: Store, layer: int) -> None:
     """Join one layer's records. Cost: one copy of both."""
     rows, more = store.pool[layer], other.pool[layer]
     assert isinstance(rows, Rows)
@@ -69,6 +69,6 @@ def join_layer(store: Tiers, other: Tiers, layer: int) -> None:
     batches = store.batch(layer), other.batch(layer)
     rows.join(more, max(rows.length, more.length), batches)
     # The newest rows come from the pool when they are next read.
-    for each in (store, other) if store.far else ():
-        each.tails[layer].clear()
+    for each in (store, other) if store.is_far else ():
+        each.windows[layer].clear()
         each.buffers.clear()

@@ -60,9 +60,12 @@ class Ledger:
     def refuse(self, n_bytes: int, purpose: str) -> CapacityError:
         """Make the error for `n_bytes` that do not fit."""
         top = self if self.limit is not None or self.parent is None else self.parent
-        need = top.used + n_bytes
-        return CapacityError(
-            f"{top.tier} limit: {purpose} needs {need:,} bytes ({format_bytes(need)}), the limit is "
-            f"{top.limit or 0:,} ({format_bytes(top.limit or 0)}); raise --{top.tier} to at least {need}, "
-            "or shorten the context"
-        )
+        return refuse(top.tier, top.limit or 0, top.used + n_bytes, purpose)
+
+
+def refuse(tier: str, limit: int, needed: int, purpose: str) -> CapacityError:
+    """Make the error for bytes that a tier's limit cannot hold."""
+    return CapacityError(
+        f"{tier} limit: {purpose} needs {needed:,} bytes ({format_bytes(needed)}), the limit is "
+        f"{limit:,} ({format_bytes(limit)}); raise --{tier} to at least {needed}, or shorten the context"
+    )

@@ -19,8 +19,8 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.store.far.page_rows import PagedRows
 from farkv.store.far.rows import Rows, spread_heads
 from farkv.store.memory import Fetcher
-from farkv.store.near.buffers import Held
-from farkv.store.near.recently_used import Hot
+from farkv.store.near.pinned import Pinned
+from farkv.store.near.recently_used import RecentlyUsed
 
 
 class Ticket:
@@ -49,7 +49,7 @@ class Job(NamedTuple):
     out: Tensor
     report: Callable[[int], None]
     # What is near already, and need not cross.
-    near: Held | Hot | None
+    near: Pinned | RecentlyUsed | None
 
 
 class Link:
@@ -86,7 +86,7 @@ class Link:
         valid: Bool[Tensor, "B Hkv K"] | None,
         out: Tensor,
         count: Callable[[int], None],
-        near: Held | Hot | None = None,
+        near: Pinned | RecentlyUsed | None = None,
     ) -> Ticket:
         """Copy the rows at `positions` into `out` ([B, Hkv, >= K, W], near).
 
@@ -140,7 +140,7 @@ class Link:
         n = positions.shape[-1] if valid is None else int(valid.sum(-1).max())
         if n == 0:
             return
-        if isinstance(near, Hot):
+        if isinstance(near, RecentlyUsed):
             self._copy_cold(job, near, n)
             return
         slots = None if near is None else near.find(positions[..., :n])
@@ -162,7 +162,7 @@ class Link:
             place.copy_(staged.view(place.shape), non_blocking=True)
         count(place.numel() * place.element_size())
 
-    def _copy_cold(self, job: Job, hot: Hot, n: int) -> None:
+    def _copy_cold(self, job: Job, hot: RecentlyUsed, n: int) -> None:
         """Bring what is not in the hot set, which takes it in; then all comes from there."""
         place, positions = job.out[:, :, :n], job.positions[..., :n].flatten(0, 1)
         wanted = hot.find(positions, None if job.valid is None else job.valid[..., :n].flatten(0, 1))

@@ -35,18 +35,18 @@ class StoreLimits(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a recipe asks of its store: rows kept near as a window, whether records live near, whether they may go."""
+    """What a method asks of its store: rows kept near as a window, whether records live near, whether they may go."""
 
     window: int = 0
     # Near memory holds the records themselves: what is kept is all there is to read.
-    at_home: bool = False
+    lives_near: bool = False
     evicts: bool = False
-    # Some records may be held near for longer than a step.
-    holds: bool = False
+    # Some records may be pinned near for longer than a step.
+    pins: bool = False
     # Moves rows faster than plain operations do; None where there is nothing that does.
     mover: Mover | None = None
-    # Marks are sums that grow by little at a time: float32.
-    exact_marks: bool = False
+    # Uses are sums that grow by little at a time: float32.
+    exact_scores: bool = False
 
 
 class Fetch(NamedTuple):
@@ -62,7 +62,7 @@ class Keep(NamedTuple):
     """Records that stay when a layer is evicted, ascending; the newest `gapless` of them are the newest tokens."""
 
     positions: Int[Tensor, "B Hkv K"]
-    marks: Float32[Tensor, "B Hkv K"]
+    scores: Float32[Tensor, "B Hkv K"]
     gapless: int
 
 

@@ -1,4 +1,4 @@
-"""Shapes to bytes, before anything is allocated. Pure arithmetic: no tensors.
+"""Shapes to bytes, before anything is allocated. Pure arithmetic: of tensors only their shapes.
 
 record   = (Dk + Dv) * itemsize                   one token of one KV head
 kv       = L * B * Hkv * S * record               a full cache
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from farkv._axes import Tensor
+
 
 class LayerShape(NamedTuple):
     """What decides the bytes of one managed layer."""
@@ -19,6 +21,11 @@ class LayerShape(NamedTuple):
     k_dim: int
     v_dim: int
     itemsize: int
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor) -> LayerShape:
+        """Return the shape of a layer with these keys, [B, Hkv, T, Dk], and values."""
+        return cls(k.shape[0], k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
 
     @property
     def record_bytes(self) -> int:
@@ -37,12 +44,16 @@ def count_cap(fraction: float, tokens: int, least: int = 1) -> int:
     return min(tokens, max(1, least, int(fraction * tokens + 1e-9)))
 
 
-def count_forced(cap: int, sinks: int, window: int, fraction: float) -> tuple[int, int]:
-    """Return how many sinks and recent tokens are always read: together at most a quarter of the cap."""
+def count_forced(cap: int, sinks: int, window: int, fraction: float, *, alone: bool = False) -> tuple[int, int]:
+    """Return how many sinks and recent tokens are always read: together at most a quarter of the cap.
+
+    Args:
+        alone: no window is forced, so sinks may take the whole quarter; else they take at most half of it.
+    """
     if fraction >= 1:
         return 0, 0
     room = cap // 4
-    sinks = min(sinks, room // 2)
+    sinks = min(sinks, room if alone else room // 2)
     return sinks, min(window, room - sinks)
 
 

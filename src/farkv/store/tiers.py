@@ -14,28 +14,30 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.store.far.page_rows import PagedRows
-from farkv.store.far.pool import FarMemory
+from farkv.store.far.pool import FarStore
 from farkv.store.far.rows import Rows, spread_heads
+from farkv.store.follow import Follower
 from farkv.store.link import Link, Ticket
-from farkv.store.near.buffers import Buffers, Held, Tail
-from farkv.store.near.recently_used import Hot
-from farkv.store.records import Fetch, Keep, Needs, Read, Stored, StoreLimits
+from farkv.store.near.buffers import Buffers, RecentWindow
+from farkv.store.near.pinned import Pinned
+from farkv.store.near.recently_used import RecentlyUsed
+from farkv.store.records import Fetch, Needs, Read, Stored, StoreLimits
 
 # Tokens that a dense read brings near at once, where the whole layer has no room.
 BLOCK_TOKENS = 1024
 
 
-class Tiers(FarMemory):
+class Store(FarStore):
     """All tiers of one cache."""
 
     def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, form: Needs):
         super().__init__(layers, limits, device, form)
         self.window = form.window
-        self.tails = {layer: Tail(self.near, device, form.window + 1) for layer in layers} if self.far else {}
-        self.holds = form.holds and self.far
-        self.held: dict[int, Held] = {}
+        self.windows = {layer: RecentWindow(self.near, device, form.window + 1) for layer in layers} if self.is_far else {}
+        self.pins = form.pins and self.is_far
+        self.pinned: dict[int, Pinned] = {}
         # What a near limit leaves, where nothing is held by a plan: admission makes and frees these.
-        self.hot: dict[int, Hot] = {}
+        self.recently_used: dict[int, RecentlyUsed] = {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device)
         # True where dense reads come block by block: admission says so.
@@ -48,46 +50,39 @@ class Tiers(FarMemory):
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store the new tokens' records."""
         parts = self.encode(layer, k, v)
-        self.store(layer, k, v, parts)
-        if layer in self.held:
-            self.held[layer].append(k.shape[2])
-        if self.far:
-            self.tails[layer].push(*parts)
-
-    def evict(self, layer: int, kept: Keep) -> None:
-        """Drop every record of a layer but those at the kept positions, and free their memory."""
-        super().evict(layer, kept)
-        near = self.find_near(layer)
-        if near is not None:
-            near.keep(kept.positions.to(self.pool[layer].device))
+        self.add(layer, k, v, parts)
+        if layer in self.pinned:
+            self.pinned[layer].append(k.shape[2])
+        if self.is_far:
+            self.windows[layer].push(*parts)
 
     def reserve(self, rows: dict[int, int]) -> None:
         """Make every layer's first allocation this many rows."""
         super().reserve(rows)
         for layer, n in rows.items():
-            if layer in self.held:
-                self.held[layer].slots.reserve = n
+            if layer in self.pinned:
+                self.pinned[layer].slots.reserve = n
 
-    def hold_near(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
+    def pin(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Hold these records near from now on; fetches bring only the others. Nothing to do where the pool is near."""
-        if not self.far:
+        if not self.is_far:
             return
         pool = self.pool[layer]
-        held = self.held.setdefault(layer, Held(self.near, self.device, self.host, pool.device))
+        pinned = self.pinned.setdefault(layer, Pinned(self.near, self.device, self.host, pool.device))
         at = positions.to(pool.device)
         # The slots go as far as the pool does.
-        held.hold(self.gather(layer, at), at, (pool.length, pool.capacity))
+        pinned.pin(self.gather(layer, at), at, (pool.length, pool.capacity))
 
-    def drop_hot(self) -> None:
+    def drop_recently_used(self) -> None:
         """Free every hot set: something else needs the memory, or the batch is another one."""
         # A deliberate wait: what still travels is taken in there.
         self.link.drain()
-        while self.hot:
-            self.hot.popitem()[1].clear()
+        while self.recently_used:
+            self.recently_used.popitem()[1].clear()
 
-    def find_near(self, layer: int) -> Held | Hot | None:
+    def find_near(self, layer: int) -> Pinned | RecentlyUsed | None:
         """Return the records of a layer that need not be fetched."""
-        return self.held.get(layer) or self.hot.get(layer)
+        return self.pinned.get(layer) or self.recently_used.get(layer)
 
     def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
         """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
@@ -100,11 +95,11 @@ class Tiers(FarMemory):
     @contextmanager
     def hold(self, n_bytes: int) -> Iterator[None]:
         """Count a transient near allocation while it lives."""
-        self.near.charge(n_bytes if self.far else 0)
+        self.near.charge(n_bytes if self.is_far else 0)
         try:
             yield
         finally:
-            self.near.release(n_bytes if self.far else 0)
+            self.near.release(n_bytes if self.is_far else 0)
 
     @contextmanager
     def read_all(self, layer: int, *, whole: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -113,9 +108,9 @@ class Tiers(FarMemory):
         Args:
             whole: evicted records too, where they are remembered.
         """
-        k_dim = self.k_dims[layer]
+        k_dim = self.shapes[layer].k_dim
         remembered = self.shadow.get(layer) if whole else None
-        if not self.far:
+        if not self.is_far:
             rows = self.rows(layer) if remembered is None else remembered.view()
             yield rows[..., :k_dim], rows[..., k_dim:]
             return
@@ -144,9 +139,9 @@ class Tiers(FarMemory):
 
         Cost: two blocks near; every stored row read once.
         """
-        k_dim, n = self.k_dims[layer], self.block_tokens
-        if self.frames is not None:
-            n -= n % min(n, self.frames.pages.form.tokens)  # No page belongs to two blocks, where one has room.
+        k_dim, n = self.shapes[layer].k_dim, self.block_tokens
+        if self.page_cache is not None:
+            n -= n % min(n, self.page_cache.pages.form.tokens)  # No page belongs to two blocks, where one has room.
         ends = [(start, min(start + n, stop)) for start in range(0, stop, n)]
         coming = [self._bring_block(layer, *ends[0])] if ends else []
         taken = 0
@@ -193,7 +188,7 @@ class Tiers(FarMemory):
 
         Where the pool is near memory this only remembers the positions.
         """
-        if not self.far:
+        if not self.is_far:
             return Fetch(positions, valid, None, None)
         pool = self.pool[layer]
         n = positions.shape[-1]
@@ -209,7 +204,7 @@ class Tiers(FarMemory):
             K and V, [B, Hkv, K, D], with positions; rows of invalid positions hold anything finite.
         """
         stored = self.join(layer, early, late, n_tail)
-        rows, k_dim = self.decode(layer, stored.rows), self.k_dims[layer]
+        rows, k_dim = self.decode(layer, stored.rows), self.shapes[layer].k_dim
         return Read(rows[..., :k_dim], rows[..., k_dim:], stored.positions, stored.valid)
 
     def join(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Stored:
@@ -227,7 +222,7 @@ class Tiers(FarMemory):
         return Stored(self._join(layer, parts, positions, n_tail), positions, valid)
 
     def _join(self, layer: int, parts: list[Fetch], positions: Tensor, n_tail: int) -> Tensor:
-        if not self.far:
+        if not self.is_far:
             return self.gather(layer, positions)
         buffer = parts[0].buffer
         assert buffer is not None
@@ -244,57 +239,39 @@ class Tiers(FarMemory):
 
     def _newest(self, layer: int, n: int) -> Tensor:
         """Return the newest rows, from near memory, or from the pool after a crop or a reordering."""
-        near = self.tails[layer].newest(n)
+        near = self.windows[layer].newest(n)
         if near is not None:
             return near
         total = self.length(layer)
         rows = self.pool[layer].read(total - n, total)
         self.on_fetch(rows.numel() * rows.element_size())
-        self.tails[layer].length = 0
+        self.windows[layer].length = 0
         moved = rows.to(self.device)
-        self.tails[layer].push(moved)
+        self.windows[layer].push(moved)
         return moved
 
     # --- the batch ------------------------------------------------------------------------------------------
 
-    def crop(self, layer: int, n_tokens: int) -> None:
-        """Forget the newest tokens of a layer.
-
-        Raises:
-            CacheStateError: what came before them is evicted.
-        """
-        super().crop(layer, n_tokens)
-        if layer in self.held:
-            self.held[layer].crop(n_tokens)
-        if layer in self.hot:
-            self.hot[layer].crop(self.length(layer))
-        if self.far:
-            self.tails[layer].crop(n_tokens)
+    def following(self, layer: int) -> list[Follower]:
+        """Return what follows a layer's records: what was registered, and what is near of them."""
+        near = (self.windows.get(layer), self.pinned.get(layer), self.recently_used.get(layer))
+        return super().following(layer) + [each for each in near if each is not None]
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
         if len(sequences) != self.batch(layer):
             # More sequences need its memory.
-            self.drop_hot()
+            self.drop_recently_used()
         super().select(layer, sequences)
-        near = self.find_near(layer)
-        if near is not None:
-            near.select(sequences)
-        if self.far:
-            self.tails[layer].clear()
-            self.buffers.clear()
+        self.buffers.clear()
 
     def clear(self, layer: int) -> None:
         """Free a layer."""
         super().clear(layer)
-        for near in (self.held.get(layer), self.hot.pop(layer, None)):
-            if near is not None:
-                near.clear()
-        if self.far:
-            self.tails[layer].clear()
-            self.buffers.clear()
-        if self.frames is not None and not any(rows.length for rows in self.pool.values()):
+        self.recently_used.pop(layer, None)
+        self.buffers.clear()
+        if self.page_cache is not None and not any(rows.length for rows in self.pool.values()):
             # A block still on its way would hold the file. Pages and a saved text go with it: what comes opens another.
             self.link.drain()
-            self.frames.clear()
-            self.frames, self.limits = None, self.limits._replace(saved=None)
+            self.page_cache.clear()
+            self.page_cache, self.limits = None, self.limits._replace(saved=None)

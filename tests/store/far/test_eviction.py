@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import ConfigError
-from farkv.store.far.eviction import POLICIES, Counter, Marks, Policy, make_policy
+from farkv.store.far.eviction import POLICIES, Counter, Uses, Policy, make_policy
 
 CPU = torch.device("cpu")
 LIMIT = 4
@@ -21,13 +21,13 @@ LIMIT = 4
 @dataclass(eq=False)
 class Slot:
     birth: int
-    mark: float = 0
+    use: float = 0
     pinned: bool = False
     garbage: bool = False
 
 
 class Simulator:
-    """One set, as a list of slots and a hand; a new slot's mark is what its policy's text says."""
+    """One set, as a list of slots and a hand; a new slot's use is what its policy's text says."""
 
     def __init__(self, name: str, births: list[int], now: int):
         self.name, self.hand = name, 0
@@ -39,21 +39,21 @@ class Simulator:
     def read(self, positions: list[int], now: int, weights: list[float]) -> None:
         if self.name == "score":
             for slot in self.slots:
-                slot.mark = np.float32(slot.mark) * np.float32(0.9)
+                slot.use = np.float32(slot.use) * np.float32(0.9)
         for position, weight in zip(positions, weights, strict=True):
             slot = self.slots[position]
             match self.name:
                 case "lru":
-                    slot.mark = now
+                    slot.use = now
                 case "counter":
-                    slot.mark += 1
+                    slot.use += 1
                 case "clock":
-                    slot.mark = 1
+                    slot.use = 1
                 case "score":
-                    slot.mark = np.float32(slot.mark) + np.float32(weight)
-        if self.name == "counter" and any(slot.mark >= LIMIT for slot in self.slots):
+                    slot.use = np.float32(slot.use) + np.float32(weight)
+        if self.name == "counter" and any(slot.use >= LIMIT for slot in self.slots):
             for slot in self.slots:
-                slot.mark //= 2
+                slot.use //= 2
 
     def evict(self, n: int) -> list[int]:
         taken: list[int] = []
@@ -64,7 +64,7 @@ class Simulator:
                 taken.append(min(waste, key=self.turn) if waste else self.sweep(left))
             else:
                 taken.append(
-                    min(waste or left, key=lambda i: (0 if waste else self.slots[i].mark, self.slots[i].birth))
+                    min(waste or left, key=lambda i: (0 if waste else self.slots[i].use, self.slots[i].birth))
                 )
         return sorted(taken)
 
@@ -75,10 +75,10 @@ class Simulator:
         """Move the hand as the textbook does: a set bit is cleared and passed, a clear one is the victim."""
         while True:
             i, self.hand = self.hand, (self.hand + 1) % len(self.slots)
-            if i in left and not self.slots[i].mark:
+            if i in left and not self.slots[i].use:
                 return i
             if i in left:
-                self.slots[i].mark = 0
+                self.slots[i].use = 0
 
     def remove(self, victims: list[int]) -> None:
         at = self.slots[self.hand :]
@@ -101,7 +101,7 @@ class Trace:
         births = [self.rng.sample(range(n_slots), n_slots) for _ in range(self.n_sets)]
         self.sets = [Simulator(name, b, 0) for b in births]
         self.births = self.fold(births).int()
-        self.marks = self.policy.start((*shape, n_slots), 0, CPU)
+        self.uses = self.policy.start((*shape, n_slots), 0, CPU)
         self.clock, self.n_evicted, self.gone = n_slots, 0, [set() for _ in self.sets]
 
     def fold(self, rows: list[list]) -> torch.Tensor:
@@ -124,7 +124,7 @@ class Trace:
             weights.append([noise[i] for i in order])
         flags = self.fold(valid)
         given = None if flags.all() else flags
-        self.policy.touch(self.marks, self.fold(positions), given, self.now, self.fold(weights).float())
+        self.policy.touch(self.uses, self.fold(positions), given, self.now, self.fold(weights).float())
 
     def flag(self, share: float, spare: int, name: str) -> torch.Tensor:
         """Set a flag on some slots of every set, on all but `spare` at most."""
@@ -140,7 +140,7 @@ class Trace:
         pinned = self.flag(share, n, "pinned")
         garbage = self.flag(self.rng.choice([0, 0, 0.2, 0.6]), 0, "garbage")
         first = garbage if garbage.any() or self.rng.random() < 0.5 else None
-        victims = self.policy.choose(self.marks, self.births, n, pinned, first)
+        victims = self.policy.choose(self.uses, self.births, n, pinned, first)
         assert victims.shape == (*self.shape, n)
         assert not pinned.gather(-1, victims).any()
         flat = victims.reshape(self.n_sets, n).tolist()
@@ -156,7 +156,7 @@ class Trace:
         self.clock += n
 
     def refill(self, victims: torch.Tensor, flat: list[list[int]], n: int) -> None:
-        self.policy.renew(self.marks, victims, self.now)
+        self.policy.renew(self.uses, victims, self.now)
         born = torch.arange(self.clock, self.clock + n, dtype=torch.int32).expand_as(victims)
         self.births.scatter_(-1, victims, born)
         for one, mine in zip(self.sets, flat, strict=True):
@@ -165,9 +165,9 @@ class Trace:
 
     def compact(self, flat: list[list[int]], n: int) -> None:
         kept = self.fold([[i for i in range(self.births.shape[-1]) if i not in mine] for mine in flat]).long()
-        old = self.policy.keep(self.marks, kept)
+        old = self.policy.keep(self.uses, kept)
         new = self.policy.start((*self.shape, n), self.now, CPU)
-        self.marks = Marks(torch.cat([old.values, new.values], -1), old.hand)
+        self.uses = Uses(torch.cat([old.values, new.values], -1), old.hand)
         born = torch.arange(self.clock, self.clock + n, dtype=torch.int32).expand(*self.shape, n)
         self.births = torch.cat([self.births.gather(-1, kept), born], -1)
         for one, mine in zip(self.sets, flat, strict=True):
@@ -175,15 +175,15 @@ class Trace:
             one.slots += [one.new(self.clock + j, self.now) for j in range(n)]
 
     def compare(self) -> None:
-        assert self.marks.values.dtype == self.policy.dtype
-        expected = self.fold([[float(s.mark) for s in one.slots] for one in self.sets])
+        assert self.uses.values.dtype == self.policy.dtype
+        expected = self.fold([[float(s.use) for s in one.slots] for one in self.sets])
         if self.name != "fifo":
-            assert torch.equal(self.marks.values.double(), expected.double())
+            assert torch.equal(self.uses.values.double(), expected.double())
         if self.name == "clock":
-            assert self.marks.hand.flatten().tolist() == [one.hand for one in self.sets]
+            assert self.uses.hand.flatten().tolist() == [one.hand for one in self.sets]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.use.parametrize("name", POLICIES)
 @given(
     shape=st.sampled_from([(), (1, 1), (2, 3)]), n_slots=st.integers(1, 12), seed=st.integers(0, 10**6),
     evictions=st.lists(st.integers(0, 5), min_size=1, max_size=12), in_place=st.booleans(),
@@ -210,53 +210,53 @@ def none(n: int) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("name", [p for p in POLICIES if p != "clock"])
+@pytest.use.parametrize("name", [p for p in POLICIES if p != "clock"])
 def test_ties_go_by_birth(name: str) -> None:
     policy = policy_of(name)
-    marks = policy.start((5,), 0, CPU)
+    uses = policy.start((5,), 0, CPU)
     born = torch.tensor([3, 0, 4, 1, 2], dtype=torch.int32)
-    assert policy.choose(marks, born, 2, none(5)).tolist() == [1, 3]
+    assert policy.choose(uses, born, 2, none(5)).tolist() == [1, 3]
     far = torch.tensor([2**31 - 1, 2**31 - 2, 7], dtype=torch.int32)
     assert policy.choose(policy.start((3,), 2**31 - 1, CPU), far, 2, none(3)).tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.use.parametrize("name", POLICIES)
 def test_garbage_goes_first_and_the_pinned_never(name: str) -> None:
     policy = policy_of(name)
-    marks = policy.start((6,), 0, CPU)
-    policy.touch(marks, torch.tensor([4, 5]), None, 1, torch.ones(2))
+    uses = policy.start((6,), 0, CPU)
+    policy.touch(uses, torch.tensor([4, 5]), None, 1, torch.ones(2))
     first, pinned = none(6), none(6)
     first[4:] = True
     pinned[[0, 5]] = True
-    assert policy.choose(marks, births(6), 1, pinned, first).tolist() == [4]
-    assert policy.choose(marks, births(6), 2, pinned, first).tolist() == [1, 4]
-    assert policy.choose(marks, births(6), 4, pinned, first).tolist() == [1, 2, 3, 4]
-    assert policy.choose(marks, births(6), 0, pinned, first).tolist() == []
+    assert policy.choose(uses, births(6), 1, pinned, first).tolist() == [4]
+    assert policy.choose(uses, births(6), 2, pinned, first).tolist() == [1, 4]
+    assert policy.choose(uses, births(6), 4, pinned, first).tolist() == [1, 2, 3, 4]
+    assert policy.choose(uses, births(6), 0, pinned, first).tolist() == []
 
 
 def test_all_counters_of_a_set_are_halved_when_one_is_full() -> None:
     policy = make_policy("counter")
-    marks = policy.start((2, 3), 0, CPU)
+    uses = policy.start((2, 3), 0, CPU)
     both = torch.tensor([[0, 1], [0, 1]])
     for step in range(254):
-        policy.touch(marks, both, torch.tensor([[True, step < 100], [step < 7, False]]), step)
-    assert marks.values.tolist() == [[254, 100, 0], [7, 0, 0]]
-    policy.touch(marks, both, torch.tensor([[True, False], [True, True]]), 254)
-    assert marks.values.tolist() == [[127, 50, 0], [8, 1, 0]], "the other set does not saturate"
+        policy.touch(uses, both, torch.tensor([[True, step < 100], [step < 7, False]]), step)
+    assert uses.values.tolist() == [[254, 100, 0], [7, 0, 0]]
+    policy.touch(uses, both, torch.tensor([[True, False], [True, True]]), 254)
+    assert uses.values.tolist() == [[127, 50, 0], [8, 1, 0]], "the other set does not saturate"
 
 
 def test_the_clock_gives_a_second_chance() -> None:
     policy = make_policy("clock")
-    marks = policy.start((4,), 0, CPU)
-    assert policy.choose(marks, births(4), 1, none(4)).tolist() == [0], "all were just stored: a whole round"
-    assert (marks.values.tolist(), marks.hand.item()) == ([0, 0, 0, 0], 1)
-    policy.renew(marks, torch.tensor([0]), 1)
-    policy.touch(marks, torch.tensor([1]), None, 1)
-    assert policy.choose(marks, births(4), 2, none(4)).tolist() == [2, 3]
-    assert (marks.values.tolist(), marks.hand.item()) == ([1, 0, 0, 0], 0)
-    kept = policy.keep(marks, torch.tensor([0, 1]))
+    uses = policy.start((4,), 0, CPU)
+    assert policy.choose(uses, births(4), 1, none(4)).tolist() == [0], "all were just stored: a whole round"
+    assert (uses.values.tolist(), uses.hand.item()) == ([0, 0, 0, 0], 1)
+    policy.renew(uses, torch.tensor([0]), 1)
+    policy.touch(uses, torch.tensor([1]), None, 1)
+    assert policy.choose(uses, births(4), 2, none(4)).tolist() == [2, 3]
+    assert (uses.values.tolist(), uses.hand.item()) == ([1, 0, 0, 0], 0)
+    kept = policy.keep(uses, torch.tensor([0, 1]))
     assert (kept.values.tolist(), kept.hand.item()) == ([1, 0], 0)
-    kept = policy.keep(Marks(marks.values, torch.tensor(3)), torch.tensor([0, 2, 3]))
+    kept = policy.keep(Uses(uses.values, torch.tensor(3)), torch.tensor([0, 2, 3]))
     assert kept.hand.item() == 2, "the hand stands before the slot that it stood before"
     assert policy.keep(kept, torch.tensor([0, 1])).hand.item() == 0
     assert policy.keep(kept, torch.tensor([], dtype=torch.int64)).hand.item() == 0
@@ -264,26 +264,26 @@ def test_the_clock_gives_a_second_chance() -> None:
 
 def test_attention_mass_fades() -> None:
     policy = make_policy("score")
-    marks = policy.start((3,), 0, CPU)
-    policy.touch(marks, torch.tensor([0, 1]), None, 1, torch.tensor([0.5, 0.1]))
+    uses = policy.start((3,), 0, CPU)
+    policy.touch(uses, torch.tensor([0, 1]), None, 1, torch.tensor([0.5, 0.1]))
     for step in range(2, 30):
-        policy.touch(marks, torch.tensor([1]), None, step, torch.tensor([0.1]))
-    assert marks.values[0].item() == pytest.approx(0.5 * 0.9**28)
-    assert policy.choose(marks, births(3), 2, none(3)).tolist() == [0, 2], "old mass counts for less than fresh"
+        policy.touch(uses, torch.tensor([1]), None, step, torch.tensor([0.1]))
+    assert uses.values[0].item() == pytest.approx(0.5 * 0.9**28)
+    assert policy.choose(uses, births(3), 2, none(3)).tolist() == [0, 2], "old mass counts for less than fresh"
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.use.parametrize("name", POLICIES)
 def test_one_head_does_not_decide_for_another(name: str) -> None:
     def victims(other: int) -> torch.Tensor:
         policy = policy_of(name)
-        marks = policy.start((2, 2, 8), 0, CPU)
+        uses = policy.start((2, 2, 8), 0, CPU)
         rng, noise = random.Random(1), random.Random(other)
         chosen = []
         for step in range(1, 12):
             rows = [rng.sample(range(8), 3) for _ in range(3)] + [noise.sample(range(8), 3)]
             valid = torch.tensor([[True, True, rng.random() < 0.5]] * 3 + [[True, noise.random() < 0.5, True]])
-            policy.touch(marks, torch.tensor(rows).view(2, 2, 3), valid.view(2, 2, 3), step, torch.ones(2, 2, 3))
-            chosen.append(policy.choose(marks, births(8).expand(2, 2, 8), 3, none(8).expand(2, 2, 8)))
+            policy.touch(uses, torch.tensor(rows).view(2, 2, 3), valid.view(2, 2, 3), step, torch.ones(2, 2, 3))
+            chosen.append(policy.choose(uses, births(8).expand(2, 2, 8), 3, none(8).expand(2, 2, 8)))
         return torch.stack(chosen).flatten(1, 2)
 
     one, two = victims(2), victims(3)
@@ -291,15 +291,15 @@ def test_one_head_does_not_decide_for_another(name: str) -> None:
     assert name == "fifo" or not torch.equal(one[:, 3], two[:, 3])
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.use.parametrize("name", POLICIES)
 def test_marks_may_be_a_view_of_growing_rows(name: str) -> None:
     policy = policy_of(name)
     plain = policy.start((2, 6), 0, CPU)
     wide = torch.zeros(2, 9, 1, dtype=policy.dtype)
     wide[:, :6, 0] = plain.values
-    held = Marks(wide[:, :6, 0], plain.hand.clone())
-    for marks in (plain, held):
-        policy.touch(marks, torch.tensor([[0, 5], [2, 3]]), None, 1, torch.rand(2, 2).fill_(0.5))
+    held = Uses(wide[:, :6, 0], plain.hand.clone())
+    for uses in (plain, held):
+        policy.touch(uses, torch.tensor([[0, 5], [2, 3]]), None, 1, torch.rand(2, 2).fill_(0.5))
     args = (births(6).expand(2, 6), 3, none(6).expand(2, 6))
     assert torch.equal(policy.choose(plain, *args), policy.choose(held, *args))
     assert torch.equal(plain.values, wide[:, :6, 0])

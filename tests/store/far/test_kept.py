@@ -1,4 +1,4 @@
-"""Eviction in the store: rows, places, marks and held copies stay together, and counts are shared out fairly."""
+"""Eviction in the store: rows, places, scores and held copies stay together, and counts are shared out fairly."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CacheStateError
-from farkv.math.keep import choose_kept, join_marks
+from farkv.math.keep import choose_kept, join_scores
 from farkv.store.far import rows as rows_module
 from farkv.store.far.kept import ROW_BYTES, Kept
 from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
-from farkv.store.near.buffers import Held
+from farkv.store.near.buffers import Pinned
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import Allowed, share_out
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 
 B, HEADS, WIDTH = 2, 2, 3
 CPU = torch.device("cpu")
@@ -64,10 +64,10 @@ def test_places_and_marks_follow_every_operation() -> None:
     kept = Kept(ledger, CPU)
     kept.append(torch.zeros(B, HEADS, 20, 1), 0)
     positions = some(8, 20)
-    marks = torch.rand(B, HEADS, 8)
-    kept.keep(positions, marks, 3)
+    scores = torch.rand(B, HEADS, 8)
+    kept.keep(positions, scores, 3)
     assert torch.equal(kept.places.view()[..., 0].long(), positions)
-    assert torch.equal(kept.marks.view()[..., 0], marks.bfloat16())
+    assert torch.equal(kept.scores.view()[..., 0], scores.bfloat16())
     kept.append(torch.zeros(B, HEADS, 2, 1), 20)
     assert kept.gapless == 5
     kept.crop(4, evicted=12)
@@ -76,7 +76,7 @@ def test_places_and_marks_follow_every_operation() -> None:
         kept.crop(2, evicted=12)
     kept.select(torch.tensor([1, 1, 0]))
     assert torch.equal(kept.places.view()[..., 0].long(), positions[[1, 1, 0], :, :6])
-    assert ledger.used == kept.places.n_bytes + kept.marks.n_bytes
+    assert ledger.used == kept.places.n_bytes + kept.scores.n_bytes
     assert ledger.used // (kept.places.data.shape[2] * 3 * HEADS) in (ROW_BYTES, ROW_BYTES - 1)  # type: ignore[union-attr]
     kept.clear()
     assert ledger.used == 0
@@ -91,7 +91,7 @@ def test_nothing_that_was_evicted_can_be_taken_back_but_all_else_can() -> None:
 
 def test_held_copies_are_found_where_they_are_through_every_operation() -> None:
     near, home = Ledger("near"), Ledger("host")
-    held = Held(near, CPU, home, CPU)
+    held = Pinned(near, CPU, home, CPU)
     pool = torch.randn(B, HEADS, 30, WIDTH)
     assert held.find(some(3, 30)) is None
     chosen = some(10, 20)
@@ -124,13 +124,13 @@ def test_held_copies_are_found_where_they_are_through_every_operation() -> None:
 
 
 def test_an_evicted_layer_reads_and_locates_what_is_left() -> None:
-    store = Tiers([0], StoreLimits(near=1 << 20), CPU, Needs(2, evicts=True, holds=True))
+    store = Store([0], StoreLimits(near=1 << 20), CPU, Needs(2, evicts=True, holds=True))
     k, v = torch.randn(B, HEADS, 30, 4), torch.randn(B, HEADS, 30, WIDTH)
     store.append(0, k[:, :, :25], v[:, :, :25])
     positions = torch.cat([some(9, 20), torch.arange(20, 25).expand(B, HEADS, 5)], -1)
     store.evict(0, Keep(positions, torch.zeros(B, HEADS, 14), 5))
     assert (store.length(0), store.seen(0), store.evicted[0]) == (14, 25, 11)
-    store.hold_near(0, some(6, 12))
+    store.pin(0, some(6, 12))
     moved: list[int] = []
     store.on_fetch = moved.append
     store.append(0, k[:, :, 25:], v[:, :, 25:])
@@ -140,7 +140,7 @@ def test_an_evicted_layer_reads_and_locates_what_is_left() -> None:
     assert torch.equal(at[..., -3:], torch.arange(27, 30).expand(B, HEADS, 3))
     assert torch.equal(read.k, pick(k, at))
     assert torch.equal(read.v, pick(v, at))
-    slots = store.held[0].find(chosen)
+    slots = store.pinned[0].find(chosen)
     assert slots is not None
     assert sum(moved) == int((slots < 0).sum()) * 7 * 4
     with pytest.raises(CacheStateError):
@@ -182,21 +182,21 @@ def test_kept_records_are_those_of_a_plain_loop(n_rows: int, n_keep: int, n_rece
     old = n_rows - recent
     scores = torch.rand(B, HEADS, old + min(spare, recent))
     scores[..., :1] = torch.inf
-    positions, marks = choose_kept(scores, n_rows, n_keep, n_recent)
+    positions, scores = choose_kept(scores, n_rows, n_keep, n_recent)
     n_old = min(max(n_keep - recent, 0), old)
-    assert positions.shape == marks.shape == (B, HEADS, n_old + recent)
+    assert positions.shape == scores.shape == (B, HEADS, n_old + recent)
     for b in range(B):
         for h in range(HEADS):
             row = scores[b, h, :old].tolist()
             best = sorted(sorted(range(old), key=lambda i: -row[i])[:n_old])
             assert positions[b, h].tolist() == best + list(range(old, n_rows))
             expected = [0.0 if row[i] == float("inf") else row[i] for i in best] + [0.0] * recent
-            assert marks[b, h].tolist() == pytest.approx(expected)
+            assert scores[b, h].tolist() == pytest.approx(expected)
 
 
 def test_marks_remember_the_best_score() -> None:
-    scores, marks = torch.rand(B, HEADS, 5), torch.rand(B, HEADS, 9).bfloat16()
-    joined = join_marks(scores, marks)
-    assert torch.equal(joined, torch.maximum(scores, marks[..., :5].float()))
+    scores, scores = torch.rand(B, HEADS, 5), torch.rand(B, HEADS, 9).bfloat16()
+    joined = join_scores(scores, scores)
+    assert torch.equal(joined, torch.maximum(scores, scores[..., :5].float()))
     assert joined.dtype == torch.float32
-    assert join_marks(scores, None) is scores
+    assert join_scores(scores, None) is scores

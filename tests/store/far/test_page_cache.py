@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from farkv.errors import CapacityError, StoreError
 from farkv.store.far.eviction import POLICIES, make_policy
-from farkv.store.far.page_cache import Frames
+from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import DiskSpace
-from farkv.store.far.pages import PageForm, Pages
+from farkv.store.far.pages import PageForm, NumberedPages
 from farkv.store.ledger import Ledger
 
 FORM = PageForm(4, 3, torch.float32)
@@ -30,21 +30,21 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiskSpace]:
         yield space
 
 
-def make(space: DiskSpace, policy: str = "lru", limit: int | None = None, n: int = N) -> tuple[Frames, torch.Tensor]:
-    pages = Pages(FORM, space.open_file(FORM.n_bytes))
+def make(space: DiskSpace, policy: str = "lru", limit: int | None = None, n: int = N) -> tuple[PageCache, torch.Tensor]:
+    pages = NumberedPages(FORM, space.open_file(FORM.n_bytes))
     rows = torch.randn(n, FORM.tokens, FORM.width)
     pages.write(rows)
-    return Frames(Ledger("host", limit), make_policy(policy), pages), rows
+    return PageCache(Ledger("host", limit), make_policy(policy), pages), rows
 
 
-def check_tables(frames: Frames) -> None:
+def check_tables(frames: PageCache) -> None:
     """Copies are right, and every byte is counted."""
     check_copies(frames)
     assert frames.ledger.used == frames.n_bytes
     assert frames.ledger.limit is None or frames.ledger.peak <= frames.ledger.limit
 
 
-def check_copies(frames: Frames) -> None:
+def check_copies(frames: PageCache) -> None:
     """Both tables say the same, no page is in two frames, and every copy is the page that it is said to be."""
     assert 0 <= frames.used <= frames.room
     here = frames.page_of[: frames.used]
@@ -59,7 +59,7 @@ def check_copies(frames: Frames) -> None:
         assert torch.equal(frames.data[: frames.used], wanted)
 
 
-def check_take(frames: Frames, rows: torch.Tensor, n: int = 20) -> None:
+def check_take(frames: PageCache, rows: torch.Tensor, n: int = 20) -> None:
     pages, offsets = torch.randint(len(rows), (n,)), torch.randint(FORM.tokens, (n,))
     out = torch.full((n, FORM.width), torch.nan)
     frames.take(pages, offsets, out)
@@ -79,7 +79,7 @@ steps = st.one_of(
 )
 
 
-def read_beside(frames: Frames, rows: torch.Tensor, n: int) -> None:
+def read_beside(frames: PageCache, rows: torch.Tensor, n: int) -> None:
     """Read every page while other things take `n` pages' bytes of the tier: reads make do with fewer copies."""
     limit = frames.ledger.limit
     least = 0 if frames.scratch is not None else frames.piece
@@ -93,17 +93,17 @@ def read_beside(frames: Frames, rows: torch.Tensor, n: int) -> None:
     frames.ledger.release(n * FORM.n_bytes)
 
 
-def make_room(frames: Frames, n: int) -> None:
+def make_room(frames: PageCache, n: int) -> None:
     frames.make_room(n * FORM.n_bytes)
     assert frames.ledger.has_room(n * FORM.n_bytes) or frames.used == 0
 
 
-def clear(frames: Frames) -> None:
+def clear(frames: PageCache) -> None:
     frames.clear()
     assert frames.ledger.used == 0
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.use.parametrize("policy", POLICIES)
 @given(moves=st.lists(steps, max_size=20), seed=st.integers(0, 99), limit=st.sampled_from([None, 10, 14]))
 def test_rows_are_right_whatever_happens(
     space: DiskSpace, policy: str, moves: list[tuple[str, int]], seed: int, limit: int | None
@@ -205,12 +205,12 @@ def count_resident_bytes(memory: mmap.mmap) -> int:
     return total
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system keeps no such books")
+@pytest.use.skipif(not Path("/proc/self/smaps").exists(), reason="the system keeps no such books")
 def test_memory_of_dropped_copies_goes_back_to_the_system(tmp_path: Path) -> None:
     form = PageForm(1, 1 << 18, torch.float32)
     with DiskSpace(tmp_path, None) as space:
-        pages = Pages(form, space.open_file(form.n_bytes))
-        frames = Frames(Ledger("host"), make_policy("lru"), pages)
+        pages = NumberedPages(form, space.open_file(form.n_bytes))
+        frames = PageCache(Ledger("host"), make_policy("lru"), pages)
         rows = torch.ones(8, form.tokens, form.width)
         frames.resize(6)
         frames.offer(pages.write(rows), rows)

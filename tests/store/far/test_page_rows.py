@@ -14,14 +14,14 @@ from farkv.errors import CapacityError, ConfigError, StoreError
 from farkv.store.admission import admit
 from farkv.store.far import pages as pages_module
 from farkv.store.far.eviction import POLICIES, make_policy
-from farkv.store.far.page_cache import Frames
+from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.far.page_rows import PagedRows
-from farkv.store.far.pages import PageForm, Pages
+from farkv.store.far.pages import PageForm, NumberedPages
 from farkv.store.ledger import Ledger
 from farkv.store.records import Needs, StoreLimits
 from farkv.store.sizes import LayerShape, NearNeed
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 
 B, HEADS, T = 2, 2, 8
 FORM = PageForm(T, 5, torch.float32)
@@ -36,7 +36,7 @@ def space(tmp_path: Path) -> Iterator[DiskSpace]:
 
 def make(space: DiskSpace, room: int = 6, policy: str = "lru", host: int | None = None) -> PagedRows:
     ledger = Ledger("host", host)
-    frames = Frames(ledger, make_policy(policy), Pages(FORM, space.open_file(FORM.n_bytes)))
+    frames = PageCache(ledger, make_policy(policy), NumberedPages(FORM, space.open_file(FORM.n_bytes)))
     frames.resize(room, 4)
     return PagedRows(ledger, frames)
 
@@ -75,8 +75,8 @@ def check(rows: PagedRows, model: torch.Tensor, others: int = 0) -> None:
     assert file._ledger.used == (file.n_pages + others) * FORM.n_bytes
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("chunks", [[1] * 20, [8, 8, 8], [30, 1, 1], [7, 1, 17, 40, 3], [100]])
+@pytest.use.parametrize("policy", POLICIES)
+@pytest.use.parametrize("chunks", [[1] * 20, [8, 8, 8], [30, 1, 1], [7, 1, 17, 40, 3], [100]])
 def test_rows_of_any_chunks(space: DiskSpace, chunks: list[int], policy: str) -> None:
     rows, model = make(space, policy=policy), some(0)
     for n in chunks:
@@ -125,7 +125,7 @@ def test_a_dense_read_brings_no_copies_and_reads_what_has_none(space: DiskSpace)
     assert sum(told) == int((~before).sum()) * FORM.n_bytes
 
 
-@pytest.mark.parametrize("left", [0, 1, T - 1, T, T + 1, 2 * T, 3 * T - 1, 3 * T, 3 * T + 2, 3 * T + 5])
+@pytest.use.parametrize("left", [0, 1, T - 1, T, T + 1, 2 * T, 3 * T - 1, 3 * T, 3 * T + 2, 3 * T + 5])
 def test_crop_into_full_pages_and_go_on(space: DiskSpace, left: int) -> None:
     rows, model = make(space, room=2), some(3 * T + 5)
     add(rows, model)
@@ -143,7 +143,7 @@ def test_crop_into_full_pages_and_go_on(space: DiskSpace, left: int) -> None:
     check(rows, model)
 
 
-@pytest.mark.parametrize("n", [3, 3 * T, 2 * T + 3])
+@pytest.use.parametrize("n", [3, 3 * T, 2 * T + 3])
 def test_beams_share_full_pages_and_part_in_the_open_one(space: DiskSpace, n: int) -> None:
     rows, model = make(space), some(n)
     add(rows, model)
@@ -218,7 +218,7 @@ def test_a_disk_that_fails_half_way_loses_nothing(space: DiskSpace, monkeypatch:
     check(rows, torch.cat([model, more], 2))
 
 
-@pytest.mark.parametrize("spare", range(0, 1200, 40))
+@pytest.use.parametrize("spare", range(0, 1200, 40))
 def test_a_host_without_room_loses_nothing(space: DiskSpace, spare: int) -> None:
     # Wherever in a write the limit strikes: either all of it is done, or nothing.
     rows, model = make(space, room=0), some(T + 5)
@@ -269,9 +269,9 @@ def test_zero_rows(space: DiskSpace) -> None:
 # --- through the tiers --------------------------------------------------------------------------------------
 
 
-def open_store(space: DiskSpace, monkeypatch: pytest.MonkeyPatch, host: int | None = None) -> Tiers:
+def open_store(space: DiskSpace, monkeypatch: pytest.MonkeyPatch, host: int | None = None) -> Store:
     monkeypatch.setattr(pages_module, "PAGE_BYTES", T * 5 * 4)
-    store = Tiers([0, 1], StoreLimits(None, host, disk=space), CPU, Needs(2))
+    store = Store([0, 1], StoreLimits(None, host, disk=space), CPU, Needs(2))
     store.open_pages(LayerShape(B, HEADS, 2, 3, 4), torch.float32)
     return store
 
@@ -280,8 +280,8 @@ def test_a_damaged_page_is_an_error_and_never_wrong_rows(space: DiskSpace, monke
     store = open_store(space, monkeypatch)
     model = some(3 * T + 2)
     store.append(0, model[..., :2], model[..., 2:])
-    assert store.frames is not None
-    file = store.frames.pages.file
+    assert store.page_cache is not None
+    file = store.page_cache.pages.file
     assert file is not None
     bad = 4
     # Head 1, second page: the third and fourth numbers of a head are its own.
@@ -304,7 +304,7 @@ def test_a_damaged_page_is_an_error_and_never_wrong_rows(space: DiskSpace, monke
     read = store.read(0, store.fetch(0, hit.expand(B, HEADS, 4), valid, 3), None, 3)
     rows = torch.cat([read.k, read.v], -1)
     assert torch.equal(rows[read.valid], model.gather(2, read.positions[..., None].expand(-1, -1, -1, 5))[read.valid])
-    assert store.near.used == store.tails[0].data.numel() * 4 + sum(  # type: ignore[union-attr]
+    assert store.near.used == store.windows[0].data.numel() * 4 + sum(  # type: ignore[union-attr]
         0 if area is None else area.numel() * 4 for area in store.buffers._areas
     ), "a pass that failed gives back what it took"
 
@@ -352,6 +352,6 @@ def test_copies_take_only_what_the_host_limit_leaves(space: DiskSpace, monkeypat
         for layer in (0, 1):
             new = some(T)
             store.append(layer, new[..., :2], new[..., 2:])
-    assert store.frames is not None
-    assert 0 < store.frames.used <= store.frames.room < 72
+    assert store.page_cache is not None
+    assert 0 < store.page_cache.used <= store.page_cache.room < 72
     assert store.host.peak <= 80 * page

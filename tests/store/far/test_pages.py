@@ -10,7 +10,7 @@ import torch
 
 from farkv.errors import CapacityError, StoreError
 from farkv.store.far.page_file import DiskSpace, PageFile
-from farkv.store.far.pages import MOST_TOKENS, PAGE_BYTES, PageForm, Pages, count_page_tokens
+from farkv.store.far.pages import MOST_TOKENS, PAGE_BYTES, PageForm, NumberedPages, count_page_tokens
 
 FORM = PageForm(4, 3, torch.float32)
 
@@ -48,7 +48,7 @@ def test_pages_of_the_saved_text_and_new_ones_come_in_the_order_asked_for(space:
     old, new = some(5), some(7)
     # Kept: the pages are gone with their file.
     saved = save(space, old)
-    pages = Pages(FORM, space.open_file(FORM.n_bytes), saved._reader, 5)
+    pages = NumberedPages(FORM, space.open_file(FORM.n_bytes), saved._reader, 5)
     told: list[int] = []
     pages.on_read = told.append
     assert pages.write(new[:4]) == 5
@@ -65,7 +65,7 @@ def test_pages_of_the_saved_text_and_new_ones_come_in_the_order_asked_for(space:
 def test_pages_without_a_file_of_their_own_are_read_from_the_saved_one(space: DiskSpace) -> None:
     old = some(5)
     saved = save(space, old)
-    pages = Pages(FORM, None, saved._reader, 5)
+    pages = NumberedPages(FORM, None, saved._reader, 5)
     out = torch.empty(2, FORM.tokens, FORM.width)
     pages.read(torch.tensor([1, 3]), out)
     assert torch.equal(out, old[[1, 3]])
@@ -73,14 +73,14 @@ def test_pages_without_a_file_of_their_own_are_read_from_the_saved_one(space: Di
 
 
 def test_what_was_never_written_is_an_error(space: DiskSpace) -> None:
-    pages = Pages(FORM, space.open_file(FORM.n_bytes))
+    pages = NumberedPages(FORM, space.open_file(FORM.n_bytes))
     pages.write(some(2))
     with pytest.raises(StoreError, match="pages of the 2"):
         pages.read(torch.tensor([0, 2]), torch.empty(2, FORM.tokens, FORM.width))
 
 
 def test_a_full_disk_writes_nothing(space: DiskSpace) -> None:
-    pages = Pages(FORM, space.open_file(FORM.n_bytes))
+    pages = NumberedPages(FORM, space.open_file(FORM.n_bytes))
     first = some(60)
     pages.write(first)
     with pytest.raises(CapacityError, match="disk limit"):

@@ -11,11 +11,11 @@ from farkv.errors import StoreError
 from farkv.store import spare as spare_module
 from farkv.store.admission import admit
 from farkv.store.ledger import Ledger
-from farkv.store.near.recently_used import Hot, HotSize
+from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import LayerShape, NearNeed
 from farkv.store.spare import Pass, admit_hot
-from farkv.store.tiers import Tiers
+from farkv.store.tiers import Store
 from tests.store.test_stateful import check_hot, count_host, count_near
 
 HKV, D, DV, TOKENS = 2, 4, 3, 60
@@ -28,12 +28,12 @@ NEED = NearNeed(0, 2 * 2 * 3 * SHAPE.token_bytes, 0, 2 * 16 * SHAPE.token_bytes)
 
 def fill(
     slots: int, *, batch: int = 1, host: int | None = None, evicts: bool = False, layers: tuple[int, ...] = (0,)
-) -> tuple[Tiers, dict[int, torch.Tensor], list[int]]:
+) -> tuple[Store, dict[int, torch.Tensor], list[int]]:
     """Return a store whose near limit leaves room for `slots` hot rows of every head, its rows, and what it moves."""
     shape = SHAPE._replace(batch=batch)
     need = NearNeed(*(n * batch for n in NEED))
     near = need.total + slots * len(layers) * shape.token_bytes + 2
-    store = Tiers(list(layers), StoreLimits(near, host, reserve_tokens=TOKENS), CPU, Needs(2, evicts=evicts))
+    store = Store(list(layers), StoreLimits(near, host, reserve_tokens=TOKENS), CPU, Needs(2, evicts=evicts))
     moved: list[int] = []
     store.on_fetch = moved.append
     rows = {layer: torch.randn(batch, HKV, TOKENS, D + DV) for layer in layers}
@@ -43,14 +43,14 @@ def fill(
     return store, rows, moved
 
 
-def step(store: Tiers, shape: LayerShape = SHAPE, need: NearNeed = NEED, *, decodes: bool = True) -> None:
+def step(store: Store, shape: LayerShape = SHAPE, need: NearNeed = NEED, *, decodes: bool = True) -> None:
     """Admit a pass of the announced context."""
     rows = {layer: TOKENS for layer in store.order}
     admit(store, shape, rows, need)
     admit_hot(store, Pass(shape, rows, need, announced=True, decodes=decodes))
 
 
-def read(store: Tiers, rows: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+def read(store: Store, rows: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None = None) -> None:
     """Fetch and read records of the first layer; what comes is what was stored."""
     out = store.read(0, store.fetch(0, positions, valid, 2), None, 2)
     got, want = torch.cat([out.k, out.v], -1), rows.gather(2, out.positions[..., None].expand(-1, -1, -1, D + DV))
@@ -65,7 +65,7 @@ def pick(*heads: list[int]) -> torch.Tensor:
 def test_only_what_is_not_near_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spare_module, "LEAST_SLOTS", 8)
     store, rows, moved = fill(8)
-    assert store.hot[0].size.slots == 8
+    assert store.recently_used[0].size.slots == 8
     asked = [
         # Positions of both heads, and how many of them must cross.
         (pick([1, 2, 3, 4], [11, 12, 13, 14]), 8),
@@ -167,7 +167,7 @@ def test_beams_take_their_hot_records_along() -> None:
     # The newest two records come from the pool after a reordering.
     assert sum(moved) == 3 * HKV * 2 * ROW
     store.select(0, torch.tensor([0, 1]))
-    assert store.hot == {}
+    assert store.recently_used == {}
 
 
 def test_a_copy_of_a_cache_has_a_hot_set_of_its_own() -> None:
@@ -185,11 +185,11 @@ def test_a_copy_of_a_cache_has_a_hot_set_of_its_own() -> None:
 def test_a_dense_pass_does_not_disturb_it() -> None:
     store, rows, moved = fill(30)
     read(store, rows[0], pick([1, 2], [3, 4]))
-    before = copy.deepcopy((store.hot[0].owner, store.hot[0].last_read))
+    before = copy.deepcopy((store.recently_used[0].owner, store.recently_used[0].last_read))
     for _, k, _v in store.read_blocks(0, 4):
         assert k.shape[2] == 4
-    assert torch.equal(store.hot[0].owner, before[0])
-    assert torch.equal(store.hot[0].last_read, before[1])
+    assert torch.equal(store.recently_used[0].owner, before[0])
+    assert torch.equal(store.recently_used[0].last_read, before[1])
     moved.clear()
     read(store, rows[0], pick([1, 2], [3, 4]))
     assert moved == []
@@ -217,7 +217,7 @@ def test_a_fetch_that_fails_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch)
 
 def test_it_takes_what_is_left_and_no_more() -> None:
     store, _, _ = fill(20, layers=(0, 1))
-    assert {hot.size.slots for hot in store.hot.values()} == {20}
+    assert {hot.size.slots for hot in store.recently_used.values()} == {20}
     assert store.near.used == count_near(store)
     assert store.host.used == count_host(store)
     store.clear(0)
@@ -227,7 +227,7 @@ def test_it_takes_what_is_left_and_no_more() -> None:
 
 def test_there_is_none_where_little_is_left() -> None:
     store, _, _ = fill(spare_module.LEAST_SLOTS - 1)
-    assert store.hot == {}
+    assert store.recently_used == {}
     assert store.host.used == count_host(store)
 
 
@@ -236,7 +236,7 @@ def test_it_goes_where_a_pass_needs_the_memory_and_comes_back() -> None:
     positions = pick([1, 2], [3, 4])
     read(store, rows[0], positions)
     step(store, need=NEED._replace(prefill=NEED.decode + 10 * SHAPE.token_bytes), decodes=False)
-    assert store.hot == {}
+    assert store.recently_used == {}
     step(store)
     moved.clear()
     read(store, rows[0], positions)
@@ -256,16 +256,16 @@ def test_it_stays_where_a_pass_has_room_beside_it() -> None:
 def test_its_books_must_find_room_with_the_pool(spare_bytes: int, n_layers: int) -> None:
     host = 2 * TOKENS * SHAPE.token_bytes
     store, _, _ = fill(20, host=host + spare_bytes, layers=(0, 1))
-    assert len(store.hot) == n_layers
+    assert len(store.recently_used) == n_layers
     assert store.host.peak <= host + spare_bytes
 
 
 def test_it_is_off_where_a_plan_holds_records_near() -> None:
-    store = Tiers([0], StoreLimits(1 << 20, reserve_tokens=TOKENS), CPU, Needs(2, holds=True))
+    store = Store([0], StoreLimits(1 << 20, reserve_tokens=TOKENS), CPU, Needs(2, holds=True))
     new = torch.randn(1, HKV, TOKENS, D + DV)
     store.append(0, new[..., :D], new[..., D:])
     step(store)
-    assert store.hot == {}
+    assert store.recently_used == {}
 
 
 def test_a_context_longer_than_its_books_begins_anew() -> None:
@@ -274,15 +274,15 @@ def test_a_context_longer_than_its_books_begins_anew() -> None:
     near = NEED._replace(index=0)
     longer = {0: 2 * TOKENS}
     admit_hot(store, Pass(SHAPE, longer, near, announced=True, decodes=True))
-    assert store.hot[0].size.records == 2 * TOKENS
-    assert (store.hot[0].owner == -1).all()
+    assert store.recently_used[0].size.records == 2 * TOKENS
+    assert (store.recently_used[0].owner == -1).all()
 
 
 # --- the set itself -----------------------------------------------------------------------------------------
 
 
-def make(slots: int, records: int = 50) -> Hot:
-    return Hot(Ledger("near"), CPU, Ledger("host"), HotSize(1, 1, slots, records, 2, torch.float32))
+def make(slots: int, records: int = 50) -> RecentlyUsed:
+    return RecentlyUsed(Ledger("near"), CPU, Ledger("host"), RecentSize(1, 1, slots, records, 2, torch.float32))
 
 
 def test_it_follows_the_plain_twin() -> None:
@@ -313,6 +313,6 @@ def test_its_bytes_are_those_of_the_formula() -> None:
     hot = make(9)
     near, home = hot.rows.ledger, hot.home
     assert near.used == hot.size.near_bytes == 9 * 2 * 4
-    assert home.used == hot.size.book_bytes == sum(t.numel() * t.element_size() for t in hot.books)
+    assert home.used == hot.size.metadata_bytes == sum(t.numel() * t.element_size() for t in hot.books)
     hot.clear()
     assert near.used == home.used == 0

@@ -1,4 +1,4 @@
-"""Which stored slot goes when room is needed: replacement policies over marks, one mark per slot.
+"""Which stored slot goes when room is needed: replacement policies over uses, one use per slot.
 
 In: what was read at each step, and how many slots must go. Out: positions of distinct victims. A set is one row of
 slots that competes with itself alone: the slots of one sequence and head ([B, Hkv, S]), or the page frames of a
@@ -12,7 +12,7 @@ clock     second chance: a hand passes the slots in their order, takes the first
           last, and clears the bits that it passes
 score     the least attention mass, an exponential moving sum
 
-Of equal slots the older one goes. A victim is gone from the marks before the next choice: call `keep` where rows
+Of equal slots the older one goes. A victim is gone from the uses before the next choice: call `keep` where rows
 are moved together, `renew` where a slot is filled again. The released InfiniGen simulator left victims among the
 candidates and chose the same token again at every step; `choose` cannot, and its tests count.
 """
@@ -33,10 +33,10 @@ from farkv.errors import ConfigError
 GARBAGE, PINNED = -(1 << 62), (1 << 63) - 1
 
 
-class Marks(NamedTuple):
+class Uses(NamedTuple):
     """What a policy knows of the slots of some sets; changed in place."""
 
-    # One mark per slot, [*sets, S], in the policy's dtype.
+    # One use per slot, [*sets, S], in the policy's dtype.
     values: Tensor
     # The slot at which the clock's hand stands, [*sets]; 0 for all other policies.
     hand: Int[Tensor, "*sets"]
@@ -48,19 +48,19 @@ class Policy(ABC):
 
     dtype: ClassVar[torch.dtype]
 
-    def start(self, shape: Sequence[int], now: int, device: torch.device) -> Marks:
-        """Return marks of slots that are stored at step `now`, with the hand at the first slot."""
+    def start(self, shape: Sequence[int], now: int, device: torch.device) -> Uses:
+        """Return uses of slots that are stored at step `now`, with the hand at the first slot."""
         values = torch.full(tuple(shape), self._first(now), dtype=self.dtype, device=device)
-        return Marks(values, torch.zeros(tuple(shape[:-1]), dtype=torch.int64, device=device))
+        return Uses(values, torch.zeros(tuple(shape[:-1]), dtype=torch.int64, device=device))
 
-    def renew(self, marks: Marks, positions: Int[Tensor, "*sets K"], now: int) -> None:
+    def renew(self, uses: Uses, positions: Int[Tensor, "*sets K"], now: int) -> None:
         """Mark slots that hold something new since step `now`."""
-        marks.values.scatter_(-1, positions, self._first(now))
+        uses.values.scatter_(-1, positions, self._first(now))
 
     @abstractmethod
     def touch(
         self,
-        marks: Marks,
+        uses: Uses,
         positions: Int[Tensor, "*sets K"],
         valid: Bool[Tensor, "*sets K"] | None,
         now: int,
@@ -76,7 +76,7 @@ class Policy(ABC):
 
     def choose(
         self,
-        marks: Marks,
+        uses: Uses,
         births: Int[Tensor, "*sets S"],
         n: int,
         pinned: Bool[Tensor, "*sets S"],
@@ -91,20 +91,20 @@ class Policy(ABC):
 
         Cost: one pass over all slots, and a partial sort.
         """
-        ranks = (self._order(marks.values).long() << 32) + births.long()
+        ranks = (self._order(uses.values).long() << 32) + births.long()
         if first is not None:
             ranks = torch.where(first, births.long() + GARBAGE, ranks)
         return _least(ranks.masked_fill(pinned, PINNED), n).indices.sort(-1).values
 
-    def keep(self, marks: Marks, positions: Int[Tensor, "*sets K"]) -> Marks:
-        """Return the marks of the slots at ascending `positions`, which now stand side by side."""
+    def keep(self, uses: Uses, positions: Int[Tensor, "*sets K"]) -> Uses:
+        """Return the uses of the slots at ascending `positions`, which now stand side by side."""
         # A hand stands before the same slot as it did; behind the last one it is before the first.
-        hand = (positions < marks.hand[..., None]).sum(-1) % max(1, positions.shape[-1])
-        return Marks(marks.values.gather(-1, positions), hand)
+        hand = (positions < uses.hand[..., None]).sum(-1) % max(1, positions.shape[-1])
+        return Uses(uses.values.gather(-1, positions), hand)
 
     @abstractmethod
     def _first(self, now: int) -> int:
-        """Return the mark of a new slot."""
+        """Return the use of a new slot."""
 
     def _order(self, values: Tensor) -> Tensor:
         """Return non-negative integers of at most 31 bits in the order of the values."""
@@ -117,7 +117,7 @@ class Fifo(Policy):
     dtype = torch.uint8
 
     def touch(
-        self, marks: Marks, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
+        self, uses: Uses, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
     ) -> None:
         """Do nothing."""
 
@@ -131,13 +131,13 @@ class Lru(Policy):
     dtype = torch.int32
 
     def touch(
-        self, marks: Marks, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
+        self, uses: Uses, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
     ) -> None:
         """Set the step of the last use."""
         step = torch.full_like(positions, now, dtype=torch.int32)
-        # No step is below 0, and no mark above `now`: the maximum changes what is valid and nothing else.
+        # No step is below 0, and no use above `now`: the maximum changes what is valid and nothing else.
         step = step if valid is None else step.masked_fill_(~valid, 0)
-        marks.values.scatter_reduce_(-1, positions, step, "amax")
+        uses.values.scatter_reduce_(-1, positions, step, "amax")
 
     def _first(self, now: int) -> int:
         return now
@@ -152,14 +152,14 @@ class Counter(Policy):
     limit: int = 255
 
     def touch(
-        self, marks: Marks, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
+        self, uses: Uses, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
     ) -> None:
         """Add one to each; halve the counters of a set in which one reaches the limit."""
         ones = torch.ones_like(positions, dtype=torch.uint8) if valid is None else valid.to(torch.uint8)
-        marks.values.scatter_add_(-1, positions, ones)
+        uses.values.scatter_add_(-1, positions, ones)
         # Only what was read can be full now.
-        full = (marks.values.gather(-1, positions) >= self.limit).any(-1, keepdim=True)
-        marks.values.bitwise_right_shift_(full.to(torch.uint8))
+        full = (uses.values.gather(-1, positions) >= self.limit).any(-1, keepdim=True)
+        uses.values.bitwise_right_shift_(full.to(torch.uint8))
 
     def _first(self, now: int) -> int:
         return 0
@@ -171,14 +171,14 @@ class Clock(Policy):
     dtype = torch.uint8
 
     def touch(
-        self, marks: Marks, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
+        self, uses: Uses, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
     ) -> None:
         """Set the bits."""
         bits = torch.ones_like(positions, dtype=torch.uint8) if valid is None else valid.to(torch.uint8)
-        marks.values.scatter_reduce_(-1, positions, bits, "amax")
+        uses.values.scatter_reduce_(-1, positions, bits, "amax")
 
     def choose(
-        self, marks: Marks, births: Tensor, n: int, pinned: Tensor, first: Tensor | None = None
+        self, uses: Uses, births: Tensor, n: int, pinned: Tensor, first: Tensor | None = None
     ) -> Int[Tensor, "*sets n"]:
         """Return `n` distinct victims per set, ascending, and move the hand behind the last of them.
 
@@ -186,18 +186,18 @@ class Clock(Policy):
         neither hand nor bits change. Births decide nothing: the hand does.
         """
         n_slots = births.shape[-1]
-        turn = (torch.arange(n_slots, device=births.device) - marks.hand[..., None]) % max(1, n_slots)
+        turn = (torch.arange(n_slots, device=births.device) - uses.hand[..., None]) % max(1, n_slots)
         # A slot that was read is met again a round later, when its bit is cleared. There is no third round.
-        ranks = turn + n_slots * marks.values.long()
+        ranks = turn + n_slots * uses.values.long()
         if first is not None:
             ranks = torch.where(first, turn + GARBAGE, ranks)
         least = _least(ranks.masked_fill(pinned, PINNED), n)
         if n:
             last = least.values.amax(-1, keepdim=True)
-            marks.values.masked_fill_((turn <= last) & ~pinned, 0)
+            uses.values.masked_fill_((turn <= last) & ~pinned, 0)
             # Only garbage went where `last` is below 0.
             step = torch.where(last < 0, 0, last % n_slots + 1).squeeze(-1)
-            marks.hand.add_(step).remainder_(n_slots)
+            uses.hand.add_(step).remainder_(n_slots)
         return least.indices.sort(-1).values
 
     def _first(self, now: int) -> int:
@@ -212,13 +212,13 @@ class Score(Policy):
     decay: float = 0.9
 
     def touch(
-        self, marks: Marks, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
+        self, uses: Uses, positions: Tensor, valid: Tensor | None, now: int, weights: Tensor | None = None
     ) -> None:
-        """Let all marks fade, and add the new mass."""
+        """Let all uses fade, and add the new mass."""
         assert weights is not None
         mass = weights.float()
         mass = mass if valid is None else mass.masked_fill(~valid, 0)
-        marks.values.mul_(self.decay).scatter_add_(-1, positions, mass)
+        uses.values.mul_(self.decay).scatter_add_(-1, positions, mass)
 
     def _first(self, now: int) -> int:
         return 0

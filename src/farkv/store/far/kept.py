@@ -1,6 +1,6 @@
-"""Which tokens the rows of an evicted layer are: a place in the context and a mark of importance per row.
+"""Which tokens the rows of an evicted layer are: a place in the context and a score of importance per row.
 
-In: positions that stay, when records are evicted. Out: places, to look up masks with, and old marks. Both are
+In: positions that stay, when records are evicted. Out: places, to look up masks with, and old scores. Both are
 counted against the limit of the records that they describe.
 """
 
@@ -13,7 +13,7 @@ from farkv.errors import CacheStateError
 from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
 
-# int32 place and bfloat16 mark, per record; and with a float32 mark.
+# int32 place and bfloat16 score, per record; and with a float32 score.
 ROW_BYTES = 6
 EXACT_ROW_BYTES = 8
 
@@ -24,7 +24,7 @@ class Kept:
     def __init__(self, ledger: Ledger, device: torch.device, *, exact: bool = False):
         self.dtype = torch.float32 if exact else torch.bfloat16
         self.places = Rows(ledger, device=device)
-        self.marks = Rows(ledger, device=device)
+        self.scores = Rows(ledger, device=device)
         # Rows at the end that are the newest tokens without a gap: only those can be taken back.
         self.gapless = 0
 
@@ -34,20 +34,20 @@ class Kept:
         device = self.places.device
         places = torch.arange(start, start + n, dtype=torch.int32, device=device)
         self.places.append(places.expand(batch, heads, n)[..., None])
-        self.marks.append(torch.zeros(batch, heads, n, 1, dtype=self.dtype, device=device))
+        self.scores.append(torch.zeros(batch, heads, n, 1, dtype=self.dtype, device=device))
         self.gapless += n
 
-    def put(self, places: Int[Tensor, "B Hkv K"], marks: Float32[Tensor, "B Hkv K"], gapless: int) -> None:
+    def put(self, places: Int[Tensor, "B Hkv K"], scores: Float32[Tensor, "B Hkv K"], gapless: int) -> None:
         """Note rows that were chosen before they were stored."""
         self.places.append(places[..., None].int())
-        self.marks.append(marks[..., None].to(self.dtype))
+        self.scores.append(scores[..., None].to(self.dtype))
         self.gapless = gapless
 
-    def keep(self, positions: Int[Tensor, "B Hkv K"], marks: Float32[Tensor, "B Hkv K"], gapless: int) -> None:
-        """Keep the rows at `positions`, with new marks."""
+    def keep(self, positions: Int[Tensor, "B Hkv K"], scores: Float32[Tensor, "B Hkv K"], gapless: int) -> None:
+        """Keep the rows at `positions`, with new scores."""
         self.places.keep(positions)
-        self.marks.keep(positions)
-        self.marks.view().copy_(marks[..., None])
+        self.scores.keep(positions)
+        self.scores.view().copy_(scores[..., None])
         # What was taken back before has left a gap that new tokens do not close.
         self.gapless = min(gapless, self.gapless)
 
@@ -64,15 +64,15 @@ class Kept:
             )
         self.gapless = max(0, self.gapless - n_tokens)
         self.places.crop(n_tokens)
-        self.marks.crop(n_tokens)
+        self.scores.crop(n_tokens)
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
         self.places.select(sequences)
-        self.marks.select(sequences)
+        self.scores.select(sequences)
 
     def clear(self) -> None:
         """Free both."""
         self.places.clear()
-        self.marks.clear()
+        self.scores.clear()
         self.gapless = 0

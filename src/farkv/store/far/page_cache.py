@@ -16,17 +16,17 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.errors import CapacityError
-from farkv.store.far.eviction import Marks, Policy
-from farkv.store.far.pages import Pages
+from farkv.store.far.eviction import Uses, Policy
+from farkv.store.far.pages import NumberedPages
 from farkv.store.ledger import Ledger
 
 # Pages that are read from disk at once, through memory of their own.
 SCRATCH_PAGES = 64
 # It would work with one, reading the same pages again and again.
-LEAST_FRAMES, LEAST_SCRATCH = 8, 4
+LEAST_PAGES, LEAST_SCRATCH = 8, 4
 
 
-class Frames:
+class PageCache:
     """Page copies in one mapping of memory; `room` of them may be used, the others take none."""
 
     def __init__(self, ledger: Ledger, policy: Policy, pages: Pages):
@@ -38,10 +38,10 @@ class Frames:
         self.piece = SCRATCH_PAGES
         self._forget()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Frames:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageCache:
         # Copies of pages need no copies: the twin reads its own from disk, and counts them itself.
         with self.lock:
-            twin = Frames(copy.deepcopy(self.ledger, memo), self.policy, copy.deepcopy(self.pages, memo))
+            twin = PageCache(copy.deepcopy(self.ledger, memo), self.policy, copy.deepcopy(self.pages, memo))
             twin.ledger.release(self.n_bytes)
             twin.resize(self.room, self.piece)
         return twin
@@ -60,7 +60,7 @@ class Frames:
         self.frame_of = torch.empty(0, dtype=torch.int32)
         self.page_of = torch.empty(0, dtype=torch.int64)
         self.births = torch.empty(0, dtype=torch.int32)
-        self.marks: Marks | None = None
+        self.uses: Uses | None = None
 
     def resize(self, room: int, piece: int = SCRATCH_PAGES) -> None:
         """Let `room` frames be used, and `piece` pages be read at once; memory beyond is given back at once."""
@@ -110,12 +110,12 @@ class Frames:
         page_of = torch.full((n,), -1, dtype=torch.int64)
         births = torch.zeros(n, dtype=torch.int32)
         page_of[: self.used], births[: self.used] = self.page_of[: self.used], self.births[: self.used]
-        marks = self.policy.start((n,), self.now, torch.device("cpu"))
+        uses = self.policy.start((n,), self.now, torch.device("cpu"))
         self.data, self.page_of, self.births = data, page_of, births
-        if self.marks is not None:
-            marks.values[: self.used] = self.marks.values[: self.used]
-            marks.hand.copy_(self.marks.hand)
-        self.marks = marks
+        if self.uses is not None:
+            uses.values[: self.used] = self.uses.values[: self.used]
+            uses.hand.copy_(self.uses.hand)
+        self.uses = uses
 
     def find(self, pages: Int[Tensor, "*at"]) -> Int[Tensor, "*at"]:
         """Return the frames that pages are in, -1 for those that are only on disk."""
@@ -163,8 +163,8 @@ class Frames:
 
     def _touch(self, frames: Tensor, counts: Tensor) -> None:
         if len(frames):
-            assert self.marks is not None
-            self.policy.touch(self.marks, frames, None, self.now, counts.float() / self.pages.form.tokens)
+            assert self.uses is not None
+            self.policy.touch(self.uses, frames, None, self.now, counts.float() / self.pages.form.tokens)
 
     def load(self, pages: Int[Tensor, " N"]) -> Iterator[Tensor]:
         """Read pages from disk, and give their rows piece by piece; they are valid until the next one is asked for.
@@ -202,21 +202,21 @@ class Frames:
         if n == 0:
             return torch.empty(0, dtype=torch.int64)
         pages, rows = pages[:n], rows[:n]
-        assert self.marks is not None
+        assert self.uses is not None
         self.ledger.charge(fresh * form.n_bytes)
         frames = torch.arange(self.used, self.used + fresh)
         self.used += fresh
         if fresh < n:
             closed = torch.arange(len(self.page_of)) >= self.used
             closed[frames] = True
-            victims = self.policy.choose(self.marks, self.births, n - fresh, closed, None)
+            victims = self.policy.choose(self.uses, self.births, n - fresh, closed, None)
             self.frame_of[self.page_of[victims]] = -1
             frames = torch.cat([frames, victims])
         self.data[frames] = rows
         self.frame_of[pages] = frames.int()
         self.page_of[frames] = pages
         self.births[frames] = self.now
-        self.policy.renew(self.marks, frames, self.now)
+        self.policy.renew(self.uses, frames, self.now)
         return frames
 
     def resident(self, pages: Int[Tensor, "*at"]) -> Bool[Tensor, "*at"]:

@@ -10,8 +10,8 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.errors import ConfigError
-from farkv.store.far.page_cache import Frames
-from farkv.store.far.pages import Pages
+from farkv.store.far.page_cache import PageCache
+from farkv.store.far.pages import NumberedPages
 from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
 
@@ -22,8 +22,8 @@ NUMBER_BYTES = 8
 class PagedRows:
     """Rows of one layer, [B, Hkv, S, W] in thought: a table of page numbers, and an open page."""
 
-    def __init__(self, ledger: Ledger, frames: Frames):
-        self.ledger, self.frames = ledger, frames
+    def __init__(self, ledger: Ledger, frames: PageCache):
+        self.ledger, self.page_cache = ledger, frames
         self.device = torch.device("cpu")
         self.table = Rows(ledger, device=self.device)
         self.open = Rows(ledger, device=self.device)
@@ -31,9 +31,9 @@ class PagedRows:
         self.length = 0
 
     @property
-    def pages(self) -> Pages:
+    def pages(self) -> NumberedPages:
         """All pages of the cache."""
-        return self.frames.pages
+        return self.page_cache.pages
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class PagedRows:
         self.length += parts[0].shape[2]
         if self.pages.file is not None and self.open.length >= self.pages.form.tokens:
             try:
-                with self.frames.lock:
+                with self.page_cache.lock:
                     self._write_full()
             except Exception:
                 # The torn page is on no table: what was there before still is.
@@ -109,7 +109,7 @@ class PagedRows:
             raise
         self.open.clear()
         self.open = rest
-        self.frames.offer(first, rows)
+        self.page_cache.offer(first, rows)
 
     def take_pages(self, numbers: Int[Tensor, "B Hkv P 1"]) -> None:
         """Hold pages that were written before, and nothing else so far."""
@@ -131,7 +131,7 @@ class PagedRows:
         if start >= n_written:
             return self.open.read(start - n_written, stop - n_written)
         first, last = start // tokens, -(-min(stop, n_written) // tokens)
-        with self.frames.lock:
+        with self.page_cache.lock:
             numbers = self.table.view()[:, :, first:last, 0].reshape(-1)
             rows = torch.empty(len(numbers), tokens, self.width, dtype=self.dtype)
             self._read_pages(numbers, rows)
@@ -141,15 +141,15 @@ class PagedRows:
         return torch.cat([rows, self.open.read(0, stop - n_written)], 2)
 
     def _read_pages(self, numbers: Tensor, out: Tensor) -> None:
-        frames = self.frames.find(numbers)
+        frames = self.page_cache.find(numbers)
         missing = (frames < 0).nonzero()[:, 0]
         if len(missing) == len(numbers):
             self.pages.read(numbers, out)
             return
         here = (frames >= 0).nonzero()[:, 0]
-        out[here] = self.frames.data[frames[here].long()]
+        out[here] = self.page_cache.data[frames[here].long()]
         done = 0
-        for rows in self.frames.load(numbers[missing]) if len(missing) else ():
+        for rows in self.page_cache.load(numbers[missing]) if len(missing) else ():
             out[missing[done : done + len(rows)]] = rows
             done += len(rows)
 
@@ -159,7 +159,7 @@ class PagedRows:
         Cost: N * W elements; pages that have no copy in host memory are read from disk, and then have one.
         """
         tokens = self.pages.form.tokens
-        with self.frames.lock:
+        with self.page_cache.lock:
             n_written = self.n_written
             late = positions >= n_written
             if bool(late.any()):
@@ -174,7 +174,7 @@ class PagedRows:
                 numbers = self.table.data.view(-1)[where]
                 whole = len(early) == len(positions)
                 rows = out if whole else torch.empty(len(early), self.width, dtype=self.dtype)
-                self.frames.take(numbers, positions[early] % tokens, rows)
+                self.page_cache.take(numbers, positions[early] % tokens, rows)
                 if not whole:
                     out[early] = rows
 
@@ -182,12 +182,12 @@ class PagedRows:
         """Say which full pages have a copy in host memory."""
         if self.table.data is None:
             return torch.empty(*self.heads, 0, dtype=torch.bool)
-        return self.frames.resident(self.table.view()[..., 0])
+        return self.page_cache.resident(self.table.view()[..., 0])
 
     def crop(self, n_tokens: int) -> None:
         """Forget the `n_tokens` newest rows; a page that was full is opened again."""
         length, tokens = max(0, self.length - n_tokens), self.pages.form.tokens
-        with self.frames.lock:
+        with self.page_cache.lock:
             if length >= self.n_written:
                 self.open.crop(self.length - length)
             else:
@@ -196,7 +196,7 @@ class PagedRows:
                 if length > first * tokens:
                     rows = self.read(first * tokens, length)
                     # One page of every head, for a moment beside the one that was open.
-                    self.frames.make_room(rows.shape[0] * rows.shape[1] * self.pages.form.n_bytes)
+                    self.page_cache.make_room(rows.shape[0] * rows.shape[1] * self.pages.form.n_bytes)
                     rest.append(rows)
                 self.table.crop(self.table.length - first)
                 self.open.clear()
@@ -205,10 +205,10 @@ class PagedRows:
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order: full pages are shared, open ones copied."""
-        with self.frames.lock:
+        with self.page_cache.lock:
             if len(sequences) != self.heads[0]:
                 # Copies of pages go before the sequences find no room.
-                self.frames.make_room(self.n_bytes * len(sequences) // max(1, self.heads[0]))
+                self.page_cache.make_room(self.n_bytes * len(sequences) // max(1, self.heads[0]))
             self.table.select(sequences)
             self.open.select(sequences)
 

@@ -51,7 +51,7 @@ def count_page_tokens(record_bytes: int, context: int = 0) -> int:
     return tokens
 
 
-class Pages:
+class NumberedPages:
     """Numbered pages, read through whichever file they are in."""
 
     def __init__(self, form: PageForm, file: PageFile | None, saved: PageReader | None = None, n_saved: int = 0):

@@ -13,57 +13,72 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.errors import ConfigError
 from farkv.store.far.eviction import make_policy
 from farkv.store.far.kept import EXACT_ROW_BYTES, ROW_BYTES, Kept
-from farkv.store.far.page_cache import Frames
+from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import PageFile
 from farkv.store.far.page_rows import PagedRows
-from farkv.store.far.pages import PageForm, Pages, count_page_tokens
+from farkv.store.far.pages import PageForm, NumberedPages, count_page_tokens
 from farkv.store.far.quantize import Codec, encoded_bytes
 from farkv.store.far.rows import Rows
+from farkv.store.follow import Cropped, Follower
 from farkv.store.ledger import Ledger
+from farkv.store.placement import Placement, counts_near, place_records
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import LayerShape
 
 
-class FarMemory:
+class FarStore:
     """Records of all managed layers of one cache, wherever they are kept."""
 
     def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, form: Needs):
         self.limits, self.device, self.needs = limits, device, form
-        on_gpu = device.type == "cuda"
-        self.paged = limits.disk is not None or limits.saved is not None
-        near_is_counted = limits.near is not None or on_gpu
-        # Pages and coded records cannot be read where they are.
-        self.apart = self.paged or limits.quant is not None
-        self.far = (self.apart or near_is_counted) and not form.at_home
-        # Reading a record takes a way that can be begun early; coded records in this memory are far, but take none.
-        self.travels = self.far and (self.paged or near_is_counted)
+        self.placement = place_records(limits, device, lives_near=form.lives_near)
         self.host = Ledger("host", limits.host)
         # Where near memory is no tier of its own, copies made for reading take host memory besides the pool.
-        self.near = Ledger("near", limits.near, self.host if self.apart and not near_is_counted else None)
+        shares_host = not self.reads_in_place and not counts_near(limits, device)
+        self.near = Ledger("near", limits.near, self.host if shares_host else None)
         self.index = Ledger("index", None, self.near)
         # Where records live: near memory for a method that keeps them there, the host pool for all others.
-        self.home = self.near if form.at_home and near_is_counted else self.host
-        place = torch.device("cpu") if on_gpu and self.far else device
+        self.home = self.near if self.placement is Placement.NEAR else self.host
+        pin, reserve = device.type == "cuda" and self.is_far, limits.reserve_tokens
+        place = torch.device("cpu") if pin else device
         self.order = {layer: i for i, layer in enumerate(layers)}
-        self.frames: Frames | None = None
-        pin, reserve = on_gpu and self.far, limits.reserve_tokens
+        self.page_cache: PageCache | None = None
         self.pool: dict[int, Rows | PagedRows] = {
             layer: Rows(self.home, device=place, pin=pin, reserve=reserve, mover=form.mover) for layer in layers
         }
-        exact = form.exact_marks
+        exact = form.exact_scores
         self.kept = {layer: Kept(self.home, place, exact=exact) for layer in layers} if form.evicts else {}
-        # Of one record's place and mark, where records may go.
-        self.book_bytes = 0 if not form.evicts else EXACT_ROW_BYTES if exact else ROW_BYTES
+        self._followers: dict[int, list[Follower]] = {layer: [] for layer in layers}
+        # Of one record's place and score, where records may go.
+        self.metadata_bytes = 0 if not form.evicts else EXACT_ROW_BYTES if exact else ROW_BYTES
         self.evicted = dict.fromkeys(layers, 0)
         # While steps of an evicting method are verified: every record, to compare with.
         self.shadow: dict[int, Rows] = {}
-        self.k_dims: dict[int, int] = {}
+        self.shapes: dict[int, LayerShape] = {}
         self.codecs: dict[int, Codec] = {}
         self.max_error = 0.0
         # Told the bytes of every read from disk.
         self.on_disk: Callable[[int], None] = lambda n_bytes: None
 
-    # --- shapes ---------------------------------------------------------------------------------------------
+    # --- where and what -------------------------------------------------------------------------------------
+
+    @property
+    def is_far(self) -> bool:
+        """Say whether records are copied before attention reads them."""
+        return self.placement.is_far
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Say whether records can be read where they are: neither on pages of a disk nor coded."""
+        return self.placement is not Placement.DISK and self.limits.quant is None
+
+    def follow(self, layer: int, follower: Follower) -> None:
+        """Let `follower` do from now on what happens to this layer's records."""
+        self._followers[layer].append(follower)
+
+    def following(self, layer: int) -> list[Follower]:
+        """Return what follows a layer's records."""
+        return self._followers[layer]
 
     def length(self, layer: int) -> int:
         """Return the rows stored of a layer."""
@@ -76,6 +91,12 @@ class FarMemory:
     def heads(self, layer: int) -> tuple[int, int]:
         """Return the number of sequences and of KV heads; zeros before anything was stored."""
         return self.pool[layer].heads
+
+    def shape(self, layer: int) -> LayerShape:
+        """Return what a layer's records are made of, with the sequences that there are now."""
+        batch, heads = self.heads(layer)
+        known = self.shapes[layer]
+        return known._replace(batch=batch, kv_heads=heads) if heads else known
 
     def batch(self, layer: int) -> int:
         """Return the number of sequences."""
@@ -92,7 +113,7 @@ class FarMemory:
         for layer, n in rows.items():
             self.pool[layer].reserve = n
             if layer in self.kept:
-                self.kept[layer].places.reserve = self.kept[layer].marks.reserve = n
+                self.kept[layer].places.reserve = self.kept[layer].scores.reserve = n
 
     # --- pages ----------------------------------------------------------------------------------------------
 
@@ -114,19 +135,19 @@ class FarMemory:
         Raises:
             ConfigError: layers differ in their records' shape, or these are not those of the saved text.
         """
-        if not self.paged or self.frames is not None:
+        if self.placement is not Placement.DISK or self.page_cache is not None:
             return
         form = self.page_form(shape, dtype)
         saved = self.limits.saved
         if saved is not None and saved.form != form:
             raise ConfigError(f"session: its pages are {saved.form}, this model and --quant need {form}")
         file: PageFile | None = None if self.limits.disk is None else self.limits.disk.open_file(form.n_bytes)
-        pages = Pages(form, file, saved.reader if saved else None, saved.n_pages if saved else 0)
+        pages = NumberedPages(form, file, saved.reader if saved else None, saved.n_pages if saved else 0)
         pages.on_read = self.on_disk
         # Over pages nothing is lost by eviction: where no order is asked for, the copy that was longest unused goes.
         policy = make_policy("lru" if self.limits.evict == "refuse" else self.limits.evict)
-        self.frames = Frames(self.host, policy, pages)
-        self.pool = {layer: PagedRows(self.host, self.frames) for layer in self.pool}
+        self.page_cache = PageCache(self.host, policy, pages)
+        self.pool = {layer: PagedRows(self.host, self.page_cache) for layer in self.pool}
 
     def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
         """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
@@ -137,20 +158,20 @@ class FarMemory:
     @property
     def disk_bytes(self) -> int:
         """Bytes written to disk."""
-        disk = None if self.frames is None else self.frames.pages.file
+        disk = None if self.page_cache is None else self.page_cache.pages.file
         return 0 if disk is None else disk.n_pages * disk.page_bytes
 
     # --- records in -----------------------------------------------------------------------------------------
 
-    def describe(self, layer: int, k_dim: int, v_dim: int, dtype: torch.dtype) -> None:
+    def describe(self, layer: int, shape: LayerShape, dtype: torch.dtype) -> None:
         """Note what a layer's records are made of."""
-        self.k_dims[layer] = k_dim
+        self.shapes[layer] = shape
         if self.limits.quant is not None and layer not in self.codecs:
-            self.codecs[layer] = Codec(self.limits.quant, k_dim, v_dim, dtype)
+            self.codecs[layer] = Codec(self.limits.quant, shape.k_dim, shape.v_dim, dtype)
 
     def encode(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Return new records as they are stored, in parts that lie side by side."""
-        self.describe(layer, k.shape[-1], v.shape[-1], k.dtype)
+        self.describe(layer, LayerShape.of(k, v), k.dtype)
         # Records are not differentiated through: they would hold on to every pass's graph.
         k, v = k.detach(), v.detach()
         if self.limits.quant is None:
@@ -166,7 +187,7 @@ class FarMemory:
         codec = self.codecs.get(layer)
         return rows if codec is None else codec.decode(rows)
 
-    def store(self, layer: int, k: Tensor, v: Tensor, parts: tuple[Tensor, ...]) -> None:
+    def add(self, layer: int, k: Tensor, v: Tensor, parts: tuple[Tensor, ...]) -> None:
         """Add the new tokens' records, `parts`, to a layer."""
         if layer in self.shadow:
             self.shadow[layer].append(k, v)
@@ -176,7 +197,7 @@ class FarMemory:
 
     def pass_by(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Count new tokens whose records are stored by `put` once it is known which stay."""
-        self.k_dims[layer] = k.shape[-1]
+        self.describe(layer, LayerShape.of(k, v), k.dtype)
         if layer in self.shadow:
             self.shadow[layer].append(k, v)
         self.evicted[layer] += k.shape[2]
@@ -188,7 +209,7 @@ class FarMemory:
         at = positions[..., None].to(k.device)
         # One part at a time, so that no more than what stays is ever copied.
         self.pool[layer].append(*(t.gather(2, at.expand(-1, -1, -1, t.shape[-1])) for t in (k, v)))
-        self.kept[layer].put(positions, kept.marks, kept.gapless)
+        self.kept[layer].put(positions, kept.scores, kept.gapless)
         self.evicted[layer] -= positions.shape[-1]
 
     def evict(self, layer: int, kept: Keep) -> None:
@@ -196,9 +217,11 @@ class FarMemory:
         before = self.length(layer)
         rows = self.pool[layer]
         assert isinstance(rows, Rows)
+        for follower in self.following(layer):
+            follower.keep(kept.positions)
         at = kept.positions.to(rows.device)
         rows.keep(at)
-        self.kept[layer].keep(at, kept.marks.to(at.device), kept.gapless)
+        self.kept[layer].keep(at, kept.scores.to(at.device), kept.gapless)
         self.evicted[layer] += before - self.length(layer)
 
     def remember_all(self, tokens: int) -> None:
@@ -223,17 +246,17 @@ class FarMemory:
 
     def records(self, layer: int) -> tuple[Tensor, Tensor]:
         """Return all K and V of a layer in the pool's memory."""
-        rows, k_dim = self.rows(layer), self.k_dims[layer]
+        rows, k_dim = self.rows(layer), self.shapes[layer].k_dim
         return rows[..., :k_dim], rows[..., k_dim:]
 
     def keys(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Return keys, [B, Hkv, n, Dk], in the pool's memory: in place where they are kept so."""
-        return self.rows(layer, start, stop)[..., : self.k_dims[layer]]
+        return self.rows(layer, start, stop)[..., : self.shapes[layer].k_dim]
 
     def all_keys(self, layer: int) -> Tensor:
         """Return the keys of every token, evicted ones too where steps are verified."""
         if layer in self.shadow:
-            return self.shadow[layer].view()[..., : self.k_dims[layer]]
+            return self.shadow[layer].view()[..., : self.shapes[layer].k_dim]
         return self.keys(layer)
 
     # --- the batch ------------------------------------------------------------------------------------------
@@ -249,16 +272,19 @@ class FarMemory:
         self.pool[layer].crop(n_tokens)
         if layer in self.shadow:
             self.shadow[layer].crop(n_tokens)
+        now = Cropped(n_tokens, self.length(layer), self.seen(layer))
+        for follower in self.following(layer):
+            follower.crop(now)
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
-        for held in (self.pool[layer], self.kept.get(layer), self.shadow.get(layer)):
+        for held in (self.pool[layer], self.kept.get(layer), self.shadow.get(layer), *self.following(layer)):
             if held is not None:
                 held.select(sequences)
 
     def clear(self, layer: int) -> None:
         """Free a layer."""
-        for held in (self.pool[layer], self.kept.get(layer), self.shadow.get(layer)):
+        for held in (self.pool[layer], self.kept.get(layer), self.shadow.get(layer), *self.following(layer)):
             if held is not None:
                 held.clear()
         self.evicted[layer] = 0

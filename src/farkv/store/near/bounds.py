@@ -10,6 +10,7 @@ import torch
 
 from farkv._axes import Int, Tensor
 from farkv.store.far.rows import Rows
+from farkv.store.follow import Cropped
 from farkv.store.ledger import Ledger
 
 
@@ -47,11 +48,16 @@ class PageBounds:
         """Return the bounds of the pages of the first `n_tokens`, in place, [B, Hkv, P, 2D]."""
         return self.rows.view()[:, :, : -(-n_tokens // self.page)]
 
-    def crop(self, n_tokens: int) -> None:
+    def crop(self, now: Cropped) -> None:
         """Forget the newest tokens, and the page that they leave unfinished: its bounds hold theirs."""
-        self.length = max(0, self.length - n_tokens)
-        self.length -= self.unfinished
-        self.rows.length = self.length // self.page
+        if self.length > now.length:
+            self.length = now.length
+            self.length -= self.unfinished
+            self.rows.length = self.length // self.page
+
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Forget everything: what is left of the records stands on other pages."""
+        self.clear()
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""

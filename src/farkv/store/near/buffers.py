@@ -1,7 +1,6 @@
-"""Near memory where it is a tier of its own: two fetch buffers in turn, each layer's recent window, and held records.
+"""Near memory where it is a tier of its own: two fetch buffers in turn, and each layer's recent window.
 
-In: rows. Out: places to fetch into, the window's rows, and which records need not be fetched. Everything is charged
-to the near ledger; where a held record stands, to the pool's.
+In: rows. Out: places to fetch into, and the window's rows. Everything is charged to the near ledger.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Int, Tensor
-from farkv.store.far.rows import Rows
+from farkv.store.follow import Cropped
 from farkv.store.ledger import Ledger
 
 
@@ -42,7 +41,7 @@ class Buffers:
         self._areas = [None, None]
 
 
-class Tail:
+class RecentWindow:
     """The newest records of one layer, near: [B, Hkv, up to 2n, W], slid to the front when full."""
 
     def __init__(self, ledger: Ledger, device: torch.device, n: int):
@@ -75,72 +74,19 @@ class Tail:
             return None
         return self.data[:, :, self.length - n : self.length]
 
-    def crop(self, n_tokens: int) -> None:
+    def crop(self, now: Cropped) -> None:
         """Forget the newest rows."""
-        self.length = max(0, self.length - n_tokens)
+        self.length = max(0, self.length - now.n_tokens)
+
+    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
+        """Nothing: an eviction leaves the newest rows."""
+
+    def select(self, sequences: Int[Tensor, " N"]) -> None:
+        """Forget the rows: the pool has them."""
+        self.clear()
 
     def clear(self) -> None:
         """Free it."""
         if self.data is not None:
             self.ledger.release(self.data.numel() * self.data.element_size())
         self.data, self.length = None, 0
-
-
-# The place of a held copy, int32, per record of the pool.
-SLOT_BYTES = 4
-
-
-class Held:
-    """Records of one layer that stay near: their rows, and for every pool row the place of its copy, -1 without one."""
-
-    def __init__(self, near: Ledger, device: torch.device, home: Ledger, home_device: torch.device):
-        self.rows = Rows(near, device=device)
-        self.slots = Rows(home, device=home_device)
-
-    def hold(self, rows: Tensor, positions: Int[Tensor, "B Hkv K"], size: tuple[int, int]) -> None:
-        """Copy the rows at `positions` of the pool near; they replace what was held before.
-
-        Args:
-            size: rows of the pool, and how many it has room for.
-        """
-        self.clear()
-        batch, heads, n = positions.shape
-        self.rows.reserve = n
-        # A deliberate copy over the link, once per prompt and layer.
-        self.rows.append(rows)
-        slots = torch.full((batch, heads, size[0]), -1, dtype=torch.int32, device=positions.device)
-        slots.scatter_(-1, positions, torch.arange(n, dtype=torch.int32, device=slots.device).expand(batch, heads, n))
-        # It grows when the pool does, not before: only then is new memory admitted.
-        self.slots.reserve = size[1]
-        self.slots.append(slots[..., None])
-
-    def append(self, n: int) -> None:
-        """Note `n` new pool rows, none of them held."""
-        if self.slots.data is not None:
-            batch, heads = self.slots.data.shape[:2]
-            self.slots.append(torch.full((batch, heads, n, 1), -1, dtype=torch.int32, device=self.slots.device))
-
-    def find(self, positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, "B Hkv K"] | None:
-        """Return where the records at `positions` are held, -1 where they are not; None where nothing is."""
-        if self.slots.data is None:
-            return None
-        return self.slots.view()[..., 0].gather(-1, positions).long()
-
-    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Follow an eviction from the pool; a held copy of an evicted record is never asked for again."""
-        if self.slots.data is not None:
-            self.slots.keep(positions)
-
-    def crop(self, n_tokens: int) -> None:
-        """Forget the newest pool rows."""
-        self.slots.crop(n_tokens)
-
-    def select(self, sequences: Int[Tensor, " N"]) -> None:
-        """Keep these sequences of the batch, in this order."""
-        self.rows.select(sequences)
-        self.slots.select(sequences)
-
-    def clear(self) -> None:
-        """Free both."""
-        self.rows.clear()
-        self.slots.clear()

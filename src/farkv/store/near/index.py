@@ -12,6 +12,7 @@ import torch
 
 from farkv._axes import Float32, Int, Tensor
 from farkv.store.far.rows import Rows
+from farkv.store.follow import Cropped
 from farkv.store.ledger import Ledger
 
 
@@ -73,12 +74,14 @@ class LayerIndex:
         return self.rows.view()
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Keep the codes at these positions."""
-        self.rows.keep(positions.to(self.rows.device))
+        """Keep the codes at these positions; all rows were indexed before."""
+        if self.rows.data is not None:
+            self.rows.keep(positions.to(self.rows.device))
 
-    def crop(self, n_tokens: int) -> None:
-        """Forget the newest tokens."""
-        self.rows.crop(n_tokens)
+    def crop(self, now: Cropped) -> None:
+        """Forget the newest tokens, as far as they are indexed."""
+        if self.length > now.length:
+            self.rows.crop(self.length - now.length)
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""

@@ -12,6 +12,7 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.store.far.rows import Rows
+from farkv.store.follow import Cropped
 from farkv.store.ledger import Ledger
 
 # Host memory: a record's slot, int32; a slot's record and the fetch that read it last, int32 each.
@@ -19,7 +20,7 @@ RECORD_BYTES = 4
 SLOT_BYTES = 8
 
 
-class HotSize(NamedTuple):
+class RecentSize(NamedTuple):
     """What a hot set is made of: `slots` near rows of every KV head, for a pool of up to `records`."""
 
     batch: int
@@ -35,7 +36,7 @@ class HotSize(NamedTuple):
         return self.batch * self.kv_heads * self.slots * self.width * self.dtype.itemsize
 
     @property
-    def book_bytes(self) -> int:
+    def metadata_bytes(self) -> int:
         """Bytes of the books."""
         return self.batch * self.kv_heads * (self.records * RECORD_BYTES + self.slots * SLOT_BYTES)
 
@@ -53,17 +54,17 @@ class Wanted(NamedTuple):
     enter: Bool[Tensor, " M"] | None
 
 
-class Hot:
+class RecentlyUsed:
     """Copies of recently fetched rows of one layer, [B, Hkv, slots, W], and the books that find them."""
 
-    def __init__(self, near: Ledger, device: torch.device, home: Ledger, size: HotSize):
+    def __init__(self, near: Ledger, device: torch.device, home: Ledger, size: RecentSize):
         self.size, self.home = size, home
         self.rows = Rows(near, device=device, reserve=size.slots)
         self.rows.ensure((size.batch, size.kv_heads, size.slots, size.width), size.dtype)
         self.rows.length = size.slots
         # A slot without a record may be read where a choice is not valid: that is masked, but must be finite.
         self.rows.view().zero_()
-        home.charge(size.book_bytes)
+        home.charge(size.metadata_bytes)
         heads = size.batch * size.kv_heads
         # A record's slot is only right where that slot's owner is the record: so nothing is undone when a copy goes.
         self.slot_of = torch.zeros(heads, size.records, dtype=torch.int32)
@@ -74,7 +75,7 @@ class Hot:
         self.first = (torch.arange(heads) * size.slots)[:, None]
 
     @property
-    def books(self) -> tuple[Tensor, Tensor, Tensor]:
+    def metadata(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return what finds the copies."""
         return self.slot_of, self.owner, self.last_read
 
@@ -125,13 +126,13 @@ class Hot:
 
     # --- the pool changes -----------------------------------------------------------------------------------
 
-    def crop(self, length: int) -> None:
-        """Forget copies of all records but a layer's first `length`: others will stand in their places."""
-        self.owner.masked_fill_(self.owner >= length, -1)
+    def crop(self, now: Cropped) -> None:
+        """Forget copies of all records but a layer's first ones: others will stand in their places."""
+        self.owner.masked_fill_(self.owner >= now.length, -1)
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Follow an eviction from the pool: record positions[j] is record j from now on."""
-        old = positions.reshape(self.owner.shape[0], -1)
+        old = positions.to(self.owner.device).reshape(self.owner.shape[0], -1)
         slots = self.slot_of.gather(1, old)
         head, record = (self.owner.gather(1, slots.long()) == old).nonzero(as_tuple=True)
         self.owner.fill_(-1)
@@ -143,11 +144,11 @@ class Hot:
         self.rows.select(sequences)
         batch, heads = self.size.batch, self.size.kv_heads
         order = (sequences.cpu()[:, None] * heads + torch.arange(heads)).reshape(batch * heads)
-        for book in self.books:
-            book.copy_(book[order])
+        for table in self.metadata:
+            table.copy_(table[order])
 
     def clear(self) -> None:
         """Free everything."""
         self.rows.clear()
-        self.home.release(self.size.book_bytes)
+        self.home.release(self.size.metadata_bytes)
         self.size = self.size._replace(slots=0, records=0)

@@ -1,4 +1,4 @@
-"""What is said around a method: byte sizes, folders, names of storage formats, eviction and kernels.
+"""What options may say: byte sizes, folders, names of storage formats, eviction, kernels, and of methods' choices.
 
 In: text or numbers. Out: checked values. Knows no tensors.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from farkv.errors import ConfigError
 
@@ -15,6 +16,16 @@ from farkv.errors import ConfigError
 EVICT = ("refuse", "fifo", "lru", "counter", "clock", "score")
 QUANT = ("int8", "int4")
 KERNELS = ("auto", "native", "plain")
+
+# The hidden state that the next layer's query is estimated from.
+Source = Literal["attn", "residual", "post_attn"]
+SOURCES: tuple[Source, ...] = ("attn", "residual", "post_attn")
+# What a plan can drive: what a layer keeps after the prompt, pins near, and may fetch per step.
+Lever = Literal["keep", "near", "fetch"]
+LEVERS: tuple[Lever, ...] = ("keep", "near", "fetch")
+# How layers share a budget.
+Rule = Literal["xkv", "maxmin", "pyramid", "uniform"]
+RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
 
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):

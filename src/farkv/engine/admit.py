@@ -1,0 +1,222 @@
+"""Takes the numbers of a pass to `plan_bytes`, and applies its plan to the store: once, before any layer is touched."""
+
+from __future__ import annotations
+
+import gc
+
+from farkv.engine.budget import Budgets
+from farkv.engine.bytes import BytePlan, plan_bytes
+from farkv.engine.bytes_need import Held, Limits, Need, Page, Pages, Pool, Sets
+from farkv.engine.pool_policy import USE_BYTES, PoolPolicy
+from farkv.engine.shares import Shares
+from farkv.errors import CapacityError
+from farkv.methods.base import Selector
+from farkv.store.far.kept import ROW_BYTES
+from farkv.store.far.page_rows import PagedRows
+from farkv.store.near.pinned import SLOT_BYTES as PIN_BYTES
+from farkv.store.near.recently_used import RecentlyUsed, RecentSize
+from farkv.store.sizes import LayerShape
+from farkv.store.tiers import Store
+
+
+class Admission:
+    """The admission of one cache.
+
+    Args:
+        verifies: steps will be compared with dense passes, which need near memory beside the buffers.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        budgets: Budgets,
+        *,
+        shares: Shares | None,
+        pins: dict[int, float] | None,
+        policy: PoolPolicy | None,
+        verifies: bool,
+    ):
+        self.selector, self.budgets, self.shares, self.pins, self.policy = selector, budgets, shares, pins, policy
+        self.store: Store = budgets.store
+        self.layers = list(self.store.order)
+        self.verifies = verifies
+        self.prompt_tokens = 0
+        # Tokens of an announced prompt that are read at once; 0: nothing was announced.
+        self.chunk_tokens = 0
+        self._admitted: tuple[object, ...] = ()
+
+    def admit(self, shape: LayerShape, n_new: int, chunk: int = 0) -> None:
+        """Refuse tokens that a limit cannot hold, before any layer is touched, and make room for those that fit.
+
+        Args:
+            chunk: tokens that may be read at once, where `n_new` are announced and not yet there; what fits is found.
+
+        Raises:
+            CapacityError: with the bytes needed, the limit and the remedy; nothing has changed.
+        """
+        store, reserve = self.store, self.store.limits.reserve_tokens
+        tokens = max(store.seen(self.layers[0]) + n_new, reserve)
+        n_rows = max(store.length(self.layers[0]) + n_new, reserve)
+        asked = (shape, tokens, n_rows, n_new, chunk)
+        if not self._always_asks() and (not self._is_limited() or asked == self._admitted):
+            # Nothing is limited, or the same was admitted before, at step after announced step.
+            self.chunk_tokens = chunk or self.chunk_tokens
+            return
+        need, limits = self._count_need(*asked), self._take_limits()
+        try:
+            plan = plan_bytes(need, self._take_held(), limits)
+        except CapacityError:
+            if limits.disk is None:
+                raise
+            # A cache that was dropped may still wait for the collector, with its file.
+            gc.collect()
+            plan = plan_bytes(need, self._take_held(), limits)
+        self._apply(plan, shape)
+        self._admitted = asked
+
+    def fit_chunk(self, n_tokens: int) -> int:
+        """Return how many tokens of a prompt to read at once, at most `n_tokens`: what the limits have room for."""
+        n_tokens = min(n_tokens, self.chunk_tokens) if self.chunk_tokens else n_tokens
+        if self.policy is None or not self.policy.capacity:
+            return n_tokens
+        capacity, pinned = self.policy.capacity, self.policy.sinks + self.policy.recent
+        return min(n_tokens, max(1, min(capacity // 4, capacity - pinned)))
+
+    def count_join(self, shape: LayerShape, tokens: int) -> tuple[Need, Limits]:
+        """Return what a joined batch of `tokens` needs at its next step, and what is allowed."""
+        return self._count_need(shape, tokens, tokens, 1, 0), self._take_limits()
+
+    def forget(self) -> None:
+        """Forget what was announced: the cache is empty."""
+        self.prompt_tokens, self._admitted = 0, ()
+
+    def _is_limited(self) -> bool:
+        limits = self.store.limits
+        return self.store.is_far or limits.host is not None or limits.near is not None
+
+    def _always_asks(self) -> bool:
+        """Say whether what is held changes from step to step in other ways than by new tokens."""
+        levers = (self.shares, self.policy, self.pins)
+        return not self.store.reads_in_place or any(lever is not None for lever in levers)
+
+    # --- numbers --------------------------------------------------------------------------------------------
+
+    def _count_need(self, shape: LayerShape, tokens: int, n_rows: int, n_new: int, chunk: int) -> Need:
+        store = self.store
+        stored, pins = store.stored_bytes(shape), self.pins
+        return Need(
+            shape=shape,
+            layers=self.layers,
+            tokens=tokens,
+            n_rows=n_rows,
+            n_new=n_new,
+            chunk=chunk,
+            reserve_tokens=store.limits.reserve_tokens,
+            stored_bytes=stored,
+            row_bytes=store.metadata_bytes + (PIN_BYTES if store.pins else 0),
+            window=store.window,
+            dense_layers=frozenset(i for i in self.layers if self.selector.reads_all(i)),
+            index_bytes=lambda n: self.selector.index_bytes(shape, n),
+            read_rows=lambda n: max(self.budgets.split(n, i).total for i in self.layers),
+            pinned_bytes=lambda n: 0 if pins is None else sum(int(s * n) for s in pins.values()) * shape.token_bytes,
+            is_coded=store.limits.quant is not None,
+            evicts=bool(store.kept),
+            verifies=self.verifies,
+            decodes=n_new == 1 and not chunk and store.length(self.layers[0]) > 0,
+            keep=None if self.shares is None else self.shares.plan(shape, tokens, n_new, self.prompt_tokens),
+            pool=None if self.policy is None else self._count_pool(self.policy, stored),
+        )
+
+    def _count_pool(self, policy: PoolPolicy, stored_bytes: int) -> Pool:
+        row_bytes = stored_bytes + ROW_BYTES + USE_BYTES
+        return Pool(policy.sinks, policy.recent, row_bytes, self.store.length(self.layers[0]), policy.capacity)
+
+    def _take_limits(self) -> Limits:
+        store = self.store
+        cache, disk = store.page_cache, store.limits.disk
+        form = None if cache is None else cache.pages.form
+        return Limits(
+            near=store.near.limit,
+            host=store.host.limit,
+            home=store.home.limit,
+            home_name=store.home.tier,
+            is_far=store.is_far,
+            near_shares_host=store.near.parent is not None,
+            pins=store.pins,
+            page=None if form is None else Page(form.tokens, form.n_bytes),
+            disk=None if disk is None else disk.ledger.limit,
+        )
+
+    def _take_held(self) -> Held:
+        store = self.store
+        metadata = [part for kept in store.kept.values() for part in (kept.places, kept.scores)]
+        sets = store.recently_used
+        return Held(
+            capacity={i: rows.capacity for i, rows in store.pool.items()},
+            layer_bytes={i: count_held(store, i) for i in self.layers},
+            near_used=store.near.used,
+            index_used=store.index.used,
+            home_used=store.home.used,
+            home_grows=store.home.roomy,
+            remembers=bool(store.shadow),
+            metadata_has_room=all(part.capacity > part.length for part in [*metadata, *store.shadow.values()]),
+            sets=None
+            if not sets
+            else Sets(
+                {i: each.size.records for i, each in sets.items()},
+                next(iter(sets.values())).size.batch,
+                sum(each.rows.n_bytes for each in sets.values()),
+                sum(each.size.metadata_bytes for each in sets.values()),
+            ),
+            pages=take_pages(store),
+        )
+
+    # --- the plan, applied ------------------------------------------------------------------------------------
+
+    def _apply(self, plan: BytePlan, shape: LayerShape) -> None:
+        store = self.store
+        self.chunk_tokens = plan.chunk_tokens or self.chunk_tokens
+        if plan.remember_tokens:
+            store.remember_all(plan.remember_tokens)
+        if plan.reserve is not None:
+            store.reserve(plan.reserve)
+        if self.policy is not None:
+            self.policy.reserve(plan.pool_rows, max(plan.rows.values()))
+        store.streams, store.block_tokens = plan.near.streams, plan.near.block_tokens
+        store.home.roomy = plan.home_grows
+        if store.is_far:
+            store.near.roomy, store.index.roomy = plan.near_grows, plan.index_grows
+        if plan.recent.drops:
+            store.drop_recently_used()
+        if store.page_cache is not None and plan.cache is not None:
+            store.page_cache.resize(plan.cache.room, plan.cache.piece)
+        for layer, n in (plan.recent.records or {}).items():
+            pool = store.pool[layer]
+            size = RecentSize(shape.batch, shape.kv_heads, plan.recent.slots, n, pool.width, pool.dtype)
+            store.recently_used[layer] = RecentlyUsed(store.near, store.device, store.home, size)
+
+
+def count_held(store: Store, layer: int) -> int:
+    """Return the bytes that a layer's records and their metadata take now."""
+    kept, pinned = store.kept.get(layer), store.pinned.get(layer)
+    metadata = kept.places.n_bytes + kept.scores.n_bytes if kept else 0
+    return store.pool[layer].n_bytes + metadata + (pinned.slots.n_bytes if pinned else 0)
+
+
+def take_pages(store: Store) -> Pages | None:
+    """Return the pages that there are; None where records are not on disk."""
+    cache = store.page_cache
+    if cache is None:
+        return None
+    n_tabled = sum(
+        rows.heads[0] * rows.heads[1] * rows.table.length for rows in store.pool.values() if isinstance(rows, PagedRows)
+    )
+    return Pages(
+        has_file=cache.pages.file is not None,
+        n_saved=cache.pages.n_saved,
+        n_tabled=n_tabled,
+        room=cache.room,
+        used=cache.used,
+        scratch=0 if cache.scratch is None else len(cache.scratch),
+        disk_used=0 if store.limits.disk is None else store.limits.disk.ledger.used,
+    )

@@ -1,0 +1,192 @@
+"""Attention over what a step reads: all records or chosen ones, by the model's own attention or by a fast kernel.
+
+In: a step, and which records. Out: attention output. What was read is counted here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Bool, Int, Tensor
+from farkv.engine.budget import Budgets
+from farkv.engine.fast_path import FastPath, Reads
+from farkv.engine.mass import measure_found
+from farkv.engine.pool_policy import PoolPolicy
+from farkv.engine.records import LayerRecords
+from farkv.math.attention import align_mask, align_rows
+from farkv.math.step import AttentionFunction, Step
+from farkv.math.stream import Stream
+from farkv.receipt import Account
+from farkv.store.records import Fetch, Read
+from farkv.store.tiers import Store
+
+
+@dataclass
+class Mode:
+    """What a pass is for. The engine sets it, its parts look at it.
+
+    dense: a verifying pass: attend to everything, count nothing.  measures: a verified step: measure the attention mass
+    that its choice holds.
+    """
+
+    dense: bool = False
+    measures: bool = False
+
+
+class Fetched(NamedTuple):
+    """What a step reads: records chosen before its true query was known, or by it; the rest; and the newest."""
+
+    early: Fetch
+    late: Fetch | None
+    n_tail: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Say whether every place holds a record."""
+        return self.early.valid is None and (self.late is None or self.late.valid is None)
+
+
+class Attention:
+    """Attention of one cache.
+
+    Args:
+        policy: of a pool that evicts when it is full: it must see each record that is read.
+    """
+
+    def __init__(self, budgets: Budgets, fast: FastPath, account: Account, mode: Mode, policy: PoolPolicy | None):
+        self.budgets, self.fast, self.account, self.mode, self.policy = budgets, fast, account, mode, policy
+        self.store: Store = budgets.store
+
+    # --- by a kernel ----------------------------------------------------------------------------------------
+
+    def may_run_fast(self, layer: int, step: Step) -> bool:
+        """Say whether a kernel may attend: a choice is read, it knows the step, and nothing looks on."""
+        if self.budgets.share_of(layer) >= 1 and not self.fast.everywhere:
+            # Everything was asked for: that is the model's own attention, bit for bit.
+            return False
+        return self.policy is None and not self.mode.measures and self.fast.may_attend(step)
+
+    def may_read_in_place(self, layer: int, step: Step) -> bool:
+        """Say whether a kernel may read the records where they lie."""
+        return not self.store.placement.travels and self.may_run_fast(layer, step)
+
+    def read_in_place(
+        self,
+        records: LayerRecords,
+        step: Step,
+        attention: AttentionFunction,
+        positions: Int[Tensor, "B Hkv K"] | None,
+        n_tail: int,
+    ) -> object:
+        """Attend to the rows at `positions` (all without them) and the `n_tail` newest, in the pool's memory."""
+        layer, n = records.layer, records.length
+        batch, heads = self.store.heads(layer)
+        self._count(records, step, batch * heads * (n if positions is None else positions.shape[-1] + n_tail))
+        self._trace(records, positions, None, n_tail)
+        reads = Reads(self.store.pool[layer].read(0, n), n, positions, n_tail)
+        return self.fast.attend(layer, step, attention, reads)
+
+    # --- chosen records -------------------------------------------------------------------------------------
+
+    def read_chosen(
+        self, records: LayerRecords, step: Step, attention: AttentionFunction, fetched: Fetched
+    ) -> object:
+        """Attend to what was fetched, and to the newest records."""
+        layer, store = records.layer, self.store
+        if store.is_far and fetched.is_whole and self.may_run_fast(layer, step):
+            stored = store.join(layer, *fetched)
+            self._count(records, step, stored.positions.numel())
+            self._trace(records, stored.positions, stored.valid)
+            return self.fast.attend(layer, step, attention, Reads(stored.rows, stored.rows.shape[2]))
+        read = store.read(layer, *fetched)
+        if self.policy is not None:
+            self.policy.note(layer, step.query, read)
+        self._count(records, step, read.positions.numel() if read.valid is None else read.valid.sum())
+        self._trace(records, read.positions, read.valid)
+        self._measure(records, step, read)
+        mask = step.mask
+        if mask is not None or read.valid is not None:
+            mask = align_mask(mask, store.locate(layer, read.positions), read.valid, step.n_groups)
+        return attention(step.query.q, read.k, read.v, mask)
+
+    # --- all records ----------------------------------------------------------------------------------------
+
+    def read_all(self, records: LayerRecords, step: Step, attention: AttentionFunction) -> object:
+        """Attend to every record of a layer."""
+        layer, n_new, total = records.layer, step.n_new, records.seen
+        if n_new == 1 and total > 1 and not self.mode.dense:
+            if self.fast.everywhere and self.may_read_in_place(layer, step):
+                return self.read_in_place(records, step, attention, None, 0)
+            self._count(records, step, step.k.shape[0] * step.k.shape[1] * records.length)
+            self._trace(records, None, None)
+            self._measure(records, step, None)
+        if total == n_new:
+            with self.store.hold(step.new_bytes):
+                return attention(step.query.q, step.k, step.v, step.mask)
+        if self.store.streams:
+            return self._read_blocks(records, step, attention)
+        with self.store.read_all(layer, whole=self.mode.dense) as (k, v):
+            mask = step.mask
+            if mask is not None and k.shape[2] < total:
+                mask = self._align(records, step, mask, 0, k.shape[2])
+            return attention(step.query.q, k, v, mask)
+
+    def _read_blocks(self, records: LayerRecords, step: Step, attention: AttentionFunction) -> object:
+        """Attend to the records block by block, and to the new tokens, which are near already."""
+        n_new = step.n_new
+        stream = Stream(step.query.q, step.query.logits._replace(sinks=attention.sinks))
+        for start, k, v in self.store.read_blocks(records.layer, records.length - n_new):
+            stream.add(k, v, self._see(records, step, start, start + k.shape[2]))
+        with self.store.hold(step.new_bytes):
+            own = None if step.mask is None else step.mask[..., -n_new:]
+            # A deliberate sync, once per pass and layer: the fused kernel is faster without a mask.
+            causal = own is None or bool((own == torch.ones_like(own[:1]).tril()).all())
+            stream.add(step.k, step.v, None if causal else own, causal=causal)
+        return attention.wrap(stream.finish())
+
+    def _see(self, records: LayerRecords, step: Step, start: int, stop: int) -> Tensor | None:
+        """Return what the new queries see of the rows from `start` to `stop`, None where all see all."""
+        if step.mask is None:
+            return None
+        evicted = self.store.evicted[records.layer]
+        visible = self._align(records, step, step.mask, start, stop) if evicted else step.mask[..., start:stop]
+        # A deliberate sync, once per block, for the same reason.
+        return None if bool(visible.all()) else visible
+
+    def _align(self, records: LayerRecords, step: Step, mask: Tensor, start: int, stop: int) -> Tensor:
+        """Turn the mask over the context into one over the stored rows from `start` to `stop`."""
+        rows = torch.arange(start, stop, device=mask.device).expand(*step.k.shape[:2], -1)
+        return align_rows(mask, self.store.locate(records.layer, rows), step.n_groups)
+
+    # --- what is counted --------------------------------------------------------------------------------------
+
+    def _count(self, records: LayerRecords, step: Step, n_records: int | Tensor) -> None:
+        """Count one decode step's records of a layer."""
+        held = step.k.shape[0] * step.k.shape[1] * records.seen
+        self.account.layer(records.layer).add_read(n_records, held)
+
+    def _trace(
+        self,
+        records: LayerRecords,
+        rows: Int[Tensor, "B Hkv K"] | None,
+        valid: Bool[Tensor, "B Hkv K"] | None,
+        n_tail: int = 0,
+    ) -> None:
+        """Tell the trace which rows of a layer (None: all) and how many of the newest besides a decode step reads."""
+        trace, store, layer = self.account.trace, self.store, records.layer
+        if trace is None:
+            return
+        n, heads = records.length, store.heads(layer)
+        if rows is None or n_tail:
+            device = store.device if rows is None else rows.device
+            tail = torch.arange(0 if rows is None else n - n_tail, n, device=device).expand(*heads, -1)
+            rows = tail if rows is None else torch.cat([rows, tail], -1)
+        trace.note(layer, store.locate(layer, rows), valid, records.seen)
+
+    def _measure(self, records: LayerRecords, step: Step, read: Read | None) -> None:
+        """Measure the true attention mass of a choice, on verified steps only."""
+        if self.mode.measures:
+            self.account.layer(records.layer).add_mass(*measure_found(records, step, read))

@@ -1,0 +1,181 @@
+"""All admission of one cache as one pure function: what a pass needs, what is held, what is allowed -> a `BytePlan`.
+
+In: numbers. Out: a plan that keeps to every limit, or a CapacityError with the bytes, the limit and the remedy. Nothing
+is allocated or changed here; `engine.admit` takes the numbers from the store and applies the plan to it.
+
+near   index + window + pinned + max(a prefill pass, a decode step) <= near limit    (`engine.bytes_near`)
+host   rows of all layers, with what is counted beside them         <= host limit
+host   open pages + page tables + page copies + buffers             <= host limit    (over a disk: `engine.bytes_pages`)
+disk   full pages                                                   <= disk limit
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from farkv.engine.bytes_near import LEAST_BLOCK, Near, plan_near
+from farkv.engine.bytes_need import Held, Limits, Need, Pool
+from farkv.engine.bytes_pages import Cache, plan_pages
+from farkv.engine.bytes_recent import Recent, plan_recent
+from farkv.errors import CapacityError
+from farkv.store.ledger import refuse
+from farkv.store.sizes import NearNeed, grow_capacity
+
+
+class BytePlan(NamedTuple):
+    """What a pass may take, at its widest moment and at that of the announced context.
+
+    rows: that each layer will hold.  reserve: rows of every layer's first allocation, where that is known to be less
+    than the context.  pool_rows: rows that a pool which evicts has room for; 0: it evicts nothing.  chunk_tokens:
+    tokens of an announced prompt that are read at once.  remember_tokens: records to keep besides, to verify against.
+    near: near bytes, and whether dense reads come in blocks.  cache: room for page copies, over a disk.  recent: the
+    recently used sets.  home_grows, near_grows, index_grows: rows that grow may take more than they need.
+    """
+
+    rows: dict[int, int]
+    reserve: dict[int, int] | None
+    pool_rows: int
+    chunk_tokens: int
+    remember_tokens: int
+    near: Near
+    cache: Cache | None
+    recent: Recent
+    home_grows: bool
+    near_grows: bool
+    index_grows: bool
+
+
+class _Rows(NamedTuple):
+    """Rows that each layer holds at its widest, and what is counted with them."""
+
+    rows: dict[int, int]
+    besides: int
+    reserve: dict[int, int] | None
+    pool_rows: int
+    remember_tokens: int
+
+
+def plan_bytes(need: Need, held: Held, limits: Limits) -> BytePlan:
+    """Plan a pass, or refuse it.
+
+    An announced prompt is planned with passes of `need.chunk` tokens, and with smaller ones where those do not fit and
+    the limit asks for blocks: only what is read in blocks needs less memory when it is read in smaller passes.
+
+    Raises:
+        CapacityError: a limit cannot hold the pass.
+
+    Cost: some hundred integer operations per layer.
+    """
+    chunk = need.chunk
+    while True:
+        now = need._replace(chunk=chunk)
+        try:
+            return _plan_pass(now, held, limits)
+        except CapacityError:
+            if chunk <= LEAST_BLOCK or not plan_near(now, limits, need.tokens).streams:
+                raise
+            chunk //= 2
+
+
+def _plan_pass(need: Need, held: Held, limits: Limits) -> BytePlan:
+    wide = _count_rows(need, held, limits)
+    n_rows = need.tokens if need.pool is None else max(wide.rows.values())
+    near = plan_near(need, limits, n_rows)
+    cache, home_grows = None, True
+    if limits.page is not None:
+        cache = plan_pages(need, held, limits, near.need)
+        home_grows = limits.host is None
+    else:
+        home_grows = _plan_rows(need, held, limits, wide, near.need)
+    near_grows = index_grows = True
+    if limits.is_far:
+        # What grows by more than it needs would take the room of what comes after it.
+        near_grows = index_grows = limits.near is None and (not limits.near_shares_host or limits.host is None)
+        if limits.near is not None:
+            total = max(wide.rows.values(), default=0)
+            _check_near(near.need, limits.near, total)
+            room = grow_capacity(0, total)
+            index_grows = near.need.total + near.need.index * (room - total) // total <= limits.near
+    recent, index_grows = plan_recent(need, held, limits, (wide.rows, near.need, cache), index_grows)
+    if cache is not None:
+        cache = cache._replace(room=cache.room - recent.pages)
+    return BytePlan(
+        wide.rows, wide.reserve, wide.pool_rows, need.chunk, wide.remember_tokens, near, cache, recent,
+        home_grows, near_grows, index_grows,
+    )  # fmt: skip
+
+
+def _count_rows(need: Need, held: Held, limits: Limits) -> _Rows:
+    rows, besides, reserve, pool_rows = dict.fromkeys(need.layers, need.n_rows), 0, None, 0
+    if need.keep is not None:
+        rows, besides = need.keep.rows, need.keep.besides
+        reserve = rows if max(rows.values()) < need.tokens else None
+    if need.pool is not None:
+        near = plan_near(need, limits, need.tokens).need
+        beside = near.total // need.tokens if limits.near_shares_host else 0
+        # An announced prompt is read in passes that fit.
+        rows, pool_rows = _fit_pool(need, need.pool, limits, 1 if need.chunk else need.n_at_once, beside)
+        reserve = rows
+    remember_tokens = 0
+    if need.verifies and need.evicts:
+        # One layer more while what is remembered grows.
+        remember_tokens = need.tokens
+        n_layers = len(need.layers) + (0 if need.is_announced else 1)
+        besides += n_layers * need.tokens * need.shape.token_bytes
+    return _Rows(rows, besides, reserve, pool_rows, remember_tokens)
+
+
+def _fit_pool(
+    need: Need, pool: Pool, limits: Limits, at_once: int, near_token_bytes: int
+) -> tuple[dict[int, int], int]:
+    """Return the rows that every layer holds at its widest where the pool evicts, and the rows it has room for.
+
+    Args:
+        at_once: tokens of one pass.
+        near_token_bytes: what a token takes of the pool's limit besides its record.
+    """
+    assert limits.home is not None
+    n_layers, capacity = len(need.layers), pool.capacity
+    if capacity == 0:
+        row_bytes = pool.row_bytes * need.shape.batch * need.shape.kv_heads
+        # While a layer grows, its old rows are still there; what was announced is allocated at once.
+        growing, whole = (limits.home // (n * row_bytes + near_token_bytes) for n in (n_layers + 1, n_layers))
+        capacity = max(growing, min(need.reserve_tokens, whole))
+    pinned = pool.sinks + pool.recent
+    least = max(at_once + min(pool.length, pinned), min(need.tokens, 1 + pinned))
+    if least > capacity:
+        purpose = f"{at_once} tokens read at once (fewer: generate(prefill_chunk_size=...))"
+        raise refuse(limits.home_name, limits.home, limits.home * least // max(1, capacity), purpose)
+    rows = min(need.tokens, capacity)
+    if grow_capacity(0, rows) > capacity:
+        # A layer that grows with room to spare must not take what the others will need.
+        rows = capacity
+    return dict.fromkeys(need.layers, rows), capacity
+
+
+def _plan_rows(need: Need, held: Held, limits: Limits, wide: _Rows, near: NearNeed) -> bool:
+    """Refuse rows that the host pool, or near memory as their home, cannot hold; say whether they may grow freely."""
+    rows, besides = wide.rows, wide.besides
+    token_bytes = (need.stored_bytes + need.row_bytes) * need.shape.batch * need.shape.kv_heads
+    if limits.near_shares_host:
+        besides += near.total
+    grow = [layer for layer, n in rows.items() if held.capacity[layer] < n]
+    remembers = wide.remember_tokens > 0 or held.remembers
+    if limits.home is None or not (grow or remembers):
+        return held.home_grows
+    # While a layer grows, its old rows are still there.
+    kept = sum(n for layer, n in held.layer_bytes.items() if layer not in grow)
+    kept += max((held.layer_bytes[layer] for layer in grow), default=0)
+    end = kept + besides + sum(rows[layer] for layer in grow) * token_bytes
+    if end > limits.home:
+        raise refuse(limits.home_name, limits.home, end, f"the KV of {max(rows.values(), default=0)} tokens")
+    room = sum(grow_capacity(0, rows[layer]) for layer in grow)
+    # What is remembered to verify against grows too.
+    spare = besides // 4 + 64 * len(rows) * token_bytes if remembers else 0
+    return kept + besides + spare + room * token_bytes <= limits.home
+
+
+def _check_near(need: NearNeed, limit: int, tokens: int) -> None:
+    if need.total > limit:
+        parts = ", ".join(f"{name} {n:,}" for name, n in need._asdict().items())
+        raise refuse("near", limit, need.total, f"a context of {tokens} tokens ({parts})")

@@ -1,0 +1,123 @@
+"""Which records a step reads: budgets, a method's scores, and what can be had of the records at this step.
+
+In: a query, estimated or true. Out: positions. The method scores; here the scores become a choice, by the plain
+operations or, where they know the method's index, by the fast kernels (`engine.fast_choice`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from farkv._axes import Bool, Float32, Int, Tensor
+from farkv.engine.budget import Budget, Budgets
+from farkv.engine.fast_choice import Scored, choose_early, choose_late
+from farkv.engine.fast_path import FastPath
+from farkv.engine.records import LayerRecords
+from farkv.math.select import Choice, find_recent, forbid, force_sinks, limit_pages, select_rest, select_seen, select_top
+from farkv.math.step import Query
+from farkv.methods.base import Selector
+from farkv.receipt import Account
+from farkv.store.placement import Placement
+
+
+class Open(NamedTuple):
+    """Of a layer's rows, which may be chosen, and which are read because they are recent; None and None: all may be."""
+
+    valid: Bool[Tensor, "b h S"] | None
+    recent: Bool[Tensor, "b h S"] | None
+
+
+class Chooser:
+    """A method's scores, made into choices."""
+
+    def __init__(self, selector: Selector, budgets: Budgets, fast: FastPath, account: Account):
+        self.selector, self.budgets, self.fast, self.account = selector, budgets, fast, account
+        self.reaches_all = budgets.store.placement is not Placement.DISK
+
+    def choose(self, records: LayerRecords, query: Query, n_rows: int, budget: Budget) -> Choice:
+        """Choose `budget.early` of `n_rows` rows, one that is not stored yet included, but for the newest.
+
+        1. Bring the method's index up to date.  2. Score.  3. Sinks and each sequence's window first.  4. The best.
+        """
+        n_old = n_rows - budget.tail
+        self.selector.prepare(records, n_old)
+        self._count_scored(records, n_old)
+        scored = self._find_fast(records.layer, query, n_rows, budget)
+        if scored is not None:
+            return choose_early(scored, budget)
+        visible = self._find_open(records, n_old, budget)
+        scores = self.selector.score(records, query, n_old, visible.valid)
+        return self._select(records.layer, self._force(scores, visible, budget), budget)
+
+    def choose_rest(self, records: LayerRecords, query: Query, budget: Budget, taken: Choice) -> Choice | None:
+        """Choose `budget.late` more by the true query: the best of what the estimated one left out."""
+        if budget.late == 0:
+            return None
+        layer, n_old = records.layer, records.length - budget.tail
+        self._count_scored(records, n_old)
+        scored = self._find_fast(layer, query, records.length, budget)
+        if scored is not None:
+            return choose_late(scored, budget, taken)
+        valid = self._find_open(records, n_old, budget).valid
+        scores = self.selector.score_late(records, query, n_old, valid)
+        if self._reaches(layer) and valid is None:
+            return select_top(forbid(scores, taken), budget.late)
+        # Of the disk a late read has to be waited for: as few pages as its share of the cap.
+        reached = scores if self._reaches(layer) else self._limit_pages(layer, scores, self.selector.cap.top_up)
+        return select_rest(reached, taken, budget.late, budget.own_late)
+
+    # --- what is open -----------------------------------------------------------------------------------------
+
+    def _find_fast(self, layer: int, query: Query, n_rows: int, budget: Budget) -> Scored | None:
+        """Return what the fast kernels choose from; None where the plain operations must."""
+        if self.selector.rule is not None or not self._reaches(layer):
+            return None
+        view = self.fast.find_view(layer, query, self.selector)
+        if view is None:
+            return None
+        starts = None
+        if budget.own is not None:
+            lengths = self.fast.padding.count(n_rows)
+            assert lengths is not None
+            starts = [n_rows - n for n in lengths.real]
+        return Scored(self.fast.use(), view, query, n_rows - budget.tail, starts)
+
+    def _find_open(self, records: LayerRecords, n_rows: int, budget: Budget) -> Open:
+        valid = records.visible(n_rows)
+        if valid is None or budget.own is None or budget.own.recent is None:
+            return Open(valid, None)
+        recent = find_recent(valid, budget.own.recent)
+        return Open(valid & ~recent, recent)
+
+    def _force(self, scores: Float32[Tensor, "B Hkv S"], visible: Open, budget: Budget) -> Tensor:
+        """Put padding last, sinks and recent records first, in place."""
+        if visible.valid is not None:
+            scores = scores.masked_fill_(~visible.valid, float("-inf"))
+        return force_sinks(scores, budget.own_sinks, visible.valid, visible.recent)
+
+    def _select(self, layer: int, scores: Float32[Tensor, "B Hkv S"], budget: Budget) -> Choice:
+        """Choose by the method's rule, or the best up to the cap, of what is in reach."""
+        rule, cap = self.selector.rule, budget.early
+        if rule is not None and cap > 0 and self.selector.cap.fraction < 1:
+            return rule(self._reach(layer, scores), cap, budget.own_early)
+        if self._reaches(layer):
+            return select_top(scores, cap, budget.own_early)
+        return select_seen(self._reach(layer, scores), cap, budget.own_early)
+
+    # --- what can be had --------------------------------------------------------------------------------------
+
+    def _reaches(self, layer: int) -> bool:
+        """Say whether every record of a layer may be chosen: none costs a read from disk that the cap must bound."""
+        return self.reaches_all or not self.selector.limits_pages or self.budgets.share_of(layer) >= 1
+
+    def _reach(self, layer: int, scores: Tensor) -> Tensor:
+        return scores if self._reaches(layer) else self._limit_pages(layer, scores, 1.0)
+
+    def _limit_pages(self, layer: int, scores: Tensor, share: float) -> Tensor:
+        """Leave in reach what is in memory and, within the layer's share of all pages, what is worth reading."""
+        resident, tokens = self.budgets.store.find_resident(layer)
+        n_pages = max(1, int(share * self.budgets.share_of(layer) * resident.shape[-1]))
+        return limit_pages(scores, resident, tokens, n_pages)
+
+    def _count_scored(self, records: LayerRecords, n_rows: int) -> None:
+        self.account.layer(records.layer).index_bytes += self.selector.count_scored_bytes(records, n_rows)

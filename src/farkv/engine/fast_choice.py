@@ -1,0 +1,123 @@
+"""Choose by the fast kernel: one call for a batch without padding, one for each sequence of a padded one.
+
+In: a layer's index, a query, a budget. Out: the choice that the plain operations make, near-ties aside. A sequence of a
+padded batch is chosen from as if it were alone: its index begins behind its padding, its cap is its own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Tensor
+from farkv.engine.budget import Budget
+from farkv.kernels.gpu import Gpu
+from farkv.kernels.native import IndexView, Native
+from farkv.math.select import Choice
+from farkv.math.step import Query
+
+
+class Scored(NamedTuple):
+    """What is chosen from: the index's first `n` records, by a query, on one machine's kernels.
+
+    starts: where every sequence's own tokens begin, in a padded batch.
+    """
+
+    kernels: Native | Gpu
+    view: IndexView
+    query: Query
+    n: int
+    starts: list[int] | None
+
+
+class Part(NamedTuple):
+    """One sequence's part of a padded batch: where its open records begin and end, and how many it may choose.
+
+    n_recent: of the records behind those, how many are read anyway.
+    """
+
+    start: int
+    stop: int
+    cap: int
+    n_sinks: int = 0
+    n_recent: int = 0
+
+
+def choose_early(scored: Scored, budget: Budget) -> Choice:
+    """Choose `budget.early` records of every sequence and KV head, sinks first."""
+    if budget.own is None:
+        return choose_alike(scored, budget.early, budget.sinks, None)
+    return choose_each(scored, split_early(budget, scored), None)
+
+
+def choose_late(scored: Scored, budget: Budget, taken: Choice) -> Choice:
+    """Choose `budget.late` more than are taken."""
+    if budget.own is None:
+        return choose_alike(scored, budget.late, 0, taken.positions)
+    late = budget.own.late.flatten().tolist()
+    parts = [Part(e.start, e.stop, n) for e, n in zip(split_early(budget, scored), late, strict=True)]
+    return choose_each(scored, parts, taken)
+
+
+def choose_alike(scored: Scored, cap: int, n_sinks: int, taken: Tensor | None) -> Choice:
+    """Choose `cap` records of every sequence and KV head."""
+    query, view = scored.query, scored.view
+    if cap == 0:
+        return Choice(torch.empty(*view.codes.shape[:2], 0, dtype=torch.int64, device=query.q.device), None)
+    chosen = scored.kernels.select(query.q, view, query.logits, cap=cap, n=scored.n, sinks=n_sinks, taken=taken)
+    return Choice(chosen, None)
+
+
+def choose_each(scored: Scored, parts: list[Part], taken: Choice | None) -> Choice:
+    """Choose for one sequence after the other; the valid ones stand first.
+
+    Args:
+        taken: what may not be chosen again, its valid ones first and as many for every KV head.
+    """
+    heads = scored.view.codes.shape[1]
+    width = max(part.cap + part.n_recent for part in parts)
+    positions = torch.zeros(len(parts), heads, width, dtype=torch.int64)
+    valid = torch.zeros(len(parts), heads, width, dtype=torch.bool)
+    for b, part in enumerate(parts):
+        out = choose_one(scored, b, part, taken)
+        positions[b, :, : out.shape[-1]] = out
+        valid[b, :, : out.shape[-1]] = True
+    return Choice(positions, valid)
+
+
+def choose_one(scored: Scored, b: int, part: Part, taken: Choice | None) -> Tensor:
+    """Return the places that sequence `b` reads, ascending, [Hkv, K]."""
+    view, n_open = scored.view, max(0, part.stop - part.start)
+    gone = None if taken is None else cut_taken(taken, b, part)
+    cap = max(0, min(part.cap, n_open - (0 if gone is None else gone.shape[-1])))
+    # Of sequences that share a projection there is one.
+    shared = 0 if len(view.query) == 1 else b
+    own = view._replace(
+        codes=view.codes[b : b + 1, :, part.start : part.start + n_open],
+        query=view.query[shared : shared + 1],
+        scale=view.scale[b : b + 1],
+    )
+    query = scored.query._replace(q=scored.query.q[b : b + 1])
+    alone = scored._replace(view=own, query=query, n=n_open)
+    chosen = choose_alike(alone, cap, min(part.n_sinks, cap), gone).positions[0] + part.start
+    recent = torch.arange(part.stop, part.stop + part.n_recent).expand(chosen.shape[0], -1)
+    return torch.cat([chosen, recent], -1)
+
+
+def cut_taken(taken: Choice, b: int, part: Part) -> Tensor:
+    """Return what sequence `b` has taken of its open records, counted from its own begin, [1, Hkv, N]."""
+    assert taken.valid is not None
+    # Every KV head has taken as many.
+    n = int((taken.valid[b, 0] & (taken.positions[b, 0] < part.stop)).sum())
+    return taken.positions[b : b + 1, :, :n] - part.start
+
+
+def split_early(budget: Budget, scored: Scored) -> list[Part]:
+    """Return every sequence's part of what is chosen early."""
+    own, starts, n = budget.own, scored.starts, scored.n
+    assert own is not None
+    assert starts is not None
+    n_recent = [0] * len(starts) if own.recent is None else own.recent.flatten().tolist()
+    parts = zip(starts, n_recent, own.early.flatten().tolist(), own.sinks.flatten().tolist(), strict=True)
+    return [Part(start, n - recent, early - recent, sinks, recent) for start, recent, early, sinks in parts]

@@ -1,0 +1,79 @@
+"""Where the fast kernels stand in for the plain operations: whether they know a step, and attention by them.
+
+In: steps, records. Out: attention output, equal to the model's own to rounding; or the word that they do not know it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from farkv._axes import Int, Tensor
+from farkv.engine.padding import Padding
+from farkv.engine.setup import Kernels
+from farkv.kernels.gpu import Gpu
+from farkv.kernels.native import IndexView, Native, Rows
+from farkv.math.step import AttentionFunction, Query, Step
+from farkv.methods.base import Selector
+from farkv.receipt import Account
+from farkv.store.tiers import Store
+
+
+class Reads(NamedTuple):
+    """What a kernel attends to: the first `n` of these rows, or those at `positions` and the `tail` newest."""
+
+    rows: Tensor
+    n: int
+    positions: Int[Tensor, "B Hkv K"] | None = None
+    tail: int = 0
+
+
+class FastPath:
+    """The fast kernels of one cache."""
+
+    def __init__(self, kernels: Kernels, store: Store, padding: Padding, account: Account):
+        self.kernels, self.everywhere = kernels.fast, kernels.everywhere
+        self.store, self.padding, self.account = store, padding, account
+
+    def knows(self, query: Query) -> bool:
+        """Say whether the kernels can read these queries: their dtype, and no gradients."""
+        return self.kernels is not None and self.kernels.can_read(query.q.dtype) and not query.has_graph
+
+    def may_attend(self, step: Step) -> bool:
+        """Say whether a kernel may attend: it knows the queries, and every sequence reads alike."""
+        return step.mask is None and self.padding.real is None and self.knows(step.query)
+
+    def find_view(self, layer: int, query: Query, selector: Selector) -> IndexView | None:
+        """Return the index that a kernel may choose from, None where it may not.
+
+        Where tokens are padded, all padding must stand on the left, of a layer that is whole.
+        """
+        if not self.knows(query):
+            return None
+        if self.padding.real is not None:
+            if self.store.evicted[layer] or query.q.device.type != "cpu":
+                return None
+            lengths = self.padding.count(self.store.seen(layer))
+            if lengths is None or lengths.real != lengths.run:
+                return None
+        return selector.view_index(layer)
+
+    def use(self) -> Native | Gpu:
+        """Return the kernels; the receipt names them from now on."""
+        assert self.kernels is not None
+        self.account.kernels.add(self.kernels.name)
+        return self.kernels
+
+    def attend(self, layer: int, step: Step, attention: AttentionFunction, reads: Reads) -> object:
+        """Attend by a kernel, coded records as they are stored."""
+        codec = self.store.codecs.get(layer)
+        form = "plain" if codec is None else codec.name
+        out = self.use().attend(
+            step.query.q,
+            Rows(reads.rows, step.k.shape[-1], step.v.shape[-1], form),
+            step.query.logits,
+            positions=reads.positions,
+            n=reads.n,
+            tail=reads.tail,
+            sinks=attention.sinks,
+        )
+        return attention.wrap(out)

@@ -1,0 +1,71 @@
+"""One layer's stored records, as a method may see them: the engine's side of `methods.base.Records`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from farkv._axes import Bool, Tensor
+from farkv.engine.padding import Padding
+from farkv.store.sizes import LayerShape
+from farkv.store.tiers import BLOCK_TOKENS, Store
+
+
+class LayerRecords:
+    """Rows of one layer and which of them are real; it holds neither."""
+
+    def __init__(self, store: Store, padding: Padding, layer: int):
+        self.store, self.padding, self.layer = store, padding, layer
+        # Tokens of an announced prompt; 0: any pass of more than one token may be its end.
+        self.prompt_tokens = 0
+
+    @property
+    def shape(self) -> LayerShape:
+        """Return the sequences, KV heads, dimensions and item size of the layer's records."""
+        return self.store.shape(self.layer)
+
+    @property
+    def length(self) -> int:
+        """Return the rows stored."""
+        return self.store.length(self.layer)
+
+    @property
+    def seen(self) -> int:
+        """Return the tokens the layer was given, evicted ones included."""
+        return self.store.seen(self.layer)
+
+    @property
+    def is_coded(self) -> bool:
+        """Say whether records are stored in fewer bits than the model made them."""
+        return self.layer in self.store.codecs
+
+    @property
+    def at_end_of_prompt(self) -> bool:
+        """Say whether no more of an announced prompt is to come."""
+        return self.seen >= self.prompt_tokens
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """Return keys, [B, Hkv, stop - start, Dk], where they are stored: in place where that can be read."""
+        return self.store.keys(self.layer, start, stop)
+
+    def key_blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Give keys block by block where they cannot be read in place, else all at once."""
+        n = max(1, stop - start) if self.store.reads_in_place else BLOCK_TOKENS
+        return (self.store.keys(self.layer, at, min(at + n, stop)) for at in range(start, stop, n))
+
+    def values(self) -> Tensor:
+        """Return all values, [B, Hkv, S, Dv], where they are stored."""
+        return self.store.records(self.layer)[1]
+
+    def visible(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
+        """Return which of the first `n_rows` rows are no padding; None where all are."""
+        return self.padding.of_rows(self.store, self.layer, n_rows)
+
+    def count_real(self, n_rows: int) -> list[int]:
+        """Return the tokens of every sequence among the first `n_rows` rows that are no padding."""
+        lengths = self.padding.count(n_rows + self.store.evicted[self.layer])
+        own = [n_rows] if lengths is None else [min(n, n_rows) for n in lengths.real]
+        return own if len(own) > 1 else own * self.store.batch(self.layer)
+
+    def real_tokens(self, n_tokens: int) -> Bool[Tensor, "b S"] | None:
+        """Return which of the context's first `n_tokens` tokens are no padding; None where all are."""
+        return self.padding.of_tokens(n_tokens)

@@ -1,0 +1,61 @@
+"""What a user set around a method, and where one cache's engine works. Knows no model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv.calibrate.profile import Profile
+from farkv.kernels.gpu import Gpu
+from farkv.kernels.native import Native
+from farkv.receipt import Account
+from farkv.store.records import StoreLimits
+from farkv.store.sizes import Allowed
+
+
+class Levers(NamedTuple):
+    """What a plan limits in each layer besides the method's own choice; None where it limits nothing.
+
+    kept: how many records each layer keeps.  near, fetch: the share of the context that each layer pins near, and may
+    read per step.
+    """
+
+    kept: dict[int, Allowed] | None = None
+    near: dict[int, float] | None = None
+    fetch: dict[int, float] | None = None
+
+
+class Kernels(NamedTuple):
+    """The fast kernels of this machine, and where they stand in for the plain operations.
+
+    fast: None where there are none, or none are wanted.  everywhere: also where every record is read, which is then
+    equal to the model's own attention to rounding, not bit for bit.  dense_tokens: up to here reading everything is
+    faster than choosing, where no cap was asked for.
+    """
+
+    fast: Native | Gpu | None = None
+    everywhere: bool = False
+    dense_tokens: int = 0
+
+
+class Setting(NamedTuple):
+    """What a user set around a method: byte limits, what was measured of the model, what a plan limits, kernels."""
+
+    limits: StoreLimits = StoreLimits()
+    profile: Profile | None = None
+    levers: Levers = Levers()
+    kernels: Kernels = Kernels()
+
+
+class Setup(NamedTuple):
+    """Where one engine works: the managed layers, their device, what counts, and what the user set.
+
+    verifies: steps will be compared with dense passes, which need near memory beside the buffers.
+    """
+
+    layers: list[int]
+    device: torch.device
+    account: Account
+    setting: Setting = Setting()
+    verifies: bool = False

@@ -1,0 +1,172 @@
+"""One method at work on one cache. Read this page first: a step goes through it from top to bottom.
+
+  append      new keys and values are admitted under the byte limits, then stored       (`engine.admit`, `store`)
+  speculate   one layer ahead: choose by an estimated query, start the fetch            (`engine.choose`, `store.link`)
+  attend      choose, or top up what was speculated; attend; let the method look; evict (`engine.attend`, `engine.evict`)
+
+A pass over more than one token attends to everything, exactly. Whoever runs the model calls these three, per layer in
+the model's order, and takes a pass back with `crop` and `restore` where it fails (`engine.build` makes an engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from farkv._axes import Int, Tensor
+from farkv.engine.build import Parts
+from farkv.engine.attend import Fetched
+from farkv.engine.budget import Budget
+from farkv.engine.setup import Setup
+from farkv.math.select import Choice
+from farkv.math.step import AttentionFunction, Query, Step
+from farkv.store.records import Fetch
+from farkv.store.sizes import LayerShape
+
+
+class Engine:
+    """The steps of one cache, in order."""
+
+    def __init__(self, setup: Setup, parts: Parts):
+        self.setup, self.account, self.layers = setup, setup.account, setup.layers
+        self.parts, self.store, self.mode = parts, parts.store, parts.mode
+        self.selector, self.records, self.padding = parts.selector, parts.records, parts.padding
+        # Of layers that were speculated: what is on its way, and the budget that it was chosen by.
+        self.pending: dict[int, tuple[Fetch, Budget]] = {}
+
+    # --- 1. append ------------------------------------------------------------------------------------------
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store new tokens; the first managed layer admits them for all layers.
+
+        Raises:
+            CapacityError: a limit cannot hold them; nothing was stored.
+        """
+        parts, shape = self.parts, LayerShape.of(k, v)
+        self.account.record_bytes[layer] = shape.record_bytes
+        if layer == self.layers[0]:
+            parts.eviction.passing = parts.eviction.may_pass_by(k.shape[2], parts.admission.prompt_tokens)
+            self.store.open_pages(shape, k.dtype)
+            parts.admission.admit(shape, k.shape[2])
+        if parts.eviction.passing:
+            self.store.pass_by(layer, k, v)
+            return
+        parts.eviction.make_room(layer, k.shape[2])
+        self.store.append(layer, k, v)
+
+    # --- 2. speculate ---------------------------------------------------------------------------------------
+
+    def wants_estimate(self, layer: int) -> bool:
+        """Say whether `speculate` would be of use for this layer now."""
+        if self.selector.source is None or self.mode.dense or self.selector.reads_all(layer):
+            return False
+        return self.store.length(layer) > 0
+
+    def speculate(self, layer: int, estimate: Query) -> None:
+        """Choose for a layer that has not run yet; what is chosen travels while the layer before it goes on."""
+        records = self.records[layer]
+        budget = self.parts.budgets.get(records.seen + 1, layer)
+        early = self.parts.chooser.choose(records, estimate, records.length + 1, budget)
+        self.pending[layer] = self.store.fetch(layer, *early, spare=budget.late + budget.tail), budget
+
+    # --- 3. attend ------------------------------------------------------------------------------------------
+
+    def attend(self, layer: int, step: Step, attention: AttentionFunction) -> object:
+        """Attend to all records, or to the chosen ones at a decode step; then let the method and the eviction look."""
+        parts = self.parts
+        self.padding.note(step.mask)
+        if self.mode.dense:
+            return parts.attention.read_all(self.records[layer], step, attention)
+        parts.eviction.observe(layer, step)
+        if parts.eviction.passing:
+            return parts.eviction.store_passing(layer, step, attention)
+        if step.n_new > 1 or self.store.seen(layer) == 1 or self.selector.reads_all(layer):
+            self.pending.pop(layer, None)
+            out = parts.attention.read_all(self.records[layer], step, attention)
+        else:
+            out = self._attend_chosen(layer, step, attention)
+        self.selector.observe(self.records[layer], step)
+        parts.eviction.settle(layer, step)
+        return out
+
+    def _attend_chosen(self, layer: int, step: Step, attention: AttentionFunction) -> object:
+        """Take what was speculated and top it up, or choose by the true query; then attend."""
+        records, parts = self.records[layer], self.parts
+        if layer in self.pending:
+            early, budget = self.pending.pop(layer)
+            rest = parts.chooser.choose_rest(records, step.query, budget, Choice(early.positions, early.valid))
+            late = None if rest is None else Fetch(*rest, None, None)
+            return parts.attention.read_chosen(records, step, attention, Fetched(early, late, budget.tail))
+        budget = parts.budgets.get(records.seen, layer).join_late()
+        in_place = parts.attention.may_read_in_place(layer, step)
+        if in_place and budget.early + budget.tail >= records.length:
+            return parts.attention.read_in_place(records, step, attention, None, 0)
+        chosen = parts.chooser.choose(records, step.query, records.length, budget)
+        if in_place and chosen.valid is None:
+            return parts.attention.read_in_place(records, step, attention, chosen.positions, budget.tail)
+        early = self.store.fetch(layer, *chosen, spare=budget.tail)
+        return parts.attention.read_chosen(records, step, attention, Fetched(early, None, budget.tail))
+
+    # --- a prompt -------------------------------------------------------------------------------------------
+
+    def announce_prompt(self, n_tokens: int, chunk: int | None = None) -> int:
+        """Say how long the prompt is that will be read now; return how many tokens of it to read at once.
+
+        What evicts, and what is fitted to a prompt, waits for its end.
+
+        Args:
+            chunk: tokens to read at once, wherever that fits; None: no word.
+        """
+        self.parts.admission.prompt_tokens = n_tokens
+        for records in self.records.values():
+            records.prompt_tokens = n_tokens
+        if self.parts.eviction.shares is not None and self.parts.eviction.shares.passes_by:
+            # Read in one pass, every layer is evicted as it is read.
+            return max(1, n_tokens)
+        return max(1, n_tokens) if chunk is None else self.parts.admission.fit_chunk(chunk)
+
+    def admit(self, shape: LayerShape, dtype: torch.dtype, n_tokens: int, chunk: int) -> None:
+        """Admit a context of `n_tokens` before any of it is there, with passes of at most `chunk` tokens.
+
+        Raises:
+            CapacityError: a limit cannot hold it; nothing was allocated.
+        """
+        self.store.open_pages(shape, dtype)
+        self.parts.admission.admit(shape, n_tokens, chunk)
+
+    def take_text(self, shape: LayerShape, dtype: torch.dtype, fill: Callable[[], None]) -> None:
+        """Hold the records of a text that was read before, which `fill` puts into the store."""
+        for layer in self.layers:
+            self.store.describe(layer, shape, dtype)
+            self.account.record_bytes[layer] = shape.record_bytes
+        fill()
+
+    # --- a pass that is checked, or fails -------------------------------------------------------------------
+
+    def set_mode(self, *, dense: bool = False, measures: bool = False) -> None:
+        """Say what the passes from now on are for: `dense`, to verify against; `measures`, the verified ones."""
+        self.mode.dense, self.mode.measures = dense, measures
+
+    # --- the batch ------------------------------------------------------------------------------------------
+
+    def crop(self, layer: int, n_tokens: int) -> None:
+        """Forget the newest tokens of a layer, and whatever was speculated.
+
+        Raises:
+            CacheStateError: what came before them is evicted.
+        """
+        self.pending.clear()
+        self.store.crop(layer, n_tokens)
+
+    def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
+        """Keep these sequences of the batch, in this order."""
+        self.pending.clear()
+        self.store.select(layer, sequences)
+
+    def clear(self, layer: int) -> None:
+        """Forget everything of a layer."""
+        self.pending.clear()
+        self.store.clear(layer)
+        self.parts.admission.forget()
+        self.parts.eviction.clear()

@@ -1,0 +1,52 @@
+"""What a cache takes and holds, as its receipt asks for it. In: an engine. Out: numbers."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from farkv.engine.step import Engine
+from farkv.store.placement import Placement
+
+
+class Usage(NamedTuple):
+    """Byte peaks of a cache's tiers, and how its records are stored.
+
+    near_records: at the peak, without the index.  quant: how records are stored, None as they came; `on_disk` too.
+    """
+
+    near_records: int
+    index: int
+    host: int
+    disk: int
+    quant: str | None
+    on_disk: bool
+    max_error: float
+
+
+class Holding(NamedTuple):
+    """Records of one layer, all sequences and KV heads: held now, and evicted; bytes of one."""
+
+    kept: int
+    evicted: int
+    record_bytes: int
+
+
+def count_usage(engine: Engine) -> Usage:
+    """Return the byte peaks of all tiers."""
+    store = engine.store
+    index = store.index.peak
+    # Where the pool is near memory and has no limit of its own, its peak is the host's.
+    near = store.host.peak if store.placement is Placement.IN_PLACE else store.near.peak - index
+    return Usage(
+        near, index, store.host.peak, store.disk_bytes, store.limits.quant, store.placement is Placement.DISK,
+        store.max_error,
+    )  # fmt: skip
+
+
+def count_holding(engine: Engine, layer: int) -> Holding:
+    """Return what is held and what was evicted of a layer."""
+    store = engine.store
+    # Zeros where an exception stopped a prompt that was passing by.
+    batch, heads = store.heads(layer)
+    n = batch * heads
+    return Holding(n * store.length(layer), n * store.evicted[layer], engine.account.record_bytes.get(layer, 0))

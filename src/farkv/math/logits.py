@@ -1,0 +1,31 @@
+"""How an attention logit is formed: the one place that knows scaling, softcap and sinks.
+
+In: products of queries and keys. Out: logits. Keeps nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Float, Tensor
+
+
+class Logits(NamedTuple):
+    """softmax over softcap(scaling * q . k), with softcap(x) = c tanh(x / c), and x itself where there is none.
+
+    sinks: learned logits, one per query head, that take part in the softmax's denominator alone.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Float[Tensor, " Hq"] | None = None
+
+    def cap(self, scaled: Tensor) -> Tensor:
+        """Return softcap(scaled). Cost: one new tensor where there is a softcap, none where there is not."""
+        return self.softcap * torch.tanh(scaled / self.softcap) if self.softcap else scaled
+
+    def cap_(self, scaled: Tensor) -> Tensor:
+        """Apply the softcap in place."""
+        return scaled.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else scaled

@@ -1,0 +1,287 @@
+"""What a method is: a `Selector` scores the records that a step may read, an `Evictor` those that may go.
+
+The engine drives. It asks for scores, and does all else: budgets, choosing, fetching, attending, evicting, counting.
+A method sees one layer at a time through `Records`, keeps what it needs of it, and lets the store's followers do the
+same to that as to the records. docs/methods.md shows a whole method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from farkv._axes import Bool, Float, Float32, Int, Tensor
+from farkv.calibrate.profile import Profile
+from farkv.config import Rule, Source
+from farkv.errors import SessionError
+from farkv.kernels.native import IndexView
+from farkv.math.keep import join_scores
+from farkv.math.select import Choice
+from farkv.math.step import Query, Step
+from farkv.store.follow import Follower
+from farkv.store.ledger import Ledger
+from farkv.store.sizes import LayerShape
+
+
+# Records per KV head that are read, or kept, however small the budget is, where nobody asked for one.
+LEAST_RECORDS = 64
+
+
+class Cap(NamedTuple):
+    """How much a step may read of the records: `fraction` of them, forced ones included.
+
+    sinks, window: first and newest tokens that are always read, at most a quarter of the cap.  top_up: share of the cap
+    that is chosen late, by the true query.  least: records per KV head that are read however small the cap is.
+    dense_tokens: up to here everything is read, because choosing takes longer.  only_sinks: no window is forced, so
+    sinks may take the whole quarter.
+    """
+
+    fraction: float
+    sinks: int = 0
+    window: int = 0
+    top_up: float = 0.0
+    least: int = 1
+    dense_tokens: int = 0
+    only_sinks: bool = False
+
+
+class Place(NamedTuple):
+    """Where a method works: its layers, their device, and what counts the bytes of an index.
+
+    travels: records cross a link, so that choosing one layer ahead hides it.  reserve_tokens: the announced context.
+    dense_tokens: up to here reading everything is faster than choosing on this machine.
+    """
+
+    layers: list[int]
+    device: torch.device
+    index: Ledger
+    reserve_tokens: int = 0
+    travels: bool = False
+    dense_tokens: int = 0
+    profile: Profile | None = None
+    on_fallback: Callable[[str], None] = lambda name: None
+
+
+@runtime_checkable
+class Records(Protocol):
+    """What a method may see of one layer's stored records. Rows are records in the order in which they are stored."""
+
+    layer: int
+
+    @property
+    def shape(self) -> LayerShape:
+        """Return the sequences, KV heads, dimensions and item size of the layer's records."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Return the rows stored."""
+        ...
+
+    @property
+    def seen(self) -> int:
+        """Return the tokens the layer was given, evicted ones included."""
+        ...
+
+    @property
+    def is_coded(self) -> bool:
+        """Say whether records are stored in fewer bits than the model made them."""
+        ...
+
+    @property
+    def at_end_of_prompt(self) -> bool:
+        """Say whether no more of an announced prompt is to come."""
+        ...
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        """Return keys, [B, Hkv, stop - start, Dk], where they are stored: in place where that can be read."""
+        ...
+
+    def key_blocks(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Give keys block by block where they cannot be read in place, else all at once."""
+        ...
+
+    def values(self) -> Tensor:
+        """Return all values, [B, Hkv, S, Dv], where they are stored."""
+        ...
+
+    def visible(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
+        """Return which of the first `n_rows` rows are no padding; None where all are."""
+        ...
+
+    def count_real(self, n_rows: int) -> list[int]:
+        """Return the tokens of every sequence among the first `n_rows` rows that are no padding."""
+        ...
+
+    def real_tokens(self, n_tokens: int) -> Bool[Tensor, "b S"] | None:
+        """Return which of the context's first `n_tokens` tokens are no padding; None where all are."""
+        ...
+
+
+class Selector:
+    """Scores the records of one cache. A method overrides `score`, and what else it has."""
+
+    # The hidden state that the next layer's query is estimated from; None: the layer's true query chooses.
+    source: Source | None = None
+    # Besides the cap, what ends a choice; None: the cap alone. In: scores, cap, each sequence's own cap.
+    rule: Callable[[Float32[Tensor, "B Hkv S"], int, Int[Tensor, "b 1 1"] | None], Choice] | None = None
+    # Over a disk, choose among pages in memory and the few that are worth reading.
+    limits_pages = True
+    # What this method keeps of every layer besides its records, for the store to crop, reorder and free with them.
+    followers: dict[int, Follower]
+
+    def __init__(self, config: Any, place: Place):
+        self.config, self.place = config, place
+        self.cap = Cap(config.fraction, getattr(config, "sinks", 0), getattr(config, "window", 0))
+        self.followers = {}
+
+    @classmethod
+    def find_window(cls, config: Any) -> int:
+        """Return how many of the newest records are always read, at most."""
+        return getattr(config, "window", 0)
+
+    # --- scoring --------------------------------------------------------------------------------------------
+
+    def score(
+        self, records: Records, query: Query, n_rows: int, visible: Bool[Tensor, "b h S"] | None
+    ) -> Float32[Tensor, "B Hkv S"]:
+        """Score the first `n_rows` rows by a query, [B, Hq, 1, D]; the best are read. Padding is hidden afterwards."""
+        raise NotImplementedError
+
+    def score_late(
+        self, records: Records, query: Query, n_rows: int, visible: Bool[Tensor, "b h S"] | None
+    ) -> Float32[Tensor, "B Hkv S"]:
+        """Score once more, by the true query, for what is chosen late."""
+        return self.score(records, query, n_rows, visible)
+
+    def observe(self, records: Records, step: Step) -> None:
+        """Look at a layer's new tokens, prompt or decode, once they are stored and attended to."""
+
+    def prepare(self, records: Records, n_rows: int) -> None:
+        """Be ready to score the first `n_rows` rows."""
+
+    def prepare_eviction(self, records: Records) -> None:
+        """Look at a layer from which records are about to go, while all keys are there."""
+
+    def reads_all(self, layer: int) -> bool:
+        """Say whether this layer is read whole by design."""
+        return False
+
+    # --- bytes and kernels ----------------------------------------------------------------------------------
+
+    def index_bytes(self, shape: LayerShape, tokens: int) -> int:
+        """Return the bytes of one layer's index of a context of `tokens`."""
+        return 0
+
+    def count_scored_bytes(self, records: Records, n_rows: int) -> int:
+        """Return the bytes that scoring the first `n_rows` rows reads."""
+        return 0
+
+    def view_index(self, layer: int) -> IndexView | None:
+        """Return the index in the form that the fast kernels choose from; None where they cannot."""
+        return None
+
+    # --- taking back, joining, sessions -----------------------------------------------------------------------
+
+    def snapshot(self) -> Any:
+        """Return what a pass changes besides the rows of `followers`, for `restore`; nothing is copied."""
+
+    def restore(self, state: Any) -> None:
+        """Put back what `snapshot` returned; rows are those of then again."""
+
+    def join(self, other: Any, layer: int, batches: tuple[int, int], n_rows: int) -> None:
+        """Let another's sequences, of the same method, follow these in a layer of `n_rows` rows.
+
+        Args:
+            batches: the sequences of both.
+        """
+
+    def describe(self) -> dict[str, Any] | None:
+        """Return what must be the same for a saved index to be of use; None for a method that has none."""
+        return None
+
+    def list_tensors(self) -> dict[str, Tensor]:
+        """Return the index of every layer by name, as it is saved with a text."""
+        return {}
+
+    def take_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype, records: dict[int, Records]) -> None:
+        """Take the index of a saved text, whose records are stored.
+
+        Raises:
+            SessionError: these tensors are no index of this method and text.
+        """
+        if tensors:
+            raise SessionError("its index was made by a method that has one, this one has none; make it anew")
+
+
+class KeepRule(NamedTuple):
+    """How much of the records a method keeps, and how its layers share that.
+
+    fraction, tokens, retention: the budget: a share of the context, records per KV head summed over layers, or as
+    little as holds this share of the observed attention mass.  share: how layers share it.  sinks, window: first and
+    newest records that always stay.  least: records that every layer keeps of a prompt that is allocated on its own.
+    most_recent: where `fraction` binds however short the context is, the newest records take at most this share of
+    it (`window` of them where that is less; 0: as many as the share allows).  by_prompt: shares follow from the
+    prompt's own scores, not from `fraction` alone.  grows: decoding never evicts.
+    """
+
+    fraction: float
+    tokens: int | None = None
+    retention: float | None = None
+    share: Rule = "uniform"
+    sinks: int = 0
+    window: int = 1
+    least: int = 1
+    most_recent: float | None = None
+    by_prompt: bool = True
+    grows: bool = False
+
+
+class Evictor:
+    """Scores the records of one cache for staying. A method overrides `score`, and what else it has."""
+
+    # Scores are sums that grow by little at a time: they are stored as float32, and the newest records' stay too.
+    sums_scores = False
+    # All records are read that are kept, so they live near, and attention is dense over them.
+    lives_near = True
+    rule: KeepRule
+    followers: dict[int, Follower]
+
+    def __init__(self, config: Any, place: Place):
+        self.config, self.place = config, place
+        self.followers = {}
+
+    def observe(self, records: Records, query: Query) -> None:
+        """Look at a pass's queries, before attention."""
+
+    def settle(self, records: Records, scores: Float32[Tensor, "B Hkv S"]) -> None:
+        """Look at a layer after attention; `scores` are those of its stored records, to change in place."""
+
+    def score(
+        self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None, n_recent: int | None = None
+    ) -> Float32[Tensor, "B Hkv N"]:
+        """Score records by what the layer was asked so far; the best stay.
+
+        Args:
+            k, v: of the layer's records, where they are stored.
+            n_recent: the newest of them, which stay without a score.
+        """
+        raise NotImplementedError
+
+    def rescore(self, records: Records, scores: Float[Tensor, "B Hkv S"], n_recent: int) -> Tensor:
+        """Bring the stored records' scores up to date in place, before an eviction; return the new ones.
+
+        What was important once is not forgotten at once: the larger of a new score and an old one counts.
+        """
+        visible, k = records.visible(records.length), records.keys(0, records.length)
+        new = self.score(records.layer, k, records.values(), None if visible is None else visible.to(k.device), n_recent)
+        scores[..., : new.shape[-1]] = join_scores(new.to(scores.device), scores)
+        return new
+
+    def snapshot(self) -> Any:
+        """Return what a pass changes besides the rows of `followers`, for `restore`; nothing is copied."""
+
+    def restore(self, state: Any) -> None:
+        """Put back what `snapshot` returned."""
