@@ -42,12 +42,12 @@ from disk_ways import HOST_SHARE
 from eviction import ANSWER_TOKENS, CHUNK_TOKENS, Questions, ask_all, make_questions
 from quality import percent, read_numbers, read_rows
 
-from farkv.config import InfiniGen
 from farkv.demo.filler import STDLIB, read_sources
 from farkv.errors import CapacityError
 from farkv.hf.ask import Listener, prefill
 from farkv.hf.attach import attach
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.methods import InfiniGen
 
 # Freed memory goes back to the system in all children alike, so that the resident set is what is in use.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "1"}

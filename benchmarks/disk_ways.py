@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from farkv.config import InfiniGen
 from farkv.hf.attach import attach
 from farkv.hf.load import quiet_libraries
+from farkv.methods import InfiniGen
 from farkv.methods.contract import Query, Step
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 16, 32, 8, 64

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import torch
 from quality import FACT_TOKENS, answer_greedily, force_tokens, mean, percent, read_numbers, read_rows
 
-from farkv.config import Full, InfiniGen, Method
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt, question_line
 from farkv.hf.ask import Listener, build_prompt, prefill
@@ -36,6 +35,7 @@ from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.methods import Full, InfiniGen, Method
 from farkv.store.far.eviction import POLICIES
 
 LIMITS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

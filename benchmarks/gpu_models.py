@@ -22,10 +22,10 @@ from farkv.bench.fill import KVSource
 from farkv.bench.models import share_weights
 from farkv.bench.report import OURS
 from farkv.bench.timing import measure_interleaved, summarize
-from farkv.config import InfiniGen
 from farkv.errors import CapacityError
 from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
+from farkv.methods import InfiniGen
 
 RESIDENT, OFFLOADED = "hf-resident", "hf-offloaded"
 

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from quality import mean, percent, read_numbers, read_rows
 
-from farkv.config import InfiniGen, Method, Random
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.hf.ask import Listener, feed, prefill
 from farkv.hf.attach import attach
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.methods import InfiniGen, Method, Random
 from farkv.store import spare
 from farkv.store.sizes import LayerShape
 

@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from farkv.config import InfiniGen
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.errors import CapacityError
 from farkv.hf.ask import Decoding, Prompt, ask, build_prompt
 from farkv.hf.attach import attach
 from farkv.hf.load import load_model
+from farkv.methods import InfiniGen
 from farkv.store.sizes import LayerShape, fetched_bytes
 
 NEW_TOKENS = 8

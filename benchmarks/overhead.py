@@ -34,7 +34,6 @@ import torch
 from quality import read_rows
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from farkv.config import Full, InfiniGen
 from farkv.hf.attach import attach
 from farkv.hf.attention import OwnAttention
 from farkv.hf.cache import FarCache
@@ -43,6 +42,7 @@ from farkv.hf.layer import FarLayer
 from farkv.hf.lookahead import Lookahead
 from farkv.hf.query import Queries
 from farkv.hf.verify import Verifier
+from farkv.methods import Full, InfiniGen
 
 CONTEXT = 256
 VOCAB = 512

@@ -24,9 +24,9 @@ import torch
 from quality import read_numbers, read_rows
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from farkv.config import InfiniGen
 from farkv.hf.ask import Listener, prefill
 from farkv.hf.attach import attach
+from farkv.methods import InfiniGen
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import BLOCK_TOKENS
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from farkv.config import Full, InfiniGen, Method, Oracle, Random, Window
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.evals import prefill as shared
@@ -31,6 +30,7 @@ from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
 
 # Of a fact's line, at most, on average.
 FACT_TOKENS = 14

@@ -19,13 +19,13 @@ import torch
 from eviction import ask_all, make_questions
 from quality import force_tokens, mean, percent, read_numbers, read_rows
 
-from farkv.config import Full, InfiniGen
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.hf.ask import Listener, prefill
 from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.methods import Full, InfiniGen
 
 STORED = (None, "int8", "int4")
 CHUNK_TOKENS = 512

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 
-from farkv.config import InfiniGen
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.hf.ask import Listener, Prompt, build_prompt, feed, prefill
 from farkv.hf.attach import attach
 from farkv.hf.load import load_model, quiet_libraries
 from farkv.hf.session import load_cache, resume
+from farkv.methods import InfiniGen
 
 FACTS, FACT_TOKENS = 20, 14
 

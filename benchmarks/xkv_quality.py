@@ -29,13 +29,13 @@ from quality import FACT_TOKENS, answer_greedily, fill_cache, force_tokens, pref
 from farkv.calibrate.plan import Allocation, Plan
 from farkv.calibrate.planning import Budget, Choice, make_plan
 from farkv.calibrate.profile import Profile
-from farkv.config import XKV, Full, InfiniGen, Method
 from farkv.demo import MODEL_PATH
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import make_recall_prompt
 from farkv.hf.ask import Prompt, build_prompt
 from farkv.hf.attach import attach
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.methods import XKV, Full, InfiniGen, Method
 
 KEEP_RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85)
 AGNOSTIC_RATIOS = (0.1, 0.3, 0.5)

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from farkv.config import Full, InfiniGen, Oracle, Random, Window, format_bytes, parse_bytes
+from farkv.config import format_bytes, parse_bytes
 from farkv.errors import ConfigError
+from farkv.methods import Full, InfiniGen, Oracle, Random, Window
 
 # Of a wrong type, the checker that runs in tests speaks first; users get the ConfigError.
 REFUSED = (ConfigError, TypeCheckError)

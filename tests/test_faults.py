@@ -149,7 +149,7 @@ def test_a_take_back_that_fails_is_never_a_wrong_answer(
     with farkv.attach(model, InfiniGen(fraction=0.4), near="1MiB") as far:
         cache = far.new_cache()
         expected = forward(model, text, cache)
-        owner: Any = {"drain": cache.recipe.store.link, "crop": cache.layers[1], "restore": farkv.hf.cache}[where]
+        owner: Any = {"drain": cache.engine.store.link, "crop": cache.layers[1], "restore": farkv.hf.cache}[where]
         name = "restore_state" if where == "restore" else where
         hook = model.model.layers[2].mlp.register_forward_hook(fail)
         with monkeypatch.context() as patch, pytest.raises(error):

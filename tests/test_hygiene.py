@@ -141,7 +141,7 @@ def test_a_decode_step_allocates_no_rows_where_they_are_reserved() -> None:
     with farkv.attach(model, InfiniGen(fraction=0.3)) as far:
         cache = far.new_cache(tokens=90, batch=2)
         forward(model, ids, cache)
-        recipe = cache.recipe
+        recipe = cache.engine
         rows = [r.data for r in recipe.store.pool.values()] + [i.rows.data for i in recipe.index.values()]
         places = [r.data_ptr() for r in rows if r is not None]
         for t in range(15):

@@ -90,7 +90,7 @@ def test_of_an_evicted_cache_it_is_the_tokens_that_stayed() -> None:
         cache = far.new_cache()
         trace = cache.account.trace = ReadTrace(TOKENS, STEPS)
         forward(model, IDS[:, :TOKENS], cache)
-        store, expected = cache.recipe.store, torch.zeros(4, TOKENS + STEPS)
+        store, expected = cache.engine.store, torch.zeros(4, TOKENS + STEPS)
         for i in range(4):
             assert store.evicted[i]
             rows = torch.arange(store.length(i)).expand(*store.heads(i), -1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from farkv.config import XKV, Full, InfiniGen
 from farkv.errors import FarKVError
+from farkv.methods import XKV, Full, InfiniGen
 
 if TYPE_CHECKING:
     from farkv.calibrate.plan import Plan

@@ -17,7 +17,7 @@ from farkv.errors import CacheStateError, ConfigError, InputError
 from farkv.evals.ask import Speaker, ask_turns
 from farkv.evals.describe import Plan, Variant
 from farkv.evals.judge import Judge, check_reads
-from farkv.evals.methods import METHODS
+from farkv.evals.methods import list_methods
 from farkv.evals.prefill import fill_cache, prefill_once
 from farkv.evals.row import RESULTS, RUN, Key, read_rows
 from farkv.evals.run import run_eval
@@ -161,7 +161,7 @@ def test_a_method_that_reads_too_much_stops_the_run() -> None:
         check_reads(replace(row, bytes_per_step=row.full_bytes_per_step))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", list_methods())
 def test_a_shared_prefill_answers_as_an_own_one(name: str) -> None:
     """The same predictions, bit for bit, as a cache whose method read the text itself, in chunks."""
     model, tokenizer = demo()

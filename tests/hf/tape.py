@@ -40,29 +40,15 @@ class Tape:
         self._reorder: list[Tensor] = []
 
     def __enter__(self) -> Tape:
-        recipe = self.cache.recipe
-        join, select, read_in_place = recipe.store.join, recipe.select, recipe.read_in_place
+        engine = self.cache.engine
+        select = engine.select
 
-        def record_join(layer: int, *args: Any) -> Any:
-            out = join(layer, *args)
-            valid = None if out.valid is None else out.valid.clone()
-            self.passes[-1].reads[layer] = (recipe.store.locate(layer, out.positions).clone(), valid)
-            return out
-
-        def record_read_in_place(layer: int, step: Any, kernel: Any, positions: Tensor | None, n_tail: int) -> Any:
-            n, (batch, heads) = recipe.store.length(layer), recipe.store.heads(layer)
-            tail = torch.arange(0 if positions is None else n - n_tail, n).expand(batch, heads, -1)
-            rows = tail if positions is None else torch.cat([positions, tail], -1)
-            self.passes[-1].reads[layer] = recipe.store.locate(layer, rows), None
-            return read_in_place(layer, step, kernel, positions, n_tail)
-
-        def record_select(sequences: Tensor, layer: int) -> None:
-            if layer == recipe.layers[0]:
+        def record_select(layer: int, sequences: Tensor) -> None:
+            if layer == engine.layers[0]:
                 self._reorder.append(sequences.clone())
-            select(sequences, layer)
+            select(layer, sequences)
 
-        recipe.store.join, recipe.select = record_join, record_select
-        recipe.read_in_place = record_read_in_place
+        engine.select, self.cache.account.trace = record_select, self
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, with_kwargs=True),
@@ -72,7 +58,12 @@ class Tape:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        del self.cache.recipe.store.join, self.cache.recipe.select, self.cache.recipe.read_in_place
+        del self.cache.engine.select
+        self.cache.account.trace = None
+
+    def note(self, layer: int, positions: Tensor, valid: Tensor | None, tokens: int) -> None:
+        """Record what a decode step reads of a layer, as the cache tells a trace."""
+        self.passes[-1].reads[layer] = positions.clone(), None if valid is None else valid.clone()
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         names = ("input_ids", "attention_mask", "position_ids")

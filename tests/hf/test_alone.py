@@ -153,7 +153,7 @@ class Serving:
         else:
             self.cache.join(cache)
             assert cache.get_seq_length() == 0
-            assert cache.recipe.store.host.used == cache.recipe.store.near.used == 0
+            assert cache.engine.store.host.used == cache.engine.store.near.used == 0
         n = self.cache.get_seq_length()
         self.names.append(name)
         self.masks = [*self.masks, torch.ones(len(text), dtype=torch.long)]
@@ -243,7 +243,7 @@ def test_after_one_has_left_the_others_are_as_they_were() -> None:
         for name, text in zip("abc", texts, strict=True):
             serving.read(name, text)
         serving.step()
-        recipe = serving.cache.recipe
+        recipe = serving.cache.engine
         pool = [rows.view()[1:].clone() for rows in recipe.store.pool.values()]
         codes = [index.codes()[1:].clone() for index in recipe.index.values()]
         serving.leave("a")
@@ -266,10 +266,10 @@ def test_what_cannot_join_says_why_and_changes_nothing() -> None:
 
     with farkv.attach(model, InfiniGen(fraction=0.3), host="44KiB") as far:
         a, b = read(far), read(far)
-        before = a.recipe.store.pool[0].view().clone()
+        before = a.engine.store.pool[0].view().clone()
         with pytest.raises(CapacityError, match=r"host limit: a batch of 2 sequences of 40 tokens needs"):
             a.join(b)
-        assert torch.equal(a.recipe.store.pool[0].view(), before)
+        assert torch.equal(a.engine.store.pool[0].view(), before)
         assert a.get_seq_length() == b.get_seq_length() == 40
         with pytest.raises(CacheStateError, match="one of them is empty"):
             a.join(far.new_cache())

@@ -11,7 +11,7 @@ import farkv
 from farkv.errors import CacheStateError
 from farkv.hf._compat import find_attention
 from farkv.hf.attention import OwnAttention
-from farkv.math.stream import Softmax, Stream
+from farkv.math.stream import Stream
 from farkv.methods import Full
 from farkv.methods.contract import Kernel
 from tests.models import make_model

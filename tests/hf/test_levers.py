@@ -104,7 +104,7 @@ def test_a_plan_may_be_a_path(tmp_path: Any) -> None:
     for given in (plan, tmp_path / "plan.json", str(tmp_path / "plan.json")):
         with farkv.attach(model, XKV(), plan=given) as far:
             forward(model, IDS, cache := far.new_cache())
-        held.append([cache.recipe.store.length(i) for i in range(4)])
+        held.append([cache.engine.store.length(i) for i in range(4)])
     assert held[0] == held[1] == held[2]
     # One less where the next token would be one too many.
     for n, share in zip(held[0], (0.9, 0.5, 0.6, 0.7), strict=True):
@@ -118,7 +118,9 @@ def home_tensors(store: Any) -> list[Any]:
     """Return every tensor that is counted where records live."""
     rows = [*store.pool.values(), *store.shadow.values()]
     rows += [r for kept in store.kept.values() for r in (kept.places, kept.marks)]
-    books = [held.slots.data for held in store.pinned.values()] + [t for hot in store.recently_used.values() for t in hot.books]
+    books = [held.slots.data for held in store.pinned.values()] + [
+        t for hot in store.recently_used.values() for t in hot.books
+    ]
     return [r.data for r in rows] + books
 
 
@@ -126,10 +128,10 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
     """After every pass: what is allocated is what the books say, and within the limit."""
 
     def after(*_: object) -> None:
-        store = cache.recipe.store
+        store = cache.engine.store
         home, other = (store.near, store.host) if store.home is store.near else (store.host, store.near)
         assert count_storages(home_tensors(store)) == home.used <= limits.get(home.tier, home.used)
-        near = near_tensors(cache.recipe) + [held.rows.data for held in store.pinned.values()]
+        near = near_tensors(cache.engine) + [held.rows.data for held in store.pinned.values()]
         assert count_storages(near) == other.used <= limits.get(other.tier, other.used)
 
     return model.register_forward_hook(after)
@@ -162,7 +164,7 @@ def run(way: str, limits: dict[str, int], *, reserve: bool, verify: int = 0, n: 
             generate(model, PROMPT, cache, n=n)
         except CapacityError as error:
             done = False
-            assert len({cache.recipe.store.seen(i) for i in (0, 1)}) == 1, "half a token was stored"
+            assert len({cache.engine.store.seen(i) for i in (0, 1)}) == 1, "half a token was stored"
             assert "raise --" in str(error)
             assert not reserve, f"refused only after it was admitted: {error}"
         finally:
@@ -221,7 +223,7 @@ def test_evicted_memory_is_really_freed(near: Any) -> None:
     with farkv.attach(model, XKV(fraction=0.25), near=near) as far:
         cache = far.new_cache()
         forward(model, ids, cache)
-        store = cache.recipe.store
+        store = cache.engine.store
         token = 2 * (2 * 8 * 4 + ROW_BYTES)
         held = count_storages(home_tensors(store))
         assert held == store.home.used
@@ -246,7 +248,7 @@ def test_a_planned_prompt_never_holds_more_than_the_plan(near: Any, tokens: int)
     with farkv.attach(model, XKV(), plan=plan, near=near) as far:
         cache = far.new_cache(tokens=tokens)
         forward(model, ids, cache)
-        home = cache.recipe.store.home
+        home = cache.engine.store.home
         planned = sum(int(share * (tokens or 400)) for share in SHARES) * token
         assert home.peak <= planned
         # And less is no option: one record per layer is left for the next token.
@@ -301,7 +303,7 @@ def test_holding_near_changes_no_answer_and_fetches_less(
     assert 0 < after.fetched_bytes_per_token < 0.8 * before.fetched_bytes_per_token
     assert after.read_fraction == before.read_fraction
     copies = len(IDS) * (2 if play == "repeat" else 1)
-    rows = sum(held.rows.n_bytes for held in cache.recipe.store.pinned.values())
+    rows = sum(held.rows.n_bytes for held in cache.engine.store.pinned.values())
     most = sum(int(share * 60) for share in SHARES) * copies * 2 * 64
     assert 0.8 * most < rows <= most
     assert rows == most or keep, "what is evicted, and the window, needs no copy"
@@ -314,12 +316,12 @@ def test_held_and_fetched_are_all_that_is_chosen() -> None:
         cache = far.new_cache()
         with KeptTape(model, cache) as tape:
             forward(model, IDS, cache)
-            held = {i: cache.recipe.store.pinned[i].slots.view()[..., 0].clone() for i in range(4)}
+            held = {i: cache.engine.store.pinned[i].slots.view()[..., 0].clone() for i in range(4)}
             forward(model, IDS[:, :1], cache)
         fetched = far.receipt().fetched_bytes_per_token
     missing = 0
     for layer, (positions, _) in tape.passes[1].reads.items():
-        chosen = positions[..., : -cache.recipe.split(61, layer).tail]
+        chosen = positions[..., : -cache.engine.split(61, layer).tail]
         missing += int((held[layer].gather(-1, chosen) < 0).sum())
         assert int((held[layer] >= 0).sum()) == int(SHARES[layer] * 60) * 4
     assert missing > 0
@@ -333,8 +335,8 @@ def test_without_a_near_limit_the_near_lever_costs_nothing() -> None:
         cache = far.new_cache()
         forward(model, IDS, cache)
         steps(model, cache, IDS[:, :2])
-    assert cache.recipe.store.pinned == {}
-    assert cache.recipe.store.near.peak == cache.recipe.store.index.peak
+    assert cache.engine.store.pinned == {}
+    assert cache.engine.store.near.peak == cache.engine.store.index.peak
 
 
 # --- the fetch lever --------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ def test_all_three_levers_equal_a_dense_replay(near: Any) -> None:
         cache = far.new_cache()
         with KeptTape(model, cache) as tape:
             generate(model, make_prompt(3, tokens=60, pad=20), cache, n=6)
-    assert all(cache.recipe.store.evicted.values())
+    assert all(cache.engine.store.evicted.values())
     check_replay(model, tape)
 
 

@@ -53,8 +53,8 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
     """After every pass: what is allocated is what the books say, and within the limit."""
 
     def after(*_: object) -> None:
-        store = cache.recipe.store
-        near = count_storages(near_tensors(cache.recipe)) if store.far else 0
+        store = cache.engine.store
+        near = count_storages(near_tensors(cache.engine)) if store.far else 0
         books = [t for hot in store.recently_used.values() for t in hot.books]
         pool = count_storages([rows.data for rows in store.pool.values()] + books)
         assert pool == store.host.used <= limits.get("host", pool)
@@ -79,7 +79,7 @@ def run(method: Method, limits: dict[str, int], *, reserve: bool) -> bool:
             generate(model, PROMPT, cache, n=NEW)
         except CapacityError as error:
             done = False
-            lengths = {cache.recipe.store.length(i) for i in range(LAYERS)}
+            lengths = {cache.engine.store.length(i) for i in range(LAYERS)}
             assert len(lengths) == 1, f"half a token was stored: {lengths}"
             assert "raise --" in str(error)
             if reserve:
@@ -151,7 +151,7 @@ def test_a_hot_set_changes_no_bit(method: Method, monkeypatch: pytest.MonkeyPatc
         with farkv.attach(model, method, near=2 * WHOLE * share // 16) as far:
             cache = far.new_cache()
             answer = generate(model, padded, cache, n=8)
-            slots = [hot.size.slots for hot in cache.recipe.store.recently_used.values()]
+            slots = [hot.size.slots for hot in cache.engine.store.recently_used.values()]
             runs.append((answer, slots, far.receipt(cache).fetched_bytes_per_token))
     (without, none, all_bytes), *others = runs
     assert none == []

@@ -32,7 +32,7 @@ METHODS: dict[str, Method] = {
 
 def check_books(cache: Any, options: dict[str, Any]) -> None:
     """What is allocated is what the books say, and the peaks are within the limits."""
-    recipe = cache.recipe
+    recipe = cache.engine
     store = recipe.store
     index = count_bytes([index.rows.data for index in getattr(recipe, "index", {}).values()])
     marks = 0 if recipe.spiller is None else count_bytes([m.data for m in recipe.spiller.marks.values()])
@@ -71,7 +71,7 @@ def attempt(method: str, ids: torch.Tensor, options: dict[str, Any], chunk: int,
             return False
         try:
             if reserve:
-                chunk = min(chunk, cache.recipe.chunk_tokens, cache.recipe.fit_chunk(chunk))
+                chunk = min(chunk, cache.engine.chunk_tokens, cache.engine.fit_chunk(chunk))
             run(model, far, cache, ids, options, chunk)
         except CapacityError as error:
             assert "raise --" in str(error)

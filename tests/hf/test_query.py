@@ -25,14 +25,14 @@ def catch(model: Any, ids: torch.Tensor, cache: Any) -> tuple[dict[str, Any], An
     def note(module: Any, args: Any, kwargs: Any) -> None:
         seen["call"] = (args, dict(kwargs))
 
-    attend = cache.recipe.attend
+    attend = cache.engine.attend
 
     def watch(layer: int, step: Any, kernel: Any) -> Any:
         if layer == LAYER:
             seen["query"] = step.query
         return attend(layer, step, kernel)
 
-    cache.recipe.attend = watch
+    cache.engine.attend = watch
     hook = block.register_forward_pre_hook(note, with_kwargs=True)
     forward(model, ids, cache)
     hook.remove()

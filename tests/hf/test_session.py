@@ -14,12 +14,11 @@ import torch
 from safetensors import safe_open
 
 import farkv
-from farkv.config import Method
 from farkv.errors import CacheStateError, CapacityError, FarKVError, SessionError, StoreError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.session import load_cache, read_session_text, resume
-from farkv.methods import XKV, Full, InfiniGen, LowBit, Oracle, Pages, Random, Window
+from farkv.methods import XKV, Full, InfiniGen, LowBit, Method, Oracle, Pages, Random, Window
 from farkv.session.file import Saved, write_saved
 from tests.models import forward, make_model, make_prompt, plain_cache
 

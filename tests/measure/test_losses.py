@@ -9,9 +9,9 @@ import torch
 
 import farkv
 from farkv.calibrate.losses import SHARES, Losses
-from farkv.config import Full
 from farkv.errors import ConfigError, InputError
 from farkv.measure.losses import STEPS, Limit, LimitedLayer, decode_again, decode_greedily, measure_losses
+from farkv.methods import Full
 from farkv.methods.contract import Query, Step
 from tests.models import forward, generate, make_model, make_prompt, plain_cache
 
@@ -22,7 +22,7 @@ def read_prompt(handle: Any) -> Any:
     """Return a cache of limited layers that has read all but the last token."""
     cache = handle.new_cache(tokens=IDS.shape[0] + STEPS)
     for i in handle.managed:
-        cache.layers[i] = LimitedLayer(i, cache.recipe)
+        cache.layers[i] = LimitedLayer(i, cache.engine)
     handle.decoder(input_ids=IDS[None, :-1], past_key_values=cache, use_cache=True)
     for i in handle.managed:
         cache.layers[i].prompt_tokens = IDS.shape[0] - 1
@@ -54,7 +54,7 @@ def test_a_limit_hides_all_but_its_share_of_one_layer(kind: Any) -> None:
         layer.limit = Limit(kind, 1.0)
         assert torch.allclose(forward(model, IDS[None, -1:], cache), free, atol=1e-5), "a share of 1 hides nothing"
         n = IDS.shape[0]
-        k, v = cache.recipe.store.records(2)
+        k, v = cache.engine.store.records(2)
         step = Step(Query(torch.randn(1, 4, 1, 8), 8**-0.5, None), k[:, :, -1:], v[:, :, -1:], None)
         allowed = (layer.keep if kind == "keep" else layer.fetch)(step, k, v, 0.2)
     assert allowed[..., -1].all(), "the newest is always seen"

@@ -163,7 +163,7 @@ def test_managed_layers_store_nothing(family: str) -> None:
         assert sorted(sample.keep) == handle.managed
         assert {t.shape for t in (*sample.keep.values(), *sample.spread.values())} == {(GRID,)}
         for i in handle.managed:
-            assert cache.recipe.store.length(i) == 0
+            assert cache.engine.store.length(i) == 0
             assert not [name for name, value in vars(cache.layers[i]).items() if isinstance(value, Tensor)]
             assert cache.layers[i].get_seq_length() == 300
 

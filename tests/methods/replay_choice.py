@@ -30,7 +30,7 @@ def record(model: Any, method: Any, prompt: dict[str, Tensor], near: str | None,
     """Generate, check attention densely, and return every choice."""
     with farkv.attach(model, method, near=near, kernel="plain") as far:
         cache = far.new_cache()
-        recipe, queries = cache.recipe, []
+        recipe, queries = cache.engine, []
         choose = recipe.choose
 
         def keep(layer: int, query: Any, budget: Any) -> Any:

@@ -85,7 +85,7 @@ def test_it_keeps_cap_books_and_lengths(method: Method, near: Any) -> None:
     assert {layer.get_seq_length() for layer in cache.layers} == {65}
     assert receipt.context_tokens == 65
     assert receipt.read_fraction <= method.fraction + 1e-9  # type: ignore[operator]
-    store = cache.recipe.store
+    store = cache.engine.store
     books = sum(hot.size.metadata_bytes for hot in store.recently_used.values())
     assert store.host.used == sum(rows.n_bytes for rows in store.pool.values()) + books
     for p in tape.decode():
@@ -105,7 +105,7 @@ def test_keys_and_values_are_stored_unchanged(method: Method) -> None:
         cache = far.new_cache()
         forward(model, IDS, cache)
     for i in range(4):
-        rows = cache.recipe.store.pool[i].view()
+        rows = cache.engine.store.pool[i].view()
         assert torch.equal(rows[..., :8], plain.layers[i].keys)
         assert torch.equal(rows[..., 8:], plain.layers[i].values)
 
@@ -158,7 +158,7 @@ def test_reset_frees_everything(method: Method, near: Any) -> None:
         forward(model, IDS, cache)
         first = steps(model, cache, IDS[:, :2])
         cache.reset()
-        store = cache.recipe.store
+        store = cache.engine.store
         assert store.host.used == store.near.used == store.index.used == 0
         forward(model, IDS, cache)
         again = steps(model, cache, IDS[:, :2])
@@ -212,8 +212,8 @@ def test_what_is_kept_is_stored_unchanged_and_in_the_books(methods: tuple[Method
     with farkv.attach(model, *methods, near=near) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
-    store = cache.recipe.store
-    assert isinstance(cache.recipe, Recipe)
+    store = cache.engine.store
+    assert isinstance(cache.engine, Recipe)
     assert all(store.evicted.values())
     for i in range(4):
         data = store.pool[i].view()
@@ -233,12 +233,12 @@ def test_an_evicted_cache_is_copied_cropped_and_reset_as_others_are(methods: tup
     with farkv.attach(model, *methods, near=near) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
-        evicted = dict(cache.recipe.store.evicted)
+        evicted = dict(cache.engine.store.evicted)
         twin = copy.deepcopy(cache)
         expected = steps(model, cache, IDS[:, :3])
         assert same(steps(model, twin, IDS[:, :3]), expected)
         # As far as nothing was evicted on the way, tokens can be taken back; no further.
-        if cache.recipe.store.evicted == evicted:
+        if cache.engine.store.evicted == evicted:
             cache.crop(-3)
             assert cache.get_seq_length() == 60
             assert same(steps(model, cache, IDS[:, :3]), expected)
@@ -249,7 +249,7 @@ def test_an_evicted_cache_is_copied_cropped_and_reset_as_others_are(methods: tup
         copy.deepcopy(cache, memo)
         assert not [v for v in memo.values() if isinstance(v, torch.nn.Module)]
         cache.reset()
-        store = cache.recipe.store
+        store = cache.engine.store
         assert store.host.used == store.near.used == store.index.used == 0
         forward(model, IDS, cache)
         assert same(steps(model, cache, IDS[:, :3]), expected)

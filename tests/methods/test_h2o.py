@@ -28,7 +28,7 @@ def steps(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
 
 
 def sums_of(cache: Any, layer: int) -> Tensor:
-    return cache.recipe.store.kept[layer].marks.view()[..., 0]
+    return cache.engine.store.kept[layer].marks.view()[..., 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt_oss", "qwen3_next"])
@@ -50,7 +50,7 @@ def test_the_prompt_leaves_its_heavy_hitters_and_its_newest(family: str, prompt:
         cache = far.new_cache()
         model(**prompt, past_key_values=cache)
         managed = far.managed
-    store, n_recent = cache.recipe.store, count_recent(0.3, TOKENS)
+    store, n_recent = cache.engine.store, count_recent(0.3, TOKENS)
     for i in managed:
         held, sums = places(store, i), weights[i].sum(2)
         assert count(0.3, TOKENS) - 1 <= held.shape[2] <= count(0.3, TOKENS)
@@ -91,7 +91,7 @@ def test_chunks_give_the_sums_of_one_pass(chunk: int) -> None:
             caches.append(far.new_cache())
             prefill(far, caches[-1], tokens, n, Listener())
     for i in range(4):
-        assert torch.equal(*(places(cache.recipe.store, i) for cache in caches))
+        assert torch.equal(*(places(cache.engine.store, i) for cache in caches))
         assert torch.allclose(*(sums_of(cache, i) for cache in caches), rtol=1e-4, atol=1e-6)
 
 
@@ -118,12 +118,12 @@ def test_the_cap_holds_at_every_step(fraction: float) -> None:
         forward(model, ids[:, :100], cache)
         for t in range(100, 300):
             forward(model, ids[:, t : t + 1], cache)
-            assert sum(cache.recipe.store.length(i) for i in (0, 1)) <= 2 * fraction * (t + 1)
+            assert sum(cache.engine.store.length(i) for i in (0, 1)) <= 2 * fraction * (t + 1)
         receipt = far.receipt()
     assert receipt.method == "h2o"
     assert receipt.read_fraction <= fraction
     assert 0.8 * fraction <= receipt.kept_fraction <= fraction
-    assert receipt.evicted_records == 2 * sum(cache.recipe.store.evicted.values())
+    assert receipt.evicted_records == 2 * sum(cache.engine.store.evicted.values())
 
 
 def test_what_was_taken_back_scores_nothing() -> None:
@@ -137,7 +137,7 @@ def test_what_was_taken_back_scores_nothing() -> None:
                 steps(model, cache, ids[:, 90:93])
                 cache.crop(-3)
             steps(model, cache, ids[:, 60:75])
-            kept.append([(places(cache.recipe.store, i), sums_of(cache, i)) for i in range(4)])
+            kept.append([(places(cache.engine.store, i), sums_of(cache, i)) for i in range(4)])
     for one, other in zip(*kept, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
@@ -155,7 +155,7 @@ def test_sums_go_with_their_sequences() -> None:
         for one in (cache, twin, fresh):
             steps(model, one, IDS[order, :20])
     for i in range(4):
-        assert torch.equal(places(cache.recipe.store, i), places(fresh.recipe.store, i))
+        assert torch.equal(places(cache.engine.store, i), places(fresh.recipe.store, i))
         assert torch.equal(sums_of(cache, i), sums_of(twin, i))
 
 

@@ -58,7 +58,7 @@ def test_the_index_follows_every_token() -> None:
     model = make_model("llama")
     with farkv.attach(model, InfiniGen(fraction=0.3)) as far:
         cache = far.new_cache()
-        recipe = cache.recipe
+        recipe = cache.engine
         for piece in (IDS[:, :20], IDS[:, 20:50], *IDS[:, 50:56].split(1, 1), IDS[:, 56:90]):
             forward(model, piece, cache)
         forward(model, IDS[:, :1], cache)
@@ -83,11 +83,11 @@ def test_a_short_prompts_skew_is_fitted_again() -> None:
         fitted = []
         for t in range(10, 90):
             forward(model, IDS[:, t : t + 1], cache)
-            fitted.append(min(cache.recipe.fitted_tokens[1]))
+            fitted.append(min(cache.engine.fitted_tokens[1]))
         assert fitted == sorted(fitted)
         assert fitted[-1] >= 64
         assert len(set(fitted)) <= 4, "it doubles, it is not fitted at every step"
-        assert not cache.recipe.samples
+        assert not cache.engine.samples
         assert set(cache.account.fallbacks) == {"skew_from_prompt"}
 
 

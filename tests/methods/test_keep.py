@@ -59,7 +59,7 @@ class KeptTape(Tape):
 
     def __enter__(self) -> KeptTape:
         super().__enter__()
-        store = self.cache.recipe.store
+        store = self.cache.engine.store
         read_chosen, read_all = store.read, store.read_all
 
         def record_chosen(layer: int, *args: Any) -> Any:
@@ -80,7 +80,7 @@ class KeptTape(Tape):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        del self.cache.recipe.store.read_all
+        del self.cache.engine.store.read_all
 
 
 # --- a whole budget ---------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def record(model: Any, methods: tuple[Method, ...], prompt: Any, near: Any = Non
         cache = far.new_cache()
         with KeptTape(model, cache) as tape:
             generate(model, prompt, cache, **{"n": 5, **options})
-    assert all(cache.recipe.store.evicted.values()), "nothing was evicted: the test proves nothing"
+    assert all(cache.engine.store.evicted.values()), "nothing was evicted: the test proves nothing"
     return tape
 
 
@@ -163,10 +163,10 @@ def test_a_second_prompt_attends_to_what_is_kept_and_to_itself_and_is_evicted_to
             cache = far.new_cache()
             with KeptTape(model, cache) as tape:
                 forward(model, IDS, cache)
-                before = [places(cache.recipe.store, i) for i in range(4)]
+                before = [places(cache.engine.store, i) for i in range(4)]
                 steps(model, cache, more[:, :2])
                 forward(model, more[:, 2:20], cache)
-                after = [cache.recipe.store.length(i) for i in range(4)]
+                after = [cache.engine.store.length(i) for i in range(4)]
                 steps(model, cache, more[:, 20:])
         for i in range(4):
             found = tape.passes[3].reads[i][0]
@@ -259,7 +259,7 @@ def test_the_published_variant_keeps_what_snapkv_selects_and_xkv_allocates(famil
     with farkv.attach(model, XKV(tokens=total, paper=True)) as far:
         cache = far.new_cache()
         model(**prompt, past_key_values=cache)
-    store = cache.recipe.store
+    store = cache.engine.store
     counts = np.array([store.length(i) - 8 for i in range(4)])
     gains = np.stack([curve_plainly(scores[i]) for i in range(4)])
     assert counts.sum() == total
@@ -279,8 +279,8 @@ def test_a_planned_prompt_keeps_the_best_by_the_very_scores(prompt: Any) -> None
         cache = far.new_cache()
         model(**prompt, past_key_values=cache)
     for i, share in enumerate(shares):
-        assert cache.recipe.store.length(i) == int(share * TOKENS)
-        assert_best_are_kept(places(cache.recipe.store, i), scores[i], TOKENS, close=1e-4)
+        assert cache.engine.store.length(i) == int(share * TOKENS)
+        assert_best_are_kept(places(cache.engine.store, i), scores[i], TOKENS, close=1e-4)
 
 
 @pytest.mark.parametrize("retention", [0.5, 0.8, 0.95])
@@ -291,7 +291,7 @@ def test_a_retention_is_reached_with_the_fewest_records(retention: float) -> Non
     with farkv.attach(model, XKV(retention=retention, sinks=0)) as far:
         cache = far.new_cache()
         model(**SINGLE, past_key_values=cache)
-    held = np.array([cache.recipe.store.length(i) - 8 for i in range(4)])
+    held = np.array([cache.engine.store.length(i) - 8 for i in range(4)])
     assert measure_retention(gains, held) >= retention - 1e-6
     assert 0 <= held.sum() - allocate(gains, retention=retention).sum() <= 4, "one record per layer rounds up"
 
@@ -305,7 +305,7 @@ def test_a_fraction_is_allocated_by_the_rule_and_never_passed(fraction: float, r
         model(**SINGLE, past_key_values=cache)
         receipt = far.receipt()
     assert receipt.kept_fraction <= fraction
-    held = [cache.recipe.store.length(i) for i in range(4)]
+    held = [cache.engine.store.length(i) for i in range(4)]
     assert sum(held) == 4 * int(fraction * TOKENS)
     scores = score_plainly(model, SINGLE)
     gains = np.stack([curve_plainly(scores[i]) for i in range(4)])
@@ -320,7 +320,7 @@ def test_sinks_are_kept_and_padding_is_the_first_to_go() -> None:
         model(**PADDED, past_key_values=cache)
     first = PADDED["attention_mask"].argmax(-1)
     for i in range(4):
-        held = places(cache.recipe.store, i)
+        held = places(cache.engine.store, i)
         for b in range(3):
             for row in held[b].tolist():
                 assert set(range(int(first[b]), int(first[b]) + 4)) <= set(row)
@@ -333,7 +333,7 @@ def test_padding_goes_before_records_of_no_weight() -> None:
         cache = far.new_cache()
         model(**prompt, past_key_values=cache)
     for i in range(4):
-        held = places(cache.recipe.store, i)
+        held = places(cache.engine.store, i)
         for row in held[0].tolist():
             # 15 real tokens, and room for more: all of them are kept.
             assert set(range(45, TOKENS)) <= set(row)
@@ -361,7 +361,7 @@ def test_decoding_stays_within_the_budget_for_200_tokens(method: str, prompt_tok
     ids = make_prompt(1, tokens=prompt_tokens + n_new)["input_ids"]
     with farkv.attach(model, *methods) as far:
         cache = far.new_cache()
-        store = cache.recipe.store
+        store = cache.engine.store
         with KeptTape(model, cache) as tape:
             forward(model, ids[:, :prompt_tokens], cache)
             first = [store.length(i) for i in (0, 1)]
@@ -376,7 +376,7 @@ def test_decoding_stays_within_the_budget_for_200_tokens(method: str, prompt_tok
                     # The shares that the prompt got, of a context that grows.
                     most = [9 + (n - 8) / prompt_tokens * (t + 1) for n in first]
                     assert all(n <= m for n, m in zip(read, most, strict=True))
-                elif t + 1 > (cache.recipe.keeper.least + 1) / xkv.need_fraction:
+                elif t + 1 > (cache.engine.keeper.least + 1) / xkv.need_fraction:
                     assert max(sum(read), sum(rows)) <= xkv.need_fraction * 2 * (t + 1)
         receipt = far.receipt()
     if xkv.fraction is not None:
@@ -390,10 +390,10 @@ def test_the_published_variant_grows_by_every_token() -> None:
     with farkv.attach(model, XKV(fraction=0.3, paper=True)) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
-        first = [cache.recipe.store.length(i) for i in range(4)]
+        first = [cache.engine.store.length(i) for i in range(4)]
         for t in range(30):
             forward(model, IDS[:, t : t + 1], cache)
-            assert [cache.recipe.store.length(i) for i in range(4)] == [n + t + 1 for n in first]
+            assert [cache.engine.store.length(i) for i in range(4)] == [n + t + 1 for n in first]
 
 
 def test_what_decoding_evicts_is_the_least_important() -> None:
@@ -404,7 +404,7 @@ def test_what_decoding_evicts_is_the_least_important() -> None:
         for t in range(40):
             forward(model, IDS[:, t : t + 1], cache)
             for i in range(4):
-                held = places(cache.recipe.store, i)
+                held = places(cache.engine.store, i)
                 seen = TOKENS + t + 1
                 assert (held[..., :2] == torch.arange(2)).all(), "sinks stay"
                 assert (held[..., -8:] == torch.arange(seen - 8, seen)).all(), "the newest stay"
@@ -425,7 +425,7 @@ def test_a_prompt_in_chunks_keeps_what_one_pass_keeps(chunk: int, plan: bool) ->
         for n in (len(tokens), chunk):
             cache = far.new_cache()
             prefill(far, cache, tokens, n, Listener())
-            store = cache.recipe.store
+            store = cache.engine.store
             assert cache.get_seq_length() == 61
             held.append([places(store, i) for i in range(4)])
     for one, many in zip(*held, strict=True):
@@ -440,7 +440,7 @@ def test_nothing_is_evicted_before_the_prompt_has_ended() -> None:
     lengths = []
     with farkv.attach(model, XKV(fraction=0.3)) as far:
         cache = far.new_cache()
-        prefill(far, cache, tokens, 13, Listener(lambda *_: lengths.append(cache.recipe.store.length(0))))
+        prefill(far, cache, tokens, 13, Listener(lambda *_: lengths.append(cache.engine.store.length(0))))
     assert lengths[:-1] == [13, 26, 39, 52]
     assert lengths[-1] < 30
 
@@ -455,7 +455,7 @@ def test_short_prompts(n: int) -> None:
                 forward(model, IDS[:, :n], cache)
                 steps(model, cache, IDS[:, n : n + 14])
         assert cache.get_seq_length() == n + 14
-        if any(cache.recipe.store.evicted.values()):
+        if any(cache.engine.store.evicted.values()):
             check_replay(model, tape)
 
 
@@ -468,7 +468,7 @@ def test_batch_operations_keep_rows_places_and_marks_together() -> None:
     with farkv.attach(model, XKV(fraction=0.4)) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
-        store = cache.recipe.store
+        store = cache.engine.store
         before = [(places(store, i), store.kept[i].marks.view().clone()) for i in range(4)]
         cache.batch_repeat_interleave(2)
         cache.batch_select_indices(torch.tensor([3, 0, 1]))
@@ -497,10 +497,10 @@ def test_copies_evict_on_their_own(methods: Any) -> None:
         expected = steps(model, cache, IDS[:, :20])
         assert all(torch.equal(a, b) for a, b in zip(steps(model, twin, IDS[:, :20]), expected, strict=True))
         for i in range(4):
-            assert torch.equal(places(cache.recipe.store, i), places(twin.recipe.store, i))
+            assert torch.equal(places(cache.engine.store, i), places(twin.engine.store, i))
         cache.reset()
-        assert cache.recipe.store.near.used == cache.recipe.store.host.used == 0
-        assert twin.recipe.store.near.used > 0
+        assert cache.engine.store.near.used == cache.engine.store.host.used == 0
+        assert twin.engine.store.near.used > 0
 
 
 def test_tokens_can_be_taken_back_as_far_as_nothing_was_evicted_before_them() -> None:
@@ -508,7 +508,7 @@ def test_tokens_can_be_taken_back_as_far_as_nothing_was_evicted_before_them() ->
     with farkv.attach(model, XKV(fraction=0.3)) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
-        store = cache.recipe.store
+        store = cache.engine.store
         for n in (9, 60):
             with pytest.raises(CacheStateError, match="at most 8 tokens to take back"):
                 cache.crop(-n)
@@ -533,7 +533,7 @@ def test_what_was_taken_back_scores_nothing() -> None:
                 steps(model, cache, ids[:, 90:93])
                 cache.crop(-3)
             steps(model, cache, ids[:, 60:72])
-            kept.append([places(cache.recipe.store, i) for i in range(4)])
+            kept.append([places(cache.engine.store, i) for i in range(4)])
     for one, other in zip(*kept, strict=True):
         assert torch.equal(one, other)
 
@@ -546,4 +546,4 @@ def test_a_reset_cache_forgets_the_last_prompt() -> None:
         cache.reset()
         forward(model, SINGLE["input_ids"], cache)
         # The prompt that was announced before the reset is not waited for.
-        assert cache.recipe.store.length(0) < TOKENS
+        assert cache.engine.store.length(0) < TOKENS

@@ -60,7 +60,7 @@ def test_what_is_counted() -> None:
         forward(model, IDS, cache)
         forward(model, IDS[:, :1], cache)
         receipt = far.receipt()
-    recipe = cache.recipe
+    recipe = cache.engine
     # 61 tokens: the cap is 18, its window 2 and the newest are no candidates; 58 tokens stand on 8 pages.
     assert receipt.read_fraction == pytest.approx(18 / 61)
     assert receipt.index_fraction == pytest.approx(8 * 2 * 8 / (61 * 2 * 8))
@@ -71,7 +71,7 @@ def test_what_is_counted() -> None:
 
 def check_bounds(cache: Any) -> None:
     """The bounds are those of what is stored, all but the newest."""
-    recipe = cache.recipe
+    recipe = cache.engine
     for i, index in recipe.index.items():
         keys = recipe.store.keys(i, 0, index.length)
         assert recipe.store.length(i) - 1 <= index.length <= recipe.store.length(i)
@@ -103,7 +103,7 @@ def test_bounds_are_made_anew_of_what_an_eviction_leaves(near: str | None) -> No
     with farkv.attach(model, METHOD, XKV(fraction=0.6), near=near) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
-        assert all(cache.recipe.store.evicted.values())
+        assert all(cache.engine.store.evicted.values())
         forward(model, IDS[:, :1], cache)
         check_bounds(cache)
         assert far.receipt().read_fraction <= FRACTION + 1e-9
@@ -117,7 +117,7 @@ def test_bounds_of_coded_records_hold_for_what_is_read(quant: Any) -> None:
         forward(model, IDS, cache)
         for t in range(3):
             forward(model, IDS[:, t : t + 1], cache)
-    recipe = cache.recipe
+    recipe = cache.engine
     for i, index in recipe.index.items():
         # Coded keys are read back when they are scored: the newest one at the next step.
         assert index.length == recipe.store.length(i) - 1

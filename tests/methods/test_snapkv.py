@@ -47,7 +47,7 @@ def test_the_last_queries_say_what_stays(prompt: Any, window: int, kind: Any) ->
     n_recent = min(window, count(0.4, TOKENS) // 2)
     n_old = TOKENS - n_recent
     for i in range(4):
-        held = places(cache.recipe.store, i)
+        held = places(cache.engine.store, i)
         assert (held[..., -n_recent:] == torch.arange(n_old, TOKENS)).all()
         scores = avg_pool1d(weights[i][:, :, n_old:, :n_old].sum(2), 7, 1, 3)
         scores.masked_fill_(~prompt["attention_mask"].bool()[:, None, :n_old], -1)
@@ -69,7 +69,7 @@ def test_the_cap_holds_at_every_step(fraction: float, kind: Any) -> None:
         forward(model, ids[:, :100], cache)
         for t in range(100, 220):
             forward(model, ids[:, t : t + 1], cache)
-            assert sum(cache.recipe.store.length(i) for i in range(4)) <= 4 * fraction * (t + 1)
+            assert sum(cache.engine.store.length(i) for i in range(4)) <= 4 * fraction * (t + 1)
         receipt = far.receipt()
     assert receipt.method == kind.__name__.lower()
     assert receipt.read_fraction <= fraction
@@ -84,7 +84,7 @@ def test_pyramid_shares_fall_with_depth_and_sum_to_the_budget(fraction: float) -
         with farkv.attach(model, kind(fraction=fraction, window=4)) as far:
             cache = far.new_cache()
             forward(model, ids, cache)
-            held[kind] = [cache.recipe.store.length(i) for i in range(4)]
+            held[kind] = [cache.engine.store.length(i) for i in range(4)]
     pyramid, equal = held[PyramidKV], held[SnapKV]
     assert len(set(equal)) == 1
     assert all(a > b for a, b in itertools.pairwise(pyramid))
@@ -104,7 +104,7 @@ def test_a_prompt_in_chunks_keeps_what_one_pass_keeps(chunk: int, kind: Any) -> 
         for n in (None, chunk):
             cache = far.new_cache()
             prefill(far, cache, tokens, n, Listener())
-            held.append([places(cache.recipe.store, i) for i in range(4)])
+            held.append([places(cache.engine.store, i) for i in range(4)])
     for one, many in zip(*held, strict=True):
         assert one.shape == many.shape
         # Two marks may tie in bfloat16.

@@ -50,7 +50,7 @@ def read(model: Any, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = 
 
 def check(cache: Any) -> None:
     """The books agree with one another, sinks and the newest are there, and the limit holds."""
-    recipe = cache.recipe
+    recipe = cache.engine
     store, spiller = recipe.store, recipe.spiller
     assert store.host.peak <= store.host.limit
     for layer in range(LAYERS):
@@ -80,11 +80,11 @@ def test_the_pool_stays_within_its_limit_and_keeps_whom_it_must(method: str, pol
             check(cache)
         receipt = far.receipt(cache)
         assert cache.get_seq_length() == 54
-        lengths = [cache.recipe.store.length(i) for i in range(LAYERS)]
+        lengths = [cache.engine.store.length(i) for i in range(LAYERS)]
         assert receipt.evicted_records == sum(54 - n for n in lengths)
         assert receipt.kv_bytes.host_peak <= count_limit()
         cache.reset()
-        assert cache.recipe.store.host.used == cache.recipe.store.near.used == 0
+        assert cache.engine.store.host.used == cache.engine.store.near.used == 0
         read(model, ids[:, :CHUNK], cache)
 
 
@@ -108,7 +108,7 @@ def test_padding_goes_before_any_record(policy: str) -> None:
         cache = far.new_cache()
         mask = prompt["attention_mask"]
         read(model, prompt["input_ids"], cache, mask)
-        store = cache.recipe.store
+        store = cache.engine.store
         for layer in range(LAYERS):
             places = store.kept[layer].places.view()[0, ..., 0].long()
             n_real = int(mask[0].sum())
@@ -123,7 +123,7 @@ def test_a_crop_takes_back_only_what_nothing_was_taken_from() -> None:
         cache = far.new_cache()
         ids = make_prompt(1, tokens=60)["input_ids"]
         read(model, ids[:, :56], cache)
-        store = cache.recipe.store
+        store = cache.engine.store
         gapless = min(store.kept[i].gapless for i in range(LAYERS))
         assert gapless >= CHUNK
         before = [store.kept[i].places.view().clone() for i in range(LAYERS)]
@@ -146,13 +146,13 @@ def test_a_pass_that_cannot_fit_is_refused_before_anything_is_stored() -> None:
         ids = make_prompt(1, tokens=200)["input_ids"]
         with pytest.raises(CapacityError, match="prefill_chunk_size"):
             forward(model, ids[:, :100], cache)
-        assert cache.recipe.store.host.used == cache.get_seq_length() == 0
+        assert cache.engine.store.host.used == cache.get_seq_length() == 0
         read(model, ids[:, :40], cache)
-        used = cache.recipe.store.host.used
+        used = cache.engine.store.host.used
         with pytest.raises(CapacityError, match="prefill_chunk_size"):
             forward(model, ids[:, :CAPACITY], cache)
         assert cache.get_seq_length() == 40
-        assert cache.recipe.store.host.used == used
+        assert cache.engine.store.host.used == used
         read(model, ids[:, 40:], cache)
 
 
@@ -161,7 +161,7 @@ class RowTape(Tape):
 
     def __enter__(self) -> RowTape:
         super().__enter__()
-        recipe = self.cache.recipe
+        recipe = self.cache.engine
         read, attend = recipe.store.read, recipe.attend
 
         def record_read(layer: int, *args: Any) -> Any:
@@ -182,7 +182,7 @@ class RowTape(Tape):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        del self.cache.recipe.attend
+        del self.cache.engine.attend
 
 
 @pytest.mark.parametrize(

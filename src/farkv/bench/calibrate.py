@@ -21,13 +21,12 @@ from farkv.bench.report import draw_machine, format_ms, make_table
 from farkv.bench.shapes import SHAPES, ModelShape, format_tokens
 from farkv.bench.timing import measure_interleaved, summarize
 from farkv.calibrate.crossover import read_cpu_model, save_crossover
-from farkv.config import InfiniGen
+from farkv.engine.build import Choice, make_engine
+from farkv.engine.setup import Setup
 from farkv.kernels.native import IndexView, Native, Rows
 from farkv.math.logits import Logits
-from farkv.methods.contract import Place
-from farkv.methods.infinigen import InfiniGenRecipe
+from farkv.methods import InfiniGen
 from farkv.receipt import Account
-from farkv.store.records import StoreLimits
 
 SHAPE = SHAPES["llama3.2-1b"]
 CONTEXTS = tuple(2**i for i in range(7, 15))
@@ -53,16 +52,16 @@ class SelectRunner:
     def __init__(self, dense: DenseNativeRunner):
         self.dense, self.n_layers = dense, dense.n_layers
         case = dense.case
-        place = Place([0], StoreLimits(), case.device, Account())
-        recipe = InfiniGenRecipe(place, InfiniGen(), None)
-        cap = recipe.split(case.context + 1, 0)
+        engine = make_engine(Choice(InfiniGen()), Setup([0], case.device, Account()))
+        cap = engine.parts.budgets.split(case.context + 1, 0)
         self.sinks, self.tail, self.cap = cap.sinks, cap.tail, cap.early + cap.late
-        columns = recipe.count_columns(case.shape.head_dim, case.shape.record_bytes())
+        coder = InfiniGen().make_coder(engine.selector.place)
+        columns = coder.count_columns(case.shape.head_dim, case.shape.record_bytes())
         heads = (case.batch, case.shape.kv_heads)
         projection = torch.randn(*heads, case.shape.head_dim, columns)
         scale = torch.full((*heads, 1, columns), 0.1)
         self.index = [
-            IndexView(self._draw_codes(heads, columns * recipe.bits // 8), recipe.bits, projection, scale)
+            IndexView(self._draw_codes(heads, columns * coder.bits // 8), coder.bits, projection, scale)
             for _ in range(self.n_layers)
         ]
 

@@ -21,11 +21,11 @@ from farkv.bench.ours import MOST_GROWTH, fill_layer
 from farkv.bench.report import OURS, Report, Row, compare, draw_notes, format_ms, format_share, make_row, make_table
 from farkv.bench.shapes import ModelShape, format_tokens
 from farkv.bench.timing import divide, measure_interleaved, summarize
-from farkv.config import InfiniGen
 from farkv.errors import ConfigError
 from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
 from farkv.kernels.native import load_native
+from farkv.methods import InfiniGen
 
 METHODS = (OURS, "hf-sdpa-bf16", "hf-eager-bf16")
 DEFAULT = METHODS[:2]
@@ -92,7 +92,7 @@ def fill_far(settings: ModelSettings, context: int, source: KVSource, far: Handl
     for layer in range(settings.layers):
         # As for the cache layers' own `update`, which notes dtype and device besides.
         cache.layers[layer].lazy_initialization(*source.draw_kv(layer, 0, 1))
-        fill_layer(cache.recipe, Case(settings.shape, context, settings.batch), source, layer)
+        fill_layer(cache.engine, Case(settings.shape, context, settings.batch), source, layer)
     return cache
 
 

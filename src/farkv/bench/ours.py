@@ -1,4 +1,4 @@
-"""farkv's own methods over directly filled layers: the recipe as the door drives it, and the dense native kernel.
+"""farkv's own methods over directly filled layers: the engine as the door drives it, and the dense native kernel.
 
 In: a case, a source of records. Out: runners.
 """
@@ -11,12 +11,13 @@ from farkv._axes import Tensor
 from farkv.bench.case import Case, Traffic
 from farkv.bench.fill import CHUNK_TOKENS, KVSource
 from farkv.bench.torch_attention import Attention
-from farkv.config import InfiniGen
+from farkv.engine.build import Choice, make_engine
+from farkv.engine.setup import Kernels, Setting, Setup
+from farkv.engine.step import Engine
 from farkv.kernels.native import Native, Rows
 from farkv.math.logits import Logits
-from farkv.methods import make_recipe
-from farkv.methods.contract import Fast, Place, Query, Step
-from farkv.methods.infinigen import InfiniGenRecipe
+from farkv.math.step import Query, Step
+from farkv.methods import InfiniGen
 from farkv.receipt import Account
 from farkv.store.memory import allocate
 from farkv.store.records import StoreLimits
@@ -27,40 +28,39 @@ MOST_GROWTH = 64
 QUERIES = 64
 
 
-def fill_layer(recipe: InfiniGenRecipe, case: Case, source: KVSource, layer: int) -> None:
+def fill_layer(engine: Engine, case: Case, source: KVSource, layer: int) -> None:
     """Store and index a layer's context as a prompt's passes do it, without their attention."""
     # The projection is fitted to the first queries; those of later chunks may be the same ones.
     q = source.draw_q(layer, 0, min(case.context, CHUNK_TOKENS))
     for start, n in source.chunks(case.context):
         k, v = source.draw_kv(layer, start, n)
-        recipe.append(layer, k, v)
-        recipe.observe(layer, Step(Query(q[:, :, :n], case.shape.scaling, None), k, v, None))
+        engine.append(layer, k, v)
+        engine.selector.observe(engine.records[layer], Step(Query(q[:, :, :n], Logits(case.shape.scaling)), k, v, None))
 
 
 class InfiniGenRunner:
-    """The recipe through its contract: append, speculate where it wants to, attend."""
+    """The engine as the door drives it: append, speculate where it wants to, attend."""
 
     def __init__(self, name: str, case: Case, source: KVSource, *, kernels: Native | None, quant: str | None = None):
         self.name, self.case, self.n_layers = name, case, case.fast_layers
         config = InfiniGen(fraction=case.fraction)
         # A round has its share of what happens once in a window.
-        self.least_tokens = config.window or 1
+        self.least_tokens = config.cap.window or 1
         self.account, self.grown = Account(), 0
         limits = StoreLimits(reserve_tokens=case.context + MOST_GROWTH + 2 * self.least_tokens, quant=quant)
         layers = list(range(self.n_layers))
-        place = Place(layers, limits, case.device, self.account, fast=Fast(kernels))
-        recipe = make_recipe(config, place, None)
-        assert isinstance(recipe, InfiniGenRecipe)
-        self.recipe = recipe
-        self.kernel = Attention(case.shape)
+        setup = Setup(layers, case.device, self.account, Setting(limits, kernels=Kernels(kernels)))
+        self.engine = make_engine(Choice(config), setup)
+        self.engine.announce_prompt(case.context, CHUNK_TOKENS)
+        self.attention = Attention(case.shape)
         for layer in layers:
-            fill_layer(self.recipe, case, source, layer)
+            fill_layer(self.engine, case, source, layer)
         self.steps = [[self._make_step(source, layer, i) for i in range(QUERIES)] for layer in layers]
         self.account.decoding = True
 
     def _make_step(self, source: KVSource, layer: int, i: int) -> Step:
         k, v = source.draw_kv(layer, self.case.context + i, 1)
-        query = Query(source.draw_q(layer, self.case.context + i, 1), self.case.shape.scaling, None)
+        query = Query(source.draw_q(layer, self.case.context + i, 1), Logits(self.case.shape.scaling))
         return Step(query, k, v, None)
 
     def step(self, layer: int) -> None:
@@ -70,11 +70,11 @@ class InfiniGenRunner:
     def attend(self, layer: int) -> Tensor:
         """Return one step's output, [B, Hq, 1, D]."""
         step = self.steps[layer][self.grown % QUERIES]
-        if self.recipe.wants_estimate(layer):
+        if self.engine.wants_estimate(layer):
             # Random weights have no layer before this one: the estimate is the query itself.
-            self.recipe.speculate(layer, step.query)
-        self.recipe.append(layer, step.k, step.v)
-        out = self.recipe.attend(layer, step, self.kernel)
+            self.engine.speculate(layer, step.query)
+        self.engine.append(layer, step.k, step.v)
+        out = self.engine.attend(layer, step, self.attention)
         self.grown += layer == self.n_layers - 1
         assert isinstance(out, Tensor)
         return out
@@ -83,14 +83,15 @@ class InfiniGenRunner:
         """Forget the tokens of the rounds before, once they are many."""
         if self.grown >= MOST_GROWTH:
             for layer in range(self.n_layers):
-                self.recipe.crop(self.grown, layer)
+                self.engine.crop(layer, self.grown)
             self.grown = 0
 
     @property
     def traffic(self) -> Traffic:
         """Return the mean of all steps so far, as the receipt counts them."""
         read, kv_bytes = self.account.read_fraction(), self.case.layer_bytes
-        row_bytes = self.recipe.store.stored_bytes(self.recipe.shape) if self.recipe.shape else 1
+        store = self.engine.store
+        row_bytes = store.stored_bytes(store.shape(0))
         coded = row_bytes / self.case.shape.record_bytes()
         return Traffic(read, self.account.index_fraction() * kv_bytes, read * coded * kv_bytes, row_bytes)
 

@@ -19,9 +19,9 @@ from farkv.bench.models import VOCABULARY, count_weight_bytes, make_model, share
 from farkv.bench.report import OURS, Report, Row, make_row
 from farkv.bench.shapes import ModelShape, format_tokens
 from farkv.bench.timing import summarize
-from farkv.config import InfiniGen
 from farkv.hf.attach import attach
 from farkv.kernels.native import load_native
+from farkv.methods import InfiniGen
 
 DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 

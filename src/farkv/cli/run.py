@@ -30,38 +30,16 @@ from farkv.cli.options import (
     print_receipt,
     read_text,
 )
-from farkv.config import (
-    H2O,
-    KERNELS,
-    LEVERS,
-    XKV,
-    Evictor,
-    Full,
-    InfiniGen,
-    Lever,
-    LowBit,
-    Method,
-    Oracle,
-    Pages,
-    PyramidKV,
-    Random,
-    SnapKV,
-    Window,
-    check_name,
-    check_storage,
-    format_bytes,
-    parse_bytes,
-    parse_disk,
-)
+from farkv.config import KERNELS, LEVERS, Lever, check_name, check_storage, format_bytes, parse_bytes, parse_disk
 from farkv.errors import ConfigError, InputError
+from farkv.methods import METHODS, XKV, Method
+from farkv.methods.table import evicts
 from farkv.show import show_progress
 
 if TYPE_CHECKING:
     from farkv.hf.ask import Decoding
     from farkv.hf.cache import FarCache
     from farkv.hf.handle import Handle
-
-METHODS = ("infinigen", "xkv", "full", "window", "oracle", "random", "h2o", "snapkv", "pyramidkv", "pages", "lowbit")
 
 
 class Ask(NamedTuple):
@@ -93,14 +71,11 @@ def make_methods(asked: Ask) -> list[Method]:
     if name == "xkv":
         retention = asked.retention
         return [XKV(fraction=fraction, retention=retention, paper=asked.paper, levers=levers or ("keep",))]
-    xkv: list[Method] = [XKV(levers=levers)] if levers else []
+    options: dict[str, Any] = {} if fraction is None else {"fraction": fraction}
     if name == "infinigen":
-        return [InfiniGen(fraction=fraction, paper=asked.paper), *xkv]
-    if name == "full":
-        return [Full(fraction=1.0 if fraction is None else fraction), *xkv]
-    rivals = {"h2o": H2O, "snapkv": SnapKV, "pyramidkv": PyramidKV, "pages": Pages, "lowbit": LowBit}
-    maker = {"window": Window, "oracle": Oracle, "random": Random, **rivals}[name]
-    return [maker() if fraction is None else maker(fraction=fraction), *xkv]
+        options["paper"] = asked.paper
+    xkv: list[Method] = [XKV(levers=levers)] if levers else []
+    return [METHODS[name].config(**options), *xkv]
 
 
 def run(
@@ -203,7 +178,7 @@ def run(
 
 def check_session(path: Path, text: str, methods: list[Method], *, spills: bool) -> None:
     """Refuse a session that can be neither asked nor written, before anything is loaded."""
-    if any(isinstance(method, Evictor) for method in methods):
+    if any(evicts(method) and not isinstance(method, XKV) for method in methods):
         raise ConfigError("--session: holds the whole text, and this method evicts some of it; leave one of them out")
     if any(isinstance(method, XKV) and {"keep", "near"} & set(method.levers) for method in methods):
         raise ConfigError(

@@ -91,9 +91,7 @@ class Attention:
 
     # --- chosen records -------------------------------------------------------------------------------------
 
-    def read_chosen(
-        self, records: LayerRecords, step: Step, attention: AttentionFunction, fetched: Fetched
-    ) -> object:
+    def read_chosen(self, records: LayerRecords, step: Step, attention: AttentionFunction, fetched: Fetched) -> object:
         """Attend to what was fetched, and to the newest records."""
         layer, store = records.layer, self.store
         if store.is_far and fetched.is_whole and self.may_run_fast(layer, step):

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from farkv._axes import Bool, Float32, Int, Tensor
+from farkv._axes import Bool, Float32, Tensor
 from farkv.engine.budget import Budget, Budgets
 from farkv.engine.fast_choice import Scored, choose_early, choose_late
 from farkv.engine.fast_path import FastPath
 from farkv.engine.records import LayerRecords
-from farkv.math.select import Choice, find_recent, forbid, force_sinks, limit_pages, select_rest, select_seen, select_top
+from farkv.math.select import (
+    Choice,
+    find_recent,
+    forbid,
+    force_sinks,
+    limit_pages,
+    select_rest,
+    select_seen,
+    select_top,
+)
 from farkv.math.step import Query
 from farkv.methods.base import Selector
 from farkv.receipt import Account

@@ -42,7 +42,8 @@ def join_engines(engine: Engine, other: Engine) -> None:
         each.pending.clear()
     engine.padding.set(join_real(engine, other, n_tokens))
     for layer in engine.layers:
-        engine.selector.join(other.selector, layer, batches, n_tokens)
+        lengths = engine.store.length(layer), other.store.length(layer)
+        engine.selector.join(other.selector, layer, batches, lengths)
         join_layer(engine.store, other.store, layer)
     engine.store.max_error = max(engine.store.max_error, other.store.max_error)
     for layer in other.layers:

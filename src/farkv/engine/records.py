@@ -39,6 +39,11 @@ class LayerRecords:
         return self.layer in self.store.codecs
 
     @property
+    def evicted(self) -> int:
+        """Return the tokens of which there is no row any more."""
+        return self.store.evicted[self.layer]
+
+    @property
     def at_end_of_prompt(self) -> bool:
         """Say whether no more of an announced prompt is to come."""
         return self.seen >= self.prompt_tokens
@@ -51,6 +56,13 @@ class LayerRecords:
         """Give keys block by block where they cannot be read in place, else all at once."""
         n = max(1, stop - start) if self.store.reads_in_place else BLOCK_TOKENS
         return (self.store.keys(self.layer, at, min(at + n, stop)) for at in range(start, stop, n))
+
+    def near_blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Give keys near, block by block, each with its first row: no more than a dense read takes at once."""
+        n = min(BLOCK_TOKENS, self.store.block_tokens)
+        for first in range(start, stop, n):
+            # A deliberate copy where the pool is far: these keys were stored before.
+            yield first, self.store.keys(self.layer, first, min(first + n, stop)).to(self.store.device)
 
     def values(self) -> Tensor:
         """Return all values, [B, Hkv, S, Dv], where they are stored."""

@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 
 from farkv._axes import Int, Tensor
-from farkv.engine.build import Parts
 from farkv.engine.attend import Fetched
 from farkv.engine.budget import Budget
+from farkv.engine.parts import Parts
 from farkv.engine.setup import Setup
 from farkv.math.select import Choice
 from farkv.math.step import AttentionFunction, Query, Step
@@ -110,21 +110,22 @@ class Engine:
 
     # --- a prompt -------------------------------------------------------------------------------------------
 
-    def announce_prompt(self, n_tokens: int, chunk: int | None = None) -> int:
+    def announce_prompt(self, n_tokens: int, chunk: int) -> int:
         """Say how long the prompt is that will be read now; return how many tokens of it to read at once.
 
         What evicts, and what is fitted to a prompt, waits for its end.
 
         Args:
-            chunk: tokens to read at once, wherever that fits; None: no word.
+            chunk: tokens to read at once, where the limits have room for them.
         """
         self.parts.admission.prompt_tokens = n_tokens
         for records in self.records.values():
             records.prompt_tokens = n_tokens
-        if self.parts.eviction.shares is not None and self.parts.eviction.shares.passes_by:
+        shares = self.parts.eviction.shares
+        if shares is not None and shares.passes_by:
             # Read in one pass, every layer is evicted as it is read.
             return max(1, n_tokens)
-        return max(1, n_tokens) if chunk is None else self.parts.admission.fit_chunk(chunk)
+        return self.parts.admission.fit_chunk(chunk)
 
     def admit(self, shape: LayerShape, dtype: torch.dtype, n_tokens: int, chunk: int) -> None:
         """Admit a context of `n_tokens` before any of it is there, with passes of at most `chunk` tokens.
@@ -142,7 +143,21 @@ class Engine:
             self.account.record_bytes[layer] = shape.record_bytes
         fill()
 
+    # --- lengths --------------------------------------------------------------------------------------------
+
+    def count_tokens(self, layer: int) -> int:
+        """Return the tokens a layer was given, evicted ones included."""
+        return self.store.seen(layer)
+
+    def count_sequences(self, layer: int) -> int:
+        """Return the sequences of the batch."""
+        return self.store.batch(layer)
+
     # --- a pass that is checked, or fails -------------------------------------------------------------------
+
+    def wait(self) -> None:
+        """Wait for all that is on its way near: it must not arrive in the middle of another pass."""
+        self.store.link.drain()
 
     def set_mode(self, *, dense: bool = False, measures: bool = False) -> None:
         """Say what the passes from now on are for: `dense`, to verify against; `measures`, the verified ones."""

@@ -14,7 +14,7 @@ from farkv._axes import Tensor
 from farkv.errors import CacheStateError, ConfigError, ProfileError
 from farkv.evals.ask import Speaker, ask_turns, force_tokens
 from farkv.evals.describe import Variant
-from farkv.evals.methods import FULL, METHODS, attach_options, make_method
+from farkv.evals.methods import FULL, attach_options, find_method, make_method
 from farkv.evals.prefill import Prefilled, fill_cache, prefill_once
 from farkv.evals.row import Row
 from farkv.evals.sample import Sample
@@ -61,7 +61,7 @@ class Judge:
         Raises:
             ConfigError: the method cannot keep to this fraction, or lacks what it needs.
         """
-        known = METHODS[variant.method]
+        known = find_method(variant.method)
         options = attach_options(known, self.profile, variant.fraction, n_bytes)
         return attach(
             self.model, make_method(variant.method, variant.fraction), profile=self.profile or False, **options
@@ -180,7 +180,7 @@ def prove(variant: Variant, account: Account) -> str:
         return "unproven"
     if variant.fraction >= 1:
         return "everything"
-    return "every key" if METHODS[variant.method].reads_keys else "sparse"
+    return "every key" if find_method(variant.method).reads_keys else "sparse"
 
 
 def check_reads(row: Row) -> None:
@@ -192,7 +192,7 @@ def check_reads(row: Row) -> None:
     if row.fraction >= 1 or row.steps == 0:
         return
     # One record of every head is always read; what may grow, grows by one a step.
-    more = 1 + (row.steps if METHODS[row.method].grows else 0)
+    more = 1 + (row.steps if find_method(row.method).grows else 0)
     if row.read_fraction > row.fraction + more / max(1, row.tokens):
         raise CacheStateError(
             f"eval: {row.method} at {row.fraction} read {row.read_fraction:.4f} of the KV bytes of "

@@ -1,29 +1,18 @@
 """The methods that can be compared, by name: a config per fraction, and what else `attach` is told.
 
-A rival needs one file in `farkv.methods` and one line here.
+They are the table's (`farkv.methods.table`), and variants of some.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-from farkv.config import (
-    H2O,
-    XKV,
-    Full,
-    InfiniGen,
-    LowBit,
-    Method,
-    Oracle,
-    Pages,
-    PyramidKV,
-    Random,
-    SnapKV,
-    Window,
-    check_fraction,
-)
+from farkv.config import check_fraction
 from farkv.errors import ConfigError
+from farkv.methods import METHODS as TABLE
+from farkv.methods import XKV, InfiniGen, Method
 
 FULL = "full"
 
@@ -45,24 +34,41 @@ class Known(NamedTuple):
     grows: bool = False
 
 
-METHODS: dict[str, Known] = {
-    FULL: Known(lambda f: Full()),
-    "infinigen": Known(lambda f: InfiniGen(fraction=f)),
-    "infinigen-far": Known(lambda f: InfiniGen(fraction=f), far=True),
-    "infinigen-plan": Known(lambda f: InfiniGen(), plan="fetch"),
-    "infinigen-paper": Known(lambda f: InfiniGen(fraction=f, paper=True)),
-    "pages": Known(lambda f: Pages(fraction=f)),
-    "lowbit": Known(lambda f: LowBit(fraction=f)),
-    "oracle": Known(lambda f: Oracle(fraction=f), reads_keys=True),
-    "window": Known(lambda f: Window(fraction=f)),
-    "random": Known(lambda f: Random(fraction=f)),
-    "xkv": Known(lambda f: XKV(fraction=f), evicts=True),
-    "xkv-plan": Known(lambda f: XKV(), evicts=True, plan="keep"),
-    "xkv-paper": Known(lambda f: XKV(fraction=f, paper=True), evicts=True, grows=True),
-    "snapkv": Known(lambda f: SnapKV(fraction=f), evicts=True),
-    "pyramidkv": Known(lambda f: PyramidKV(fraction=f), evicts=True),
-    "h2o": Known(lambda f: H2O(fraction=f), evicts=True),
+# What of the table's methods is compared besides, as it stands there.
+VARIANTS: dict[str, dict[str, Known]] = {
+    "infinigen": {
+        "infinigen-far": Known(lambda f: InfiniGen(fraction=f), far=True),
+        "infinigen-plan": Known(lambda f: InfiniGen(), plan="fetch"),
+        "infinigen-paper": Known(lambda f: InfiniGen(fraction=f, paper=True)),
+    },
+    "xkv": {
+        "xkv-plan": Known(lambda f: XKV(), evicts=True, plan="keep"),
+        "xkv-paper": Known(lambda f: XKV(fraction=f, paper=True), evicts=True, grows=True),
+    },
 }
+# In the order in which results are shown: ours, other selectors, then what evicts.
+ORDER = ("full", "infinigen", "pages", "lowbit", "oracle", "window", "random", "xkv", "snapkv", "pyramidkv", "h2o")
+
+
+def list_methods() -> dict[str, Known]:
+    """Return every method of the table with its variants; what was added to the table comes last."""
+    found: dict[str, Known] = {}
+    for name in sorted(TABLE, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
+        row = TABLE[name]
+        make = partial(make_full if name == FULL else make_config, row.config)
+        found[name] = Known(make, evicts=row.evictor is not None, reads_keys=row.reads_keys)
+        found |= VARIANTS.get(name, {})
+    return found
+
+
+def make_config(config: type[Any], fraction: float) -> Method:
+    """Make a method's config for a fraction."""
+    return config(fraction=fraction)
+
+
+def make_full(config: type[Any], fraction: float) -> Method:
+    """Make the reference's config: it reads all, whatever the fraction of the methods beside it."""
+    return config()
 
 
 def find_method(name: str) -> Known:
@@ -71,9 +77,10 @@ def find_method(name: str) -> Known:
     Raises:
         ConfigError: there is none of that name.
     """
-    if name not in METHODS:
-        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
+    methods = list_methods()
+    if name not in methods:
+        raise ConfigError(f"method: expected one of {', '.join(methods)}, got {name!r}")
+    return methods[name]
 
 
 def make_method(name: str, fraction: float) -> Method:

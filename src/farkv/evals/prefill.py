@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from farkv.config import Full
 from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, Handle
 from farkv.hf.layer import FarLayer
-from farkv.methods.contract import Kernel, Step
+from farkv.math.step import AttentionFunction, Step
+from farkv.methods import Full
 
 
 class Prefilled(NamedTuple):
     """What one reading of a text leaves behind.
 
-    passes: of every pass, each managed layer's step.  stock: the layers left to Hugging Face.  logits: after the text.
+    passes: of every pass, each managed layer's step.  unmanaged: the layers left to Hugging Face.  logits: after the text.
     """
 
     passes: list[dict[int, Step]]
-    stock: dict[int, Any]
+    unmanaged: dict[int, Any]
     n_tokens: int
     seconds: float
 
@@ -52,16 +52,16 @@ def prefill_once(model: Any, tokens: list[int], chunk: int = CHUNK_TOKENS) -> Pr
             part = torch.tensor([tokens[start : start + chunk]], device=far.device)
             far.decoder(input_ids=part, past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
-        stock = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
-    return Prefilled(passes, stock, len(tokens), time.perf_counter() - started)
+        unmanaged = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
+    return Prefilled(passes, unmanaged, len(tokens), time.perf_counter() - started)
 
 
 def _listen(layer: Any, passes: list[dict[int, Step]]) -> None:
     attend = layer.attend
 
-    def keep(step: Step, kernel: Kernel) -> object:
+    def keep(step: Step, attention: AttentionFunction) -> object:
         passes[-1][layer.layer] = step
-        return attend(step, kernel)
+        return attend(step, attention)
 
     layer.attend = keep
 
@@ -74,14 +74,14 @@ def fill_cache(far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int
         extra_tokens: of questions and answers to come: room for them is taken at once.
     """
     cache = far.new_cache(tokens=prefilled.n_tokens + extra_tokens, verify=verify)
-    cache.recipe.prompt_tokens = prefilled.n_tokens
+    cache.engine.announce_prompt(prefilled.n_tokens, CHUNK_TOKENS)
     layers: list[Any] = cache.layers
     for steps in prefilled.passes:
         for i, step in steps.items():
             layers[i].update(step.k, step.v)
-            # The text's own attention outputs are known to nobody's harm: only what follows is asked for.
-            cache.recipe.attend(i, step, _attend_nothing)
-    for i, layer in prefilled.stock.items():
+            # The text's own attention outputs are not needed: only what follows is asked for.
+            cache.engine.attend(i, step, _attend_nothing)
+    for i, layer in prefilled.unmanaged.items():
         layers[i] = copy.deepcopy(layer)
     return cache
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from farkv.errors import ConfigError, InputError
 from farkv.evals.describe import Plan, Variant, describe_run
-from farkv.evals.methods import FULL, METHODS
+from farkv.evals.methods import FULL, list_methods
 from farkv.evals.row import PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
 from farkv.evals.sample import Sample
 from farkv.evals.work import Cell, Job, Loaded, do_job, start_worker
@@ -62,8 +62,8 @@ def find_variants(plan: Plan) -> list[Variant]:
     """Return every method at every fraction; the full cache has one, and is not among them."""
     names = [m for m in plan.methods if m != FULL]
     for name in names:
-        if name not in METHODS:
-            raise ConfigError(f"--methods: expected some of {', '.join(METHODS)}, got {name!r}")
+        if name not in list_methods():
+            raise ConfigError(f"--methods: expected some of {', '.join(list_methods())}, got {name!r}")
     return [Variant(name, fraction) for name in names for fraction in plan.fractions]
 
 

@@ -36,7 +36,7 @@ __all__ = [
     "get_attention_name",
     "get_eager_attention",
     "import_state",
-    "make_stock_layer",
+    "make_unmanaged_layer",
     "register",
     "sdpa_attention_forward",
     "set_attention_name",
@@ -61,7 +61,7 @@ def text_config(model: PreTrainedModel) -> Any:
 
 
 def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return each layer's cache type and the arguments of its stock cache layer."""
+    """Return each layer's cache type and the arguments of its cache layer of its own."""
     types, arguments = get_layer_types_and_kwargs(config)
     # Older releases have one set of arguments for all layers, newer ones a set per layer.
     each = [dict(arguments) for _ in types] if isinstance(arguments, dict) else list(arguments)
@@ -74,13 +74,13 @@ def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     return ["shared_" + t if mode == "store" else t for t, mode in zip(types, modes, strict=True)], each
 
 
-def make_stock_layer(layer_type: str, arguments: dict[str, Any]) -> Any:
+def make_unmanaged_layer(layer_type: str, arguments: dict[str, Any]) -> Any:
     """Make Hugging Face's own cache layer of a type."""
     return DYNAMIC_LAYER_TYPE_MAPPING[layer_type.removeprefix("shared_")](**arguments)
 
 
 def export_state(layer: Any) -> dict[str, torch.Tensor]:
-    """Return the keys and values that a stock cache layer still needs, nothing where it holds none.
+    """Return the keys and values that a cache layer of its own still needs, nothing where it holds none.
 
     Raises:
         CacheStateError: it is of a kind that holds more than that.
@@ -92,13 +92,13 @@ def export_state(layer: Any) -> dict[str, torch.Tensor]:
         )
     if layer.keys is None or not layer.get_seq_length():
         return {}
-    n = count_stock_rows(layer, layer.get_seq_length())
+    n = count_unmanaged_rows(layer, layer.get_seq_length())
     # While steps are recorded to be taken back, it holds more.
     return {"keys": layer.keys[:, :, -n:], "values": layer.values[:, :, -n:]}
 
 
 def import_state(layer: Any, tensors: dict[str, torch.Tensor], like: Any, n_tokens: int) -> None:
-    """Give a new stock cache layer what `export_state` returned of one that had read `n_tokens`.
+    """Give a new cache layer of its own what `export_state` returned of one that had read `n_tokens`.
 
     Args:
         like: a layer of the same model that has read a token.
@@ -108,7 +108,7 @@ def import_state(layer: Any, tensors: dict[str, torch.Tensor], like: Any, n_toke
     """
     expected = {}
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and getattr(like, "keys", None) is not None:
-        n = count_stock_rows(layer, n_tokens)
+        n = count_unmanaged_rows(layer, n_tokens)
         pairs = {"keys": like.keys, "values": like.values}
         expected = {name: ((1, t.shape[1], n, t.shape[3]), t.dtype) for name, t in pairs.items()}
     got = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
@@ -121,8 +121,8 @@ def import_state(layer: Any, tensors: dict[str, torch.Tensor], like: Any, n_toke
             layer.cumulative_length = n_tokens
 
 
-def count_stock_rows(layer: Any, n_tokens: int) -> int:
-    """Return how many tokens' keys a stock layer needs after `n_tokens`: of a window all but the oldest."""
+def count_unmanaged_rows(layer: Any, n_tokens: int) -> int:
+    """Return how many tokens' keys a unmanaged layer needs after `n_tokens`: of a window all but the oldest."""
     window = getattr(layer, "sliding_window", None)
     return n_tokens if window is None else min(n_tokens, max(1, window - 1))
 

@@ -18,7 +18,8 @@ from torch.nn.functional import linear
 
 from farkv._axes import Float, Tensor
 from farkv.hf import _compat
-from farkv.methods.contract import Query
+from farkv.math.logits import Logits
+from farkv.math.step import Query
 
 NORMS = ("input_layernorm", "self_attn_layer_norm", "operator_norm", "attention_layernorm")
 QUERY_NORMS = ("q_norm", "q_layernorm")
@@ -36,7 +37,7 @@ WORDS = frozenset(
 )
 
 
-class Form(NamedTuple):
+class QueryForm(NamedTuple):
     """How one layer makes its query.
 
     norm, query_norm: names of modules, None where there is none.  by_head: the query's norm runs over each head alone.
@@ -51,8 +52,7 @@ class Form(NamedTuple):
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     n_heads: int
     dim: int
-    scaling: float
-    softcap: float | None
+    logits: Logits
 
 
 class Adapter(NamedTuple):
@@ -60,7 +60,7 @@ class Adapter(NamedTuple):
 
     part: nn.Module
     attention: nn.Module
-    form: Form
+    form: QueryForm
     seen: tuple[object, ...]
 
     def estimate(self, hidden: Float[Tensor, "B T E"], rope: Any) -> Query:
@@ -81,7 +81,7 @@ class Adapter(NamedTuple):
             scaling: Any = attention.scaling
             q = q * scaling
         q = q.transpose(1, 2)
-        return Query(q if form.rotate is None else form.rotate(q, *rope), form.scaling, form.softcap)
+        return Query(q if form.rotate is None else form.rotate(q, *rope), form.logits)
 
     def still_holds(self, part: nn.Module) -> bool:
         """Say whether it speaks of this module, which looks as it did when the adapter was compared."""
@@ -119,7 +119,7 @@ def mentions_only(attention: nn.Module, words: frozenset[str]) -> bool:
     return code is not None and "forward" not in vars(attention) and words.issuperset(code.co_names)
 
 
-def list_forms(part: nn.Module, attention: nn.Module, probed: Query) -> Iterator[Form]:
+def list_forms(part: nn.Module, attention: nn.Module, probed: Query) -> Iterator[QueryForm]:
     """Yield the forms that the attributes of a layer allow."""
     n_heads, dim = probed.q.shape[1], probed.q.shape[3]
     query_norm = next((name for name in QUERY_NORMS if hasattr(attention, name)), None)
@@ -131,17 +131,16 @@ def list_forms(part: nn.Module, attention: nn.Module, probed: Query) -> Iterator
             continue
         for norm in (*norms, None):
             for rotate in rotations:
-                yield Form(
+                yield QueryForm(
                     norm,
                     project,
                     query_norm,
                     weight is None or weight.shape[-1] == dim,
-                    probed.scaling == 1.0 and hasattr(attention, "scaling"),
+                    probed.logits.scaling == 1.0 and hasattr(attention, "scaling"),
                     rotate,
                     n_heads,
                     dim,
-                    probed.scaling,
-                    probed.softcap,
+                    probed.logits,
                 )
 
 

@@ -101,10 +101,9 @@ def build_prompt(tokenizer: Any, text: str, question: str) -> Prompt:
 @torch.no_grad()
 def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int | None, listener: Listener) -> None:
     """Read the text densely into the cache, chunk by chunk, without the LM head."""
-    if chunk is None:
-        chunk = max(1, len(tokens)) if cache.recipe.wants_one_pass else cache.recipe.fit_chunk(CHUNK_TOKENS)
-    # What evicts waits for the end of the prompt.
-    cache.recipe.prompt_tokens = len(tokens)
+    # What evicts, and what is fitted to the text, waits for its end.
+    fitting = cache.engine.announce_prompt(len(tokens), CHUNK_TOKENS)
+    chunk = fitting if chunk is None else chunk
     for start in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[start : start + chunk]], device=handle.device)
         handle.decoder(input_ids=part, past_key_values=cache, use_cache=True)

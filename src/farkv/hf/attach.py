@@ -9,26 +9,17 @@ from transformers import PreTrainedModel
 from farkv.calibrate.crossover import load_crossover
 from farkv.calibrate.plan import Plan
 from farkv.calibrate.profile import Profile
-from farkv.config import (
-    KERNELS,
-    XKV,
-    Evictor,
-    Full,
-    InfiniGen,
-    Method,
-    Selector,
-    check_name,
-    check_storage,
-    parse_bytes,
-    parse_disk,
-)
+from farkv.config import KERNELS, check_name, check_storage, parse_bytes, parse_disk
+from farkv.engine.build import Choice
+from farkv.engine.setup import Kernels, Levers, Setting
 from farkv.errors import CacheStateError, ConfigError, FarKVError, PlanError
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
 from farkv.kernels.gpu import Gpu, load_gpu
 from farkv.kernels.native import load_native
-from farkv.methods.contract import Fast, Levers, Setting
+from farkv.methods import XKV, Full, InfiniGen, Method
+from farkv.methods.table import evicts
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
@@ -78,21 +69,21 @@ def attach(
     """
     limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"), evict=evict, quant=quant)
     check_storage(evict, quant, host=limits.host)
-    fast = find_kernels(kernel, model)
+    kernels = find_kernels(kernel, model)
     place = parse_disk(disk, "disk")
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
         raise CacheStateError("attach: the model is attached already; detach it first")
-    selector, xkv = sort_methods(methods, planned=plan is not None)
     loaded_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    levers = make_levers(selector, xkv, loaded_plan)
-    check_levers(levers, limits, has_disk=place is not None, evictor=type(methods[0]).__name__ if methods else "")
+    choice = choose_methods(methods, loaded_plan)
+    levers = make_levers(choice, loaded_plan)
+    check_levers(choice, levers, limits, has_disk=place is not None)
     loaded = find_profile(model, profile)
     if loaded is not None:
         loaded.check(identify_model(model))
     if place is not None:
         limits = limits._replace(disk=DiskSpace(*place))
     try:
-        handle = Handle(model, selector or xkv or InfiniGen(), Setting(limits, loaded, levers, fast))
+        handle = Handle(model, choice, Setting(limits, loaded, levers, kernels))
     except FarKVError:
         if limits.disk is not None:
             limits.disk.close()
@@ -106,7 +97,7 @@ def attach(
     return handle
 
 
-def find_kernels(kernel: str, model: PreTrainedModel) -> Fast:
+def find_kernels(kernel: str, model: PreTrainedModel) -> Kernels:
     """Return the fast kernels for the device that a model is on.
 
     Raises:
@@ -114,7 +105,7 @@ def find_kernels(kernel: str, model: PreTrainedModel) -> Fast:
     """
     check_name("kernel", kernel, KERNELS)
     if kernel == "plain":
-        return Fast()
+        return Kernels()
     kernels = load_gpu() if model.device.type == "cuda" else load_native() if model.device.type == "cpu" else None
     if kernels is None and kernel == "native":
         raise ConfigError(
@@ -123,86 +114,84 @@ def find_kernels(kernel: str, model: PreTrainedModel) -> Fast:
         )
     if kernels is None or isinstance(kernels, Gpu):
         # A GPU's records are far: reading all of them is never the faster way.
-        return Fast(kernels, kernel == "native")
+        return Kernels(kernels, kernel == "native")
     measured = load_crossover(kernels.name)
-    return Fast(kernels, kernel == "native", DENSE_TOKENS if measured is None else measured)
+    return Kernels(kernels, kernel == "native", DENSE_TOKENS if measured is None else measured)
 
 
-def check_levers(levers: Levers, limits: StoreLimits, *, has_disk: bool, evictor: str = "XKV") -> None:
-    """Raise ConfigError where levers and storage contradict each other.
+def choose_methods(methods: tuple[Method, ...], plan: Plan | None) -> Choice:
+    """Return what selects and what evicts among the methods that were given."""
+    xkv = [m for m in methods if isinstance(m, XKV)]
+    others = [m for m in methods if not isinstance(m, XKV)]
+    if len(xkv) > 1 or len(others) > 1:
+        names = ", ".join(type(m).__name__ for m in methods)
+        raise ConfigError(f"attach: expected one method, or XKV beside one selector; got {names}")
+    method = others[0] if others else None
+    if method is not None and evicts(method):
+        if xkv or plan is not None:
+            name = type(method).__name__
+            raise ConfigError(f"{name}: evicts by a rule of its own, so it takes no XKV and no plan; use it alone")
+        return Choice(None, method, keeps=True)
+    if isinstance(method, Full) and (xkv or plan is not None):
+        raise ConfigError("Full: reads everything, so it takes no XKV and no plan; use XKV alone, or a selector")
+    if not xkv:
+        return Choice(method or InfiniGen())
+    levers = xkv[0].levers
+    if method is None and levers != ("keep",):
+        raise ConfigError(
+            f"levers: {', '.join(levers)} without a selector; only keep works alone: add a selector, for "
+            "example attach(model, XKV(...), InfiniGen(), plan=...)"
+        )
+    if plan is None and levers != ("keep",):
+        raise ConfigError(f"levers: {', '.join(levers)} are driven by a plan; give one: attach(..., plan=...)")
+    if plan is not None and (xkv[0].has_budget or xkv[0].rule != "xkv"):
+        raise ConfigError(
+            "XKV: the plan says how much each layer keeps; leave out fraction, retention, tokens and rule"
+        )
+    return Choice(method, xkv[0], keeps="keep" in levers)
 
-    Args:
-        evictor: the method that evicts, where one does without XKV's levers.
-    """
-    if not levers.keep and levers.near is None:
+
+def make_levers(choice: Choice, plan: Plan | None) -> Levers:
+    """Return what a plan limits in each layer: XKV's levers, or what a selector may fetch."""
+    if plan is None:
+        return Levers()
+    names = choice.evicts.levers if isinstance(choice.evicts, XKV) else ("fetch",)
+    kept = None
+    if "keep" in names:
+        keep = plan.get("keep")
+        kept = {i: Allowed(keep.base, share) for i, share in zip(plan.layers, keep.shares, strict=True)}
+    fetch = dict(zip(plan.layers, plan.get("fetch").shares, strict=True)) if "fetch" in names else None
+    if fetch is not None:
+        check_cap(choice.selects, plan.get("fetch").ratio)
+    near = dict(zip(plan.layers, plan.get("near").shares, strict=True)) if "near" in names else None
+    return Levers(kept, near, fetch)
+
+
+def check_levers(choice: Choice, levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:
+    """Raise ConfigError where levers and storage contradict each other."""
+    if not choice.keeps and levers.near is None:
         return
+    evictor = type(choice.evicts).__name__
     if has_disk or limits.quant is not None:
         name = "disk" if has_disk else "quant"
-        if levers.xkv is None:
+        if not isinstance(choice.evicts, XKV):
             raise ConfigError(
                 f"{name}: {evictor} reads whole layers in place, as the model made them; leave {name} out, or choose a "
                 "method that evicts nothing"
             )
         raise ConfigError(f"{name}: XKV's levers keep and near read whole layers in place; with {name} use lever fetch")
-    if levers.keep and limits.evict != "refuse":
-        evictor = evictor if levers.xkv is None else "XKV"
+    if choice.keeps and limits.evict != "refuse":
         raise ConfigError(f"evict: {evictor} evicts by its own scores, so {limits.evict!r} has no say; leave evict out")
 
 
-def sort_methods(methods: tuple[Method, ...], *, planned: bool) -> tuple[Selector | None, XKV | None]:
-    """Return the selector and XKV among what was given."""
-    xkv = [m for m in methods if isinstance(m, XKV)]
-    selectors = [m for m in methods if not isinstance(m, XKV)]
-    if len(xkv) > 1 or len(selectors) > 1:
-        names = ", ".join(type(m).__name__ for m in methods)
-        raise ConfigError(f"attach: expected one method, or XKV beside one selector; got {names}")
-    if not methods:
-        return InfiniGen(), None
-    selector = selectors[0] if selectors else None
-    if xkv and selector is None and xkv[0].levers != ("keep",):
-        raise ConfigError(
-            f"levers: {', '.join(xkv[0].levers)} without a selector; only keep works alone: add a selector, for "
-            "example attach(model, XKV(...), InfiniGen(), plan=...)"
-        )
-    if isinstance(selector, Full) and (xkv or planned):
-        raise ConfigError("Full: reads everything, so it takes no XKV and no plan; use XKV alone, or a selector")
-    if isinstance(selector, Evictor) and (xkv or planned):
-        name = type(selector).__name__
-        raise ConfigError(f"{name}: evicts by a rule of its own, so it takes no XKV and no plan; use it alone")
-    return selector, xkv[0] if xkv else None
-
-
-def make_levers(selector: Selector | None, xkv: XKV | None, plan: Plan | None) -> Levers:
-    """Return what limits each layer: XKV's levers, filled in by the plan where there is one."""
-    if plan is None:
-        if xkv is not None and xkv.levers != ("keep",):
-            raise ConfigError(f"levers: {', '.join(xkv.levers)} are driven by a plan; give one: attach(..., plan=...)")
-        return Levers(xkv, keep=xkv is not None or isinstance(selector, Evictor))
-    names = xkv.levers if xkv is not None else ("fetch",)
-    allowed = None
-    if xkv is not None and (xkv.least_records == 1 or xkv.rule != "xkv"):
-        raise ConfigError(
-            "XKV: the plan says how much each layer keeps; leave out fraction, retention, tokens and rule"
-        )
-    if xkv is not None and "keep" in names:
-        keep = plan.get("keep")
-        allowed = {i: Allowed(keep.base, share) for i, share in zip(plan.layers, keep.shares, strict=True)}
-    fetch = dict(zip(plan.layers, plan.get("fetch").shares, strict=True)) if "fetch" in names else None
-    if fetch is not None:
-        check_cap(selector, plan.get("fetch").ratio)
-    near = dict(zip(plan.layers, plan.get("near").shares, strict=True)) if "near" in names else None
-    return Levers(xkv, allowed is not None, allowed, near, fetch)
-
-
-def check_cap(selector: Selector | None, ratio: float) -> None:
+def check_cap(method: Method | None, ratio: float) -> None:
     """Raise ConfigError where a plan's fetch caps contradict the selector's own."""
-    own = selector.fraction if selector is not None else None
-    if isinstance(selector, InfiniGen) and selector.least_records > 1:
-        own = None  # The fraction was left out: the plan's is taken.
-    if isinstance(selector, InfiniGen) and selector.paper:
+    if isinstance(method, InfiniGen) and method.paper:
         raise ConfigError(
             "InfiniGen(paper=True): reads its first layer whole, so a plan cannot cap it; use the default"
         )
+    # Where the fraction was left out, the plan's is taken.
+    own = None if method is None else method.fraction
     if own is not None and own + 1e-9 < ratio:
         raise ConfigError(
             f"fraction: the plan fetches {ratio:.3f} of the KV per step, the cap is {own}; leave the fraction out, or "

@@ -1,14 +1,14 @@
 """The attention function that Hugging Face calls while a model is attached.
 
 In: the arguments of the attention interface, plus the cache layer that the door's hook adds. Out: what the model's
-own attention returns for the records that the recipe reads. Without one of our caches it is the model's own.
+own attention returns for the records that the engine reads. Without one of our caches it is the model's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +16,9 @@ from torch import nn
 from farkv._axes import Float, Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
-from farkv.methods.contract import Query, Step
-
-if TYPE_CHECKING:
-    from farkv.hf.cache import FarLayer
+from farkv.hf.layer import FarLayer
+from farkv.math.logits import Logits
+from farkv.math.step import Query, Step
 
 # Hugging Face sniffs names for "sdpa", "flash", "flex_attention", "paged|" and "/": this one has none of them.
 NAME = "farkv"
@@ -48,7 +47,7 @@ def far_attention(
     far_layer: FarLayer | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Attend: dispatch to the recipe of `far_layer`, or to the model's own attention where there is none.
+    """Attend: dispatch to the engine of `far_layer`, or to the model's own attention where there is none.
 
     Args:
         query: post-RoPE, [B, Hq, T, D].
@@ -62,19 +61,19 @@ def far_attention(
         # sdpa knows no softcap: where it ran before, none is applied.
         softcap = None
     if not _compat.is_compiling() and is_probing():
-        raise QueryProbed(Query(query, scale, softcap))
+        raise QueryProbed(Query(query, Logits(scale, softcap)))
     if far_layer is None:
         return choose_base(module)(module, query, key, value, attention_mask, scaling=scale, dropout=dropout, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise CacheStateError("position_bias: attention with a bias per position cannot be read sparsely")
     # The dict is this call's own.
     kwargs["scaling"], kwargs["dropout"] = scale, dropout
-    step = Step(Query(query, scale, softcap), key, value, attention_mask)
+    step = Step(Query(query, Logits(scale, softcap)), key, value, attention_mask)
     return far_layer.attend(step, OwnAttention(module, kwargs))
 
 
 class OwnAttention:
-    """The attention that one call of a module would run: farkv's `Kernel`."""
+    """The attention that one call of a module would run: farkv's `AttentionFunction`."""
 
     def __init__(self, module: nn.Module, options: dict[str, Any]):
         self.module, self.options = module, options

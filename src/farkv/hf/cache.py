@@ -1,6 +1,6 @@
-"""The cache that a user passes as `past_key_values`: Hugging Face's face of a recipe.
+"""The cache that a user passes as `past_key_values`: Hugging Face's face of an engine.
 
-In: new K and V per layer. Out: those same K and V; what attention reads besides them is the recipe's business.
+In: new K and V per layer. Out: those same K and V; what attention reads besides them is the engine's business.
 Lengths are logical (tokens seen). The cache holds no model, hook or stream, so it can be deep-copied.
 """
 
@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Int, Tensor
+from farkv.engine.join import join_engines
+from farkv.engine.step import Engine
+from farkv.engine.undo import State, note_state, restore_state
 from farkv.errors import CacheStateError, FarKVError
 from farkv.hf import _compat
 from farkv.hf.layer import FarLayer
-from farkv.methods.contract import Recipe
-from farkv.methods.saved import State, note_state, restore_state
+from farkv.hf.unmanaged import check_unmanaged, join_unmanaged
 from farkv.receipt import Account
 
 
@@ -26,7 +28,7 @@ class Before(NamedTuple):
 
     tokens: int
     # Of layers that are left to Hugging Face: their attributes.
-    stock: dict[int, dict[str, Any]]
+    unmanaged: dict[int, dict[str, Any]]
     state: State
 
 
@@ -41,9 +43,9 @@ class Outer(NamedTuple):
 class FarCache(_compat.Cache):
     """All layers of one context; pass it as `past_key_values`. Made by `new_cache()` of an attached model."""
 
-    def __init__(self, layers: list[Any], recipe: Recipe, account: Account):
+    def __init__(self, layers: list[Any], engine: Engine, account: Account):
         super().__init__(layers=layers)
-        self.recipe, self.account = recipe, account
+        self.engine, self.account = engine, account
         self.verify_steps = 0
         # What was read, token by token, where ids are known.
         self._ids: list[Tensor] = []
@@ -78,7 +80,7 @@ class FarCache(_compat.Cache):
         save_cache(self, path, tokenizer=tokenizer, text=text)
 
     def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
-        """Note the tokens of a text that was read before; the recipe holds its records."""
+        """Note the tokens of a text that was read before; the engine holds its records."""
         self._ids, self._n_ids = [ids], len(ids)
         self.account.context_tokens = len(ids)
         for layer in self.layers:
@@ -97,10 +99,20 @@ class FarCache(_compat.Cache):
 
         Cost: one copy of all records of both, a layer at a time.
         """
-        # As for sessions: joining knows caches, not the other way round.
-        from farkv.hf.join import join_caches
-
-        join_caches(self, other)
+        for each in (self, other):
+            each.settle()
+            each.check_whole()
+        if self.identity != other.identity:
+            raise CacheStateError("join: the caches are of different models; expected one attached model's")
+        mine: list[Any] = self.layers
+        theirs: list[Any] = other.layers
+        unmanaged = [pair for pair in zip(mine, theirs, strict=True) if not isinstance(pair[0], FarLayer)]
+        for layer in (layer for pair in unmanaged for layer in pair):
+            check_unmanaged(layer)
+        join_engines(self.engine, other.engine)
+        for layer, more in unmanaged:
+            join_unmanaged(layer, more)
+        other.reset()
         # Of several texts none is the cache's own.
         self._ids, self._n_ids = [], 0
 
@@ -139,12 +151,12 @@ class FarCache(_compat.Cache):
     def _note(self) -> Before:
         layers: list[Any] = self.layers
         # Layers of keys and values get new tensors in every pass: what they hold now stays as it is.
-        stock = {
+        unmanaged = {
             i: dict(vars(layer))
             for i, layer in enumerate(layers)
             if not isinstance(layer, FarLayer) and not hasattr(layer, "conv_states")
         }
-        return Before(self.get_seq_length(), stock, note_state(self.recipe))
+        return Before(self.get_seq_length(), unmanaged, note_state(self.engine))
 
     def settle(self) -> None:
         """Take back a pass that ended with neither output nor exception: it was killed, by Ctrl-C for example."""
@@ -164,20 +176,20 @@ class FarCache(_compat.Cache):
     def _undo(self, before: Before) -> str:
         """Put everything back to what a pass found; return what cannot be."""
         # What was on its way near must not arrive in the middle of the next pass.
-        self.recipe.store.link.drain()
+        self.engine.wait()
         layers: list[Any] = self.layers
         broken = ""
         for i, layer in enumerate(layers):
             if isinstance(layer, FarLayer):
                 n_new = layer.get_seq_length() - before.tokens
                 broken = (self._crop_layer(i, n_new) if n_new > 0 else "") or broken
-            elif i in before.stock:
+            elif i in before.unmanaged:
                 vars(layer).clear()
-                vars(layer).update(before.stock[i])
+                vars(layer).update(before.unmanaged[i])
             else:
                 # Linear attention writes its states in place.
                 broken = self._describe_stuck(i)
-        restore_state(self.recipe, before.state)
+        restore_state(self.engine, before.state)
         return broken
 
     def step_back(self, n_tokens: int) -> None:
@@ -255,16 +267,16 @@ class FarCache(_compat.Cache):
         self._add_seconds(seconds)
         if self.account.decoding:
             self.account.decode_steps += 1
-            self.account.timed_steps += not self.recipe.measuring
-            self._count_stock_layers()
+            self.account.timed_steps += not self.engine.mode.measures
+            self._count_unmanaged_layers()
 
     def _add_seconds(self, seconds: float) -> None:
         if not self.account.decoding:
             self.account.prefill_s += seconds
-        elif not self.recipe.measuring:
+        elif not self.engine.mode.measures:
             self.account.decode_s += seconds
 
-    def _count_stock_layers(self) -> None:
+    def _count_unmanaged_layers(self) -> None:
         """Layers left to Hugging Face read all they hold."""
         layers: list[Any] = self.layers
         for i, layer in enumerate(layers):

@@ -18,18 +18,20 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from farkv.config import Method
+from farkv.config import Source
+from farkv.engine.build import Choice, make_engine
+from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
 from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.attention import NAME
-from farkv.hf.cache import FarCache, FarLayer
+from farkv.hf.cache import FarCache
 from farkv.hf.identity import digest_weights, identify_model
+from farkv.hf.layer import FarLayer
 from farkv.hf.lookahead import Layers, Lookahead
-from farkv.hf.report import make_receipt
+from farkv.hf.receipt import make_receipt
 from farkv.hf.verify import Verifier
-from farkv.methods import make_recipe
-from farkv.methods.contract import Place, Setting
+from farkv.methods.table import find_row
 from farkv.receipt import Account, Receipt
 from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
@@ -43,13 +45,13 @@ CHUNK_TOKENS = 2048
 class Handle(AbstractContextManager["Handle"]):
     """An attached model. Leave the `with` block or call `detach()` to have the model as it was."""
 
-    def __init__(self, model: PreTrainedModel, method: Method, setting: Setting = Setting()):  # noqa: B008 - immutable
-        self.model, self.method, self.setting = model, method, setting
+    def __init__(self, model: PreTrainedModel, choice: Choice, setting: Setting = Setting()):  # noqa: B008 - immutable
+        self.model, self.choice, self.setting = model, choice, setting
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
         # Layers left to Hugging Face, as one token leaves them.
-        self.stock: dict[int, Any] = {}
+        self.unmanaged: dict[int, Any] = {}
         self._read_architecture()
         self.base = _compat.get_attention_name(model)
         if self.base not in BASES:
@@ -57,9 +59,10 @@ class Handle(AbstractContextManager["Handle"]):
                 f"attention implementation: expected one of {', '.join(BASES)}, got {self.base!r}; "
                 'load the model with attn_implementation="sdpa"'
             )
-        recipe = make_recipe(method, self._place(Account()), setting.profile)
+        # A method that cannot work with this model says so now, not when the first cache is made.
+        make_engine(choice, Setup(self.managed, self.device, Account(), setting))
         layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
-        self._ahead = Lookahead(layers, recipe.query_source)
+        self._ahead = Lookahead(layers, find_source(choice))
         self._attach()
         _handles[id(model)] = self
 
@@ -75,7 +78,7 @@ class Handle(AbstractContextManager["Handle"]):
             raise UnsupportedModelError(f"{name}: no list of decoder blocks with attention modules was found")
         self.decoder, self.blocks = found
         self.attention = _compat.find_attention(self.blocks)
-        self.layer_types, self._stock_arguments = _compat.describe_layers(_compat.text_config(model))
+        self.layer_types, self._unmanaged_arguments = _compat.describe_layers(_compat.text_config(model))
         self.managed = [
             i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i in self.attention
         ]
@@ -135,10 +138,6 @@ class Handle(AbstractContextManager["Handle"]):
 
     # --- caches and receipts --------------------------------------------------------------------------------
 
-    def _place(self, account: Account, reserve_tokens: int = 0) -> Place:
-        limits = self.setting.limits._replace(reserve_tokens=reserve_tokens)
-        return Place(self.managed, limits, self.device, account, self.setting.levers, self.setting.fast)
-
     def new_cache(
         self, *, tokens: int = 0, batch: int = 1, verify: int = 0, chunk_tokens: int = CHUNK_TOKENS
     ) -> FarCache:
@@ -161,25 +160,23 @@ class Handle(AbstractContextManager["Handle"]):
         cache = self.make_cache(tokens, verify)
         if tokens and self.managed:
             shape, dtype = self.measure_shape()
-            cache.recipe.store.open_pages(shape, dtype)
-            cache.recipe.admit(shape._replace(batch=batch), tokens, chunk_tokens)
+            cache.engine.admit(shape._replace(batch=batch), dtype, tokens, chunk_tokens)
         return cache
 
     def make_cache(
         self, reserve: int, verify: int, saved: SavedText | None = None, quant: str | None = None
     ) -> FarCache:
         """Make a cache with room for `reserve` tokens, over a saved text if there is one; nothing is admitted yet."""
-        account = Account()
-        place = self._place(account, reserve)
+        account, limits = Account(), self.setting.limits._replace(reserve_tokens=reserve)
         if saved is not None:
-            place = place._replace(limits=place.limits._replace(saved=saved, quant=quant))
-        recipe = make_recipe(self.method, place, self.setting.profile)
-        recipe.verifying = verify > 0
+            limits = limits._replace(saved=saved, quant=quant)
+        setting = self.setting._replace(limits=limits)
+        engine = make_engine(self.choice, Setup(self.managed, self.device, account, setting, verifies=verify > 0))
         layers = [
-            FarLayer(i, recipe) if i in self.managed else _compat.make_stock_layer(kind, arguments)
-            for i, (kind, arguments) in enumerate(zip(self.layer_types, self._stock_arguments, strict=True))
+            FarLayer(i, engine) if i in self.managed else _compat.make_unmanaged_layer(kind, arguments)
+            for i, (kind, arguments) in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
         ]
-        cache = FarCache(layers, recipe, account)
+        cache = FarCache(layers, engine, account)
         cache.verify_steps, cache.identity = verify, self.identity
         self._last = cache
         return cache
@@ -201,7 +198,7 @@ class Handle(AbstractContextManager["Handle"]):
                 k, v = layers[i].keys, layers[i].values
                 shapes.append((LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype))
             self._shape = max(shapes, key=lambda s: s[0].token_bytes)
-            self.stock = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
+            self.unmanaged = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
@@ -215,18 +212,18 @@ class Handle(AbstractContextManager["Handle"]):
             raise CacheStateError("receipt: no cache was made yet; call new_cache() and generate with it")
         # What read everything, the prompt at least, is the model's own attention.
         kernel = "+".join([*sorted(cache.account.kernels), f"torch-{self.base}"])
-        return make_receipt(self.model, self.method, self.setting, self.layer_types, kernel, cache)
+        return make_receipt(self.model, self.choice, self.setting, self.layer_types, kernel, cache)
 
     # --- hooks: each returns None unless the pass runs on one of our caches ---------------------------------
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
-        if cache is not None and not cache.recipe.dense:
+        if cache is not None and not cache.engine.mode.dense:
             cache.begin(module, count_new(args, kwargs), find_ids(args, kwargs), reads=module is self.decoder)
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         cache = find_cache(args, kwargs)
-        if cache is not None and not cache.recipe.dense:
+        if cache is not None and not cache.engine.mode.dense:
             cache.end(module, reads=module is self.decoder, failed=out is None)
         self._ahead.land()
 
@@ -244,6 +241,12 @@ def make_inject(i: int) -> Any:
         return args, kwargs
 
     return inject
+
+
+def find_source(choice: Choice) -> Source | None:
+    """Return the hidden state that queries are estimated from, None where a method speculates nothing."""
+    selector = None if choice.selects is None else find_row(choice.selects).selector
+    return None if selector is None or choice.selects is None else selector.find_source(choice.selects)
 
 
 # Attached models, by identity; this keeps no handle alive.

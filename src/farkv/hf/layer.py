@@ -1,6 +1,6 @@
-"""One managed layer of a cache: what Hugging Face asks of a cache layer, handed to the recipe.
+"""One managed layer of a cache: what Hugging Face asks of a cache layer, handed to the engine.
 
-In: new K and V. Out: those same K and V; what attention reads besides them is the recipe's business.
+In: new K and V. Out: those same K and V; what attention reads besides them is the engine's business.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 from farkv._axes import Tensor
+from farkv.engine.step import Engine
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
-from farkv.methods.contract import Kernel, Recipe, Step
+from farkv.math.step import AttentionFunction, Step
 
 
 class FarLayer(_compat.DynamicLayer):
-    """One managed layer: routes what Hugging Face asks of a cache layer to the recipe."""
+    """One managed layer: routes what Hugging Face asks of a cache layer to the engine."""
 
-    def __init__(self, layer: int, recipe: Recipe):
+    def __init__(self, layer: int, engine: Engine):
         super().__init__()
-        self.layer, self.recipe = layer, recipe
+        self.layer, self.engine = layer, engine
         self.is_initialized = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -32,16 +33,16 @@ class FarLayer(_compat.DynamicLayer):
         """Store the new tokens and hand them back unchanged."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.recipe.append(self.layer, key_states, value_states)
+        self.engine.append(self.layer, key_states, value_states)
         return key_states, value_states
 
-    def attend(self, step: Step, kernel: Kernel) -> object:
-        """Let the recipe attend."""
-        return self.recipe.attend(self.layer, step, kernel)
+    def attend(self, step: Step, attention: AttentionFunction) -> object:
+        """Let the engine attend."""
+        return self.engine.attend(self.layer, step, attention)
 
     def get_seq_length(self) -> int:
         """Return the tokens seen."""
-        return self.recipe.store.seen(self.layer)
+        return self.engine.count_tokens(self.layer)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the mask's width, over all tokens seen, and its offset."""
@@ -53,7 +54,7 @@ class FarLayer(_compat.DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.recipe.clear(self.layer)
+        self.engine.clear(self.layer)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -62,25 +63,25 @@ class FarLayer(_compat.DynamicLayer):
         if n_tokens < 0:
             raise CacheStateError(f"crop: expected a negative number of tokens to remove, got {-n_tokens}")
         if n_tokens > 0 and self.is_initialized:
-            self.recipe.crop(n_tokens, self.layer)
+            self.engine.crop(self.layer, n_tokens)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams."""
         if self.get_seq_length() > 0:
-            self.recipe.select(beam_idx, self.layer)
+            self.engine.select(self.layer, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         if self.get_seq_length() > 0:
-            batch = self.recipe.store.batch(self.layer)
-            self.recipe.select(torch.arange(batch).repeat_interleave(repeats), self.layer)
+            batch = self.engine.count_sequences(self.layer)
+            self.engine.select(self.layer, torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
         if self.get_seq_length() > 0:
-            batch = self.recipe.store.batch(self.layer)
+            batch = self.engine.count_sequences(self.layer)
             # A mask, a slice's result or numbers: indexing a range understands them all.
-            self.recipe.select(torch.arange(batch)[indices.cpu()], self.layer)
+            self.engine.select(self.layer, torch.arange(batch)[indices.cpu()])
 
     def offload(self) -> None:
         """Nothing: the store moves records itself."""

@@ -1,7 +1,7 @@
 """Hooks that look one layer ahead: while layer i-1 runs, layer i's query is estimated, so that its records can travel.
 
-In: a model's blocks and attention modules, and where queries are estimated from. Out: calls of `recipe.speculate` at
-decode steps. A pass that is not on one of our caches, or whose recipe wants no estimate, costs the call of a hook.
+In: a model's blocks and attention modules, and where queries are estimated from. Out: calls of `engine.speculate` at
+decode steps. A pass that is not on one of our caches, or whose engine wants no estimate, costs the call of a hook.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ class Lookahead:
         return after
 
     def _find_asker(self, i: int, args: Any, kwargs: dict[str, Any]) -> FarCache | None:
-        """Return our cache if its recipe wants an estimate for layer i now; decode steps only."""
+        """Return our cache if its engine wants an estimate for layer i now; decode steps only."""
         cache = find_cache(args, kwargs)
         if cache is None or is_probing() or hidden_of(args, kwargs).shape[-2] != 1:
             return None
-        return cache if cache.recipe.wants_estimate(i) else None
+        return cache if cache.engine.wants_estimate(i) else None
 
     def _speculate(self, cache: FarCache, i: int, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         # Entering a compiler-disabled function costs as much as all that a hook does otherwise.
@@ -115,7 +115,7 @@ class Lookahead:
 
 
 def speculate_now(ahead: Lookahead, cache: FarCache, i: int, part: nn.Module, call: tuple[Any, Any]) -> None:
-    """Estimate layer i's query and let the recipe choose."""
+    """Estimate layer i's query and let the engine choose."""
     args, kwargs = call
     query = ahead.queries.estimate(i, part, args, kwargs, ahead.rope.get(ahead.layers.types[i]))
     if query is None:
@@ -124,7 +124,7 @@ def speculate_now(ahead: Lookahead, cache: FarCache, i: int, part: nn.Module, ca
     if ahead.queries.n_generic:
         # The layers that have no adapter, not the estimates.
         cache.account.fallbacks["generic_query"] = ahead.queries.n_generic
-    cache.recipe.speculate(i, query)
+    cache.engine.speculate(i, query)
 
 
 speculate_uncompiled: Any = torch.compiler.disable(speculate_now, recursive=True)

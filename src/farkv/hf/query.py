@@ -16,7 +16,7 @@ from farkv._axes import Tensor
 from farkv.hf import _compat
 from farkv.hf.adapters import Adapter, find_adapter
 from farkv.hf.attention import QueryProbed, probing
-from farkv.methods.contract import Query
+from farkv.math.step import Query
 
 
 class Rope(threading.local):

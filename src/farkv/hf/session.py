@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
 from farkv.config import QUANT
+from farkv.engine.build import Choice
+from farkv.engine.setup import Levers
 from farkv.errors import CacheStateError, SessionError
 from farkv.hf import _compat
-from farkv.hf.cache import FarCache, FarLayer
+from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, Handle, find_handle
-from farkv.methods.contract import Levers
-from farkv.methods.saved import describe_index, list_tensors, take_tensors
+from farkv.hf.layer import FarLayer
+from farkv.methods import XKV
 from farkv.session.file import Saved, write_saved
 from farkv.session.pages import list_pages, open_tail, take_text
 from farkv.store.far.page_reader import bytes_of
@@ -48,20 +50,21 @@ def save_cache(cache: FarCache, path: str | Path, *, tokenizer: Any = None, text
     """
     cache.settle()
     shape = check_whole(cache)
-    store = cache.recipe.store
+    engine, store = cache.engine, cache.engine.store
     dtype = next(layer.dtype for layer in cache.layers if isinstance(layer, FarLayer))
     form = store.page_form(shape, dtype)
     n_pages = cache.get_seq_length() // form.tokens
     tensors = {"tokens": cache.token_ids, "text": write_text(text)}
     tensors |= {f"tail/{layer}": open_tail(store, layer, form).to("cpu") for layer in store.pool}
-    tensors |= list_tensors(cache.recipe) | list_stock(cache)
+    index = engine.selector.list_tensors(engine.records)
+    tensors |= {f"index/{name}": tensor for name, tensor in index.items()} | list_unmanaged(cache)
     notes: dict[str, Any] = {
         "identity": cache.identity,
         "tokenizer": identify_tokenizer(tokenizer),
         "page": [form.tokens, form.width, _name(form.dtype)],
         "record": [shape.kv_heads, shape.k_dim, shape.v_dim, _name(dtype)],
         "quant": store.limits.quant,
-        "index": describe_index(cache.recipe),
+        "index": engine.selector.describe(),
         "layers": list(store.pool),
         "versions": {"farkv": version("farkv"), "transformers": _compat.version},
     }
@@ -72,24 +75,24 @@ def save_cache(cache: FarCache, path: str | Path, *, tokenizer: Any = None, text
 
 def check_whole(cache: FarCache) -> LayerShape:
     """Return the shape of a cache's records, or raise CacheStateError unless it holds one whole text."""
-    store, recipe, length = cache.recipe.store, cache.recipe, cache.get_seq_length()
+    store, layers, length = cache.engine.store, cache.engine.layers, cache.get_seq_length()
+    shapes = {store.shape(i) for i in layers if length}
     why = ""
     if any(store.evicted.values()):
         why = "some of its records were evicted"
-    elif recipe.shape is None or length == 0:
+    elif length == 0 or not layers:
         why = "it has read nothing that farkv manages"
-    elif recipe.shape.batch != 1:
-        why = f"it holds {recipe.shape.batch} sequences"
-    elif len({(store.k_dims[i], recipe.account.record_bytes[i], store.heads(i)) for i in store.pool}) > 1:
+    elif store.batch(layers[0]) != 1:
+        why = f"it holds {store.batch(layers[0])} sequences"
+    elif len(shapes) > 1:
         why = "its layers have records of different sizes"
     elif cache.token_ids.numel() != length:
         why = f"of its {length} tokens {cache.token_ids.numel()} are known (inputs_embeds are not)"
-    elif recipe.is_padded:
+    elif cache.engine.padding.real is not None:
         why = "its text is padded"
     if why:
         raise CacheStateError(f"save: expected a cache that holds one whole text, but {why}")
-    assert recipe.shape is not None
-    return recipe.shape
+    return shapes.pop()
 
 
 def load_cache(
@@ -120,7 +123,7 @@ def load_cache(
 
 
 def _load(saved: Saved, handle: Handle, tokens: int, verify: int, tokenizer: Any) -> FarCache:
-    check_levers(handle.setting.levers)
+    check_levers(handle.choice, handle.setting.levers)
     notes = read_notes(saved.notes)
     check_notes(notes, handle, tokenizer)
     page_tokens, width, page_dtype = notes["page"]
@@ -134,29 +137,36 @@ def _load(saved: Saved, handle: Handle, tokens: int, verify: int, tokenizer: Any
         raise SessionError("its pages are not those of its text; make it anew")
     n_tokens = max(tokens, len(ids) + 1)
     cache = handle.make_cache(n_tokens, verify, SavedText(saved.reader, saved.n_pages, form), notes["quant"])
-    recipe, store = cache.recipe, cache.recipe.store
+    engine, store = cache.engine, cache.engine.store
     shape = LayerShape(1, kv_heads, k_dim, v_dim, dtype.itemsize)
     if store.page_form(shape, dtype) != form:
         raise SessionError(f"its pages are {form}, expected {store.page_form(shape, dtype)}; make it anew")
-    store.open_pages(shape, dtype)
     # Refused before anything is read. The text is there; what comes near of it and after it needs room.
-    recipe.admit(shape, n_tokens, CHUNK_TOKENS)
+    engine.admit(shape, dtype, n_tokens, CHUNK_TOKENS)
     tails = {layer: saved.tensor(f"tail/{layer}") for layer in store.pool}
     if any(t.shape != (1, kv_heads, len(ids) % page_tokens, width) or t.dtype != form.dtype for t in tails.values()):
         raise SessionError("the end of its text has another shape than its pages; make it anew")
-    recipe.take_text(shape, dtype, lambda: take_text(store, n_pages, tails))
-    tensors = {name: saved.tensor(name) for name in saved.names if name.startswith("index/")}
-    take_tensors(recipe, notes["index"], tensors, dtype)
-    take_stock(cache, saved, handle, len(ids))
+    engine.take_text(shape, dtype, lambda: take_text(store, n_pages, tails))
+    made, wanted = notes["index"], engine.selector.describe()
+    if wanted is not None and made != wanted:
+        raise SessionError(
+            f"its index was made with {made or 'a method that has none'}, this method needs {wanted}; ask with the "
+            "options that the session was made with, or make another session"
+        )
+    if wanted is not None:
+        names = [name for name in saved.names if name.startswith("index/")]
+        index = {name.removeprefix("index/"): saved.tensor(name) for name in names}
+        engine.selector.take_tensors(index, dtype, engine.records)
+    take_unmanaged(cache, saved, handle, len(ids))
     cache.take_text(ids, dtype, handle.device)
     return cache
 
 
-def check_levers(levers: Levers) -> None:
+def check_levers(choice: Choice, levers: Levers) -> None:
     """Raise SessionError where a method does not keep the whole text, or holds some of it where it was read."""
-    if levers.keep and levers.xkv is None:
+    if choice.keeps and not isinstance(choice.evicts, XKV):
         raise SessionError("a session holds the whole text, and this method evicts some of it; ask with another one")
-    if levers.keep or levers.near is not None:
+    if choice.keeps or levers.near is not None:
         raise SessionError("a session holds the whole text, and XKV's levers keep and near do not; ask without them")
 
 
@@ -218,24 +228,24 @@ def identify_tokenizer(tokenizer: Any) -> str | None:
 # --- layers that are left to Hugging Face -------------------------------------------------------------------
 
 
-def list_stock(cache: FarCache) -> dict[str, Tensor]:
+def list_unmanaged(cache: FarCache) -> dict[str, Tensor]:
     """Return what unmanaged layers hold, by name, in host memory."""
     return {
-        f"stock/{i}/{name}": tensor.to("cpu")
+        f"unmanaged/{i}/{name}": tensor.to("cpu")
         for i, layer in enumerate(cache.layers)
         if not isinstance(layer, FarLayer)
         for name, tensor in _compat.export_state(layer).items()
     }
 
 
-def take_stock(cache: FarCache, saved: Saved, handle: Handle, n_tokens: int) -> None:
+def take_unmanaged(cache: FarCache, saved: Saved, handle: Handle, n_tokens: int) -> None:
     """Give unmanaged layers what they held after `n_tokens`."""
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, FarLayer):
-            start = f"stock/{i}/"
+            start = f"unmanaged/{i}/"
             found = {n.removeprefix(start): saved.tensor(n) for n in saved.names if n.startswith(start)}
             placed = {name: tensor.to(handle.device) for name, tensor in found.items()}
-            _compat.import_state(layer, placed, handle.stock[i], n_tokens)
+            _compat.import_state(layer, placed, handle.unmanaged[i], n_tokens)
 
 
 # --- one text, several questions ----------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from farkv._axes import Tensor
-from farkv.hf.cache import FarCache, FarLayer
+from farkv.hf.cache import FarCache
+from farkv.hf.layer import FarLayer
 
 
 class Verifier(threading.local):
@@ -26,10 +27,11 @@ class Verifier(threading.local):
     def before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Run the dense pass and keep its logits."""
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, FarCache) or cache.recipe.dense:
+        if not isinstance(cache, FarCache) or cache.engine.mode.dense:
             return
         # A step that failed before its comparison has left these.
-        self.reference, cache.recipe.measuring, cache.account.counts_bytes = None, False, True
+        self.reference, cache.account.counts_bytes = None, True
+        cache.engine.set_mode()
         if cache.verify_steps <= 0:
             return
         tokens = kwargs.get("input_ids")
@@ -38,16 +40,17 @@ class Verifier(threading.local):
             return
         cache.account.counts_bytes = False
         self.reference = run_dense(model, cache, args, kwargs)
-        cache.recipe.measuring = True
+        cache.engine.set_mode(measures=True)
         cache.verify_steps -= 1
 
     def after(self, model: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Compare."""
         cache = kwargs.get("past_key_values")
-        if self.reference is None or not isinstance(cache, FarCache) or cache.recipe.dense:
+        if self.reference is None or not isinstance(cache, FarCache) or cache.engine.mode.dense:
             return
         reference, self.reference = self.reference, None
-        cache.recipe.measuring, cache.account.counts_bytes = False, True
+        cache.account.counts_bytes = True
+        cache.engine.set_mode()
         logits = out.logits[:, -1].float().log_softmax(-1)
         full = reference.float().log_softmax(-1)
         kl = (full.exp() * (full - logits)).sum(-1)
@@ -60,16 +63,16 @@ class Verifier(threading.local):
 def run_dense(model: nn.Module, cache: FarCache, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """Run one token with full attention and leave the cache as it was."""
     layers: list[Any] = cache.layers
-    stock = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
-    before = {i: layer.get_seq_length() for i, layer in enumerate(layers) if i not in stock}
-    cache.recipe.dense = True
+    unmanaged = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
+    before = {i: layer.get_seq_length() for i, layer in enumerate(layers) if i not in unmanaged}
+    cache.engine.set_mode(dense=True)
     try:
-        for i, layer in stock.items():
+        for i, layer in unmanaged.items():
             # Sliding and linear layers cannot step back; they are small, so the dense pass gets copies.
             layers[i] = copy.deepcopy(layer)
         return model(*args, **kwargs).logits[:, -1]
     finally:
-        for i, layer in stock.items():
+        for i, layer in unmanaged.items():
             layers[i] = layer
         try:
             for i, length in before.items():
@@ -77,4 +80,4 @@ def run_dense(model: nn.Module, cache: FarCache, args: Any, kwargs: dict[str, An
                 layers[i].crop(length - layers[i].get_seq_length())
         finally:
             # Stopped once more: the next pass finds that layers differ.
-            cache.recipe.dense = False
+            cache.engine.set_mode()

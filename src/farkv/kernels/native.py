@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Float, Float32, Int, Tensor
-from farkv.math.logits import Logits
 from farkv.errors import CacheStateError, ConfigError
 from farkv.kernels.native_abi import (
     BAD_POSITION,
@@ -29,6 +28,7 @@ from farkv.kernels.native_abi import (
     count_row_bytes,
     load_library,
 )
+from farkv.math.logits import Logits
 
 PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Bool, Float, Float32, Tensor
-from farkv.math.logits import Logits
 from farkv.math.importance import walk_weights
+from farkv.math.logits import Logits
 
 # Queries whose weights are held at a time, on a block of keys.
 QUERIES_AT_ONCE = 64

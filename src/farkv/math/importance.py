@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import avg_pool1d
 
 from farkv._axes import Bool, Float, Float32, Tensor
-from farkv.math.logits import Logits
 from farkv.errors import CacheStateError, ConfigError
+from farkv.math.logits import Logits
 
 Scorer = Literal["window", "expected", "value"]
 SCORERS: tuple[Scorer, ...] = ("window", "expected", "value")

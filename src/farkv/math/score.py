@@ -23,9 +23,7 @@ def project_query(
     return (grouped @ query) * (scale * logits.scaling)
 
 
-def score_index(
-    projected: Float32[Tensor, "B Hkv G R"], codes: Tensor, logits: Logits
-) -> Float32[Tensor, "B Hkv G S"]:
+def score_index(projected: Float32[Tensor, "B Hkv G R"], codes: Tensor, logits: Logits) -> Float32[Tensor, "B Hkv G S"]:
     """Return estimated attention logits, up to a constant per query.
 
     Args:

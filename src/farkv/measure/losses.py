@@ -13,14 +13,16 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.calibrate.losses import SHARES, Losses, LossKind
+from farkv.engine.step import Engine
 from farkv.errors import CacheStateError
 from farkv.hf.ask import feed
-from farkv.hf.cache import FarCache, FarLayer
+from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
+from farkv.hf.layer import FarLayer
 from farkv.math.attention import weigh_keys
-from farkv.math.importance import Form, Observed, observe_queries, score_records
+from farkv.math.importance import Observed, observe_queries, score_records
 from farkv.math.keep import choose_kept
-from farkv.methods.contract import Kernel, Recipe, Step
+from farkv.math.step import AttentionFunction, Step
 
 # Decode steps that are compared per prompt.
 STEPS = 16
@@ -36,21 +38,21 @@ class Limit(NamedTuple):
     share: float
 
 
-class LimitedKernel:
+class HidingAttention:
     """The model's own attention with records hidden from it: all but those that `allow` lets it see."""
 
-    def __init__(self, kernel: Kernel, allow: Callable[[Tensor, Tensor], Bool[Tensor, "B Hkv S"]]):
-        self.kernel, self.allow = kernel, allow
+    def __init__(self, attention: AttentionFunction, allow: Callable[[Tensor, Tensor], Bool[Tensor, "B Hkv S"]]):
+        self.attention, self.allow = attention, allow
 
     @property
     def sinks(self) -> Tensor | None:
         """Return the model's own."""
-        return self.kernel.sinks
+        return self.attention.sinks
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> object:
         """Attend to what is allowed."""
         seen = self.allow(k, v).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
-        return self.kernel(q, k, v, seen if mask is None else seen & mask)
+        return self.attention(q, k, v, seen if mask is None else seen & mask)
 
     def wrap(self, out: Tensor) -> object:
         """Refuse: an output that was computed elsewhere has seen what is to be hidden."""
@@ -60,31 +62,31 @@ class LimitedKernel:
 class LimitedLayer(FarLayer):
     """A fully attended layer that can be limited at decode steps."""
 
-    def __init__(self, layer: int, recipe: Recipe):
-        super().__init__(layer, recipe)
+    def __init__(self, layer: int, engine: Engine):
+        super().__init__(layer, engine)
         self.limit: Limit | None = None
         self.observed: Observed | None = None
         # Tokens of the prompt, set when it has been read, and their scores.
         self.prompt_tokens = 0
         self.scores: Tensor | None = None
 
-    def attend(self, step: Step, kernel: Kernel) -> object:
+    def attend(self, step: Step, attention: AttentionFunction) -> object:
         """Attend through a kernel that hides what the limit leaves out; the prompt is only watched."""
         if step.query.q.shape[2] > 1:
             self.observed = observe_queries(step.query.q, WINDOW, "window", self.observed)
-            return super().attend(step, kernel)
+            return super().attend(step, attention)
         limit = self.limit
         if limit is None:
-            return super().attend(step, kernel)
+            return super().attend(step, attention)
         allow = self.keep if limit.kind == "keep" else self.fetch
-        return super().attend(step, LimitedKernel(kernel, lambda k, v: allow(step, k, v, limit.share)))
+        return super().attend(step, HidingAttention(attention, lambda k, v: allow(step, k, v, limit.share)))
 
     def keep(self, step: Step, k: Tensor, v: Tensor, share: float) -> Bool[Tensor, "B Hkv S"]:
         """Allow one choice for all steps: the prompt's best by its last queries, and all tokens after it."""
         assert self.observed is not None
         n = self.prompt_tokens
         if self.scores is None:
-            form = Form(step.query.scaling, step.query.softcap)
+            form = step.query.logits
             self.scores = score_records("window", self.observed, k[:, :, :n], v[:, :, :n], None, form)
         positions, _ = choose_kept(self.scores, n, max(WINDOW, int(share * n)), WINDOW)
         seen = torch.ones(*k.shape[:3], dtype=torch.bool, device=k.device)
@@ -93,7 +95,7 @@ class LimitedLayer(FarLayer):
 
     def fetch(self, step: Step, k: Tensor, v: Tensor, share: float) -> Bool[Tensor, "B Hkv S"]:
         """Allow the step's heaviest records and the newest one."""
-        weights = weigh_keys(step.query.q, k, None, step.query.scaling, step.query.softcap)[:, :, :, 0].mean(2)
+        weights = weigh_keys(step.query.q, k, None, step.query.logits)[:, :, :, 0].mean(2)
         weights[..., -1] = torch.inf
         best = weights.topk(max(1, int(share * k.shape[2])), -1).indices
         return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, best, value=True)
@@ -126,7 +128,7 @@ def measure_prompt(handle: Handle, ids: Int[Tensor, " T"]) -> Tensor:
     """Return KL of one prompt, [2 kinds, L, shares], in float64."""
     cache = handle.new_cache(tokens=ids.shape[0] + STEPS)
     for i in handle.managed:
-        cache.layers[i] = LimitedLayer(i, cache.recipe)
+        cache.layers[i] = LimitedLayer(i, cache.engine)
     handle.decoder(input_ids=ids[None, :-1].to(handle.device), past_key_values=cache, use_cache=True)
     layers: list[Any] = [cache.layers[i] for i in handle.managed]
     for layer in layers:

@@ -19,12 +19,13 @@ from torch import nn
 
 from farkv._axes import Int, Tensor
 from farkv.calibrate.curves import to_grid
+from farkv.engine.step import Engine
 from farkv.errors import ConfigError
-from farkv.hf.cache import FarLayer
 from farkv.hf.handle import Handle
-from farkv.math.importance import Form, Scorer, measure_spread, observe_queries, score_records, sort_gains
+from farkv.hf.layer import FarLayer
+from farkv.math.importance import Scorer, measure_spread, observe_queries, score_records, sort_gains
 from farkv.math.skew import Gram, measure_gram
-from farkv.methods.contract import Kernel, Recipe, Step
+from farkv.math.step import AttentionFunction, Step
 
 # Light: tokens of one run. Long enough that most attention between neighbours stays inside.
 RUN = 64
@@ -68,8 +69,8 @@ class PassEnded(Exception):
 class MiniLayer(FarLayer):
     """Counts tokens, looks at queries, keys and values as they pass, and stores none of them."""
 
-    def __init__(self, layer: int, recipe: Recipe, look: Look, sample: Sample, *, ends: bool):
-        super().__init__(layer, recipe)
+    def __init__(self, layer: int, engine: Engine, look: Look, sample: Sample, *, ends: bool):
+        super().__init__(layer, engine)
         self.look, self.sample, self.ends = look, sample, ends
         self.n_seen = 0
 
@@ -84,7 +85,7 @@ class MiniLayer(FarLayer):
         """Return the tokens seen."""
         return self.n_seen
 
-    def attend(self, step: Step, kernel: Kernel) -> object:
+    def attend(self, step: Step, attention: AttentionFunction) -> object:
         """Look, then attend to the whole prompt; the last layer ends the pass instead."""
         width = step.k.shape[1] * (step.k.shape[-1] + step.v.shape[-1])
         self.sample.token_bytes[self.layer] = width * step.k.element_size()
@@ -97,10 +98,10 @@ class MiniLayer(FarLayer):
             self._measure_curves(step)
         if self.ends:
             raise PassEnded
-        return kernel(step.query.q, step.k, step.v, step.mask)
+        return attention(step.query.q, step.k, step.v, step.mask)
 
     def _measure_curves(self, step: Step) -> None:
-        look, form = self.look, Form(step.query.scaling, step.query.softcap)
+        look, form = self.look, step.query.logits
         observed = observe_queries(step.query.q, look.window, look.scorer, None)
         scores = score_records(look.scorer, observed, step.k, step.v, None, form, pool=look.pool)
         spread = measure_spread(observed, step.k, None, form)
@@ -122,7 +123,7 @@ def run_mini(handle: Handle, ids: Int[Tensor, " T"], look: Look, layers: list[in
     cache = handle.new_cache()
     sample = Sample({}, {}, {}, {})
     for i in layers:
-        cache.layers[i] = MiniLayer(i, cache.recipe, look, sample, ends=i == layers[-1])
+        cache.layers[i] = MiniLayer(i, cache.engine, look, sample, ends=i == layers[-1])
     with suppress(PassEnded):
         handle.decoder(input_ids=ids[None].to(handle.device), past_key_values=cache, use_cache=True)
     return sample

@@ -24,7 +24,6 @@ from farkv.store.follow import Follower
 from farkv.store.ledger import Ledger
 from farkv.store.sizes import LayerShape
 
-
 # Records per KV head that are read, or kept, however small the budget is, where nobody asked for one.
 LEAST_RECORDS = 64
 
@@ -91,8 +90,13 @@ class Records(Protocol):
         ...
 
     @property
-    def at_end_of_prompt(self) -> bool:
-        """Say whether no more of an announced prompt is to come."""
+    def evicted(self) -> int:
+        """Return the tokens of which there is no row any more."""
+        ...
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of an announced prompt; 0: any pass of more than one token may be its end."""
         ...
 
     def keys(self, start: int, stop: int) -> Tensor:
@@ -101,6 +105,10 @@ class Records(Protocol):
 
     def key_blocks(self, start: int, stop: int) -> Iterator[Tensor]:
         """Give keys block by block where they cannot be read in place, else all at once."""
+        ...
+
+    def near_blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """Give keys near, block by block, each with its first row: no more than a dense read takes at once."""
         ...
 
     def values(self) -> Tensor:
@@ -141,6 +149,11 @@ class Selector:
     def find_window(cls, config: Any) -> int:
         """Return how many of the newest records are always read, at most."""
         return getattr(config, "window", 0)
+
+    @classmethod
+    def find_source(cls, config: Any) -> Source | None:
+        """Return the hidden state that queries are estimated from where records travel; None: no query is."""
+        return None
 
     # --- scoring --------------------------------------------------------------------------------------------
 
@@ -191,11 +204,11 @@ class Selector:
     def restore(self, state: Any) -> None:
         """Put back what `snapshot` returned; rows are those of then again."""
 
-    def join(self, other: Any, layer: int, batches: tuple[int, int], n_rows: int) -> None:
-        """Let another's sequences, of the same method, follow these in a layer of `n_rows` rows.
+    def join(self, other: Any, layer: int, batches: tuple[int, int], lengths: tuple[int, int]) -> None:
+        """Let another's sequences, of the same method, follow these in a layer; shorter ones get rows before theirs.
 
         Args:
-            batches: the sequences of both.
+            batches, lengths: the sequences and rows of both.
         """
 
     def describe(self) -> dict[str, Any] | None:
@@ -276,7 +289,9 @@ class Evictor:
         What was important once is not forgotten at once: the larger of a new score and an old one counts.
         """
         visible, k = records.visible(records.length), records.keys(0, records.length)
-        new = self.score(records.layer, k, records.values(), None if visible is None else visible.to(k.device), n_recent)
+        new = self.score(
+            records.layer, k, records.values(), None if visible is None else visible.to(k.device), n_recent
+        )
         scores[..., : new.shape[-1]] = join_scores(new.to(scores.device), scores)
         return new
 

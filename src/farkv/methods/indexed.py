@@ -1,275 +1,177 @@
-"""InfiniGen's index, once per prompt: when a layer's projection is fitted, on what, and how new keys enter it.
+"""A selector that scores a small index instead of the keys: InfiniGen's, and low-bit keys.
 
-Every sequence of a batch has a projection of its own, fitted to its own tokens when it has enough of them, as if it
-were alone. (Read in chunks, it is fitted to what its first chunk with enough tokens has, and padding moves the
-chunks' edges.)
+The steps (docs/papers/infinigen.md has equation, function and deviation):
+  once per prompt    index: a fitted projection, and codes of every token     (`methods.layer_fit`, a `Coder`)
+  every layer, step  score the index with a query, estimated or true          (`math.score`)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from farkv._axes import Bool, Float, Int, Tensor
-from farkv.calibrate.profile import MAX_COLUMNS, Profile
-from farkv.config import InfiniGen, Source
-from farkv.math.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
-from farkv.math.sample import extend_sample, thin_keys, thin_queries, widen_stride
-from farkv.math.skew import measure_gram, solve_bilinear, solve_svd
-from farkv.methods.contract import Place, Step
-from farkv.methods.sparse import SparseRecipe
-from farkv.store.near.index import LayerIndex, Projection
+from farkv._axes import Bool, Float32, Tensor
+from farkv.config import Source
+from farkv.kernels.native import IndexView
+from farkv.math.score import pool_group, project_query, score_index
+from farkv.math.step import Query, Step
+from farkv.methods.base import Cap, Place, Records, Rule, Selector
+from farkv.methods.coder import Coder
+from farkv.methods.index_tensors import join_fits, list_tensors, take_tensors
+from farkv.methods.layer_fit import LayerFit
 from farkv.store.sizes import LayerShape
 
-# Without a profile, the skew is final once it was fitted to this many tokens per head dimension.
-FIT_TOKENS_PER_DIM = 8
-SAMPLED_QUERIES = 256
-# Index bytes scored per step over the KV bytes, in one pass over the index.
-INDEX_SHARE = 1 / 32
-FIT_KEYS = 4096
+
+class IndexRule(NamedTuple):
+    """How one method uses an index; its config makes it.
+
+    make_coder: what turns keys into codes, in a place.  source: of the estimated query, where records travel or
+    `always_ahead`; None: the true query chooses.  rule, pool: what ends a choice besides the cap, and how a query
+    group's scores are joined for it.  dense_first: the first layer is read whole.
+    """
+
+    cap: Cap
+    make_coder: Callable[[Place], Coder]
+    source: Source | None = None
+    always_ahead: bool = False
+    rule: Rule | None = None
+    pool: Callable[[Tensor, Tensor | None], Tensor] = pool_group
+    dense_first: bool = False
 
 
-class Indexed(SparseRecipe):
-    """A recipe whose layers have an index."""
+class IndexSelector(Selector):
+    """Reads sinks, the window and the best records by a query against an index.
 
-    # The projection is a skew, from the profile or else from the prompt.
-    fits_skew = True
+    Args:
+        config: with an `index_rule`.
+    """
 
-    def __init__(self, place: Place, config: InfiniGen, profile: Profile | None):
-        super().__init__(
-            place,
-            fraction=config.need_fraction,
-            sinks=config.sinks or 0,
-            window=config.window or 0,
-            top_up=config.top_up or 0.0,
-        )
-        # A light profile has curves alone: the skew is then the prompt's.
-        self.config, self.profile = config, profile if profile is not None and profile.has_skew else None
-        self.least = config.least_records
-        if config.least_records > 1 and not self.store.travels:
-            self.dense_tokens = place.fast.dense_tokens
-        # 0: the paper's partial keys are not rounded.
-        self.bits = config.index_bits or 0
-        self.query_source: Source | None = config.source
-        self.index = {i: LayerIndex(self.store.index, place.device, place.limits.reserve_tokens) for i in place.layers}
-        # Queries of every sequence, one of `strides` tokens each; and the tokens that its projection was fitted to.
-        self.samples: dict[int, Tensor] = {}
-        self.strides: dict[int, list[int]] = {}
-        self.fitted_tokens: dict[int, list[int]] = {}
+    def __init__(self, config: Any, place: Place):
+        self.config, self.place = config, place
+        use: IndexRule = config.index_rule
+        self.cap = use.cap if use.cap.least == 1 or place.travels else use.cap._replace(dense_tokens=place.dense_tokens)
+        if use.dense_first:
+            self.cap = self.cap._replace(fraction=config.share_beside_dense(len(place.layers)))
+        self.rule, self.pool = use.rule, use.pool
+        self.source = use.source if place.travels or use.always_ahead else None
+        self.dense_layers = set(place.layers[:1]) if use.dense_first else set[int]()
+        self.coder = use.make_coder(place)
+        self.fits = {layer: LayerFit(place, self.coder, layer) for layer in place.layers}
+        self.followers = dict(self.fits)
 
-    # --- when -----------------------------------------------------------------------------------------------
+    @classmethod
+    def find_window(cls, config: Any) -> int:
+        """Return how many of the newest records are always read, at most."""
+        return config.index_rule.cap.window
 
-    def observe(self, layer: int, step: Step) -> None:
-        """1. Sample queries.  2. Fit the projection, once there is enough.  3. Index the new keys."""
-        if self.reads_all(layer):
+    @classmethod
+    def find_source(cls, config: Any) -> Source | None:
+        """Return the hidden state that queries are estimated from where records travel."""
+        return config.index_rule.source
+
+    # --- once per prompt ------------------------------------------------------------------------------------
+
+    def reads_all(self, layer: int) -> bool:
+        """Say whether this layer is read whole by design."""
+        return layer in self.dense_layers
+
+    def observe(self, records: Records, step: Step) -> None:
+        """1. Sample queries.  2. At the prompt's end fit the projection.  3. Index the new keys."""
+        if self.reads_all(records.layer):
             return
-        index, total, n_new = self.index[layer], self.store.length(layer), step.k.shape[2]
-        if not self.is_final(layer):
-            self.sample_queries(layer, step.query.q)
-            least = self.first_tokens(layer)
-            due = self.find_due(layer, total, lambda n, fitted: fitted == 0 and n >= least) if n_new > 1 else []
-            if due:
-                self.fit(layer, step.k if total == n_new else self.store.keys(layer), due)
+        fit = self.fits[records.layer]
+        fit.observe(records, step.query.q, step.k)
         # In place, a token is indexed when it leaves the window, many at a time; of a far one the key is here now.
-        waits = n_new == 1 and not self.store.travels and self.window > 0
-        if index.projection is not None and index.length == total - n_new and not waits:
-            self.encode(layer, step.k)
+        waits = step.n_new == 1 and not self.place.travels and self.cap.window > 0
+        if not waits and fit.index.projection is not None and fit.index.length == records.length - step.n_new:
+            fit.encode(step.k)
 
-    def catch_up(self, layer: int, n_tokens: int) -> None:
-        """Bring a layer's index up to `n_tokens` at least: tokens left the window, or the skew is still young."""
-        index, total = self.index[layer], self.store.length(layer)
-        if not self.is_final(layer):
-            due = self.find_due(layer, total, lambda n, fitted: n >= 2 * fitted)
-            if due:
-                self.fit(layer, self.store.keys(layer, 0, total), due)
-        if index.length < n_tokens:
-            # A deliberate copy where the pool is far: these keys were stored before the index could be built.
-            self.encode(layer, self.store.keys(layer, index.length, total).to(self.store.device))
+    def prepare(self, records: Records, n_rows: int) -> None:
+        """Bring a layer's index up to date."""
+        self.fits[records.layer].catch_up(records, n_rows)
 
-    def first_tokens(self, layer: int) -> int:
-        """Tokens of a prompt from which a projection is fitted at all."""
-        return 1 if self.profile else self.fit_tokens(layer)
+    def prepare_eviction(self, records: Records) -> None:
+        """Index all rows: codes can only be kept of what is indexed."""
+        if not self.reads_all(records.layer):
+            self.prepare(records, records.length)
 
-    def fit_tokens(self, layer: int) -> int:
-        """Tokens after which a skew from the prompt is final."""
-        return FIT_TOKENS_PER_DIM * self.store.k_dims[layer]
+    # --- every layer, every step ----------------------------------------------------------------------------
 
-    def final_tokens(self, layer: int) -> int:
-        """Return the tokens a projection must have been fitted to, not to be fitted again."""
-        # Once records are gone, those that are left do not stand for the prompt.
-        return 1 if self.profile is not None or self.store.evicted[layer] > 0 else self.fit_tokens(layer)
+    def score(
+        self, records: Records, query: Query, n_rows: int, visible: Bool[Tensor, "b h S"] | None
+    ) -> Float32[Tensor, "B Hkv S"]:
+        """1. Project the query.  2. Score the codes.  3. Join the query group."""
+        return self.pool(self._score_codes(records, query, n_rows), visible)
 
-    def is_final(self, layer: int) -> bool:
-        """Say whether no sequence's projection will be fitted again."""
-        fitted = self.fitted_tokens.get(layer)
-        return fitted is not None and min(fitted) >= self.final_tokens(layer)
+    def score_late(
+        self, records: Records, query: Query, n_rows: int, visible: Bool[Tensor, "b h S"] | None
+    ) -> Float32[Tensor, "B Hkv S"]:
+        """Score by weight, whatever ended the early choice."""
+        return pool_group(self._score_codes(records, query, n_rows), visible)
 
-    def find_due(self, layer: int, n_rows: int, is_due: Callable[[int, int], bool]) -> list[int]:
-        """Return the sequences to be fitted now, by their own tokens and those they were fitted to before."""
-        final, fitted = self.final_tokens(layer), self.get_fitted(layer)
-        pairs = zip(self.count_own(layer, n_rows), fitted, strict=True)
-        return [i for i, (n, old) in enumerate(pairs) if old < final and is_due(n, old)]
+    def _score_codes(self, records: Records, query: Query, n_rows: int) -> Float32[Tensor, "B Hkv G S"]:
+        fit = self.fits[records.layer]
+        projection = fit.get_projection()
+        projected = project_query(query.q, projection.query, projection.scale, query.logits)
+        return score_index(projected, self.coder.unpack(fit.index.codes()[:, :, :n_rows]), query.logits)
 
-    def get_fitted(self, layer: int) -> list[int]:
-        """Return how many tokens each sequence's projection was fitted to; 0: there is none."""
-        return self.fitted_tokens.setdefault(layer, [0] * self.store.batch(layer))
+    def view_index(self, layer: int) -> IndexView | None:
+        """Return the index for the fast kernels, which know four bits, and eight."""
+        if self.coder.bits not in (4, 8):
+            return None
+        fit = self.fits[layer]
+        projection = fit.get_projection()
+        return IndexView(fit.index.codes(), self.coder.bits, projection.query, projection.scale)
 
-    def take_fitted(self, layer: int, fitted: Tensor) -> None:
-        """Note on how many tokens a saved index's projection was fitted."""
-        self.fitted_tokens[layer] = fitted.reshape(-1).tolist()
+    # --- bytes ----------------------------------------------------------------------------------------------
 
-    def count_own(self, layer: int, n_rows: int) -> list[int]:
-        """Return the real tokens of every sequence among a layer's first `n_rows`."""
-        lengths = self.padding.count(n_rows + self.store.evicted[layer])
-        own = [n_rows] if lengths is None else [min(n, n_rows) for n in lengths.real]
-        return own if len(own) > 1 else own * self.store.batch(layer)
+    def count_scored_bytes(self, records: Records, n_rows: int) -> int:
+        """Return the bytes of the codes of the first `n_rows` rows."""
+        codes = self.fits[records.layer].index.codes()[:, :, :n_rows]
+        return codes.numel() * codes.element_size()
 
-    # --- on what --------------------------------------------------------------------------------------------
+    def index_bytes(self, shape: LayerShape, tokens: int) -> int:
+        """Return the bytes of one layer's codes."""
+        bits = self.coder.bits or 8 * shape.itemsize
+        n_columns = self.coder.count_columns(shape.k_dim, shape.record_bytes)
+        return shape.batch * shape.kv_heads * n_columns * bits // 8 * tokens
 
-    def sample_queries(self, layer: int, q: Float[Tensor, "B Hq T D"]) -> None:
-        """Keep a thin sample of every sequence's queries so far; a few hundred per layer."""
-        if self.profile is not None and not self.config.paper:
-            return
-        seen, n_new, evicted = self.store.seen(layer), q.shape[2], self.store.evicted[layer]
-        before = self.count_own(layer, seen - n_new - evicted)
-        after = self.count_own(layer, seen - evicted)
-        was = self.strides.get(layer) or [widen_stride(1, n, SAMPLED_QUERIES) for n in before]
-        strides = [widen_stride(s, n, SAMPLED_QUERIES) for s, n in zip(was, after, strict=True)]
-        n_slots = max(1, *(-(-n // s) for n, s in zip(after, strides, strict=True)))
-        old = self.samples.get(layer)
-        if n_new == 1 and self.padding.real is None and old is not None and strides == was:
-            # Without padding all sequences have as many tokens; of those, one in `stride` is sampled.
-            if n_slots > old.shape[2]:
-                self.samples[layer] = extend_sample(old, q, SAMPLED_QUERIES)
-            return
-        real = self.padding.of_tokens(seen)
-        real = None if real is None else real[:, -n_new:].expand(q.shape[0], -1)
-        tokens = torch.tensor([before, after, was, strides], device=q.device)
-        self.samples[layer] = thin_queries(old, q, real, tokens, n_slots)
-        self.strides[layer] = strides
+    # --- taking back, joining, sessions -----------------------------------------------------------------------
 
-    def fit(self, layer: int, keys: Float[Tensor, "B Hkv S D"], due: list[int]) -> None:
-        """Decide how keys of the sequences `due` enter the layer's index; where that is all of them, clear it."""
-        keys, index, lengths = keys.to(self.store.device), self.index[layer], self.count_own(layer, keys.shape[2])
-        visible = self.visible(layer, keys.shape[2])
-        real = None if visible is None else visible.all(1).expand(keys.shape[0], -1)
-        everyone, queries = len(due) == keys.shape[0], self.samples.get(layer)
-        at = torch.tensor(due, device=keys.device)
-        if not everyone:
-            keys = keys.index_select(0, at)
-            real = None if real is None else real.index_select(0, at)
-            queries = None if queries is None else queries.index_select(0, at)
-        sample, valid = thin_keys(keys, real, FIT_KEYS)
-        n_columns = self.count_columns(keys.shape[-1], self.account.record_bytes[layer])
-        fit = self.fit_paper if self.config.paper else self.fit_bilinear
-        projection = fit(layer, queries, sample, valid, n_columns)
-        if everyone:
-            index.clear()
-            index.projection = projection
-        else:
-            index.replace(projection, at, len(lengths), self.make_codes(keys[:, :, : index.length], projection))
-        fitted = self.get_fitted(layer)
-        self.fitted_tokens[layer] = [lengths[i] if i in due else n for i, n in enumerate(fitted)]
-        if self.profile is None and self.fits_skew:
-            # Once per layer and fit: the receipt says where the skew came from.
-            self.account.add_fallback("skew_from_prompt")
-        if self.is_final(layer):
-            self.samples.pop(layer, None)
-            self.strides.pop(layer, None)
+    def snapshot(self) -> Any:
+        """Return what is known of every layer, and its projection: a pass makes new ones."""
+        return {layer: (fit.phase, fit.index.projection) for layer, fit in self.fits.items()}
 
-    def fit_bilinear(
-        self, layer: int, queries: Tensor | None, keys: Tensor, valid: Bool[Tensor, "B S"] | None, n: int
-    ) -> Projection:
-        """Ours: the best rank-R score from the profile, or from this prompt's queries and keys."""
-        if self.profile is not None:
-            query, key, mean = (t.to(keys.device) for t in self.profile.bilinear(layer))
-        else:
-            assert queries is not None
-            query, key, mean = solve_bilinear(measure_gram(queries, keys, valid))
-        # Kernels read them as they lie.
-        query, key = query[..., :n].contiguous(), key[..., :n].contiguous()
-        return Projection(query, key, mean, fit_scale(project_keys(keys, key, mean), valid, self.bits))
+    def restore(self, state: Any) -> None:
+        """Put them back."""
+        for layer, known in state.items():
+            self.fits[layer].restore(*known)
 
-    def fit_paper(
-        self, layer: int, queries: Tensor | None, keys: Tensor, valid: Bool[Tensor, "B S"] | None, n: int
-    ) -> Projection:
-        """The paper's: an orthogonal skew, the strongest columns of this prompt, keys in the model's dtype."""
-        assert queries is not None
-        batch, heads, _, dim = keys.shape
-        if self.profile is not None:
-            skew = self.profile.svd(layer).to(keys.device)
-        else:
-            skew = solve_svd(measure_gram(queries, keys, valid))
-        key = choose_columns(queries.reshape(batch, heads, -1, dim), keys, skew, n)
-        zero = torch.zeros(batch, heads, 1, dim, device=keys.device)
-        return Projection(key, key, zero, torch.ones(batch, heads, 1, n, device=keys.device))
+    def join(self, other: Any, layer: int, batches: tuple[int, int], lengths: tuple[int, int]) -> None:
+        """Let another's sequences follow these."""
+        join_fits(self.fits[layer], other.fits[layer], batches, lengths)
 
-    # --- how ------------------------------------------------------------------------------------------------
+    def describe(self) -> dict[str, Any] | None:
+        """Return what must be the same for a saved index to be of use."""
+        return self.coder.describe() | {"scans": 2 if self.cap.top_up else 1}
 
-    def encode(self, layer: int, keys: Float[Tensor, "B Hkv T D"]) -> None:
-        """Append the codes of new keys to the layer's index."""
-        projection = self.index[layer].projection
-        assert projection is not None
-        self.index[layer].append(self.make_codes(keys, projection))
+    def list_tensors(self, records: dict[int, Records]) -> dict[str, Tensor]:
+        """Return the index of every layer by name, as it is saved with a text."""
+        found: dict[str, Tensor] = {}
+        for layer, fit in self.fits.items():
+            found |= {f"{layer}/{name}": t for name, t in list_tensors(fit, records[layer]).items()}
+        return found
 
-    def make_codes(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
-        """Return keys as the index holds them."""
-        projected = project_keys(keys, projection.key, projection.mean)
-        if self.config.paper:
-            return projected.to(keys.dtype)
-        codes = encode_keys(projected, projection.scale, self.bits)
-        return pack_codes(codes) if self.bits == 4 else codes
+    def take_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype, records: dict[int, Records]) -> None:
+        """Take the index of a saved text, whose records are stored.
 
-    def count_columns(self, k_dim: int, record_bytes: int) -> int:
-        """Index columns R: ours fill 1/32 of the KV bytes, the paper's are 0.3 of the head dimension."""
-        if self.config.columns is not None:
-            wanted = self.config.columns
-        elif self.config.paper:
-            wanted = max(1, round(0.3 * k_dim))
-        else:
-            wanted = int(INDEX_SHARE * record_bytes * 8 / self.bits)
-        # Two codes share a byte.
-        even = wanted - wanted % 2 if self.bits == 4 else wanted
-        # A profile holds every column of the paper's basis, but only the leading ones of ours.
-        most = k_dim if self.config.paper else min(k_dim - k_dim % 2, MAX_COLUMNS)
-        return max(2 if self.bits == 4 else 1, min(even, most))
-
-    def index_token_bytes(self, shape: LayerShape) -> int:
-        """Bytes one token adds to a layer's index."""
-        bits = self.bits or 8 * shape.itemsize
-        return shape.batch * shape.kv_heads * self.count_columns(shape.k_dim, shape.record_bytes) * bits // 8
-
-    # --- the batch ------------------------------------------------------------------------------------------
-
-    def forget(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Follow an eviction in the index, which is brought up to date first, while all keys are there."""
-        if not self.reads_all(layer):
-            self.catch_up(layer, self.store.length(layer))
-            self.index[layer].keep(positions)
-
-    def crop(self, n_tokens: int, layer: int) -> None:
-        """Forget the newest tokens, in the index too."""
-        super().crop(n_tokens, layer)
-        excess = self.index[layer].length - self.store.length(layer)
-        if excess > 0:
-            self.index[layer].crop(excess)
-
-    def select(self, sequences: Int[Tensor, " N"], layer: int) -> None:
-        """Keep these sequences, in the index, the samples and what is known of them too."""
-        super().select(sequences, layer)
-        self.index[layer].select(sequences)
-        if layer in self.samples:
-            self.samples[layer] = self.samples[layer].index_select(0, sequences.to(self.samples[layer].device))
-        # The store has waited for these numbers already.
-        order = sequences.tolist()
-        for known in (self.strides, self.fitted_tokens):
-            if layer in known:
-                known[layer] = [known[layer][i] for i in order]
-
-    def clear(self, layer: int) -> None:
-        """Forget everything of a layer."""
-        super().clear(layer)
-        self.index[layer].clear()
-        for known in (self.samples, self.strides, self.fitted_tokens):
-            known.pop(layer, None)
+        Raises:
+            SessionError: these tensors are no index of this method and text.
+        """
+        for layer, fit in self.fits.items():
+            if not self.reads_all(layer):
+                start = f"{layer}/"
+                mine = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+                take_tensors(fit, records[layer], mine, dtype)

@@ -2,147 +2,242 @@
 
 The steps, in the paper's order (docs/papers/infinigen.md has equation, function and deviation):
   once per model     skew: a basis in which few columns decide the scores     (`math.skew`, in the profile)
-  once per prompt    index: partial keys of every token                       (`methods.indexed`, `math.index`)
-  every layer, step  speculate: score layer i's index with an estimated query (`math.score`)
-                     select: threshold and cap                                (`math.select`)
+  once per prompt    index: partial keys of every token                       (`methods.indexed`, the coders below)
+  every layer, step  speculate: score layer i's index with an estimated query (`engine.step`)
+                     select: threshold and cap                                (`engine.choose`, `math.select`)
                      fetch: only the chosen records cross the link            (`store.tiers`)
-                     attend, and top up what the true query finds missing
+                     attend, and top up what the true query finds missing     (`engine.step`)
 """
 
 from __future__ import annotations
 
-from farkv._axes import Tensor
-from farkv.calibrate.profile import Profile
-from farkv.config import InfiniGen
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from farkv._axes import Bool, Float, Tensor
+from farkv.calibrate.profile import MAX_COLUMNS, Profile
+from farkv.config import SOURCES, Source, check_counts, check_fraction
 from farkv.errors import ConfigError
-from farkv.kernels.native import IndexView
-from farkv.math.score import pool_group, pool_group_by_best, project_query, score_index, unpack_codes
-from farkv.math.select import (
-    Choice,
-    forbid,
-    force_sinks,
-    select_mass,
-    select_mean_count,
-    select_rest,
-    select_top,
-    select_within,
-)
-from farkv.methods.contract import Budget, Place, Query
-from farkv.methods.fast_choice import Job, choose_alike, choose_each, share_early, share_late
-from farkv.methods.indexed import Indexed
-from farkv.store.tiers import Fetch
+from farkv.math.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
+from farkv.math.score import pool_group, pool_group_by_best, unpack_codes
+from farkv.math.select import select_mass, select_mean_count, select_within
+from farkv.math.skew import measure_gram, solve_bilinear, solve_svd
+from farkv.methods.base import LEAST_RECORDS, Cap, Place
+from farkv.methods.coder import Coder
+from farkv.methods.indexed import IndexRule
+from farkv.store.near.index import Projection
+
+# Index bytes scored per step over the KV bytes, in one pass over the index.
+INDEX_SHARE = 1 / 32
 
 
-class InfiniGenRecipe(Indexed):
-    """The published algorithm (`paper=True`) and the better default, in one order of steps."""
+@dataclass(frozen=True, kw_only=True)
+class InfiniGen:
+    """Attend to the records that a query estimated one layer ahead finds in a small index.
 
-    def __init__(self, place: Place, config: InfiniGen, profile: Profile | None):
-        super().__init__(place, config, profile)
-        if config.paper:
-            self.fraction = share_beside_dense(config.need_fraction, len(place.layers), 1)
-
-    # --- every layer, every step ----------------------------------------------------------------------------
-
-    def reads_all(self, layer: int) -> bool:
-        """The paper leaves the first layer dense; ours knows its true query."""
-        return self.config.paper and layer == self.layers[0]
-
-    def wants_estimate(self, layer: int) -> bool:
-        """Every sparse layer with records is speculated; ours not where it reads them in place: nothing travels."""
-        if not self.store.travels and not self.config.paper:
-            return False
-        return not self.dense and not self.reads_all(layer) and self.store.length(layer) > 0
-
-    def speculate(self, layer: int, estimate: Query) -> None:
-        """1. Score the index.  2. Select.  3. Start the fetch; it travels while layer i-1 goes on."""
-        budget = self.share(self.store.seen(layer) + 1, layer)
-        chosen = self.score_and_select(layer, estimate, self.store.length(layer) + 1, budget)
-        early = self.store.fetch(layer, chosen.positions, chosen.valid, budget.late + budget.tail)
-        self.pending[layer] = early, budget
-
-    def choose(self, layer: int, query: Query, budget: Budget) -> Choice:
-        """The first layer: its true query is known at once."""
-        return self.score_and_select(layer, query, self.store.length(layer), budget)
-
-    def score_and_select(self, layer: int, query: Query, rows: int, budget: Budget) -> Choice:
-        """Choose `budget.early` of `rows` records, the newest and not yet indexed one included, but for the tail."""
-        n_old = rows - budget.tail
-        self.catch_up(layer, n_old)
-        job = self._prepare_fast(layer, query, n_old)
-        if job is None:
-            return self.select_records(layer, self.score(layer, query, n_old), budget)
-        if budget.own is None:
-            return choose_alike(job, budget.early, budget.sinks, None)
-        return choose_each(job, share_early(budget, self.find_starts(rows), n_old), None)
-
-    def _prepare_fast(self, layer: int, query: Query, n_old: int) -> Job | None:
-        """Say what the fast kernel chooses from; None where it does not know the rule or the records."""
-        config, kernels, index = self.config, self.fast.kernels, self.index[layer]
-        by_cap = not config.paper and config.alpha is None and config.top_p is None
-        if kernels is None or not by_cap or self.reaches_disk(layer) or not self.may_select(layer, query):
-            return None
-        assert index.projection is not None
-        codes = index.codes()
-        self.count_index(layer, codes[:, :, :n_old].numel() * codes.element_size())
-        self.account.kernels.add(kernels.name)
-        view = IndexView(codes, self.bits, index.projection.query, index.projection.scale)
-        return Job(kernels, view, query, n_old)
-
-    def score(self, layer: int, query: Query, n_old: int) -> Tensor:
-        """Score the first `n_old` records of a layer with its index."""
-        index = self.index[layer]
-        assert index.projection is not None
-        codes = index.codes()[:, :, :n_old]
-        self.count_index(layer, codes.numel() * codes.element_size())
-        codes = unpack_codes(codes) if self.bits == 4 else codes
-        projected = project_query(query.q, index.projection.query, index.projection.scale, query.scaling)
-        return score_index(projected, codes, query.softcap)
-
-    def select_records(self, layer: int, scores: Tensor, budget: Budget) -> Choice:
-        """Apply the configured rule: the cap alone, alpha, the paper's mean count, or a share of mass."""
-        config, cap, own = self.config, budget.early, budget.own_early
-        valid, recent = self.find_open(layer, scores.shape[-1], budget)
-        pool = pool_group if config.alpha is None else pool_group_by_best
-        pooled = force_sinks(pool(scores, valid), budget.own_sinks, valid, recent)
-        if self.fraction >= 1 or cap == 0 or (config.alpha is None and config.top_p is None):
-            return self.pick(layer, pooled, budget)
-        pooled = self.reach(layer, pooled)
-        if config.top_p is not None:
-            return select_mass(pooled, cap, config.top_p, own)
-        assert config.alpha is not None
-        return (select_mean_count if config.paper else select_within)(pooled, cap, config.alpha, own)
-
-    def top_up(self, layer: int, query: Query, early: Fetch, budget: Budget) -> Choice | None:
-        """Miss correction: score again with the true query, fetch the best of what speculation left out."""
-        if budget.late == 0:
-            return None
-        n_old = self.store.length(layer) - budget.tail
-        job = self._prepare_fast(layer, query, n_old)
-        if job is not None and budget.own is None:
-            return choose_alike(job, budget.late, 0, early.positions)
-        if job is not None:
-            starts = self.find_starts(self.store.length(layer))
-            return choose_each(job, share_late(budget, starts, n_old), Choice(early.positions, early.valid))
-        valid, _ = self.find_open(layer, n_old, budget)
-        pooled, taken = pool_group(self.score(layer, query, n_old), valid), Choice(early.positions, early.valid)
-        if valid is not None or self.reaches_disk(layer):
-            # Of the disk a late read has to be waited for: as few pages as its share of the cap.
-            return select_rest(self.reach(layer, pooled, self.share_late), taken, budget.late, budget.own_late)
-        return select_top(forbid(pooled, taken), budget.late)
-
-
-def share_beside_dense(fraction: float, n_layers: int, n_dense: int) -> float:
-    """Return the fraction left to sparse layers where `n_dense` of `n_layers` read everything.
-
-    Raises:
-        ConfigError: the dense layers alone pass the cap.
+    Args:
+        fraction: hard cap on the read fraction over all layers; 1.0 reads everything and equals the plain model.
+            Left out, it is 0.1 (the paper's: 0.2) but never fewer than 64 records: a short text is read whole.
+        paper: the published algorithm; it decides what the following are where they are left out.
+        source: the hidden state the query is estimated from: `post_attn`, LN_i(h + attn_{i-1}), is ours;
+            `residual`, LN_i(h_{i-1}); `attn`, layer i-1's attention input, is the paper's.
+        columns: index columns R per KV head (ours: as many as fill 1/32 of the KV bytes; the paper's: 0.3 of
+            the head dimension).
+        index_bits: bits of an index entry, 4 (ours) or 8; the paper's partial keys have the model's dtype.
+        alpha: read only records within `alpha` logits of the best one (the paper's: 4).
+        top_p: read only the records that hold this share of the estimated attention weight.
+        sinks: first tokens that are always read (ours: 4, the paper's: 0).
+        window: recent tokens that are always read; with sinks at most a quarter of the cap (ours: 16, the paper's: 0).
+        top_up: share of the cap that is chosen late, by the layer's true query (ours: 0.25, the paper's: 0).
     """
-    if fraction >= 1:
-        return 1.0
-    share = (fraction * n_layers - n_dense) / max(1, n_layers - n_dense)
-    if share <= 0:
-        raise ConfigError(
-            f"fraction: paper=True reads {n_dense} of {n_layers} layers whole, so the cap must be above "
-            f"{n_dense / n_layers:.3f}, got {fraction}; raise it, or use paper=False"
+
+    fraction: float | None = None
+    paper: bool = False
+    source: Source | None = None
+    columns: int | None = None
+    index_bits: int | None = None
+    alpha: float | None = None
+    top_p: float | None = None
+    sinks: int | None = None
+    window: int | None = None
+    top_up: float | None = None
+
+    def __post_init__(self) -> None:
+        cap = self.cap
+        check_fraction(cap.fraction)
+        if self.source is not None and self.source not in SOURCES:
+            raise ConfigError(f"source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
+        check_counts(sinks=cap.sinks, window=cap.window)
+        if self.columns is not None and self.columns < 1:
+            raise ConfigError(f"columns: expected at least 1, got {self.columns!r}")
+        if self.index_bits not in ((None,) if self.paper else (None, 4, 8)):
+            raise ConfigError(f"index_bits: expected 4 or 8, and none with paper=True; got {self.index_bits!r}")
+        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ConfigError(f"alpha: expected a positive number of logits, got {self.alpha!r}")
+        if self.top_p is not None and (self.paper or self.alpha is not None):
+            raise ConfigError("alpha and top_p: give one of them, got both")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
+        if not 0 <= cap.top_up < 1:
+            raise ConfigError(f"top_up: expected a share in [0, 1), got {self.top_up!r}")
+
+    # --- after defaults are filled in ---------------------------------------------------------------------------
+
+    @property
+    def cap(self) -> Cap:
+        """How much is read."""
+        fraction, sinks, window, top_up = (0.2, 0, 0, 0.0) if self.paper else (0.1, 4, 16, 0.25)
+        return Cap(
+            fraction if self.fraction is None else self.fraction,
+            sinks if self.sinks is None else self.sinks,
+            window if self.window is None else self.window,
+            top_up if self.top_up is None else self.top_up,
+            LEAST_RECORDS if self.fraction is None else 1,
         )
-    return share
+
+    @property
+    def index_rule(self) -> IndexRule:
+        """How the index is made and used."""
+        alpha = 4.0 if self.paper and self.alpha is None else self.alpha
+        rule: Any = None
+        if alpha is not None:
+            rule = partial(select_by_alpha, alpha=alpha, mean=self.paper)
+        elif self.top_p is not None:
+            rule = partial(select_by_mass, top_p=self.top_p)
+        return IndexRule(
+            self.cap,
+            self.make_coder,
+            source=self.source or ("attn" if self.paper else "post_attn"),
+            always_ahead=self.paper,
+            rule=rule,
+            pool=pool_group if alpha is None else pool_group_by_best,
+            dense_first=self.paper,
+        )
+
+    def make_coder(self, place: Place) -> Coder:
+        """Return what makes the index in a place."""
+        # A light profile has curves alone: the skew is then the prompt's.
+        profile = place.profile if place.profile is not None and place.profile.has_skew else None
+        if self.paper:
+            return PaperCoder(self.columns, profile)
+        return BilinearCoder(self.columns, self.index_bits or 4, profile)
+
+    def share_beside_dense(self, n_layers: int) -> float:
+        """Return the fraction left to other layers where the first of `n_layers` reads everything.
+
+        Raises:
+            ConfigError: the dense layer alone passes the cap.
+        """
+        fraction = self.cap.fraction
+        if fraction >= 1:
+            return 1.0
+        share = (fraction * n_layers - 1) / max(1, n_layers - 1)
+        if share <= 0:
+            raise ConfigError(
+                f"fraction: paper=True reads 1 of {n_layers} layers whole, so the cap must be above "
+                f"{1 / n_layers:.3f}, got {fraction}; raise it, or use paper=False"
+            )
+        return share
+
+
+def select_by_alpha(scores: Tensor, cap: int, own: Tensor | None, *, alpha: float, mean: bool) -> Any:
+    """Choose what is within `alpha` logits of the best; with `mean` the layer's mean count of it, as published."""
+    return (select_mean_count if mean else select_within)(scores, cap, alpha, own)
+
+
+def select_by_mass(scores: Tensor, cap: int, own: Tensor | None, *, top_p: float) -> Any:
+    """Choose the fewest that hold `top_p` of the estimated attention weight."""
+    return select_mass(scores, cap, top_p, own)
+
+
+class BilinearCoder:
+    """Ours: the best rank-R score from the profile, or from a prompt's queries and keys, in four or eight bits."""
+
+    def __init__(self, columns: int | None, bits: int, profile: Profile | None):
+        self.columns, self.bits, self.profile = columns, bits, profile
+        self.needs_queries = self.fits_skew = profile is None
+        self.is_settled = profile is not None
+
+    def count_columns(self, k_dim: int, record_bytes: int) -> int:
+        """Return as many columns as fill 1/32 of the KV bytes; where two codes share a byte, an even number."""
+        wanted = int(INDEX_SHARE * record_bytes * 8 / self.bits) if self.columns is None else self.columns
+        even = wanted - wanted % 2 if self.bits == 4 else wanted
+        # A profile holds only the leading columns.
+        return max(2 if self.bits == 4 else 1, min(even, k_dim - k_dim % 2, MAX_COLUMNS))
+
+    def fit(
+        self, layer: int, queries: Tensor | None, keys: Float[Tensor, "B Hkv N D"], valid: Tensor | None, n_columns: int
+    ) -> Projection:
+        """Return the leading columns of the bilinear skew, and the step of each column's codes."""
+        if self.profile is not None:
+            query, key, mean = (t.to(keys.device) for t in self.profile.bilinear(layer))
+        else:
+            assert queries is not None
+            query, key, mean = solve_bilinear(measure_gram(queries, keys, valid))
+        # Kernels read them as they lie.
+        query, key = query[..., :n_columns].contiguous(), key[..., :n_columns].contiguous()
+        return Projection(query, key, mean, fit_scale(project_keys(keys, key, mean), valid, self.bits))
+
+    def encode(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
+        """Return rounded projections."""
+        codes = encode_keys(project_keys(keys, projection.key, projection.mean), projection.scale, self.bits)
+        return pack_codes(codes) if self.bits == 4 else codes
+
+    def unpack(self, codes: Tensor) -> Tensor:
+        """Return codes with one column each."""
+        return unpack_codes(codes) if self.bits == 4 else codes
+
+    def describe(self) -> dict[str, Any]:
+        """Return what must be the same for a saved index to be of use."""
+        return {"kind": "bilinear", "columns": self.columns, "bits": self.bits}
+
+
+class PaperCoder:
+    """The paper's: an orthogonal skew, the strongest columns of this prompt, keys in the model's dtype."""
+
+    bits = 0
+    needs_queries = True
+
+    def __init__(self, columns: int | None, profile: Profile | None):
+        self.columns, self.profile = columns, profile
+        self.fits_skew, self.is_settled = profile is None, profile is not None
+
+    def count_columns(self, k_dim: int, record_bytes: int) -> int:
+        """Return 0.3 of the head dimension."""
+        wanted = max(1, round(0.3 * k_dim)) if self.columns is None else self.columns
+        return max(1, min(wanted, k_dim))
+
+    def fit(
+        self,
+        layer: int,
+        queries: Float[Tensor, "B Hq M D"] | None,
+        keys: Float[Tensor, "B Hkv N D"],
+        valid: Bool[Tensor, "B N"] | None,
+        n_columns: int,
+    ) -> Projection:
+        """Return the skew's columns with the largest summed magnitude of this prompt's queries and keys."""
+        assert queries is not None
+        batch, heads, _, dim = keys.shape
+        if self.profile is not None:
+            skew = self.profile.svd(layer).to(keys.device)
+        else:
+            skew = solve_svd(measure_gram(queries, keys, valid))
+        key = choose_columns(queries.reshape(batch, heads, -1, dim), keys, skew, n_columns)
+        zero = torch.zeros(batch, heads, 1, dim, device=keys.device)
+        return Projection(key, key, zero, torch.ones(batch, heads, 1, n_columns, device=keys.device))
+
+    def encode(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
+        """Return partial keys."""
+        return project_keys(keys, projection.key, projection.mean).to(keys.dtype)
+
+    def unpack(self, codes: Tensor) -> Tensor:
+        """Return them as they are."""
+        return codes
+
+    def describe(self) -> dict[str, Any]:
+        """Return what must be the same for a saved index to be of use."""
+        return {"kind": "paper", "columns": self.columns, "bits": self.bits}

@@ -6,75 +6,91 @@ equation, function and deviation). Nothing is speculated: the query is the layer
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 
 from farkv._axes import Bool, Float, Tensor
-from farkv.config import InfiniGen, LowBit, Source
-from farkv.math.index import encode_levels, fit_levels, fit_scale, measure_mean, pack_codes, project_keys
-from farkv.math.score import project_query, score_index, unpack_codes
-from farkv.methods.contract import Place, Query
-from farkv.methods.infinigen import InfiniGenRecipe
+from farkv.config import check_counts, check_fraction
+from farkv.errors import ConfigError
+from farkv.math.index import encode_keys, encode_levels, fit_levels, fit_scale, measure_mean, pack_codes, project_keys
+from farkv.math.score import unpack_codes
+from farkv.methods.base import Cap, Place
+from farkv.methods.coder import Coder
+from farkv.methods.indexed import IndexRule
 from farkv.store.near.index import Projection
 
 
-class LowBitRecipe(InfiniGenRecipe):
-    """Reads sinks, the window and the best records by the true query against keys at two or four bits."""
+@dataclass(frozen=True, kw_only=True)
+class LowBit:
+    """Attend to the records that the true query finds in a copy of all key columns at few bits (YAKV's kind).
 
-    fits_skew = False
+    Args:
+        fraction: hard cap on the KV bytes read per step.
+        bits: of one column of one key, 2 or 4.
+        sinks, window: first and recent tokens that are always read.
+    """
 
-    def __init__(self, place: Place, config: LowBit):
-        index = InfiniGen(fraction=config.fraction, sinks=config.sinks, window=config.window, top_up=0.0)
-        super().__init__(place, index, None)
-        self.bits = config.bits
-        self.query_source: Source | None = None
+    fraction: float = 0.1
+    bits: int = 2
+    sinks: int = 4
+    window: int = 16
 
-    # --- the index: every column ----------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        check_fraction(self.fraction)
+        check_counts(sinks=self.sinks, window=self.window)
+        if self.bits not in (2, 4):
+            raise ConfigError(f"bits: expected 2 or 4, got {self.bits!r}")
 
-    def first_tokens(self, layer: int) -> int:
-        """Steps can be measured on any text; a short one's are measured again as it grows."""
-        return 1
+    @property
+    def index_rule(self) -> IndexRule:
+        """How the index is made and used."""
+        return IndexRule(Cap(self.fraction, self.sinks, self.window), self.make_coder)
 
-    def sample_queries(self, layer: int, q: Float[Tensor, "B Hq T D"]) -> None:
-        """Steps follow from the keys alone."""
+    def make_coder(self, place: Place) -> Coder:
+        """Return what makes the index."""
+        return ColumnCoder(self.bits)
 
-    def fit_bilinear(
-        self, layer: int, queries: Tensor | None, keys: Tensor, valid: Bool[Tensor, "B S"] | None, n: int
+
+class ColumnCoder:
+    """Every column as it is, less its mean, which moves all scores of a query alike."""
+
+    needs_queries = fits_skew = is_settled = False
+
+    def __init__(self, bits: int):
+        self.bits = bits
+
+    def count_columns(self, k_dim: int, record_bytes: int) -> int:
+        """Return all columns, and as many zeros as fill the last byte."""
+        codes = 8 // self.bits
+        return -(-k_dim // codes) * codes
+
+    def fit(
+        self,
+        layer: int,
+        queries: Float[Tensor, "B Hq M D"] | None,
+        keys: Float[Tensor, "B Hkv N D"],
+        valid: Bool[Tensor, "B N"] | None,
+        n_columns: int,
     ) -> Projection:
-        """Take every column as it is, less its mean, which moves all scores of a query alike."""
-        columns = torch.eye(keys.shape[3], n, device=keys.device).repeat(*keys.shape[:2], 1, 1)
+        """Return the columns' means and steps: they follow from the keys alone."""
+        columns = torch.eye(keys.shape[3], n_columns, device=keys.device).repeat(*keys.shape[:2], 1, 1)
         mean = measure_mean(keys, valid)
         fit = fit_levels if self.bits == 2 else fit_scale
         return Projection(columns, columns, mean, fit(project_keys(keys, columns, mean), valid, self.bits))
 
-    def make_codes(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
-        """Return keys as the index holds them."""
-        if self.bits == 4:
-            return super().make_codes(keys, projection)
-        levels = encode_levels(project_keys(keys, projection.key, projection.mean), projection.scale)
-        return pack_codes(levels, 2)
+    def encode(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
+        """Return rounded columns."""
+        projected = project_keys(keys, projection.key, projection.mean)
+        if self.bits == 2:
+            return pack_codes(encode_levels(projected, projection.scale), 2)
+        return pack_codes(encode_keys(projected, projection.scale, 4))
 
-    def count_columns(self, k_dim: int, record_bytes: int) -> int:
-        """All columns, and as many zeros as fill the last byte."""
-        codes = 8 // self.bits
-        return -(-k_dim // codes) * codes
+    def unpack(self, codes: Tensor) -> Tensor:
+        """Return codes with one column each."""
+        return unpack_codes(codes, self.bits)
 
-    # --- every layer, every step ----------------------------------------------------------------------------
-
-    def wants_estimate(self, layer: int) -> bool:
-        """Nothing is speculated."""
-        return False
-
-    def may_select(self, layer: int, query: Query) -> bool:
-        """The fast kernels know four bits."""
-        return self.bits == 4 and super().may_select(layer, query)
-
-    def score(self, layer: int, query: Query, n_old: int) -> Tensor:
-        """Score the first `n_old` records of a layer with its index."""
-        index = self.index[layer]
-        if self.bits == 4:
-            return super().score(layer, query, n_old)
-        assert index.projection is not None
-        codes = index.codes()[:, :, :n_old]
-        self.count_index(layer, codes.numel() * codes.element_size())
-        projected = project_query(query.q, index.projection.query, index.projection.scale, query.scaling)
-        return score_index(projected, unpack_codes(codes, 2), query.softcap)
+    def describe(self) -> dict[str, Any]:
+        """Return what must be the same for a saved index to be of use."""
+        return {"kind": "columns", "bits": self.bits}

@@ -112,7 +112,7 @@ class PagesSelector(Selector):
 
     # --- the batch ------------------------------------------------------------------------------------------
 
-    def join(self, other: Any, layer: int, batches: tuple[int, int], n_rows: int) -> None:
+    def join(self, other: Any, layer: int, batches: tuple[int, int], lengths: tuple[int, int]) -> None:
         """Padding moves the pages: they are made anew."""
         self.bounds[layer].clear()
         other.bounds[layer].clear()

@@ -8,8 +8,9 @@ from farkv.errors import ConfigError
 from farkv.methods.base import Evictor, Selector
 from farkv.methods.full import Full, FullSelector
 from farkv.methods.h2o import H2O, HeavyHitters
-from farkv.methods.infinigen import InfiniGen, InfiniGenSelector
-from farkv.methods.lowbit import LowBit, LowBitSelector
+from farkv.methods.indexed import IndexSelector
+from farkv.methods.infinigen import InfiniGen
+from farkv.methods.lowbit import LowBit
 from farkv.methods.oracle import Oracle, OracleSelector
 from farkv.methods.pages import Pages, PagesSelector
 from farkv.methods.random import Random, RandomSelector
@@ -41,7 +42,7 @@ class Row(NamedTuple):
 
 
 METHODS: dict[str, Row] = {
-    "infinigen": Row(InfiniGen, InfiniGenSelector),
+    "infinigen": Row(InfiniGen, IndexSelector),
     "xkv": Row(XKV, evictor=QueryEvictor),
     "full": Row(Full, FullSelector),
     "window": Row(Window, WindowSelector),
@@ -51,7 +52,7 @@ METHODS: dict[str, Row] = {
     "snapkv": Row(SnapKV, evictor=QueryEvictor),
     "pyramidkv": Row(PyramidKV, evictor=QueryEvictor),
     "pages": Row(Pages, PagesSelector),
-    "lowbit": Row(LowBit, LowBitSelector),
+    "lowbit": Row(LowBit, IndexSelector),
 }
 
 

@@ -27,7 +27,8 @@ def check_join(store: Store, other: Store) -> None:
                 "read both texts as one batch instead"
             )
     forms = [
-        [(rows.heads[1], rows.width, rows.dtype) for rows in each.pool.values()] + [{i: s.k_dim for i, s in each.shapes.items()}]
+        [(rows.heads[1], rows.width, rows.dtype) for rows in each.pool.values()]
+        + [{i: s.k_dim for i, s in each.shapes.items()}]
         for each in (store, other)
     ]
     if forms[0] != forms[1] or store.device != other.device:

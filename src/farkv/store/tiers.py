@@ -33,7 +33,9 @@ class Store(FarStore):
     def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, form: Needs):
         super().__init__(layers, limits, device, form)
         self.window = form.window
-        self.windows = {layer: RecentWindow(self.near, device, form.window + 1) for layer in layers} if self.is_far else {}
+        self.windows = (
+            {layer: RecentWindow(self.near, device, form.window + 1) for layer in layers} if self.is_far else {}
+        )
         self.pins = form.pins and self.is_far
         self.pinned: dict[int, Pinned] = {}
         # What a near limit leaves, where nothing is held by a plan: admission makes and frees these.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import ConfigError
-from farkv.store.far.eviction import POLICIES, Counter, Uses, Policy, make_policy
+from farkv.store.far.eviction import POLICIES, Counter, Policy, Uses, make_policy
 
 CPU = torch.device("cpu")
 LIMIT = 4
@@ -63,9 +63,7 @@ class Simulator:
             if self.name == "clock":
                 taken.append(min(waste, key=self.turn) if waste else self.sweep(left))
             else:
-                taken.append(
-                    min(waste or left, key=lambda i: (0 if waste else self.slots[i].use, self.slots[i].birth))
-                )
+                taken.append(min(waste or left, key=lambda i: (0 if waste else self.slots[i].use, self.slots[i].birth)))
         return sorted(taken)
 
     def turn(self, i: int) -> int:

@@ -17,7 +17,7 @@ from farkv.errors import CapacityError, StoreError
 from farkv.store.far.eviction import POLICIES, make_policy
 from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import DiskSpace
-from farkv.store.far.pages import PageForm, NumberedPages
+from farkv.store.far.pages import NumberedPages, PageForm
 from farkv.store.ledger import Ledger
 
 FORM = PageForm(4, 3, torch.float32)

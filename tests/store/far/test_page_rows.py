@@ -17,7 +17,7 @@ from farkv.store.far.eviction import POLICIES, make_policy
 from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.far.page_rows import PagedRows
-from farkv.store.far.pages import PageForm, NumberedPages
+from farkv.store.far.pages import NumberedPages, PageForm
 from farkv.store.ledger import Ledger
 from farkv.store.records import Needs, StoreLimits
 from farkv.store.sizes import LayerShape, NearNeed

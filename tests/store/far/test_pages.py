@@ -10,7 +10,7 @@ import torch
 
 from farkv.errors import CapacityError, StoreError
 from farkv.store.far.page_file import DiskSpace, PageFile
-from farkv.store.far.pages import MOST_TOKENS, PAGE_BYTES, PageForm, NumberedPages, count_page_tokens
+from farkv.store.far.pages import MOST_TOKENS, PAGE_BYTES, NumberedPages, PageForm, count_page_tokens
 
 FORM = PageForm(4, 3, torch.float32)
 

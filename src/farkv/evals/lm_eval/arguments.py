@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from farkv.config import XKV, InfiniGen, Method, check_fraction
+from farkv.config import check_fraction
 from farkv.errors import ConfigError
 from farkv.evals.methods import FULL, attach_options, find_method, make_method
 from farkv.hf.attach import attach, find_profile
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model
+from farkv.methods import XKV, InfiniGen, Method
 
 FRACTION = 0.1
 # What `lm_eval` says where the user does not; farkv's own `auto` is the same where there is a GPU.

@@ -94,10 +94,9 @@ def score_steps(far: Handle, cache: FarCache, given: list[int], tokens: list[int
 @torch.no_grad()
 def read_scored(far: Handle, cache: FarCache, tokens: list[int], goals: list[int]) -> tuple[float, bool]:
     """Read a prompt densely and score the last of what follows its tokens."""
-    recipe, logs, greedy = cache.recipe, [], True
-    chunk = len(tokens) if recipe.wants_one_pass else recipe.fit_chunk(SCORED_TOKENS)
+    logs, greedy = [], True
     # What evicts waits for the end of the prompt.
-    recipe.prompt_tokens = len(tokens)
+    chunk = cache.engine.announce_prompt(len(tokens), SCORED_TOKENS)
     first = len(tokens) - len(goals)
     for start in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[start : start + chunk]], device=far.device)

@@ -16,7 +16,7 @@ from farkv.store.far.kept import EXACT_ROW_BYTES, ROW_BYTES, Kept
 from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import PageFile
 from farkv.store.far.page_rows import PagedRows
-from farkv.store.far.pages import PageForm, NumberedPages, count_page_tokens
+from farkv.store.far.pages import NumberedPages, PageForm, count_page_tokens
 from farkv.store.far.quantize import Codec, encoded_bytes
 from farkv.store.far.rows import Rows
 from farkv.store.follow import Cropped, Follower

@@ -8,61 +8,64 @@ from importlib.metadata import version
 import torch
 from transformers import PreTrainedModel
 
-from farkv.config import LEVERS, XKV, Evictor, InfiniGen, Method
+from farkv.config import LEVERS
+from farkv.engine.build import Choice
+from farkv.engine.setup import Setting
+from farkv.engine.usage import Usage, count_holding, count_usage
 from farkv.hf import _compat
-from farkv.hf.cache import FarCache, FarLayer
-from farkv.methods.contract import Levers, Setting
+from farkv.hf.cache import FarCache
+from farkv.hf.layer import FarLayer
+from farkv.methods.table import find_name
 from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times
 from farkv.store.records import StoreLimits
-from farkv.store.tiers import Store
 
 
-def name_method(method: Method, levers: Levers) -> str:
+def name_method(choice: Choice, setting: Setting) -> str:
     """Return the method's name as on the command line; the published variant, and a plan's levers, are named."""
-    name = type(method).__name__.lower()
-    if isinstance(method, InfiniGen | XKV) and method.paper:
+    method = choice.selects or choice.evicts
+    assert method is not None
+    name = find_name(method)
+    if getattr(method, "paper", False):
         name += "-paper"
-    pulled = [] if isinstance(method, XKV | Evictor) else [n for n in LEVERS if getattr(levers, n)]
+    if choice.selects is None:
+        return name
+    levers = setting.levers
+    drives = {"keep": choice.keeps, "near": levers.near is not None, "fetch": levers.fetch is not None}
+    pulled = [lever for lever in LEVERS if drives[lever]]
     return f"{name}+xkv({','.join(pulled)})" if pulled else name
 
 
 def make_receipt(
-    model: PreTrainedModel,
-    method: Method,
-    setting: Setting,
-    layer_types: list[str],
-    kernel: str,
-    cache: FarCache,
+    model: PreTrainedModel, choice: Choice, setting: Setting, layer_types: list[str], kernel: str, cache: FarCache
 ) -> Receipt:
     """Read the counters (one device sync) and fill in the receipt."""
-    account, store = cache.account, cache.recipe.store
+    account, usage = cache.account, count_usage(cache.engine)
     total = sum(count_layer_bytes(layer) for layer in cache.layers)
-    near_records = store.near.peak - store.index.peak if store.far or store.home is store.near else store.host.peak
     steps = max(1, account.decode_steps)
     return Receipt(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        method=name_method(method, setting.levers),
+        method=name_method(choice, setting),
         answer="",
         context_tokens=account.context_tokens,
         generated_tokens=account.generated_tokens or account.decode_steps,
         kv_bytes=KVBytes(
             total=total,
-            near_peak=near_records + store.index.peak,
-            host_peak=store.host.peak,
-            disk_peak=store.disk_bytes,
-            index_peak=store.index.peak,
+            near_peak=usage.near_records + usage.index,
+            host_peak=usage.host,
+            disk_peak=usage.disk,
+            index_peak=usage.index,
         ),
         limits=make_limits(setting.limits),
         read_fraction=account.read_fraction(),
         index_fraction=account.index_fraction(),
-        resident_fraction=min(1.0, near_records / total) if total else 0.0,
+        resident_fraction=min(1.0, usage.near_records / total) if total else 0.0,
         kept_fraction=sum(count_kept_bytes(layer) for layer in cache.layers) / total if total else 1.0,
         fetched_bytes_per_token=account.fetched_bytes / steps,
         disk_bytes_per_token=account.disk_bytes / steps,
         evicted_records=sum(count_evicted(layer) for layer in cache.layers),
         kernel=kernel,
         fallbacks=dict(account.fallbacks),
-        quant=make_quant(store),
+        quant=make_quant(usage),
         time=make_times(account),
         quality=account.quality(),
         layers=tuple(make_row(i, cache, layer_types[i]) for i in range(len(cache.layers))),
@@ -80,12 +83,11 @@ def make_limits(limits: StoreLimits) -> Limits:
     return Limits(limits.near, limits.host, None if limits.disk is None else limits.disk.ledger.limit)
 
 
-def make_quant(store: Store) -> Quant:
+def make_quant(usage: Usage) -> Quant:
     """Return how records are stored in each tier, and the largest error of any of their values."""
-    name = store.limits.quant
-    if name is None:
+    if usage.quant is None:
         return Quant()
-    return Quant(host=name, disk=name if store.paged else None, max_error=store.max_error)
+    return Quant(host=usage.quant, disk=usage.quant if usage.on_disk else None, max_error=usage.max_error)
 
 
 def make_times(account: Account) -> Times:
@@ -95,29 +97,25 @@ def make_times(account: Account) -> Times:
 
 
 def count_layer_bytes(layer: object) -> int:
-    """Return the KV bytes that a full cache holds of a layer: as stored for ours, as held for stock ones."""
+    """Return the KV bytes that a full cache holds of a layer: as stored for ours, as held for unmanaged ones."""
     if isinstance(layer, FarLayer):
-        return count_kept_bytes(layer) + count_evicted(layer) * layer.recipe.account.record_bytes.get(layer.layer, 0)
+        held = count_holding(layer.engine, layer.layer)
+        return (held.kept + held.evicted) * held.record_bytes
     tensors = (getattr(layer, name, None) for name in ("keys", "values"))
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
 
 
 def count_kept_bytes(layer: object) -> int:
-    """Return the KV bytes that are held of a layer now; of a stock layer, all of them."""
+    """Return the KV bytes that are held of a layer now; of an unmanaged layer, all of them."""
     if not isinstance(layer, FarLayer):
         return count_layer_bytes(layer)
-    store = layer.recipe.store
-    batch, heads = store.heads(layer.layer)
-    return batch * heads * store.length(layer.layer) * layer.recipe.account.record_bytes.get(layer.layer, 0)
+    held = count_holding(layer.engine, layer.layer)
+    return held.kept * held.record_bytes
 
 
 def count_evicted(layer: object) -> int:
     """Return how many records of a layer were evicted, all sequences and KV heads."""
-    if not isinstance(layer, FarLayer) or not layer.recipe.store.evicted[layer.layer]:
-        return 0
-    # Zeros where an exception stopped a prompt that was passing by.
-    batch, heads = layer.recipe.store.heads(layer.layer)
-    return layer.recipe.store.evicted[layer.layer] * batch * heads
+    return count_holding(layer.engine, layer.layer).evicted if isinstance(layer, FarLayer) else 0
 
 
 def make_row(i: int, cache: FarCache, layer_type: str) -> LayerRow:
