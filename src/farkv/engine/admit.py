@@ -190,6 +190,8 @@ class Admission:
             store.drop_recently_used()
         if store.page_cache is not None and plan.cache is not None:
             store.page_cache.resize(plan.cache.room, plan.cache.piece)
+            # Once mapped, the room that metadata takes now stays at hand.
+            store.page_cache.resize(plan.cache.room - plan.recent.pages, plan.cache.piece)
         for layer, n in (plan.recent.records or {}).items():
             pool = store.pool[layer]
             size = RecentSize(shape.batch, shape.kv_heads, plan.recent.slots, n, pool.width, pool.dtype)

@@ -97,8 +97,6 @@ def _plan_pass(need: Need, held: Held, limits: Limits) -> BytePlan:
             room = grow_capacity(0, total)
             index_grows = near.need.total + near.need.index * (room - total) // total <= limits.near
     recent, index_grows = plan_recent(need, held, limits, (wide.rows, near.need, cache), index_grows)
-    if cache is not None:
-        cache = cache._replace(room=cache.room - recent.pages)
     return BytePlan(
         wide.rows, wide.reserve, wide.pool_rows, need.chunk, wide.remember_tokens, near, cache, recent,
         home_grows, near_grows, index_grows,

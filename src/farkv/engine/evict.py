@@ -91,12 +91,10 @@ class Eviction:
         scores = self._rescore(layer)
         if shares.allowed is not None:
             return [layer]
-        if not shares.rule.by_prompt:
-            shares.allow_evenly()
-            return [layer]
-        n_old = max(0, self.records[layer].length - shares.recent)
-        # A deliberate copy to the host: one curve per layer and prompt.
-        shares.gains[layer] = sort_gains(scores[..., :n_old]).mean(0).cpu().numpy()
+        if shares.rule.by_prompt:
+            n_old = max(0, self.records[layer].length - shares.recent)
+            # A deliberate copy to the host: one curve per layer and prompt.
+            shares.gains[layer] = sort_gains(scores[..., :n_old]).mean(0).cpu().numpy()
         if layer != shares.layers[-1]:
             return []
         shares.allocate()

@@ -131,6 +131,9 @@ class Shares:
         import numpy as np
 
         rule, tokens = self.rule, self.store.seen(self.layers[0])
+        if not rule.by_prompt:
+            self.allow_evenly()
+            return
         gains = np.stack([self.gains[i] for i in self.layers])
         self.gains, self._counted = {}, (-1, {})
         if gains.shape[1] == 0:

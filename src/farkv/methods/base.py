@@ -215,7 +215,7 @@ class Selector:
         """Return what must be the same for a saved index to be of use; None for a method that has none."""
         return None
 
-    def list_tensors(self) -> dict[str, Tensor]:
+    def list_tensors(self, records: dict[int, Records]) -> dict[str, Tensor]:
         """Return the index of every layer by name, as it is saved with a text."""
         return {}
 
