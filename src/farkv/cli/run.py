@@ -176,7 +176,7 @@ def run(
         raise InputError("prompt: text and question are both empty; give --file with text, or a question")
     import torch
 
-    from farkv.hf.ask import Decoding, Listener, ask
+    from farkv.hf.ask import Decoding, Listener, answer, prefill
     from farkv.hf.attach import attach
     from farkv.hf.load import load_model, quiet_libraries
 
@@ -192,8 +192,10 @@ def run(
         with show_progress(err, "reading", quiet=as_json) as on_prefill:
             listener = Listener(on_prefill, (lambda piece: None) if as_json else _write)
             prompt, cache = open_session(job, session, listener) if session else open_text(job, query_aware=query_aware)
-            answer = ask(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
-        receipt = dataclasses.replace(far.receipt(cache), model=model, answer=answer)
+            prefill(far, cache, prompt.text[cache.get_seq_length() :], chunk_tokens, listener)
+        # The bar is gone: while it lives it takes stdout for itself, and breaks the line after every piece.
+        said = answer(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
+        receipt = dataclasses.replace(far.receipt(cache), model=model, answer=said)
     if not as_json:
         typer.echo()
     print_receipt(receipt, as_json=as_json)

@@ -140,6 +140,13 @@ def ask(
     """
     decoding, listener = decoding or Decoding(), listener or Listener()
     prefill(handle, cache, prompt.text[cache.get_seq_length() :], decoding.chunk_tokens, listener)
+    return answer(handle, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
+
+
+def answer(
+    handle: Handle, tokenizer: Any, prompt: Prompt, *, cache: FarCache, decoding: Decoding, listener: Listener
+) -> str:
+    """Feed the question to a cache that has read the text, generate the answer, and return it."""
     feed(handle, cache, prompt.question[:-1])
     ids = torch.tensor([prompt.text + prompt.question], device=handle.device)
     options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.temperature > 0}
