@@ -133,6 +133,50 @@ def test_what_cannot_be_taken_back_is_said() -> None:
             forward(one, prompt, cache)
 
 
+@pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True``:UserWarning")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["drain", "crop", "restore"])
+@pytest.mark.parametrize("n_new", [1, 9])
+def test_a_take_back_that_fails_is_never_a_wrong_answer(
+    where: str, error: type[BaseException], n_new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch warns of what a hook raises while an error is on its way, and goes on: the cache itself must remember."""
+    model, text = make_model("llama"), make_prompt(1, tokens=30)["input_ids"]
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    with farkv.attach(model, InfiniGen(fraction=0.4), near="1MiB") as far:
+        cache = far.new_cache()
+        expected = forward(model, text, cache)
+        owner: Any = {"drain": cache.recipe.store.link, "crop": cache.layers[1], "restore": farkv.hf.cache}[where]
+        name = "restore_state" if where == "restore" else where
+        hook = model.model.layers[2].mlp.register_forward_hook(fail)
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(owner, name, fail)
+            try:
+                forward(model, text[:, :n_new], cache)
+            finally:
+                # Of a pass that Ctrl-C stopped torch calls no hook: it is taken back here.
+                cache.settle()
+        hook.remove()
+        for ids in (text[:, :1], text):
+            with pytest.raises(CacheStateError, match="expected all layers to hold the same tokens.*start a new cache"):
+                forward(model, ids, cache)
+        cache.reset()
+        assert torch.equal(forward(model, text, cache), expected)
+
+
+def test_layers_that_hold_different_tokens_refuse_to_go_on() -> None:
+    model, text = make_model("llama"), make_prompt(1, tokens=30)["input_ids"]
+    with farkv.attach(model, InfiniGen(fraction=0.4)) as far:
+        cache = far.new_cache()
+        forward(model, text, cache)
+        cache.layers[2].crop(-1)
+        with pytest.raises(CacheStateError, match="layer 0 holds 30 and layer 2 holds 29; start a new cache"):
+            forward(model, text[:, :1], cache)
+
+
 def test_a_full_pool_stays_of_use_after_a_stopped_pass() -> None:
     model, text = make_model("llama"), make_prompt(1, tokens=400)["input_ids"]
 

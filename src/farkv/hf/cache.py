@@ -153,24 +153,32 @@ class FarCache(_compat.Cache):
 
     def take_back(self) -> None:
         """Forget the tokens of a pass that failed: what was there before it is there after it."""
-        before, self._before, self._is_reading = self._before, None, False
-        if before is None:
-            return
+        before = self._before
+        if before is not None:
+            # First: should this be stopped half way, by Ctrl-C too, no later pass may go on from what is left.
+            self._broken = "a pass failed, and taking it back failed too"
+        self._before, self._is_reading = None, False
+        if before is not None:
+            self._broken = self._undo(before)
+
+    def _undo(self, before: Before) -> str:
+        """Put everything back to what a pass found; return what cannot be."""
         # What was on its way near must not arrive in the middle of the next pass.
         self.recipe.store.link.drain()
         layers: list[Any] = self.layers
+        broken = ""
         for i, layer in enumerate(layers):
             if isinstance(layer, FarLayer):
                 n_new = layer.get_seq_length() - before.tokens
-                if n_new > 0:
-                    self._crop_layer(i, n_new)
+                broken = (self._crop_layer(i, n_new) if n_new > 0 else "") or broken
             elif i in before.stock:
                 vars(layer).clear()
                 vars(layer).update(before.stock[i])
             else:
                 # Linear attention writes its states in place.
-                self._broken = f"layer {i} ({type(layer).__name__})"
+                broken = self._describe_stuck(i)
         restore_state(self.recipe, before.state)
+        return broken
 
     def step_back(self, n_tokens: int) -> None:
         """Forget the newest tokens of every layer.
@@ -179,23 +187,36 @@ class FarCache(_compat.Cache):
             CacheStateError: a layer cannot: what came before them is gone.
         """
         self.settle()
+        self.check_whole()
+        self._broken, broken = "stepping back was stopped half way", ""
         for i in range(len(self.layers) if n_tokens else 0):
-            self._crop_layer(i, n_tokens)
+            broken = self._crop_layer(i, n_tokens) or broken
+        self._broken = broken
         self.check_whole()
 
-    def _crop_layer(self, i: int, n_tokens: int) -> None:
+    def _crop_layer(self, i: int, n_tokens: int) -> str:
+        """Forget a layer's newest tokens; return why it cannot."""
         layers: list[Any] = self.layers
         try:
             layers[i].crop(-n_tokens)
         except (FarKVError, ValueError, RuntimeError, AttributeError):
-            self._broken = f"layer {i} ({type(layers[i]).__name__})"
+            return self._describe_stuck(i)
+        return ""
+
+    def _describe_stuck(self, i: int) -> str:
+        return f"some were to be forgotten and layer {i} ({type(self.layers[i]).__name__}) cannot step back"
 
     def check_whole(self) -> None:
         """Raise CacheStateError where layers hold different tokens."""
-        if self._broken:
+        held = {i: layer.get_seq_length() for i, layer in enumerate(self.layers) if isinstance(layer, FarLayer)}
+        why = self._broken
+        if not why and len(set(held.values())) > 1:
+            first = next(iter(held))
+            other = next(i for i, n in held.items() if n != held[first])
+            why = f"layer {first} holds {held[first]} and layer {other} holds {held[other]}"
+        if why:
             raise CacheStateError(
-                "this cache: expected all layers to hold the same tokens, but some were to be forgotten and "
-                f"{self._broken} cannot step back; start a new cache"
+                f"this cache: expected all layers to hold the same tokens, but {why}; start a new cache"
             )
 
     def reset(self) -> None:

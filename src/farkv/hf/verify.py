@@ -71,7 +71,10 @@ def run_dense(model: nn.Module, cache: FarCache, args: Any, kwargs: dict[str, An
     finally:
         for i, layer in stock.items():
             layers[i] = layer
-        for i, length in before.items():
-            # An exception may have stopped the pass half way: only layers that took the token give it back.
-            layers[i].crop(length - layers[i].get_seq_length())
-        cache.recipe.dense = False
+        try:
+            for i, length in before.items():
+                # An exception may have stopped the pass half way: only layers that took the token give it back.
+                layers[i].crop(length - layers[i].get_seq_length())
+        finally:
+            # Stopped once more: the next pass finds that layers differ.
+            cache.recipe.dense = False
