@@ -103,8 +103,8 @@ def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int | Non
     """Read the text densely into the cache, chunk by chunk, without the LM head."""
     if chunk is None:
         chunk = max(1, len(tokens)) if cache.recipe.wants_one_pass else cache.recipe.fit_chunk(CHUNK_TOKENS)
-    # What evicts waits for the end of the prompt.
-    cache.recipe.prompt_tokens = len(tokens)
+    # What evicts, and what an index is fitted to, waits for the end of the prompt.
+    cache.recipe.prompt_tokens = cache.get_seq_length() + len(tokens)
     for start in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[start : start + chunk]], device=handle.device)
         handle.decoder(input_ids=part, past_key_values=cache, use_cache=True)

@@ -1,19 +1,18 @@
 """InfiniGen's index, once per prompt: when a layer's projection is fitted, on what, and how new keys enter it.
 
-Every sequence of a batch has a projection of its own, fitted to its own tokens when it has enough of them, as if it
-were alone. (Read in chunks, it is fitted to what its first chunk with enough tokens has, and padding moves the
-chunks' edges.)
+Every sequence of a batch has a projection of its own, fitted to an even sample of all its own tokens, as if it were
+alone and read in one pass. Where the prompt's length is announced it is fitted at the end; where it is not, a first
+pass may be all of it, and what follows in further passes is fitted to when the index is next scored.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
 from farkv._axes import Bool, Float, Int, Tensor
 from farkv.config import InfiniGen, Source
 from farkv.methods.contract import Place, Step
+from farkv.methods.prompt_keys import FIT_KEYS, read_keys, sample_keys
 from farkv.methods.sparse import SparseRecipe
 from farkv.per_model.profile import MAX_COLUMNS, Profile
 from farkv.per_model.skew import measure_gram, solve_bilinear, solve_svd
@@ -27,7 +26,8 @@ FIT_TOKENS_PER_DIM = 8
 SAMPLED_QUERIES = 256
 # Index bytes scored per step over the KV bytes, in one pass over the index.
 INDEX_SHARE = 1 / 32
-FIT_KEYS = 4096
+# A text that was scored is fitted to again once passes of several tokens have made it longer by half.
+GROWTH = 1.5
 
 
 class Indexed(SparseRecipe):
@@ -57,59 +57,78 @@ class Indexed(SparseRecipe):
         self.samples: dict[int, Tensor] = {}
         self.strides: dict[int, list[int]] = {}
         self.fitted_tokens: dict[int, list[int]] = {}
+        # Layers to which passes of several tokens have added since they were last scored, with their rows after the
+        # last one; and of those layers the ones whose first pass was fitted to as if it were the whole prompt.
+        self.grown: dict[int, int] = {}
+        self.unscored: set[int] = set()
 
     # --- when -----------------------------------------------------------------------------------------------
 
     def observe(self, layer: int, step: Step) -> None:
-        """1. Sample queries.  2. Fit the projection, once there is enough.  3. Index the new keys."""
+        """1. Sample queries.  2. At the prompt's end fit the projection.  3. Index the new keys."""
         if self.reads_all(layer):
             return
         index, total, n_new = self.index[layer], self.store.length(layer), step.k.shape[2]
-        if not self.is_final(layer):
+        # Once records are gone, those that are left do not stand for the prompt.
+        grows = n_new > 1 and not self.store.evicted[layer]
+        if grows:
+            self.grown[layer] = total
+            if layer in self.unscored or total == n_new:
+                # What was fitted to was not the whole prompt.
+                self.unscored.discard(layer)
+                index.clear()
+                self.fitted_tokens.pop(layer, None)
+        if grows or not self.is_final(layer):
             self.sample_queries(layer, step.query.q)
-            least = self.first_tokens(layer)
-            due = self.find_due(layer, total, lambda n, fitted: fitted == 0 and n >= least) if n_new > 1 else []
-            if due:
-                self.fit(layer, step.k if total == n_new else self.store.keys(layer), due)
+        if grows and self.store.seen(layer) == (self.prompt_tokens or n_new):
+            if not self.prompt_tokens:
+                # It may go on, in passes to come.
+                self.unscored.add(layer)
+            # Coded records are indexed as they are read.
+            self.fit_due(layer, step.k if total == n_new and layer not in self.store.codecs else None)
         # In place, a token is indexed when it leaves the window, many at a time; of a far one the key is here now.
         waits = n_new == 1 and not self.store.travels and self.window > 0
         if index.projection is not None and index.length == total - n_new and not waits:
             self.encode(layer, step.k)
 
     def catch_up(self, layer: int, n_tokens: int) -> None:
-        """Bring a layer's index up to `n_tokens` at least: tokens left the window, or the skew is still young."""
+        """Bring a layer's index up to `n_tokens` at least: what was read is fitted to, tokens have left the window."""
+        self.unscored.discard(layer)
+        if layer in self.grown or not self.is_final(layer):
+            self.fit_due(layer, None)
         index, total = self.index[layer], self.store.length(layer)
-        if not self.is_final(layer):
-            due = self.find_due(layer, total, lambda n, fitted: n >= 2 * fitted)
-            if due:
-                self.fit(layer, self.store.keys(layer, 0, total), due)
         if index.length < n_tokens:
-            # A deliberate copy where the pool is far: these keys were stored before the index could be built.
-            self.encode(layer, self.store.keys(layer, index.length, total).to(self.store.device))
-
-    def first_tokens(self, layer: int) -> int:
-        """Tokens of a prompt from which a projection is fitted at all."""
-        return 1 if self.profile else self.fit_tokens(layer)
-
-    def fit_tokens(self, layer: int) -> int:
-        """Tokens after which a skew from the prompt is final."""
-        return FIT_TOKENS_PER_DIM * self.store.k_dims[layer]
+            for _, keys in read_keys(self.store, layer, index.length, total):
+                self.encode(layer, keys, total)
 
     def final_tokens(self, layer: int) -> int:
         """Return the tokens a projection must have been fitted to, not to be fitted again."""
-        # Once records are gone, those that are left do not stand for the prompt.
-        return 1 if self.profile is not None or self.store.evicted[layer] > 0 else self.fit_tokens(layer)
+        young = self.profile is None and not self.store.evicted[layer]
+        return FIT_TOKENS_PER_DIM * self.store.k_dims[layer] if young else 1
 
     def is_final(self, layer: int) -> bool:
         """Say whether no sequence's projection will be fitted again."""
         fitted = self.fitted_tokens.get(layer)
         return fitted is not None and min(fitted) >= self.final_tokens(layer)
 
-    def find_due(self, layer: int, n_rows: int, is_due: Callable[[int, int], bool]) -> list[int]:
+    def find_due(self, layer: int, n_rows: int) -> list[int]:
         """Return the sequences to be fitted now, by their own tokens and those they were fitted to before."""
         final, fitted = self.final_tokens(layer), self.get_fitted(layer)
-        pairs = zip(self.count_own(layer, n_rows), fitted, strict=True)
-        return [i for i, (n, old) in enumerate(pairs) if old < final and is_due(n, old)]
+        grown = layer in self.grown and not self.store.evicted[layer]
+        pairs = enumerate(zip(self.count_own(layer, n_rows), fitted, strict=True))
+        return [i for i, (n, old) in pairs if (old < final and n >= 2 * old) or (grown and n >= GROWTH * old)]
+
+    def fit_due(self, layer: int, keys: Float[Tensor, "B Hkv S D"] | None) -> None:
+        """Fit what is to be fitted to what was read, not to what follows it; `keys` are its own where they are near."""
+        total = self.store.length(layer)
+        n_rows = min(self.grown.get(layer, total), total)
+        due = self.find_due(layer, n_rows)
+        if due:
+            self.fit(layer, keys, due, n_rows)
+        if layer not in self.unscored:
+            self.grown.pop(layer, None)
+            for known in (self.samples, self.strides) if self.is_final(layer) else ():
+                known.pop(layer, None)
 
     def get_fitted(self, layer: int) -> list[int]:
         """Return how many tokens each sequence's projection was fitted to; 0: there is none."""
@@ -149,34 +168,39 @@ class Indexed(SparseRecipe):
         self.samples[layer] = thin_queries(old, q, real, tokens, n_slots)
         self.strides[layer] = strides
 
-    def fit(self, layer: int, keys: Float[Tensor, "B Hkv S D"], due: list[int]) -> None:
-        """Decide how keys of the sequences `due` enter the layer's index; where that is all of them, clear it."""
-        keys, index, lengths = keys.to(self.store.device), self.index[layer], self.count_own(layer, keys.shape[2])
-        visible = self.visible(layer, keys.shape[2])
-        real = None if visible is None else visible.all(1).expand(keys.shape[0], -1)
-        everyone, queries = len(due) == keys.shape[0], self.samples.get(layer)
-        at = torch.tensor(due, device=keys.device)
+    def fit(self, layer: int, keys: Float[Tensor, "B Hkv S D"] | None, due: list[int], n_rows: int) -> None:
+        """Decide by `n_rows` rows how keys of the sequences `due` enter the layer's index, and code theirs anew."""
+        index, queries = self.index[layer], self.samples.get(layer)
+        lengths, fitted = self.count_own(layer, n_rows), self.get_fitted(layer)
+        everyone, at = len(due) == len(lengths), torch.tensor(due, device=self.store.device)
+        sample, valid = self.take_sample(layer, keys, n_rows)
         if not everyone:
-            keys = keys.index_select(0, at)
-            real = None if real is None else real.index_select(0, at)
-            queries = None if queries is None else queries.index_select(0, at)
-        sample, valid = thin_keys(keys, real, FIT_KEYS)
-        n_columns = self.count_columns(keys.shape[-1], self.account.record_bytes[layer])
+            queries, sample, valid = (None if t is None else t.index_select(0, at) for t in (queries, sample, valid))
+            assert sample is not None
+        n_columns = self.count_columns(sample.shape[-1], self.account.record_bytes[layer])
         fit = self.fit_paper if self.config.paper else self.fit_bilinear
         projection = fit(layer, queries, sample, valid, n_columns)
         if everyone:
             index.clear()
             index.projection = projection
+            for _, block in [(0, keys)] if keys is not None else read_keys(self.store, layer, 0, n_rows):
+                self.encode(layer, block, n_rows)
         else:
-            index.replace(projection, at, len(lengths), self.make_codes(keys[:, :, : index.length], projection))
-        fitted = self.get_fitted(layer)
+            index.replace(projection, at, len(lengths))
+            for start, block in read_keys(self.store, layer, 0, index.length):
+                index.write(at, start, self.make_codes(block.index_select(0, at), projection))
         self.fitted_tokens[layer] = [lengths[i] if i in due else n for i, n in enumerate(fitted)]
         if self.profile is None and self.fits_skew:
             # Once per layer and fit: the receipt says where the skew came from.
             self.account.add_fallback("skew_from_prompt")
-        if self.is_final(layer):
-            self.samples.pop(layer, None)
-            self.strides.pop(layer, None)
+
+    def take_sample(
+        self, layer: int, keys: Float[Tensor, "B Hkv S D"] | None, n_rows: int
+    ) -> tuple[Float[Tensor, "b Hkv N D"], Bool[Tensor, "b N"] | None]:
+        """Return an even sample of every sequence's keys, of `keys` or else the stored ones, and which are real."""
+        visible = self.visible(layer, n_rows)
+        real = None if visible is None else visible.all(1).expand(self.store.batch(layer), -1)
+        return thin_keys(keys, real, FIT_KEYS) if keys is not None else sample_keys(self.store, layer, real, n_rows)
 
     def fit_bilinear(
         self, layer: int, queries: Tensor | None, keys: Tensor, valid: Bool[Tensor, "B S"] | None, n: int
@@ -207,11 +231,11 @@ class Indexed(SparseRecipe):
 
     # --- how ------------------------------------------------------------------------------------------------
 
-    def encode(self, layer: int, keys: Float[Tensor, "B Hkv T D"]) -> None:
-        """Append the codes of new keys to the layer's index."""
+    def encode(self, layer: int, keys: Float[Tensor, "B Hkv T D"], room: int = 0) -> None:
+        """Append the codes of new keys to the layer's index, of `room` tokens in all where more are to come."""
         projection = self.index[layer].projection
         assert projection is not None
-        self.index[layer].append(self.make_codes(keys, projection))
+        self.index[layer].append(self.make_codes(keys, projection), room)
 
     def make_codes(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
         """Return keys as the index holds them."""
@@ -271,5 +295,6 @@ class Indexed(SparseRecipe):
         """Forget everything of a layer."""
         super().clear(layer)
         self.index[layer].clear()
-        for known in (self.samples, self.strides, self.fitted_tokens):
+        for known in (self.samples, self.strides, self.fitted_tokens, self.grown):
             known.pop(layer, None)
+        self.unscored.discard(layer)

@@ -96,6 +96,9 @@ def join_index(recipe: Indexed, other: Indexed, layer: int, n_tokens: int) -> No
     samples, strides = join_samples(recipe, other, layer)
     recipe.index[layer].join(other.index[layer], n_tokens - lag, batches)
     recipe.fitted_tokens[layer] = fitted
+    recipe.unscored.discard(layer)
+    if layer in recipe.grown or layer in other.grown:
+        recipe.grown[layer] = n_tokens
     if samples is not None:
         recipe.samples[layer], recipe.strides[layer] = samples, strides
 

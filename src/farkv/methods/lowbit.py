@@ -30,10 +30,6 @@ class LowBitRecipe(InfiniGenRecipe):
 
     # --- the index: every column ----------------------------------------------------------------------------
 
-    def first_tokens(self, layer: int) -> int:
-        """Steps can be measured on any text; a short one's are measured again as it grows."""
-        return 1
-
     def sample_queries(self, layer: int, q: Float[Tensor, "B Hq T D"]) -> None:
         """Steps follow from the keys alone."""
 

@@ -40,6 +40,9 @@ def list_tensors(recipe: Recipe) -> dict[str, Tensor]:
     if not isinstance(recipe, Indexed):
         return found
     for layer, index in recipe.index.items():
+        if layer in recipe.grown.keys() - recipe.unscored:
+            # What was read in several passes, and asked nothing yet.
+            recipe.catch_up(layer, recipe.store.length(layer))
         if index.projection is not None:
             found |= {f"index/{layer}/{name}": t for name, t in index.projection._asdict().items()}
             found[f"index/{layer}/fitted"] = torch.tensor(recipe.fitted_tokens[layer])
@@ -143,6 +146,8 @@ class State(NamedTuple):
     samples: dict[int, Tensor]
     strides: dict[int, list[int]]
     fitted: dict[int, list[int]]
+    grown: dict[int, int]
+    unscored: set[int]
     projections: dict[int, Projection | None]
 
 
@@ -152,10 +157,11 @@ def note_state(recipe: Recipe) -> State:
     observed = {} if recipe.watcher is None else dict(recipe.watcher.observed)
     sums = {i: recipe.store.kept[i].marks.view().clone() for i in recipe.layers if has_sums(recipe, i)}
     if not isinstance(recipe, Indexed):
-        return State(recipe.padding.real, observed, sums, {}, {}, {}, {})
+        return State(recipe.padding.real, observed, sums, {}, {}, {}, {}, set(), {})
     projections = {layer: index.projection for layer, index in recipe.index.items()}
     known = dict(recipe.samples), dict(recipe.strides), dict(recipe.fitted_tokens)
-    return State(recipe.padding.real, observed, sums, *known, projections)
+    phase = dict(recipe.grown), set(recipe.unscored)
+    return State(recipe.padding.real, observed, sums, *known, *phase, projections)
 
 
 def has_sums(recipe: SparseRecipe, layer: int) -> bool:
@@ -179,6 +185,7 @@ def restore_state(recipe: Recipe, state: State) -> None:
         return
     recipe.samples, recipe.strides = dict(state.samples), dict(state.strides)
     recipe.fitted_tokens = dict(state.fitted)
+    recipe.grown, recipe.unscored = dict(state.grown), set(state.unscored)
     for layer, index in recipe.index.items():
         if index.projection is not state.projections[layer]:
             # Codes of another projection mean nothing: the keys are indexed again when they are scored next.

@@ -21,6 +21,21 @@ def take_columns(rows: Float[Tensor, "B H T D"], columns: Int[Tensor, "b N"]) ->
     return rows.gather(2, columns[:, None, :, None].expand(batch, heads, -1, dim))
 
 
+def thin_columns(
+    n: int, real: Bool[Tensor, "B T"] | None, most: int, device: torch.device
+) -> tuple[Int[Tensor, "b N"], Bool[Tensor, "b N"] | None]:
+    """Return where at most `most` of every sequence's `n` tokens stand, evenly spaced; False where it has fewer.
+
+    They follow from the tokens alone, whatever passes these came in.
+    """
+    if real is None:
+        return torch.arange(0, n, -(-n // most), device=device)[None], None
+    lengths = real.sum(-1, keepdim=True)
+    stride = ((lengths + most - 1) // most).clamp_min(1)
+    at = torch.arange(min(n, most), device=real.device) * stride
+    return order_real(real).gather(1, at.clamp_max(n - 1)), at < lengths
+
+
 def thin_keys(
     k: Float[Tensor, "B Hkv T D"], real: Bool[Tensor, "B T"] | None, most: int
 ) -> tuple[Float[Tensor, "B Hkv N D"], Bool[Tensor, "B N"] | None]:
@@ -31,12 +46,24 @@ def thin_keys(
     n = k.shape[2]
     if real is None:
         return k[:, :, :: -(-n // most)], None
-    lengths = real.sum(-1, keepdim=True)
-    stride = ((lengths + most - 1) // most).clamp_min(1)
-    at = torch.arange(min(n, most), device=k.device) * stride
-    valid = at < lengths
-    sample = take_columns(k, order_real(real).gather(1, at.clamp_max(n - 1)))
-    return sample.masked_fill(~valid[:, None, :, None], 0), valid
+    columns, valid = thin_columns(n, real, most, k.device)
+    assert valid is not None
+    return take_columns(k, columns).masked_fill(~valid[:, None, :, None], 0), valid
+
+
+def add_block(
+    sample: Float[Tensor, "B Hkv N D"],
+    columns: Int[Tensor, "b N"],
+    start: int,
+    block: Float[Tensor, "B Hkv T D"],
+) -> None:
+    """Put what the sample at `columns` has of a block, whose first token is `start`, into its places."""
+    inside = (columns >= start) & (columns < start + block.shape[2])
+    # A deliberate sync, once per block of a prompt.
+    at = inside.any(0).nonzero()[:, 0]
+    if len(at):
+        rows = take_columns(block, (columns[:, at] - start).clamp(0, block.shape[2] - 1))
+        sample[:, :, at] = torch.where(inside[:, at][:, None, :, None], rows, sample[:, :, at])
 
 
 def widen_stride(stride: int, n_tokens: int, most: int) -> int:

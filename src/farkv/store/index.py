@@ -39,19 +39,23 @@ class LayerIndex:
         """Tokens indexed."""
         return self.rows.length
 
-    def append(self, codes: Tensor) -> None:
-        """Add codes of new tokens, [B, Hkv, T, R]."""
+    def append(self, codes: Tensor, room: int = 0) -> None:
+        """Add codes of new tokens, [B, Hkv, T, R], of `room` tokens in all where more are to come."""
+        if room:
+            self.rows.ensure((codes.shape[0], codes.shape[1], room, codes.shape[3]), codes.dtype)
         self.rows.append(codes)
 
-    def replace(self, new: Projection, sequences: Int[Tensor, " n"], batch: int, codes: Tensor) -> None:
-        """Give some of the `batch` sequences another projection, and the codes that it makes of what is indexed."""
+    def replace(self, new: Projection, sequences: Int[Tensor, " n"], batch: int) -> None:
+        """Give some of the `batch` sequences another projection; their codes are to be written anew."""
         old = self.projection or Projection._make(torch.zeros_like(t[:1]) for t in new)
         self.projection = Projection._make(
             was.expand(batch, -1, -1, -1).index_copy(0, sequences, now.expand(len(sequences), -1, -1, -1))
             for was, now in zip(old, new, strict=True)
         )
-        if self.length:
-            self.rows.view()[sequences] = codes
+
+    def write(self, sequences: Int[Tensor, " n"], start: int, codes: Tensor) -> None:
+        """Write other codes, [n, Hkv, T, R], of some sequences' tokens from `start` on."""
+        self.rows.read(start, start + codes.shape[2])[sequences] = codes
 
     def join(self, other: LayerIndex, length: int, batches: tuple[int, int]) -> None:
         """Put another's sequences behind these, all with `length` codes; a projection that is missing is zeros."""
