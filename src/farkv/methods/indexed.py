@@ -81,8 +81,7 @@ class Indexed(SparseRecipe):
         if grows or not self.is_final(layer):
             self.sample_queries(layer, step.query.q)
         if grows and self.store.seen(layer) == (self.prompt_tokens or n_new):
-            if not self.prompt_tokens:
-                # It may go on, in passes to come.
+            if not self.prompt_tokens:  # It may go on, in passes to come.
                 self.unscored.add(layer)
             # Coded records are indexed as they are read.
             self.fit_due(layer, step.k if total == n_new and layer not in self.store.codecs else None)
@@ -94,12 +93,13 @@ class Indexed(SparseRecipe):
     def catch_up(self, layer: int, n_tokens: int) -> None:
         """Bring a layer's index up to `n_tokens` at least: what was read is fitted to, tokens have left the window."""
         self.unscored.discard(layer)
-        if layer in self.grown or not self.is_final(layer):
+        if layer in self.grown:
             self.fit_due(layer, None)
-        index, total = self.index[layer], self.store.length(layer)
-        if index.length < n_tokens:
-            for _, keys in read_keys(self.store, layer, index.length, total):
-                self.encode(layer, keys, total)
+        if not self.is_final(layer):
+            self.fit_due(layer, None)
+        done, total = self.index[layer].length, self.store.length(layer)
+        for _, keys in read_keys(self.store, layer, done, total) if done < n_tokens else ():
+            self.encode(layer, keys, total)
 
     def final_tokens(self, layer: int) -> int:
         """Return the tokens a projection must have been fitted to, not to be fitted again."""
