@@ -46,17 +46,17 @@ def pad_left(texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 class Run:
     """What each sequence of a batch read at every step, and the logits it gave."""
 
-    def __init__(self, far: Any, texts: list[torch.Tensor], steps: int = STEPS):
+    def __init__(self, far: Any, texts: list[torch.Tensor], steps: int = STEPS, **options: Any):
         batch = pad_left(texts)
         cache = far.new_cache()
         with Tape(far.model, cache) as tape:
             # The embedding of padding is zero: its query scores all records alike, and any choice is as good.
-            out = generate(far.model, batch, cache, n=steps + 1, suppress_tokens=[0])
+            out = generate(far.model, batch, cache, n=steps + 1, suppress_tokens=[0], **options)
         n = batch["input_ids"].shape[1]
         self.tokens = out.sequences[:, n:]
         self.logits = torch.stack(list(out.logits))
         self.pads = [n - len(t) for t in texts]
-        self.reads = [p.reads for p in tape.passes[1:]]
+        self.reads = [p.reads for p in tape.decode()]
 
     def read(self, i: int) -> list[dict[int, list[list[int]]]]:
         """Return the places that sequence `i` read, counted from its own first token, by step, layer and KV head."""
@@ -102,6 +102,16 @@ def test_alone_as_in_any_batch(method: str, lengths: str, skew: str, near: Any) 
     texts = make_texts(LENGTHS[lengths])
     with farkv.attach(model, METHODS[method], profile=make_profile(model, skew), near=near) as far:
         together = Run(far, texts)
+        for i, text in enumerate(texts):
+            assert_alone(together, i, Run(far, [text]))
+
+
+def test_alone_though_padding_moves_the_edges_of_chunks() -> None:
+    model = make_model("llama")
+    # Without a chunk of one token, which would be a decode step.
+    texts = make_texts((150, 70, 113))
+    with farkv.attach(model, METHODS["ours"], profile=False) as far:
+        together = Run(far, texts, prefill_chunk_size=32)
         for i, text in enumerate(texts):
             assert_alone(together, i, Run(far, [text]))
 
@@ -303,7 +313,7 @@ def test_a_second_turn_whose_padding_leaves_holes() -> None:
         return list(generate(model, prompt, cache, n=6, suppress_tokens=[0]).logits)
 
     # With holes plain operations choose, so they must alone, too: what ties nearly may be resolved either way.
-    with farkv.attach(model, InfiniGen(fraction=0.3), profile=False, near="1MiB", kernel="plain") as far:
+    with farkv.attach(model, METHODS["ours"], profile=False, near="1MiB", kernel="plain") as far:
         together = talk(far, first, second)
         for i in range(3):
             assert_near([logits[i] for logits in together], [x[0] for x in talk(far, [first[i]], [second[i]])])

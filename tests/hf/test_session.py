@@ -120,7 +120,8 @@ def test_bfloat16_and_a_young_skew(tokens: int, tmp_path: Path) -> None:
         if tokens < 256:
             # Nothing is on disk but the open page, and both are far, so both choose alike.
             torch.testing.assert_close(ask(model, load_cache(tmp_path / "a", model)), ask(model, cache))
-        assert far.receipt(one).fallbacks == ({} if tokens == 300 else {"skew_from_prompt": 4}) or tokens == 1
+        # The skew is the text's own, however short it is, and comes with the session.
+        assert far.receipt(one).fallbacks == {} or tokens == 1
 
 
 @pytest.mark.parametrize("paper", [False, True])

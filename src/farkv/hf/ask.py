@@ -101,8 +101,8 @@ def build_prompt(tokenizer: Any, text: str, question: str) -> Prompt:
 @torch.no_grad()
 def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int | None, listener: Listener) -> None:
     """Read the text densely into the cache, chunk by chunk, without the LM head."""
-    # What evicts, and what is fitted to the text, waits for its end.
-    fitting = cache.engine.announce_prompt(len(tokens), CHUNK_TOKENS)
+    # What evicts, and what an index is fitted to, waits for the end of the prompt.
+    fitting = cache.engine.announce_prompt(cache.get_seq_length() + len(tokens), CHUNK_TOKENS)
     chunk = fitting if chunk is None else chunk
     for start in range(0, len(tokens), chunk):
         part = torch.tensor([tokens[start : start + chunk]], device=handle.device)
