@@ -1,4 +1,4 @@
-"""How a configuration of `golden_rows.py` is run: tiny models with fixed weights, texts, and ways to go through them.
+"""How a row of `golden_rows.py` is run: the ways to go through a text and its answer.
 
 In: a `Row` and an empty folder. Out: tokens, logits and the receipt, or the error that refused it. Public API alone.
 """
@@ -6,7 +6,6 @@ In: a `Row` and an empty folder. Out: tokens, logits and the receipt, or the err
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import traceback
 from collections.abc import Callable
@@ -14,58 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
+from golden_models import QUESTION, VOCAB, Row, list_facts, make_model, make_text, measure_profile, write_plan
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typer.testing import CliRunner
 
 import farkv
-from farkv.demo import MODEL_PATH
+from farkv.cli import app
 from farkv.errors import CacheStateError, FarKVError
 
-VOCAB, NEW_TOKENS, N_ASKED = 97, 12, 3
-COMMON = {
-    "vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 96, "max_position_embeddings": 1024, "initializer_range": 0.2, "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-SLIDING = {"head_dim": 16, "sliding_window": 16}
-# name -> (configuration class, what differs from COMMON)
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {}),
-    "opt": ("OPTConfig", {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.2}),
-    # A softcap; every second layer is left to Hugging Face.
-    "gemma2": ("Gemma2Config", {**SLIDING, "query_pre_attn_scalar": 16}),
-    # Learned sinks.
-    "gpt_oss": (
-        "GptOssConfig",
-        {
-            **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2,
-            "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
-        },
-    ),
-    # Convolutions between, no list of keys at all.
-    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "full_attention", "full_attention", "conv"]}),
-}  # fmt: skip
-
-
-class Row(NamedTuple):
-    """One configuration.
-
-    means: facts of `golden_rows.FACTS` that must hold of its receipt.  text: sequences, tokens, padding.  plan: shares
-    per layer, by lever.  profile: whether one is measured before.
-    """
-
-    name: str
-    methods: tuple[Any, ...]
-    means: tuple[str, ...]
-    model: str
-    way: str
-    text: tuple[int, int, int]
-    plan: dict[str, tuple[float, ...]]
-    profile: bool
-    attach: dict[str, Any]
-    cache: dict[str, Any]
-    generate: dict[str, Any]
+NEW_TOKENS, N_ASKED = 12, 3
 
 
 class Played(NamedTuple):
@@ -75,76 +31,6 @@ class Played(NamedTuple):
     logits: list[Tensor]
     receipt: dict[str, Any] | None = None
     error: list[str] | None = None
-
-
-# --- models and texts ---------------------------------------------------------------------------------------
-
-
-@functools.cache
-def make_model(name: str) -> PreTrainedModel:
-    """Return a model, the same one at every call: detaching leaves it as it was."""
-    if name == "demo":
-        return AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32).eval()
-    family, _, dtype = name.partition("-")
-    kind, own = MODELS[family]
-    values = {**COMMON, **own, "eos_token_id": None, "bos_token_id": None}
-    if family == "opt":
-        del values["num_key_value_heads"]
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**values)).eval()
-    for weight in model.parameters():
-        if weight.dim() == 1:
-            # Norms, biases and sinks start constant: a forgotten one must show.
-            weight.data += 0.1 * torch.randn_like(weight)
-    model.generation_config.eos_token_id = None
-    return model.to(getattr(torch, dtype)) if dtype else model
-
-
-def make_text(row: Row, seed: int = 1) -> dict[str, Tensor]:
-    """Return ids and mask; sequence i of a padded batch starts with `padding` / (i + 1) tokens of it, the last none."""
-    batch, tokens, padding = row.text
-    if row.model == "demo":
-        return {"input_ids": write_facts(tokens), "attention_mask": torch.ones(1, tokens, dtype=torch.long)}
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCAB, (batch, tokens), generator=generator)
-    mask = torch.ones_like(ids)
-    for i in range(batch - 1):
-        ids[i, : padding // (i + 1)] = mask[i, : padding // (i + 1)] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def write_facts(tokens: int) -> Tensor:
-    """Return lines of code as the demo model knows them, and a question about one of them."""
-    words = ("apple", "river", "stone", "cloud", "tiger", "lemon", "piano", "candle")
-    lines = [f"{a}_{b} = {17 * i + 23 * j + 11}\n" for i, a in enumerate(words) for j, b in enumerate(words)]
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
-    question = tokenizer("print(tiger_cloud)  # ")["input_ids"]
-    text = tokenizer("".join(lines) * 9)["input_ids"][: tokens - len(question)]
-    return torch.tensor([text + question])
-
-
-@functools.cache
-def measure_profile(name: str) -> farkv.Profile:
-    """Return the profile of a tiny model, measured on two texts of its own."""
-    generator = torch.Generator().manual_seed(5)
-    return farkv.profile(make_model(name), [torch.randint(1, VOCAB, (160,), generator=generator) for _ in range(2)])
-
-
-def write_plan(row: Row, path: Path) -> Path:
-    """Write the plan file of a row's shares: the file is what stays the same."""
-    n_layers = len(next(iter(row.plan.values())))
-    levers = {
-        name: {"base": 0, "rule": "xkv", "budget": {"ratio": sum(shares) / n_layers}}
-        | {key: list(shares) for key in ("shares", "retention", "uniform")}
-        for name, shares in row.plan.items()
-    }
-    identity = measure_profile(row.model).identity
-    plan = {"format": "farkv-plan-1", "identity": identity, "layers": list(range(n_layers)), "levers": levers}
-    path.write_text(json.dumps(plan))
-    return path
-
-
-# --- ways ---------------------------------------------------------------------------------------------------
 
 
 class Stage(NamedTuple):
@@ -271,20 +157,31 @@ def write_session(row: Row, path: Path, options: dict[str, Any]) -> None:
         Stage(far, row, path).read().save(path)
 
 
+def run_command(row: Row, folder: Path) -> Played:
+    """Ask the demo model with `farkv run`, which announces its prompts; the answer is in the receipt."""
+    (folder / "facts.py").write_text(list_facts()[: row.text[1]])
+    options = [f"--{name}={value}" for name, value in {**row.attach, **row.generate}.items()]
+    if row.plan:
+        options.append(f"--plan={write_plan(row, folder / 'plan.json')}")
+    named = [text.replace("FOLDER", str(folder)) for text in [*row.methods, *options]]
+    fixed = ["--json", f"--max-new-tokens={NEW_TOKENS}", f"--file={folder / 'facts.py'}"]
+    done = CliRunner().invoke(app, ["run", QUESTION, *fixed, *named])
+    if done.exception is not None:
+        raise done.exception
+    return Played([], [], json.loads(done.stdout))
+
+
 def play(row: Row, folder: Path) -> Played:
     """Run a row; a refusal leaves the error, and the receipt of the cache that was refused if there was one."""
-    options, session, far = dict(row.attach), folder / "text.farkv", None
-    if "disk" in options:
-        options["disk"] = f"{folder}/pages:{options['disk']}"
-    if row.profile:
-        options["profile"] = measure_profile(row.model)
-    if row.plan:
-        options["plan"] = write_plan(row, folder / "plan.json")
+    far = None
     try:
+        if row.way == "command":
+            return run_command(row, folder)
+        options = make_options(row, folder)
         if row.way in ("resume", "lengthen"):
-            write_session(row, session, options)
+            write_session(row, folder / "text.farkv", options)
         with farkv.attach(make_model(row.model), *row.methods, **options) as far:
-            played, cache = WAYS[row.way](Stage(far, row, session))
+            played, cache = WAYS[row.way](Stage(far, row, folder / "text.farkv"))
             return played._replace(receipt=far.receipt(cache).to_dict())
     except Exception as error:
         if not isinstance(error, FarKVError):
@@ -295,3 +192,15 @@ def play(row: Row, folder: Path) -> Played:
     except CacheStateError:
         receipt = None
     return Played([], [], receipt, said)
+
+
+def make_options(row: Row, folder: Path) -> dict[str, Any]:
+    """Return what a row gives to `attach`."""
+    options = dict(row.attach)
+    if "disk" in options:
+        options["disk"] = f"{folder}/pages:{options['disk']}"
+    if row.profile:
+        options["profile"] = measure_profile(row.model)
+    if row.plan:
+        options["plan"] = write_plan(row, folder / "plan.json")
+    return options

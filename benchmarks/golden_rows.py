@@ -1,38 +1,13 @@
-"""The configurations of `golden.py`, and what their receipts must show, so that each row does what it is there for."""
+"""The configurations of `golden.py`; `means` names the facts that a row's receipt must show, or that it is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from golden_play import N_ASKED, NEW_TOKENS, Row
+from golden_models import Row
+from golden_play import N_ASKED, NEW_TOKENS
 
 from farkv.methods import H2O, XKV, Full, InfiniGen, LowBit, Oracle, Pages, PyramidKV, Random, SnapKV, Window
-
-# --- facts --------------------------------------------------------------------------------------------------
-
-Receipt = dict[str, Any]
-FACTS: dict[str, Callable[[Receipt], bool]] = {
-    "sparse": lambda r: 0 < r["read_fraction"] < 0.6,
-    "index": lambda r: r["index_fraction"] > 0 and r["kv_bytes"]["index_peak"] > 0,
-    "far": lambda r: r["fetched_bytes_per_token"] > 0,
-    # Less crosses than is read and is not in the window: the hot set, or what is held near, has the rest.
-    "hot": lambda r: 0 < r["fetched_bytes_per_token"] < 0.7 * r["read_fraction"] * r["kv_bytes"]["total"],
-    # Near memory is smaller than one layer of four: dense passes read it block by block.
-    "blocks": lambda r: r["limits"]["near"] < r["kv_bytes"]["total"] / 4,
-    "disk": lambda r: r["kv_bytes"]["disk_peak"] > 0 and r["disk_bytes_per_token"] > 0,
-    # Pages of a session are read, none is written.
-    "lazy": lambda r: r["kv_bytes"]["disk_peak"] == 0 and r["disk_bytes_per_token"] > 0,
-    "evicted": lambda r: r["evicted_records"] > 0 and r["kept_fraction"] < 1,
-    "quant": lambda r: bool(r["quant"]["max_error"]),
-    "verified": lambda r: r["quality"] is not None,
-    "native": lambda r: r["kernel"].startswith("native"),
-    "plain": lambda r: r["kernel"].startswith("torch"),
-    "unmanaged": lambda r: not all(layer["managed"] for layer in r["layers"]),
-    "fallback": lambda r: len(r["fallbacks"]) > 0,
-}
-
-# --- rows ---------------------------------------------------------------------------------------------------
 
 ATTACH = ("near", "host", "disk", "evict", "quant", "kernel")
 GENERATE = ("prefill_chunk_size", "num_beams", "prompt_lookup_num_tokens")
@@ -64,6 +39,7 @@ NEAR, ROOMY = {"near": "140KiB"}, {"near": "260KiB"}
 DISK: dict[str, Any] = {"disk": "4MiB", "host": "230KiB", "chunk": 64}
 SPILL: dict[str, Any] = {"host": "200KiB", "chunk": 64}
 KEEP, HELD, FETCH = (0.5, 0.2, 0.3, 0.4), (0.2, 0.1, 0.1, 0.2), (0.1, 0.3, 0.2, 0.2)
+ALL, THREE = {"keep": KEEP, "near": HELD, "fetch": FETCH}, XKV(levers=("keep", "near", "fetch"))
 POLICIES = ("fifo", "lru", "counter", "clock", "score")
 
 IN_PLACE = (
@@ -79,16 +55,12 @@ IN_PLACE = (
     row("infinigen/native-all", InfiniGen(fraction=1.0), kernel="native", means="native"),
     row("infinigen/profile", OURS, profile=True, means="sparse index"),
     row("paper", PAPER, model="opt", means="sparse index"),
-    row("paper/llama", PAPER, means="sparse index"),
     row("paper/profile", PAPER, profile=True, means="sparse index"),
     row("full", Full(), means="plain"),
     row("full/native", Full(), kernel="native", means="native"),
     row("oracle", ORACLE, means="sparse"),
-    row("oracle/plain", ORACLE, kernel="plain", means="sparse plain"),
-    row("window", Window(), means="sparse"),
-    row("window/sinks", Window(fraction=0.2, sinks=9), kernel="plain", means="sparse plain"),
-    row("random", Random(), means="sparse"),
-    row("random/seed", Random(fraction=0.3, seed=5), kernel="plain", means="sparse plain"),
+    row("window", Window(fraction=0.2, sinks=9), means="sparse"),
+    row("random", Random(fraction=0.2, seed=5), means="sparse"),
     row("pages", PAGES, means="sparse index"),
     row("pages/small", Pages(fraction=0.3, page=5), kernel="plain", means="sparse index plain"),
     row("lowbit", LOWBIT, means="sparse index"),
@@ -105,8 +77,7 @@ IN_PLACE = (
     row("xkv/maxmin", XKV(fraction=0.3, rule="maxmin"), means="evicted"),
     row("xkv/pyramid", XKV(fraction=0.3, rule="pyramid", scorer="expected"), means="evicted"),
     row("xkv/uniform", XKV(fraction=0.3, rule="uniform", scorer="value"), means="evicted"),
-    row("xkv/paper", XKV(fraction=0.3, paper=True), means="evicted"),
-    row("xkv/native", XKV(fraction=0.3), kernel="native", means="evicted native"),
+    row("xkv/paper", XKV(fraction=0.3, paper=True), kernel="native", means="evicted native"),
     row("xkv+infinigen", XKV(fraction=0.6), OURS, means="sparse index evicted"),
     row("xkv+oracle/padded", XKV(fraction=0.6), ORACLE, **PADDED, means="sparse evicted"),
 )
@@ -132,7 +103,6 @@ TIERS = (
     row("near/pages", PAGES, **NEAR, means="sparse index far"),
     row("near/lowbit", LOWBIT, **ROOMY, means="sparse index hot"),
     row("near/snapkv", SnapKV(fraction=0.2), near="450KiB", means="sparse evicted"),
-    row("near/pyramidkv", PyramidKV(fraction=0.2), near="450KiB", means="sparse evicted"),
     row("near/h2o", H2O(fraction=0.2), near="450KiB", means="sparse evicted"),
     row("near/xkv", XKV(fraction=0.3), near="450KiB", means="evicted"),
     row("near/xkv+infinigen", XKV(fraction=0.6), OURS, **ROOMY, means="sparse index evicted far"),
@@ -150,6 +120,8 @@ TIERS = (
     row("disk/random", Random(fraction=0.2), **DISK, evict="clock", means="sparse disk"),
     row("disk/pages", PAGES, **DISK, means="sparse index disk"),
     row("disk/lowbit", LOWBIT, **DISK, evict="score", means="sparse index disk"),
+    row("disk/fills", OURS, text=330, disk="4MiB", host="260KiB", chunk=64, means="sparse index disk"),
+    row("disk/fills/near", OURS, text=330, **DISK, **NEAR, evict="lru", means="sparse index far disk"),
     row("disk/fills/oracle", ORACLE, text=330, **DISK, means="sparse disk"),
     row("disk/fills/lowbit", LOWBIT, text=330, **DISK, evict="clock", means="sparse index disk"),
     row("disk/fills/roomy", OURS, text=330, disk="4MiB", means="sparse index"),
@@ -189,7 +161,6 @@ BATCHES = (
     row("padded/disk", OURS, **PADDED, disk="4MiB", host="700KiB", chunk=64, evict="lru", means="sparse disk"),
     row("padded/chunks", OURS, **PADDED, chunk=64, means="sparse index"),
     row("padded/paper", PAPER, **PADDED, model="opt", means="sparse index"),
-    row("padded/alpha", InfiniGen(fraction=0.2, alpha=2.0), **PADDED, means="sparse index"),
     row("padded/oracle", ORACLE, **PADDED, means="sparse"),
     row("padded/window", Window(fraction=0.2), **PADDED, means="sparse"),
     row("padded/random", Random(fraction=0.2), **PADDED, means="sparse"),
@@ -256,15 +227,9 @@ PLANS = (
     row("plan/fetch/disk", plan={"fetch": FETCH}, **DISK, means="sparse index disk"),
     row("plan/fetch/oracle", Oracle(fraction=0.5), plan={"fetch": FETCH}, **PADDED, means="sparse"),
     row("plan/near", OPEN, XKV(levers=("near", "fetch")), plan={"near": HELD, "fetch": FETCH}, **ROOMY, means="hot"),
-    row(
-        "plan/all", InfiniGen(), XKV(levers=("keep", "near", "fetch")),
-        plan={"keep": KEEP, "near": HELD, "fetch": FETCH}, means="sparse evicted",
-    ),
-    row(
-        "plan/all/near", InfiniGen(), XKV(levers=("keep", "near", "fetch")), near="400KiB",
-        plan={"keep": KEEP, "near": HELD, "fetch": FETCH}, means="sparse evicted far",
-    ),
-)  # fmt: skip
+    row("plan/all", InfiniGen(), THREE, plan=ALL, means="sparse evicted"),
+    row("plan/all/near", InfiniGen(), THREE, plan=ALL, near="400KiB", means="sparse evicted far"),
+)
 
 MODELS = (
     row("gemma2", OURS, model="gemma2", means="sparse index unmanaged"),
@@ -283,6 +248,22 @@ MODELS = (
     row("demo/disk", OURS, model="demo", text=700, disk="32MiB", host="1536KiB", chunk=128, means="sparse disk"),
     row("demo/xkv", XKV(fraction=0.3), model="demo", text=700, means="evicted"),
     row("demo/pages/verify", PAGES, model="demo", text=700, verify=4, means="sparse verified"),
+)
+
+COMMANDS = tuple(
+    row(f"run/{name}", *arguments.split(), way="command", model="demo", text=2000, means=means, **options)
+    for name, arguments, means, options in (
+        ("default", "", "native", {}),
+        ("near", "--fraction=0.2 --chunk-tokens=128", "sparse index far", {"near": "1500KiB"}),
+        ("chunks", "--fraction=0.2 --chunk-tokens=128 --verify=3", "sparse index verified", {}),
+        ("snapkv", "--method=snapkv --fraction=0.3 --chunk-tokens=128", "evicted", {}),
+        ("h2o", "--method=h2o --fraction=0.3 --chunk-tokens=128", "evicted", {}),
+        ("xkv", "--method=xkv --retention=0.8 --chunk-tokens=200 --query-aware", "evicted", {}),
+        ("plan", "--method=xkv", "evicted", {"plan": {"keep": KEEP + KEEP}}),
+        ("spill", "--fraction=0.2", "sparse index evicted", {"host": "2MiB", "evict": "counter"}),
+        ("disk", "--fraction=0.2 --disk=FOLDER/pages:32MiB", "sparse index disk", {"host": "2MiB"}),
+        ("session", "--fraction=0.2 --session=FOLDER/text.farkv", "sparse index lazy", {"quant": "int8"}),
+    )
 )
 
 REFUSED = tuple(
@@ -316,4 +297,4 @@ REFUSED = tuple(
     )
 )
 
-ROWS = (*IN_PLACE, *TIERS, *STORED, *BATCHES, *WAYS, *PLANS, *MODELS, *REFUSED)
+ROWS = (*IN_PLACE, *TIERS, *STORED, *BATCHES, *WAYS, *PLANS, *MODELS, *COMMANDS, *REFUSED)
