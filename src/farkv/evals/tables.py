@@ -148,8 +148,8 @@ def make_line(study: Study, cells: Sequence[Cell], setting: Setting) -> Line:
     drawn = np.mean([cell.drawn[:, i] for cell, i in zip(cells, columns, strict=True)], axis=0)
     score = interval(mean, drawn, sum(len(cell.seeds) for cell in cells))
     delta = None if setting.is_full else compare(cells, setting, next(s for s in cells[0].settings if s.is_full))
-    known = dict(zip(MEASURES, measured.tolist(), strict=True))
-    return Line(setting, score, delta, known, proof, setting in study.aware, study.is_bound(setting))
+    named: dict[str, float] = dict(zip(MEASURES, measured.tolist(), strict=True))
+    return Line(setting, score, delta, named, proof, setting in study.aware, study.is_bound(setting))
 
 
 def compare(cells: Sequence[Cell], a: Setting, b: Setting) -> Paired:
@@ -166,9 +166,10 @@ def mark_best(study: Study, cells: Sequence[Cell], lines: Sequence[Line]) -> lis
     """Mark, at every fraction, the best setting and those whose difference to it has zero in its interval."""
     marked = []
     for line in lines:
+        mark = ""
         if study.can_be_best(line.setting):
             same = [x for x in lines if x.setting.fraction == line.setting.fraction and study.can_be_best(x.setting)]
             gap = compare(cells, line.setting, max(same, key=lambda x: x.score.mean).setting).delta
-            line = line._replace(mark="best" if gap.mean >= -TINY else "same" if gap.high >= -TINY else "")
-        marked.append(line)
+            mark = "best" if gap.mean >= -TINY else "same" if gap.high >= -TINY else ""
+        marked.append(line._replace(mark=mark))
     return marked
