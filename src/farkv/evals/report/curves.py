@@ -137,7 +137,7 @@ class Point(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """One picture. ticks: places and texts of both axes.  curves: points per look, the full cache first and ours last, on top."""
+    """One picture. ticks: places and texts of both axes.  curves: points per look, ours last, on top of all others."""
 
     title: str
     said: str
