@@ -1,7 +1,8 @@
 """Pareto curves: quality over what it costs, one line per method, one point per fraction.
 
-In: tables. Out: places and texts that `page.html` writes as SVG. The full cache is a line across. An upper bound such
+In: tables. Out: places and texts that `parts.html` writes as SVG. The full cache is a line across. An upper bound such
 as the oracle is drawn at the bytes that it attends to: nobody would pay for all the keys that it reads to choose.
+matplotlib is an extra of the package, and its SVG has no tooltips and no classes for light, dark and hidden methods.
 """
 
 from __future__ import annotations
