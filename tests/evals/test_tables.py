@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -15,11 +16,11 @@ from farkv.errors import InputError
 from farkv.evals.cells import Setting, study_rows
 from farkv.evals.row import RESULTS
 from farkv.evals.show import draw_table, list_columns, number, percent, points, to_grid, to_markdown
-from farkv.evals.stats import paired
-from farkv.evals.tables import make_table, read_results
+from farkv.evals.tables import compare, make_table, read_results
 from tests.evals.results import make_row, make_rows, write_folder
 
 METHODS = ("infinigen", "window", "oracle")
+SCORES = {"full": [0.0, 0.5, 1.0], "infinigen": [1.0, 0.5, 0.0]}
 ROWS = make_rows(METHODS, (0.05, 0.1), ("niah_single", "cwe", "ppl"))
 
 
@@ -37,13 +38,34 @@ def test_line_is_the_paired_bootstrap_of_its_rows():
         method: {(r.task, r.length, r.seed): r.score for r in ROWS if r.method == method and r.fraction in {1.0, 0.1}}
         for method in ("full", "window")
     }
-    gated = ("cwe", 8192)
-    a, b = ({k: v for k, v in of.items() if k[:2] != gated} for of in (scores["window"], scores["full"]))
-    expected = paired(a, b)
-    assert line.delta.delta.mean == pytest.approx(expected.delta.mean)
-    assert line.delta.delta.low == pytest.approx(expected.delta.low, abs=0.03)
-    assert (line.delta.wins, line.delta.ties, line.delta.losses) == (expected.wins, expected.ties, expected.losses)
-    assert line.score.n == 50
+    gaps = {key: scores["window"][key] - scores["full"][key] for key in scores["full"] if key[:2] != ("cwe", 8192)}
+    cells = [[gap for key, gap in gaps.items() if key[:2] == cell] for cell in table.cells]
+    mean, low, high, n = line.delta.delta
+    assert mean == pytest.approx(np.mean([np.mean(cell) for cell in cells]))
+    rng = np.random.default_rng(0)
+    drawn = np.mean([[np.mean(rng.choice(cell, len(cell))) for _ in range(1000)] for cell in cells], axis=0)
+    assert (low, high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+    wins, losses = (sum(sign * gap > 0 for gap in gaps.values()) for sign in (1, -1))
+    assert line.delta[1:] == (wins, len(gaps) - wins - losses, losses)
+    assert line.score.n == n == 50
+
+
+def test_a_constant_difference_has_an_interval_of_no_width():
+    values = np.random.default_rng(0).integers(0, 64, size=40) / 128
+    rows = [score_row("full", i, x) for i, x in enumerate(values)]
+    rows += [score_row("infinigen", i, x + 0.25) for i, x in enumerate(values)]
+    line = make_table(rows).find("infinigen")
+    assert line is not None
+    assert line.delta is not None
+    assert line.delta.delta == pytest.approx((0.25, 0.25, 0.25, 40), abs=1e-15)
+    assert line.delta[1:] == (40, 0, 0)
+
+
+def test_a_comparison_counts_wins_ties_and_losses():
+    cell = study_rows([score_row(m, i, x) for m, found in SCORES.items() for i, x in enumerate(found)]).cells
+    found = compare(cell, Setting("infinigen", 0.1), Setting("full", 1.0))
+    assert (found.delta.mean, found.delta.n, *found[1:]) == (0.0, 3, 1, 1, 1)
+    assert found.delta.low < 0 < found.delta.high
 
 
 def test_cells_weigh_the_same_and_shifts_are_exact():
@@ -95,7 +117,7 @@ def test_rows_of_another_prompt_or_without_a_score_are_left_out():
     assert study.dropped == 12 + 1
 
 
-def test_best_is_of_the_rivals_and_its_equals_are_marked():
+def test_best_is_no_upper_bound_and_its_equals_are_marked():
     table = make_table(ROWS)
     marks = {line.setting: line.mark for line in table.lines}
     assert marks[Setting("infinigen", 0.1)] == "best"

@@ -1,6 +1,6 @@
 """Rows sorted into cells: one task at one length, the samples that all methods answered, their resampled means.
 
-In: rows of `results.jsonl`. Out: cells that can be compared, cells that are gated, and what was left out and why.
+In: rows of `results.jsonl`. Out: cells that can be compared, cells that are gated, and how many rows were left out.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,21 +18,14 @@ from farkv.evals.row import Row
 from farkv.evals.stats import DRAWS, Floats, column_means, draw_means
 
 FULL, OURS = "full", "infinigen"
-# Read all keys to choose: bounds, not rivals.
+# The proof of methods that read all keys to choose: upper bounds, not baselines.
 BOUND_PROOF = "every key"
 # What is averaged beside the score; None and NaN count as not measured.
 MEASURES = (
-    "agrees",
-    "kl",
-    "nll",
-    "read_fraction",
-    "index_fraction",
-    "resident_fraction",
-    "kept_fraction",
-    "tokens_per_s",
-)
-# A method that answered less of a cell's samples, or of the cells, than this is not compared there: otherwise one that
-# was stopped early, or ran at one length only, would take the samples away from all others.
+    "agrees", "kl", "nll", "read_fraction", "index_fraction", "resident_fraction", "kept_fraction", "tokens_per_s",
+)  # fmt: skip
+# A method that answered a smaller share of a cell's samples, or of the cells, is not compared there. Otherwise one that
+# was stopped early, or that ran at one length only, would take the samples away from all others.
 LEAST_SAMPLES, LEAST_CELLS = 0.8, 0.9
 
 
@@ -52,9 +45,9 @@ class Setting(NamedTuple):
 class Cell:
     """One task at one length.
 
-    settings: that answered it, the columns of all arrays.  seeds: samples that all of them answered, the rows.
+    settings: that answered it, with their columns in all arrays.  seeds: samples that all of them answered, the rows.
     scores: `[n, m]`.  means: `[m]`.  drawn: `[draws, m]`, means of the same resamples for every column.
-    measured: mean of each measure, `[m]`, NaN where it was not measured.  depths: `[n]`, NaN where there is none.
+    measured: `[m, measures]`, means of `MEASURES`, NaN where nothing was measured.  depths: `[n]`, NaN for none.
     """
 
     task: str
@@ -64,7 +57,7 @@ class Cell:
     scores: Floats
     means: Floats
     drawn: Floats
-    measured: dict[str, Floats]
+    measured: Floats
     depths: Floats
 
 
@@ -107,18 +100,12 @@ class Study:
         return list(dict.fromkeys(s.method for s in self.settings))
 
     def is_bound(self, setting: Setting) -> bool:
-        """Return whether a setting read all keys to choose: a ceiling, not a rival."""
+        """Return whether a setting read all keys to choose: an upper bound that saves nothing."""
         return set(self.proofs[setting]) == {BOUND_PROOF} or setting.method == "oracle"
 
-    def is_rival(self, setting: Setting) -> bool:
-        """Return whether a setting can be the best: neither the full cache nor a bound."""
+    def can_be_best(self, setting: Setting) -> bool:
+        """Return whether a setting is neither the full cache nor an upper bound."""
         return not setting.is_full and not self.is_bound(setting)
-
-    def find_cells(self, tasks: Sequence[str] = (), lengths: Sequence[int] = ()) -> list[Cell]:
-        """Return the cells of these tasks and lengths; none named means all."""
-        return [
-            cell for cell in self.cells if (not tasks or cell.task in tasks) and (not lengths or cell.length in lengths)
-        ]
 
 
 def study_rows(rows: Iterable[Row], draws: int = DRAWS) -> Study:
@@ -138,39 +125,36 @@ def study_rows(rows: Iterable[Row], draws: int = DRAWS) -> Study:
         raise InputError("results: there are no rows; run farkv eval first, with the same folder as --out")
     if not any(key.method == FULL for key in last):
         raise InputError("results: no row is of the full cache, which all are compared with; run farkv eval again")
-    kept, dropped = keep_comparable(last.values())
+    kept = keep_comparable(last.values())
     groups: dict[tuple[str, int], dict[Setting, dict[int, Row]]] = {}
-    proofs: dict[Setting, Counter[str]] = {}
+    study = Study([], [], {}, set(), len(last) - len(kept))
     for row in kept:
         setting = Setting(row.method, float(row.fraction))
         groups.setdefault((row.task, row.length), {}).setdefault(setting, {})[row.seed] = row
-        proofs.setdefault(setting, Counter())[row.proof] += 1
-    study = Study([], [], proofs, {Setting(r.method, float(r.fraction)) for r in kept if r.query_aware}, dropped)
+        study.proofs.setdefault(setting, Counter())[row.proof] += 1
+        if row.query_aware:
+            study.aware.add(setting)
     for number, (place, group) in enumerate(groups.items()):
-        full = next(of_setting for setting, of_setting in group.items() if setting.is_full)
+        full = next(rows for setting, rows in group.items() if setting.is_full)
         if any(row.gated for row in full.values()):
-            scores = [row.score for row in full.values()]
-            study.gated.append(Gated(*place, float(np.mean(scores)), len(scores)))
+            study.gated.append(Gated(*place, float(np.mean([row.score for row in full.values()])), len(full)))
             continue
-        chosen = {s: of_setting for s, of_setting in group.items() if len(of_setting) >= LEAST_SAMPLES * len(full)}
+        chosen = {setting: rows for setting, rows in group.items() if len(rows) >= LEAST_SAMPLES * len(full)}
         study.cells.append(make_cell(place, chosen, [1, number], draws))
     return study
 
 
-def keep_comparable(rows: Iterable[Row]) -> tuple[list[Row], int]:
-    """Return the rows that have a score and the full cache's prompt, and how many have not."""
+def keep_comparable(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that have a score and the full cache's prompt, of cells in which the full cache has a score."""
     rows = list(rows)
     prompts = {(r.task, r.length, r.seed): r.prompt_sha for r in rows if r.method == FULL}
-    kept = [
-        row
-        for row in rows
-        if to_number(row.score) is not None and prompts.get((row.task, row.length, row.seed)) == row.prompt_sha
-    ]
-    cells = {(row.task, row.length) for row in kept if row.method == FULL}
-    kept = [row for row in kept if (row.task, row.length) in cells]
+    scored = [r for r in rows if not math.isnan(as_float(r.score))]
+    kept = [r for r in scored if prompts.get((r.task, r.length, r.seed)) == r.prompt_sha]
+    cells = {(r.task, r.length) for r in kept if r.method == FULL}
+    kept = [r for r in kept if (r.task, r.length) in cells]
     if not kept:
         raise InputError("results: no row has a score; expected numbers from 0 to 1; run farkv eval again")
-    return kept, len(rows) - len(kept)
+    return kept
 
 
 def make_cell(
@@ -180,44 +164,29 @@ def make_cell(
 
     Args:
         place: task and length.
-        group: rows by setting and seed.
+        group: rows by setting and sample.
         seed: of the resamples.
         draws: how many resamples.
     """
-    sizes = sorted(group, key=lambda s: len(group[s]))
-    seeds = sorted(set(group[sizes[0]]).intersection(*(group[s] for s in sizes[1:])))
-    # Settings that were stopped at different places may share nothing: then the full cache and those of its size.
+    seeds = sorted(set.intersection(*map(set, group.values())))
+    # Settings that were stopped at different places may share nothing: then the full cache and the longest ones.
     if not seeds:
-        most = max(len(rows) for rows in group.values())
+        most = max(map(len, group.values()))
         group = {s: rows for s, rows in group.items() if s.is_full or len(rows) == most}
-        seeds = sorted(set.intersection(*(set(rows) for rows in group.values())))
-    table = [[group[s][seed] for s in group] for seed in seeds]
-    scores = np.array([[float(row.score) for row in line] for line in table])
-    with np.errstate(all="ignore"):
-        measured = {name: average_measured([[getattr(r, name) for r in line] for line in table]) for name in MEASURES}
-    depths = np.array([as_float(line[0].depth) for line in table])
+        seeds = sorted(set.intersection(*map(set, group.values())))
     settings = {setting: column for column, setting in enumerate(group)}
+    scores = np.array([[float(group[s][i].score) for s in group] for i in seeds])
+    values = np.array([[[as_float(getattr(group[s][i], name)) for name in MEASURES] for s in group] for i in seeds])
+    depths = np.array([as_float(next(iter(group.values()))[i].depth) for i in seeds])
     drawn = draw_means(scores, seed, draws)
-    return Cell(*place, settings, seeds, scores, column_means(scores), drawn, measured, depths)
+    return Cell(*place, settings, seeds, scores, column_means(scores), drawn, average_known(values), depths)
 
 
-def average_measured(table: Sequence[Sequence[Any]]) -> Floats:
-    """Return the mean of each column over the numbers in it, NaN where there is none.
-
-    Args:
-        table: `[n][m]`, numbers, booleans or None.
-    """
-    values = np.array([[as_float(value) for value in line] for line in table])
-    known = np.isfinite(values)
-    return np.where(known, values, 0.0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), math.nan)
-
-
-def to_number(value: object) -> float | None:
-    """Return a finite number, or None for anything else."""
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+def average_known(values: Floats) -> Floats:
+    """Return the means over the first axis of the numbers that are known, NaN where there is none."""
+    return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
 
 
 def as_float(value: object) -> float:
     """Return a finite number, or NaN for anything else."""
-    number = to_number(value)
-    return math.nan if number is None else number
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan

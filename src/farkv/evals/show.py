@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from farkv.evals.cells import Setting, Study
+from farkv.evals.cells import FULL, Setting, Study
 from farkv.evals.stats import Interval
 from farkv.evals.tables import Line, Table, make_table
 
@@ -22,11 +22,9 @@ EXPLAINED = (
 )
 
 
-def percent(share: float | None, digits: int = 1) -> str:
+def percent(share: float, digits: int = 1) -> str:
     """Write a share as a percentage: 98.0 %."""
-    if share is None or math.isnan(share):
-        return NONE
-    return f"{100 * share:.{digits}f} %"
+    return NONE if math.isnan(share) else f"{100 * share:.{digits}f} %"
 
 
 def points(share: float) -> str:
@@ -41,12 +39,12 @@ def fraction_text(fraction: float) -> str:
 
 
 def number(value: float) -> str:
-    """Write a small number with two digits that count, a dash for none: 0.0031, 0.25, 14."""
+    """Write a small number with two significant digits, a dash for none: 0.0031, 0.25, 14."""
     if math.isnan(value):
         return NONE
-    if value == 0:
-        return "0"
-    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
+    if value == 0 or abs(value) >= 10:
+        return f"{value:.0f}"
+    return f"{value:.{max(0, 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def length_text(length: int) -> str:
@@ -69,22 +67,21 @@ def name_setting(setting: Setting) -> str:
     return setting.method if setting.is_full else f"{setting.method} at {fraction_text(setting.fraction)}"
 
 
-def list_cells(line: Line) -> list[str]:
-    """Return the texts of `COLUMNS` for one line."""
-    delta = NONE if line.delta is None else f"{points(line.delta.delta.mean)} [{point_span(line.delta.delta)}]"
-    m = line.measured
-    shares = [percent(m[f"{name}_fraction"]) for name in ("read", "index", "kept", "resident")]
-    score = f"{percent(line.score.mean)} [{span(line.score)}]"
-    return [score, delta, percent(m["agrees"]), number(m["kl"]), *shares, line.proof]
+def add_mark(text: str, line: Line | None) -> str:
+    """Write a score in Markdown: bold where it is the best, with ≈ where it is not different from the best."""
+    return {"best": f"**{text}**", "same": f"{text} ≈"}.get(line.mark if line else "", text)
 
 
 def to_markdown(table: Table) -> str:
     """Write a table with one line per method and fraction, what is gated below it."""
     rows = [["method", "fraction", *COLUMNS]]
     for line in table.lines:
-        score, *others = list_cells(line)
-        shown = {"best": f"**{score}**", "same": f"{score} ≈"}.get(line.mark, score)
-        rows.append([line.setting.method, fraction_text(line.setting.fraction), shown, *others])
+        score = add_mark(f"{percent(line.score.mean)} [{span(line.score)}]", line)
+        delta = NONE if line.delta is None else f"{points(line.delta.delta.mean)} [{point_span(line.delta.delta)}]"
+        m = line.measured
+        shares = [percent(m[f"{name}_fraction"]) for name in ("read", "index", "kept", "resident")]
+        texts = [score, delta, percent(m["agrees"]), number(m["kl"]), *shares, line.proof]
+        rows.append([line.setting.method, fraction_text(line.setting.fraction), *texts])
     tasks, lengths = list_places(table)
     notes = [EXPLAINED, f"Tasks: {tasks}. Lengths: {lengths}. Samples per method: {table.samples}.", *list_notes(table)]
     return write_rows(rows, right=slice(1, -1)) + "\n" + "\n\n".join(notes) + "\n"
@@ -95,15 +92,10 @@ def to_grid(study: Study, fraction: float) -> str:
     columns = list_columns(study)
     rows = [["method", *(table.title for table in columns)]]
     for method in study.methods:
-        found = [table.find(method, None if method == "full" else fraction) for table in columns]
-        if not any(found):
-            continue
-        texts = []
-        for line in found:
-            text = NONE if line is None else f"{100 * line.score.mean:.1f}"
-            mark = line.mark if line is not None else ""
-            texts.append({"best": f"**{text}**", "same": f"{text} ≈"}.get(mark, text))
-        rows.append([method, *texts])
+        found = [table.find(method, None if method == FULL else fraction) for table in columns]
+        if any(found):
+            texts = [NONE if line is None else f"{100 * line.score.mean:.1f}" for line in found]
+            rows.append([method, *map(add_mark, texts, found)])
     return write_rows(rows, right=slice(1, None))
 
 
@@ -137,16 +129,14 @@ def list_notes(table: Table) -> list[str]:
 
 
 def write_rows(rows: Sequence[Sequence[str]], right: slice) -> str:
-    """Write Markdown, columns of the same width; `right` says which ones stand to the right."""
+    """Write Markdown with columns of equal width; `right` says which ones are aligned to the right."""
     rows = [[text.replace("|", r"\|").replace("\n", " ") for text in row] for row in rows]
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
+    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     to_right = set(range(len(widths))[right])
-    texts = [
-        [t.rjust(w) if i in to_right else t.ljust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    ]
-    rule = ["-" * (w - 1) + (":" if i in to_right else "-") for i, w in enumerate(widths)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [texts[0], rule, *texts[1:]])
+    lines = [[t.rjust(w) if i in to_right else t.ljust(w) for i, (t, w) in enumerate(zip(row, widths, strict=True))]
+             for row in rows]  # fmt: skip
+    lines.insert(1, ["-" * (w - 1) + (":" if i in to_right else "-") for i, w in enumerate(widths)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def draw_table(table: Table) -> RenderableType:

@@ -1,38 +1,32 @@
-"""How sure a mean is: percentile bootstrap, over samples inside cells, paired where two methods saw the same samples.
+"""How sure a mean is: percentile bootstrap over the samples of a cell, one task at one length.
 
-In: scores of samples. Out: means with intervals. A cell is one task at one length. Every cell weighs the same,
-however many samples it has, so no task hides another; samples are drawn anew inside each cell, never across cells.
-All draws come from a seed: the same scores give the same interval.
+In: scores of samples. Out: means with intervals. All methods of a cell share the resamples, so the difference of two is
+paired. Samples are resampled inside their cell and every cell weighs the same, so no task hides another. All draws come
+from a seed: the same scores give the same interval.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-LEVEL = 0.95
-DRAWS = 2000
-# Numbers of one block of draws: 32 MB, whatever the number of samples.
+LEVEL, DRAWS = 0.95, 2000
+# Numbers in one block of draws: 32 MB, whatever the number of samples.
 MOST_DRAWN = 4_000_000
 
 Floats = NDArray[np.float64]
 
 
 class Interval(NamedTuple):
-    """A mean, what 95 % of the bootstrap's means lie between, and the number of samples."""
+    """A mean, the ends of its 95 % interval, and the number of samples."""
 
     mean: float
     low: float
     high: float
     n: int = 0
-
-    @property
-    def has_zero(self) -> bool:
-        """Return whether a difference of nothing is inside."""
-        return self.low <= 0.0 <= self.high
 
 
 class Paired(NamedTuple):
@@ -47,11 +41,9 @@ class Paired(NamedTuple):
 def draw_means(values: ArrayLike, seed: Sequence[int] | int = 0, draws: int = DRAWS) -> Floats:
     """Return the means of `draws` resamples of one cell: means[d, m] = sum_i count[d, i] values[i, m] / n.
 
-    All columns share the resamples, so a difference of two columns is a paired one.
-
     Args:
         values: `[n, m]`, one row per sample, one column per method.
-        seed: of the resamples; other cells need other seeds, or their means go up and down together.
+        seed: of the resamples; each cell needs its own, otherwise the means of cells are correlated.
         draws: how many resamples.
 
     Returns:
@@ -63,7 +55,7 @@ def draw_means(values: ArrayLike, seed: Sequence[int] | int = 0, draws: int = DR
     n = len(table)
     rng = np.random.default_rng(seed)
     block = max(1, min(draws, MOST_DRAWN // max(n, 1)))
-    # The means of deviations: equal values give exactly their own mean, not one that sums have rounded.
+    # Means of deviations: equal values give exactly their own mean, without a rounding error.
     centre = table[0]
     means = np.empty((draws, table.shape[1]))
     for start in range(0, draws, block):
@@ -75,70 +67,14 @@ def draw_means(values: ArrayLike, seed: Sequence[int] | int = 0, draws: int = DR
 
 
 def column_means(table: Floats) -> Floats:
-    """Return the mean of each column, exact where all its values are equal.
-
-    Args:
-        table: `[n, m]`.
-    """
+    """Return the mean of each column of `[n, m]`, exact where all its values are equal."""
     return table[0] + (table - table[0]).mean(axis=0)
 
 
 def interval(mean: float, drawn: ArrayLike, n: int) -> Interval:
-    """Return a mean with the percentile interval of its bootstrap means; it contains the mean."""
+    """Return a mean of n samples with the percentile interval of its bootstrap means, widened to contain the mean.
+
+    One sample, or equal ones, give an interval of no width: n says how little that proves.
+    """
     low, high = np.quantile(np.asarray(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, min(float(low), mean), max(float(high), mean), n)
-
-
-def bootstrap(values: ArrayLike, seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Return the mean of one cell's values with its interval.
-
-    One value, or equal values, give an interval of no width: n says how little that proves.
-
-    Args:
-        values: `[n]`, at least one.
-        seed: of the resamples.
-        draws: how many resamples.
-    """
-    return bootstrap_cells([np.asarray(values, dtype=np.float64)], seed, draws)
-
-
-def bootstrap_cells(cells: Sequence[ArrayLike], seed: int = 0, draws: int = DRAWS) -> Interval:
-    """Return the mean of cell means, mean_c mean_i values[c][i], with its interval.
-
-    Args:
-        cells: one `[n_c]` per cell, each with at least one value.
-        seed: of the resamples.
-        draws: how many resamples per cell.
-    """
-    columns = [np.asarray(cell, dtype=np.float64)[:, None] for cell in cells]
-    mean = float(np.mean([column_means(column)[0] for column in columns]))
-    drawn = np.mean([draw_means(column, [seed, i], draws) for i, column in enumerate(columns)], axis=0)
-    return interval(mean, drawn, sum(len(column) for column in columns))
-
-
-def paired(
-    a: Mapping[tuple[Hashable, ...], float],
-    b: Mapping[tuple[Hashable, ...], float],
-    seed: int = 0,
-    draws: int = DRAWS,
-) -> Paired:
-    """Return the mean of a_i - b_i over the samples that both have, with its interval and the count of wins.
-
-    Args:
-        a: score of each sample, by (task, length, seed); all but the last part name the cell.
-        b: the same for what it is compared with.
-        seed: of the resamples.
-        draws: how many resamples per cell.
-
-    Raises:
-        ValueError: no sample is in both.
-    """
-    shared = [key for key in a if key in b]
-    if not shared:
-        raise ValueError(f"no sample is in both: {len(a)} and {len(b)} samples; compare runs of the same prompts")
-    cells: dict[tuple[Hashable, ...], list[float]] = {}
-    for key in shared:
-        cells.setdefault(key[:-1], []).append(a[key] - b[key])
-    every = np.concatenate([np.asarray(cell) for cell in cells.values()])
-    won, lost = int((every > 0).sum()), int((every < 0).sum())
-    return Paired(bootstrap_cells(list(cells.values()), seed, draws), won, len(every) - won - lost, lost)

@@ -1,4 +1,4 @@
-"""What a run says: one line per method and fraction, means with intervals, differences to the full cache.
+"""The results of a run: one line per method and fraction, means with intervals, differences to the full cache.
 
 In: `DIR/results.jsonl`, or its rows. Out: tables for the README, the terminal (`evals.show`) and the report.
 """
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from farkv.errors import InputError
-from farkv.evals.cells import FULL, LEAST_CELLS, MEASURES, Cell, Gated, Setting, Study, study_rows
+from farkv.evals.cells import LEAST_CELLS, MEASURES, Cell, Gated, Setting, Study, average_known, study_rows
 from farkv.evals.row import RESULTS, Row, read_rows
 from farkv.evals.stats import Interval, Paired, interval
 
@@ -24,9 +24,9 @@ TINY = 1e-9
 class Line(NamedTuple):
     """One method at one fraction, over the cells of a table.
 
-    delta: to the full cache, None for itself.  mark: `best` of the rivals at this fraction, `same` where the paired
-    interval of its difference to the best has zero in it, or nothing.  measured: means of `cells.MEASURES`, NaN where
-    nothing was measured.
+    delta: to the full cache, None for itself.  mark: `best` at this fraction, upper bounds aside; `same` where the
+    paired interval of its difference to the best has zero in it; or nothing.  measured: means of `cells.MEASURES`, NaN
+    where nothing was measured.
     """
 
     setting: Setting
@@ -40,10 +40,8 @@ class Line(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        delta = None
-        if self.delta is not None:
-            delta = {**self.delta.delta._asdict(), **self.delta._asdict()}
-            del delta["delta"]
+        gap = self.delta
+        delta = gap and {**gap.delta._asdict(), "wins": gap.wins, "ties": gap.ties, "losses": gap.losses}
         known = {name: None if math.isnan(x) else x for name, x in self.measured.items()}
         named = {"proof": self.proof, "query_aware": self.aware, "bound": self.bound, "mark": self.mark}
         return {**self.setting._asdict(), "score": self.score._asdict(), "delta": delta, **known, **named}
@@ -64,10 +62,8 @@ class Table(NamedTuple):
 
     def find(self, method: str, fraction: float | None = None) -> Line | None:
         """Return a method's line at a fraction; None where there is none."""
-        for line in self.lines:
-            if line.setting.method == method and fraction in {None, line.setting.fraction}:
-                return line
-        return None
+        found = (x for x in self.lines if x.setting.method == method and fraction in {None, x.setting.fraction})
+        return next(found, None)
 
     def at(self, fraction: float) -> list[Line]:
         """Return the lines of one fraction, the best score first; the full cache is not among them."""
@@ -123,8 +119,11 @@ def make_table(
         lengths: the same for lengths.
     """
     study = source if isinstance(source, Study) else study_rows(source)
-    cells = study.find_cells(tasks, lengths)
-    gated = [g for g in study.gated if (not tasks or g.task in tasks) and (not lengths or g.length in lengths)]
+
+    def is_asked(place: Cell | Gated) -> bool:
+        return (not tasks or place.task in tasks) and (not lengths or place.length in lengths)
+
+    cells = [cell for cell in study.cells if is_asked(cell)]
     counts = {s: sum(s in cell.settings for cell in cells) for s in study.settings}
     compared = [s for s, n in counts.items() if n and n >= LEAST_CELLS * len(cells)]
     shared = [cell for cell in cells if all(s in cell.settings for s in compared)]
@@ -132,44 +131,29 @@ def make_table(
         compared = [s for s, n in counts.items() if n and n == len(cells)]
         shared = cells
     absent = [s for s in study.settings if s not in compared]
-    lines = [make_line(study, shared, setting) for setting in compared]
+    lines = mark_best(study, shared, [make_line(study, shared, setting) for setting in compared])
     places, samples = [(c.task, c.length) for c in shared], sum(len(c.seeds) for c in shared)
-    return Table(title, mark_best(study, shared, lines), places, samples, absent, gated)
+    return Table(title, lines, places, samples, absent, [g for g in study.gated if is_asked(g)])
 
 
 def make_line(study: Study, cells: Sequence[Cell], setting: Setting) -> Line:
     """Return one setting's line over cells that it answered."""
     proofs = study.proofs[setting]
-    proof, most = proofs.most_common(1)[0]
-    if most < proofs.total():
-        proof = ", ".join(f"{name} {100 * n / proofs.total():.0f} %" for name, n in proofs.most_common())
-    measured = {name: average_known([c.measured[name][c.settings[setting]] for c in cells]) for name in MEASURES}
-    delta = None if setting.is_full else compare(cells, setting, find_full(cells[0]))
-    aware, bound = setting in study.aware, study.is_bound(setting)
-    return Line(setting, average(cells, setting), delta, measured, proof, aware, bound)
-
-
-def find_full(cell: Cell) -> Setting:
-    """Return the setting of the full cache."""
-    return next(s for s in cell.settings if s.method == FULL)
-
-
-def average_known(values: Sequence[float]) -> float:
-    """Return the mean of the numbers among values, NaN where there is none."""
-    known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
-
-
-def average(cells: Sequence[Cell], setting: Setting) -> Interval:
-    """Return the mean of a setting's cell means with its interval."""
+    proof = ", ".join(f"{name} {100 * n / proofs.total():.0f} %" for name, n in proofs.most_common())
+    if len(proofs) == 1:
+        proof = next(iter(proofs))
     columns = [cell.settings[setting] for cell in cells]
+    measured = average_known(np.array([cell.measured[i] for cell, i in zip(cells, columns, strict=True)]))
     mean = float(np.mean([cell.means[i] for cell, i in zip(cells, columns, strict=True)]))
     drawn = np.mean([cell.drawn[:, i] for cell, i in zip(cells, columns, strict=True)], axis=0)
-    return interval(mean, drawn, sum(len(cell.seeds) for cell in cells))
+    score = interval(mean, drawn, sum(len(cell.seeds) for cell in cells))
+    delta = None if setting.is_full else compare(cells, setting, next(s for s in cells[0].settings if s.is_full))
+    named: dict[str, float] = dict(zip(MEASURES, measured.tolist(), strict=True))
+    return Line(setting, score, delta, named, proof, setting in study.aware, study.is_bound(setting))
 
 
 def compare(cells: Sequence[Cell], a: Setting, b: Setting) -> Paired:
-    """Return the mean of a_i - b_i over the samples of cells that both answered: the same as `stats.paired`."""
+    """Return the mean of a_i - b_i over the samples of cells that both answered, with its paired interval."""
     pairs = [(cell, cell.settings[a], cell.settings[b]) for cell in cells]
     every = np.concatenate([cell.scores[:, i] - cell.scores[:, j] for cell, i, j in pairs])
     mean = float(np.mean([cell.means[i] - cell.means[j] for cell, i, j in pairs]))
@@ -179,15 +163,13 @@ def compare(cells: Sequence[Cell], a: Setting, b: Setting) -> Paired:
 
 
 def mark_best(study: Study, cells: Sequence[Cell], lines: Sequence[Line]) -> list[Line]:
-    """Mark, at every fraction, the best rival and those whose difference to it has zero in its interval."""
+    """Mark, at every fraction, the best setting and those whose difference to it has zero in its interval."""
     marked = []
     for line in lines:
-        rivals = [x for x in lines if study.is_rival(x.setting) and x.setting.fraction == line.setting.fraction]
-        if not study.is_rival(line.setting):
-            marked.append(line)
-            continue
-        best = max(rivals, key=lambda x: x.score.mean)
-        gap = compare(cells, line.setting, best.setting).delta
-        mark = "best" if gap.mean >= -TINY else "same" if gap.high >= -TINY else ""
+        mark = ""
+        if study.can_be_best(line.setting):
+            same = [x for x in lines if x.setting.fraction == line.setting.fraction and study.can_be_best(x.setting)]
+            gap = compare(cells, line.setting, max(same, key=lambda x: x.score.mean).setting).delta
+            mark = "best" if gap.mean >= -TINY else "same" if gap.high >= -TINY else ""
         marked.append(line._replace(mark=mark))
     return marked

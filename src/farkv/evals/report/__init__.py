@@ -39,11 +39,5 @@ def write_report(folder: Path, out: Path, title: str | None = None) -> Page:
 
 def describe_report(page: Page, out: Path) -> dict[str, Any]:
     """Return what a report says, as plain JSON types."""
-    dropped = {"rows_left_out": page.study.dropped}
-    return {
-        "out": str(out),
-        "headline": page.said.headline,
-        "findings": page.said.more,
-        **dropped,
-        **page.table.to_dict(),
-    }
+    said = {"out": str(out), "headline": page.said.headline, "findings": page.said.more}
+    return {**said, "rows_left_out": page.study.dropped, **page.table.to_dict()}

@@ -1,7 +1,8 @@
 """Pareto curves: quality over what it costs, one line per method, one point per fraction.
 
-In: tables. Out: SVG. The full cache is a line across; the oracle is a ceiling, drawn where it attends, because the keys
-that it reads to choose are no cost that anyone would pay.
+In: tables. Out: places and texts that `parts.html` writes as SVG. The full cache is a line across. An upper bound such
+as the oracle is drawn at the bytes that it attends to: nobody would pay for all the keys that it reads to choose.
+matplotlib is an extra of the package, and its SVG has no tooltips and no classes for light, dark and hidden methods.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from farkv.evals.cells import OURS
-from farkv.evals.report.axes import Axis, draw_axes
-from farkv.evals.report.element import Html, el, join
-from farkv.evals.report.looks import Look, draw_marker
-from farkv.evals.show import name_setting, number, percent, point_span, points, span
-from farkv.evals.tables import Line, Table
+from farkv.evals.cells import OURS, Study
+from farkv.evals.report.looks import Look
+from farkv.evals.show import length_text, name_setting, number, percent, point_span, points, span
+from farkv.evals.tables import Line, Table, make_table
 
-# Nothing is read less than this, so that a logarithm exists.
+# The least share on a logarithmic axis.
 LEAST = 1e-3
+# How far below the full cache the enlarged picture reaches, and how far above it at least.
+BELOW, ABOVE = 0.1, 0.01
 
 
 class Cost(NamedTuple):
-    """What stands on the x axis."""
+    """What the x axis shows; shares are on a logarithmic axis."""
 
     title: str
     caption: str
@@ -30,35 +31,8 @@ class Cost(NamedTuple):
     share: bool = True
 
 
-def find_reads(line: Line) -> float:
-    """Return the share of the cache's bytes that a step reads, the index included; of a bound what it attends."""
-    return line.measured["read_fraction"] + (0.0 if line.bound else line.measured["index_fraction"])
-
-
-COSTS = (
-    Cost("Bytes read per step", "read + index, share of the full cache's bytes", find_reads),
-    Cost("Bytes kept anywhere", "kept, share of the full cache's bytes", lambda line: line.measured["kept_fraction"]),
-    Cost("Bytes held near", "resident, share of the full cache's bytes", lambda x: x.measured["resident_fraction"]),
-    Cost("Speed", "tokens per second while decoding", lambda line: line.measured["tokens_per_s"], share=False),
-)
-
-
-class Frame(NamedTuple):
-    """Size of a picture and of what is around its axes."""
-
-    width: int
-    height: int
-    left: int
-    right: int
-    top: int
-    bottom: int
-
-
-LARGE, SMALL = Frame(440, 310, 52, 16, 12, 46), Frame(250, 172, 30, 10, 8, 24)
-
-
 class Worth(NamedTuple):
-    """What stands on the y axis: its value with the ends of its interval."""
+    """What the y axis shows: a value with the ends of its interval."""
 
     title: str
     of: Callable[[Line], tuple[float, float, float]]
@@ -66,128 +40,180 @@ class Worth(NamedTuple):
     log: bool = False
 
 
+def find_reads(line: Line) -> float:
+    """Return the share of the cache's bytes that a step reads: the index is included, but not of an upper bound."""
+    return line.measured["read_fraction"] + (0.0 if line.bound else line.measured["index_fraction"])
+
+
 def find_gap(line: Line) -> tuple[float, float, float]:
-    """Return the difference to the full cache with its paired interval, of the full cache itself nothing."""
+    """Return the difference to the full cache with its paired interval; nothing for the full cache itself."""
     return (0.0, 0.0, 0.0) if line.delta is None else line.delta.delta[:3]
 
 
+def find_kl(line: Line) -> tuple[float, float, float]:
+    """Return the KL to the full cache, which has no interval."""
+    return line.measured["kl"], line.measured["kl"], line.measured["kl"]
+
+
+READS = Cost("Bytes read per step", "read + index, share of the full cache's bytes", find_reads)
+COSTS = (
+    Cost("Bytes kept anywhere", "kept, share of the full cache's bytes", lambda x: x.measured["kept_fraction"]),
+    Cost("Bytes held near", "resident, share of the full cache's bytes", lambda x: x.measured["resident_fraction"]),
+    Cost("Speed", "tokens per second while decoding", lambda x: x.measured["tokens_per_s"], share=False),
+)
 SCORE = Worth("score", lambda line: line.score[:3], lambda value: f"{100 * value:.3g}")
 GAP = Worth("difference to the full cache", find_gap, lambda value: points(value).removesuffix(".0"))
-KL = Worth(
-    "KL to the full cache, nats per token",
-    lambda x: (x.measured["kl"], x.measured["kl"], x.measured["kl"]),
-    lambda value: f"{value:g}",
-    log=True,
-)
+KL = Worth("KL to the full cache, nats per token", find_kl, "{:g}".format, log=True)
 
 
-class Plot(NamedTuple):
-    """One picture: both axes and what stands on them."""
+class Axis(NamedTuple):
+    """A range of values on a range of places; `log` gives equal distances to equal ratios."""
 
-    cost: Cost
-    worth: Worth
-    x: Axis
-    y: Axis
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Return the place of a value; values outside are at the edge."""
+        value = min(max(value, self.low), self.high)
+        ends = (value, self.low, self.high)
+        value, low, high = map(math.log, ends) if self.log else ends
+        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
+
+    def ticks(self, most: int) -> list[float]:
+        """Return round values on the axis, about `most` of them at most."""
+        low, high = self.low * (1 - 1e-9), self.high * (1 + 1e-9)
+        if not self.log:
+            step = find_step(self.high - self.low, most)
+            return [step * i for i in range(math.ceil(self.low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        ticks: list[float] = []
+        for digits in ((1, 2, 5), (1, 3), (1,)):
+            ticks = [tick for p in range(-12, 12) for d in digits if low <= (tick := float(f"{d}e{p}")) <= high]
+            if len(ticks) <= most:
+                break
+        return ticks[:: math.ceil(len(ticks) / most)] if len(ticks) > 1 else [self.low, self.high]
+
+
+def find_step(width: float, most: int) -> float:
+    """Return the least of 1, 2, 5, 10, ... times a power of ten that fits at most `most` times into a width."""
+    power = 10.0 ** math.floor(math.log10(width / most))
+    return next(step * power for step in (1, 2, 5, 10) if step * power * most >= width * (1 - 1e-9))
+
+
+def round_range(values: Sequence[float], most: int = 5) -> tuple[float, float]:
+    """Return a range with round ends around shares, inside 0 to 1; never empty."""
+    low, high = min(values), max(values)
+    step = find_step(max(high - low, 0.02), most)
+    low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    if high - low < step / 2:
+        low, high = low - step, high + step
+    return max(0.0, low), min(1.0, high)
+
+
+class Frame(NamedTuple):
+    """The size of a picture and the margins around its axes; only large ones have units and intervals."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+    large: bool
+
+
+LARGE, SMALL = Frame(440, 310, 52, 16, 12, 46, True), Frame(250, 172, 30, 10, 8, 24, False)
+
+
+class Point(NamedTuple):
+    """One setting: its place, the places of its interval's ends, its tooltip."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    said: str
+
+
+class Picture(NamedTuple):
+    """One picture. ticks: places and texts of both axes.  curves: points per look, ours last, on top of all others."""
+
+    title: str
+    said: str
     frame: Frame
-
-    @property
-    def is_large(self) -> bool:
-        """Return whether there is room for units and intervals."""
-        return self.frame is LARGE
+    cost: Cost
+    x_ticks: Sequence[tuple[float, str]] = ()
+    y_ticks: Sequence[tuple[float, str]] = ()
+    curves: Sequence[tuple[Look, list[Point]]] = ()
 
 
 def draw_curves(
-    table: Table,
-    cost: Cost,
-    looks: Mapping[str, Look],
-    frame: Frame,
-    y_range: tuple[float, float],
-    worth: Worth = SCORE,
-) -> Html:
+    table: Table, looks: Mapping[str, Look], frame: Frame, y_range: tuple[float, float],
+    cost: Cost = READS, worth: Worth = SCORE, *, title: str,
+) -> Picture:  # fmt: skip
     """Return one picture of a table.
 
     Args:
-        table: of which every line with a cost and a worth in the range is a point.
-        cost: what stands on the x axis.
+        table: each of its lines with a cost, and with a worth inside the range, is a point.
         looks: of the methods.
         frame: its size.
-        y_range: of what stands on the y axis.
-        worth: what that is.
+        y_range: of the y axis.
+        cost: on the x axis.
+        worth: on the y axis.
+        title: above it.
     """
+    said = f"{table.title}: {worth.title} over {cost.caption}. The same numbers stand in the table."
     known = [line for line in table.lines if math.isfinite(cost.of(line))]
     shown = [line for line in known if y_range[0] <= worth.of(line)[0] <= y_range[1]]
     if not shown:
-        return el("p", "Nothing was measured.", class_="none")
-    low, high = find_range([cost.of(line) for line in known], share=cost.share)
-    x = Axis(low, high, frame.left, frame.width - frame.right, log=cost.share)
+        return Picture(title, said, frame, cost)
+    costs = [max(cost.of(line), LEAST) for line in known]
+    x_range = (min(0.8 * min(costs), 0.5), 1.15 * max(1.0, *costs)) if cost.share else (0.0, 1.08 * max(costs))
+    x = Axis(*x_range, frame.left, frame.width - frame.right, log=cost.share)
     y = Axis(*y_range, frame.height - frame.bottom, frame.top, log=worth.log)
-    plot = Plot(cost, worth, x, y, frame)
-    parts = [draw_frame(plot)]
-    parts += [draw_full(line, plot, looks[line.setting.method]) for line in shown if line.setting.is_full]
-    others = dict.fromkeys(line.setting.method for line in shown if not line.setting.is_full)
-    # Ours is drawn last, above all others.
-    for method in sorted(others, key=lambda name: name == OURS):
-        of_method = sorted((x for x in shown if x.setting.method == method), key=lambda x: x.setting.fraction)
-        parts.append(draw_curve(of_method, plot, looks[method]))
-    said = f"{table.title}: {worth.title} over {cost.caption}. The same numbers stand in the table."
-    return el("svg", *parts, viewBox=f"0 0 {frame.width} {frame.height}", role="img", aria_label=said)
+    unit = " %" if frame.large else ""
+    x_ticks = [(x.place(v), f"{100 * v:.3g}{unit}" if cost.share else number(v)) for v in x.ticks(9 if unit else 7)]
+    y_ticks = [(y.place(v), worth.show(v) + (unit if worth is SCORE else "")) for v in y.ticks(5)]
+    curves: dict[str, list[Point]] = {}
+    for line in sorted(shown, key=lambda x: (x.setting.method == OURS, not x.setting.is_full, x.setting.fraction)):
+        middle, low, high = map(y.place, worth.of(line))
+        point = Point(x.place(max(cost.of(line), LEAST)), middle, low, high, describe(line, cost, worth))
+        curves.setdefault(line.setting.method, []).append(point)
+    return Picture(title, said, frame, cost, x_ticks, y_ticks, [(looks[name], drawn) for name, drawn in curves.items()])
 
 
-def draw_frame(plot: Plot) -> Html:
-    """Return the axes; in small pictures the unit stands above them, not at every number."""
-    unit, x, y = " %" if plot.is_large else "", plot.x, plot.y
-    show_x = (lambda v: f"{100 * v:.3g}{unit}") if plot.cost.share else number
-    show_y = plot.worth.show if plot.worth is not SCORE else lambda v: plot.worth.show(v) + unit
-    axes = draw_axes(x, y, show_x, show_y, 9 if plot.is_large else 7)
-    if not plot.is_large:
-        return axes
-    middle, low = (x.start + x.end) / 2, plot.frame.height - 6
-    return join([axes, el("text", plot.cost.caption, class_="label", x=middle, y=low, text_anchor="middle")])
-
-
-def find_range(values: Sequence[float], *, share: bool) -> tuple[float, float]:
-    """Return the range of a cost: of a share up to everything, of speed from nothing."""
-    low, high = max(min(values), LEAST), max(*values, LEAST)
-    return (min(low * 0.8, 0.5), 1.15 * max(1.0, high)) if share else (0.0, 1.08 * high)
-
-
-def draw_full(line: Line, plot: Plot, look: Look) -> Html:
-    """Return the full cache's line across and, on the axis of speed, where it stands on it."""
-    place = plot.y.place(plot.worth.of(line)[0])
-    parts = [el("line", class_="full", x1=plot.x.start, x2=plot.x.end, y1=place, y2=place)]
-    if not plot.cost.share:
-        parts.append(el("circle", class_="full-dot", cx=plot.x.place(plot.cost.of(line)), cy=place, r=4))
-    return el("g", el("title", describe(line, plot)), *parts, class_=f"curve {look.name}")
-
-
-def draw_curve(lines: Sequence[Line], plot: Plot, look: Look) -> Html:
-    """Return a method's line, its markers, each with a tooltip, and in large pictures its intervals."""
-    places = [plot.x.place(max(plot.cost.of(line), LEAST)) for line in lines]
-    heights = [[plot.y.place(value) for value in plot.worth.of(line)] for line in lines]
-    path = "M" + "L".join(f"{a:.1f} {b[0]:.1f}" for a, b in zip(places, heights, strict=True))
-    parts = [el("path", class_="line", d=path)]
-    for line, a, (b, low, high) in zip(lines, places, heights, strict=True):
-        inside = [el("title", describe(line, plot))]
-        if plot.is_large and low != high:
-            inside.append(el("path", class_="whisker", d=f"M{a:.1f} {low:.1f}V{high:.1f}"))
-        inside.append(el("path", class_="dot", d=draw_marker(look, a, b, 4.0 if plot.is_large else 3.0)))
-        parts.append(el("g", *inside))
-    return el("g", *parts, class_=name_class(look, lines[0].bound))
-
-
-def name_class(look: Look, bound: bool) -> str:
-    """Return the CSS classes of a method's curve."""
-    kinds = ["curve", look.name, "aware" if look.aware else "blind"]
-    return " ".join([*kinds, *(["bound"] if bound else []), *(["ours"] if look.method == OURS else [])])
-
-
-def describe(line: Line, plot: Plot) -> str:
+def describe(line: Line, cost: Cost, worth: Worth) -> str:
     """Return the tooltip of one point."""
-    cost = plot.cost.of(line)
-    value = percent(cost) if plot.cost.share else f"{number(cost)} tokens/s"
+    paid = percent(cost.of(line)) if cost.share else f"{number(cost.of(line))} tokens/s"
     score = f"score {percent(line.score.mean)} [{span(line.score)}]"
-    worth = score if plot.worth is not KL else f"{KL.title} {number(line.measured['kl'])}"
-    said = f"{name_setting(line.setting)}: {worth}, {plot.cost.title.lower()} {value}"
+    shown = f"{KL.title} {number(line.measured['kl'])}" if worth is KL else score
+    said = f"{name_setting(line.setting)}: {shown}, {cost.title.lower()} {paid}"
     if line.delta is not None:
         said += f", to full {points(line.delta.delta.mean)} [{point_span(line.delta.delta)}] points"
     return said
+
+
+def draw_averages(table: Table, looks: Mapping[str, Look]) -> list[Picture]:
+    """Return the averages over all cells: score and difference over bytes read, score over other costs, KL."""
+    whole = round_range([end for line in table.lines for end in line.score[1:3]])
+    above = min(max(ABOVE, *(find_gap(line)[2] for line in table.lines)), BELOW)
+    title = "Points to the full cache, paired; the last ten"
+    pictures = [
+        draw_curves(table, looks, LARGE, whole, title=READS.title),
+        draw_curves(table, looks, LARGE, (-BELOW, above), worth=GAP, title=title),
+        *(draw_curves(table, looks, LARGE, whole, c, title=c.title + " (noisy)" * (not c.share)) for c in COSTS),
+    ]
+    losses = [kl for line in table.lines if (kl := line.measured["kl"]) > 0]
+    if len(losses) > 1:
+        y_range, title = (min(losses) / 1.3, max(losses) * 1.3), f"{KL.title} (ppl); down is better"
+        pictures.append(draw_curves(table, looks, LARGE, y_range, worth=KL, title=title))
+    return pictures
+
+
+def draw_cells(study: Study, looks: Mapping[str, Look]) -> list[Picture]:
+    """Return one small picture per task and length, score over bytes read, all with the same range of scores."""
+    named = [(f"{cell.task}, {length_text(cell.length)}", cell) for cell in study.cells]
+    tables = [make_table(study, title, [cell.task], [cell.length]) for title, cell in named]
+    return [draw_curves(table, looks, SMALL, (0.0, 1.0), title=table.title) for table in tables]

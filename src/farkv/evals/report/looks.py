@@ -1,17 +1,27 @@
 """One look per method in all figures: colour, line, marker.
 
-In: methods, and which of them see the query. Out: looks, and their CSS. Colours are told apart by people who do not see
-red or green; whoever sees none has the markers. A solid line and a full marker: chosen anew for every query; a dashed
-line and a hollow marker: blind to it.
+In: methods, and which of them see the query. Out: looks, whose CSS is in `page.html`. The colours can be told apart
+without seeing red or green, and the markers without seeing any colour. Solid line, full marker: records are chosen anew
+for every query; dashed line, hollow marker: without seeing it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
-from farkv.evals.cells import FULL
+from farkv.evals.cells import FULL, OURS
 
+# SVG paths around the origin.
+MARKERS = {
+    "none": "",
+    "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "square": "M-4-4h8v8h-8z",
+    "diamond": "M0-5.2l5.2 5.2l-5.2 5.2l-5.2-5.2z",
+    "triangle": "M0-4.6l4.6 9.2h-9.2z",
+    "down": "M0 4.6l4.6-9.2h-9.2z",
+    "cross": "M-4-4l8 8m0-8l-8 8",
+}
 # In light, in dark, marker.
 KNOWN = {
     FULL: ("#3d4451", "#c9d1dc", "none"),
@@ -42,7 +52,7 @@ OTHERS = [
 
 
 class Look(NamedTuple):
-    """How one method is drawn: its CSS class, two colours, marker; dashed and hollow unless it sees the query."""
+    """How one method is drawn: its CSS class, two colours, the path of its marker, whether it sees the query."""
 
     method: str
     name: str
@@ -50,6 +60,13 @@ class Look(NamedTuple):
     dark: str
     marker: str
     aware: bool
+    bound: bool = False
+
+    @property
+    def style(self) -> str:
+        """Return the CSS classes of its line and markers: an upper bound is dotted, ours is thicker."""
+        kind = "bound" if self.bound else "aware" if self.aware else "blind"
+        return f"{self.name} {kind} ours" if self.method == OURS else f"{self.name} {kind}"
 
 
 def order_methods(methods: Iterable[str]) -> list[str]:
@@ -58,51 +75,18 @@ def order_methods(methods: Iterable[str]) -> list[str]:
     return sorted(methods, key=lambda method: (places.get(method, len(places)), method))
 
 
-def choose_looks(methods: Iterable[str], aware: Iterable[str]) -> dict[str, Look]:
+def choose_looks(methods: Iterable[str], aware: Iterable[str], bounds: Iterable[str] = ()) -> dict[str, Look]:
     """Return the look of every method.
 
     Args:
         methods: names, in any order.
         aware: those whose choice sees the query.
+        bounds: those that read all keys to choose.
     """
-    methods = order_methods(methods)
-    others = sorted(method for method in methods if method not in KNOWN)
-    seen = set(aware)
+    methods, aware, bounds = order_methods(methods), set(aware), set(bounds)
+    others = [method for method in methods if method not in KNOWN]
     looks = {}
     for i, method in enumerate(methods):
-        colours = KNOWN.get(method) or OTHERS[others.index(method) % len(OTHERS)]
-        looks[method] = Look(method, f"m{i}", *colours, method in seen)
+        light, dark, marker = KNOWN.get(method) or OTHERS[others.index(method) % len(OTHERS)]
+        looks[method] = Look(method, f"m{i}", light, dark, MARKERS[marker], method in aware, method in bounds)
     return looks
-
-
-def write_css(looks: Sequence[Look]) -> str:
-    """Return the colour of every look in light and dark, and what its box in the legend does."""
-    light = "".join(f".{look.name}{{--c:{look.light}}}\n" for look in looks)
-    dark = "".join(f".{look.name}{{--c:{look.dark}}}\n" for look in looks)
-    hide = "".join(
-        f"body:has(#show-{look.name}:not(:checked)) .curve.{look.name}{{display:none}}\n"
-        f"body:has(label.{look.name}:hover) .curve:not(.{look.name}){{opacity:.13}}\n"
-        for look in looks
-    )
-    return f"{light}@media screen and (prefers-color-scheme:dark){{\n{dark}}}\n{hide}"
-
-
-def draw_marker(look: Look, x: float, y: float, size: float = 4.0) -> str:
-    """Return the path data of a marker around a point."""
-    s = size
-    match look.marker:
-        case "square":
-            return f"M{x - s:.1f} {y - s:.1f}h{2 * s:.1f}v{2 * s:.1f}h{-2 * s:.1f}z"
-        case "diamond":
-            s *= 1.3
-            return f"M{x:.1f} {y - s:.1f}l{s:.1f} {s:.1f}l{-s:.1f} {s:.1f}l{-s:.1f} {-s:.1f}z"
-        case "triangle":
-            s *= 1.15
-            return f"M{x:.1f} {y - s:.1f}l{s:.1f} {2 * s:.1f}h{-2 * s:.1f}z"
-        case "down":
-            s *= 1.15
-            return f"M{x:.1f} {y + s:.1f}l{s:.1f} {-2 * s:.1f}h{-2 * s:.1f}z"
-        case "cross":
-            return f"M{x - s:.1f} {y - s:.1f}l{2 * s:.1f} {2 * s:.1f}M{x - s:.1f} {y + s:.1f}l{2 * s:.1f} {-2 * s:.1f}"
-        case _:
-            return f"M{x - s:.1f} {y:.1f}a{s:.1f} {s:.1f} 0 1 0 {2 * s:.1f} 0a{s:.1f} {s:.1f} 0 1 0 {-2 * s:.1f} 0z"

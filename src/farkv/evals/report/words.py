@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences that are made from them, the ones that are not flattering too.
+"""What the numbers say, in sentences that are made from them, the unflattering ones included.
 
 In: a study and its tables. Out: sentences.
 """
@@ -31,109 +31,76 @@ def choose_fraction(study: Study) -> float | None:
     return min(fractions, key=lambda fraction: abs(fraction - PROMISED), default=None)
 
 
-def choose_subject(study: Study, table: Table, fraction: float) -> Line | None:
-    """Return ours at a fraction; without it the best of the others."""
-    ours = table.find(OURS, fraction)
-    if ours is not None:
-        return ours
-    rivals = [line for line in table.at(fraction) if study.is_rival(line.setting)]
-    return rivals[0] if rivals else None
+def list_best(study: Study, table: Table, fraction: float) -> list[Line]:
+    """Return the lines of a fraction that can be the best, the best first."""
+    return [line for line in table.at(fraction) if study.can_be_best(line.setting)]
 
 
 def say(study: Study, table: Table) -> Said:
-    """Return what a run says.
-
-    Args:
-        study: the cells.
-        table: over all of them.
-    """
+    """Return what a run says, of ours or, where it was not run, of the best method."""
     full, fraction = table.find(FULL), choose_fraction(study)
     if full is None:
         return Said("Nothing can be compared: the full cache itself is near the floor on every task.", [])
-    line = None if fraction is None else choose_subject(study, table, fraction)
+    lines = [] if fraction is None else [table.find(OURS, fraction), *list_best(study, table, fraction)]
+    line = next(filter(None, lines), None)
     if line is None or line.delta is None:
         return Said(f"The full cache scores {percent(full.score.mean)}; no other method was compared.", [])
     tasks = len({task for task, _ in table.cells})
     lengths = and_join(length_text(length) for length in sorted({length for _, length in table.cells}))
     name, gap = line.setting.method, line.delta.delta
+    read, index = line.measured["read_fraction"], line.measured["index_fraction"]
     headline = (
         f"{name} at {fraction_text(line.setting.fraction)} scores {percent(line.score.mean)}, the full cache "
         f"{percent(full.score.mean)}: a difference of {points(gap.mean)} points [{point_span(gap)}], "
-        f"{say_reads(line)}."
+        f"reading {percent(read + index)} of its bytes per step ({percent(read)} cache, {percent(index)} index)."
     )
     basis = (
         f"{tasks} task{'s' if tasks > 1 else ''} at {lengths} tokens, {table.samples} samples per method, the same "
         "for all. In brackets: what 95 % of a paired bootstrap lies between."
     )
-    return Said(headline, [basis, say_promise(line), *say_rivals(study, table, name)])
-
-
-def say_reads(line: Line) -> str:
-    """Return what a step of a method reads, in words."""
-    read, index = line.measured["read_fraction"], line.measured["index_fraction"]
-    return f"reading {percent(read + index)} of its bytes per step ({percent(read)} cache, {percent(index)} index)"
-
-
-def say_promise(line: Line) -> str:
-    """Return whether a method is within one point of the full cache, as far as the interval tells."""
-    if line.delta is None:
-        return ""
-    gap = line.delta.delta
     where = f"Within one point of the full cache at {fraction_text(line.setting.fraction)}"
     if gap.mean < -ONE_POINT:
-        return f"{where}: no, {points(gap.mean)} points."
-    if gap.low < -ONE_POINT:
-        return f"{where}: on the mean yes ({points(gap.mean)}), but the interval reaches {points(gap.low)} points."
-    return f"{where}: yes, the whole interval."
+        promise = f"{where}: no, {points(gap.mean)} points."
+    elif gap.low < -ONE_POINT:
+        promise = f"{where}: on the mean yes ({points(gap.mean)}), but the interval reaches {points(gap.low)} points."
+    else:
+        promise = f"{where}: yes, the whole interval."
+    return Said(headline, [basis, promise, *say_baselines(study, table, name)])
 
 
-def say_rivals(study: Study, table: Table, name: str) -> list[str]:
-    """Return, per fraction, who is better than a method, on average and on which tasks and lengths."""
+def say_baselines(study: Study, table: Table, name: str) -> list[str]:
+    """Return, per fraction, which baseline is better than a method, on average and on which tasks and lengths."""
     best, worse = [], []
-    for fraction in study.fractions:
-        line = table.find(name, fraction)
-        if line is None:
-            continue
-        rivals = [x for x in table.at(fraction) if study.is_rival(x.setting)]
-        if line.mark == "best":
-            best.append(fraction_text(fraction))
-        elif rivals:
-            worse.append(say_gap(study, table, line, rivals[0]))
-    said = []
-    if best:
-        said.append(f"Best on average of all methods but the oracle at {and_join(best)}.")
-    if worse:
-        said.append(f"Not best on average: {'; '.join(worse)}.")
-    return said + [text for fraction in study.fractions if (text := say_lost_cells(study, table, name, fraction))]
-
-
-def say_gap(study: Study, table: Table, line: Line, rival: Line) -> str:
-    """Return by how much a rival is better, and whether that can be chance."""
     cells = [cell for cell in study.cells if (cell.task, cell.length) in set(table.cells)]
-    gap = compare(cells, rival.setting, line.setting).delta
-    chance = "not told apart from chance" if gap.low <= 0 else "more than chance"
-    where, score = fraction_text(line.setting.fraction), percent(rival.score.mean)
-    return f"at {where} {rival.setting.method} has {score}, {points(gap.mean)} points [{point_span(gap)}], {chance}"
+    for fraction in study.fractions:
+        line, lines = table.find(name, fraction), list_best(study, table, fraction)
+        where = fraction_text(fraction)
+        if line is not None and line.mark == "best":
+            best.append(where)
+        elif line is not None and lines:
+            other = lines[0]
+            gap = compare(cells, other.setting, line.setting).delta
+            chance = "not told apart from chance" if gap.low <= 0 else "more than chance"
+            shown = f"{percent(other.score.mean)}, {points(gap.mean)} points [{point_span(gap)}]"
+            worse.append(f"at {where} {other.setting.method} has {shown}, {chance}")
+    said = [f"Best on average of all methods but the oracle at {and_join(best)}."] if best else []
+    said += [f"Not best on average: {'; '.join(worse)}."] if worse else []
+    return said + [text for f in study.fractions if (text := say_lost_cells(study, Setting(name, f)))]
 
 
-def say_lost_cells(study: Study, table: Table, name: str, fraction: float) -> str:
-    """Return on which cells some rival is better than a method by more than chance."""
-    ours, lost = Setting(name, fraction), []
-    for cell in study.cells:
-        rivals = [s for s in cell.settings if study.is_rival(s) and s.fraction == fraction and s != ours]
-        if ours not in cell.settings or not rivals:
+def say_lost_cells(study: Study, ours: Setting) -> str:
+    """Return on which cells some baseline is better by more than chance; nothing where there is none."""
+    lost, compared = [], [cell for cell in study.cells if ours in cell.settings]
+    for cell in compared:
+        others = [s for s in cell.settings if study.can_be_best(s) and s.fraction == ours.fraction and s != ours]
+        if not others:
             continue
-        best = max(rivals, key=lambda s: cell.means[cell.settings[s]])
+        best = max(others, key=lambda s: cell.means[cell.settings[s]])
         gap = compare([cell], best, ours).delta
         if gap.low > 0:
             lost.append(f"{cell.task} at {length_text(cell.length)} ({best.method} {points(gap.mean)})")
-    compared = sum(ours in cell.settings for cell in study.cells)
-    if not lost:
-        return ""
-    where = fraction_text(fraction)
-    return (
-        f"At {where} some method is better by more than chance on {len(lost)} of {compared} cells: {', '.join(lost)}."
-    )
+    where = f"At {fraction_text(ours.fraction)} some method is better by more than chance"
+    return f"{where} on {len(lost)} of {len(compared)} cells: {', '.join(lost)}." if lost else ""
 
 
 def say_methods(settings: Sequence[Setting]) -> str:
