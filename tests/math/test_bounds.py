@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from farkv.math.bounds import bound_pages, mark_pages, rank_tokens, score_bounds
 from farkv.store.ledger import Ledger
-from farkv.store.near.buffers.bounds import PageBounds
+from farkv.store.near.bounds import PageBounds
 
 B, HKV, G, D = 2, 2, 3, 5
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from farkv.kernels.native import load_native
 from farkv.store.admission import admit
 from farkv.store.far.rows import gather_rows
 from farkv.store.ledger import Ledger
-from farkv.store.near.buffers.buffers import RecentWindow
+from farkv.store.near.buffers import RecentWindow
 from farkv.store.records import Needs, StoreLimits
 from farkv.store.sizes import (
     LayerShape,

@@ -13,8 +13,8 @@ from farkv.errors import CapacityError
 from farkv.methods.base import Selector
 from farkv.store.far.kept import ROW_BYTES
 from farkv.store.far.page_rows import PagedRows
-from farkv.store.near.buffers.pinned import SLOT_BYTES as PIN_BYTES
-from farkv.store.near.buffers.recently_used import RecentlyUsed, RecentSize
+from farkv.store.near.pinned import SLOT_BYTES as PIN_BYTES
+from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
 

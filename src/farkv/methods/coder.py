@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from farkv._axes import Bool, Float, Tensor
-from farkv.store.near.buffers.index import Projection
+from farkv.store.near.index import Projection
 
 
 @runtime_checkable

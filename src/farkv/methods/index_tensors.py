@@ -11,7 +11,7 @@ from farkv._axes import Tensor
 from farkv.errors import SessionError
 from farkv.methods.base import Records
 from farkv.methods.layer_fit import LayerFit
-from farkv.store.near.buffers.index import Projection
+from farkv.store.near.index import Projection
 
 
 def join_fits(fit: LayerFit, other: LayerFit, batches: tuple[int, int], lengths: tuple[int, int]) -> None:

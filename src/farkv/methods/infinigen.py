@@ -29,7 +29,7 @@ from farkv.math.skew import measure_gram, solve_bilinear, solve_svd
 from farkv.methods.base import LEAST_RECORDS, Cap, Place
 from farkv.methods.coder import Coder
 from farkv.methods.indexed import IndexRule
-from farkv.store.near.buffers.index import Projection
+from farkv.store.near.index import Projection
 
 # Index bytes scored per step over the KV bytes, in one pass over the index.
 INDEX_SHARE = 1 / 32

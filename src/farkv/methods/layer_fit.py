@@ -16,7 +16,7 @@ from farkv.math.sample import add_block, extend_sample, thin_columns, thin_keys,
 from farkv.methods.base import Place, Records
 from farkv.methods.coder import Coder
 from farkv.store.follow import Cropped
-from farkv.store.near.buffers.index import LayerIndex, Projection
+from farkv.store.near.index import LayerIndex, Projection
 
 # Without a profile, a fit is final once it was made of this many tokens per head dimension.
 FIT_TOKENS_PER_DIM = 8

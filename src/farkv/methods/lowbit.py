@@ -19,7 +19,7 @@ from farkv.math.score import unpack_codes
 from farkv.methods.base import Cap, Place
 from farkv.methods.coder import Coder
 from farkv.methods.indexed import IndexRule
-from farkv.store.near.buffers.index import Projection
+from farkv.store.near.index import Projection
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from farkv.math.bounds import bound_pages, mark_pages, rank_tokens, score_bounds
 from farkv.math.score import pool_group
 from farkv.math.step import Query, Step
 from farkv.methods.base import Place, Records, Selector
-from farkv.store.near.buffers.bounds import PageBounds
+from farkv.store.near.bounds import PageBounds
 from farkv.store.sizes import LayerShape
 
 # Capacities are multiples of so many tokens.

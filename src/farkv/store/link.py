@@ -19,8 +19,8 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.store.far.page_rows import PagedRows
 from farkv.store.far.rows import Rows, spread_heads
 from farkv.store.memory import Fetcher
-from farkv.store.near.buffers.pinned import Pinned
-from farkv.store.near.buffers.recently_used import RecentlyUsed
+from farkv.store.near.pinned import Pinned
+from farkv.store.near.recently_used import RecentlyUsed
 
 
 class Ticket:

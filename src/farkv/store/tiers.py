@@ -18,9 +18,9 @@ from farkv.store.far.pool import FarStore
 from farkv.store.far.rows import Rows, spread_heads
 from farkv.store.follow import Follower
 from farkv.store.link import Link, Ticket
-from farkv.store.near.buffers.buffers import Buffers, RecentWindow
-from farkv.store.near.buffers.pinned import Pinned
-from farkv.store.near.buffers.recently_used import RecentlyUsed
+from farkv.store.near.buffers import Buffers, RecentWindow
+from farkv.store.near.pinned import Pinned
+from farkv.store.near.recently_used import RecentlyUsed
 from farkv.store.records import Fetch, Needs, Read, Stored, StoreLimits
 
 # Tokens that a dense read brings near at once, where the whole layer has no room.

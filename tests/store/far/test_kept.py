@@ -13,7 +13,7 @@ from farkv.store.far import rows as rows_module
 from farkv.store.far.kept import ROW_BYTES, Kept
 from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
-from farkv.store.near.buffers.buffers import Pinned
+from farkv.store.near.buffers import Pinned
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import Allowed, share_out
 from farkv.store.tiers import Store

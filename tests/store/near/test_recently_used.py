@@ -11,7 +11,7 @@ from farkv.errors import StoreError
 from farkv.store import spare as spare_module
 from farkv.store.admission import admit
 from farkv.store.ledger import Ledger
-from farkv.store.near.buffers.recently_used import RecentlyUsed, RecentSize
+from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import LayerShape, NearNeed
 from farkv.store.spare import Pass, admit_hot
