@@ -1,4 +1,4 @@
-"""Puts an engine together: a method, or an evictor beside it, and what a user set -> the parts of one cache's engine."""
+"""Puts an engine together: a method, or an evictor beside it, and what a user set -> one cache's engine."""
 
 from __future__ import annotations
 

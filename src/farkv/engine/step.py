@@ -1,8 +1,8 @@
 """One method at work on one cache. Read this page first: a step goes through it from top to bottom.
 
-  append      new keys and values are admitted under the byte limits, then stored       (`engine.admit`, `store`)
-  speculate   one layer ahead: choose by an estimated query, start the fetch            (`engine.choose`, `store.link`)
-  attend      choose, or top up what was speculated; attend; let the method look; evict (`engine.attend`, `engine.evict`)
+  append      admit new keys and values under the byte limits, store them           (`engine.admit`, `store`)
+  speculate   one layer ahead: choose by an estimated query, start the fetch        (`engine.choose`, `store.link`)
+  attend      choose, or top up what was speculated; attend; observe; evict         (`engine.attend`, `engine.evict`)
 
 A pass over more than one token attends to everything, exactly. Whoever runs the model calls these three, per layer in
 the model's order, and takes a pass back with `crop` and `restore` where it fails (`engine.build` makes an engine).

@@ -24,7 +24,7 @@ from farkv.methods import Full
 class Prefilled(NamedTuple):
     """What one reading of a text leaves behind.
 
-    passes: of every pass, each managed layer's step.  unmanaged: the layers left to Hugging Face.  logits: after the text.
+    passes: of every pass, each managed layer's step.  unmanaged: the layers left to Hugging Face.
     """
 
     passes: list[dict[int, Step]]

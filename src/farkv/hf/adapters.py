@@ -159,12 +159,12 @@ def is_same(got: Tensor, expected: Tensor, n_inputs: int, *, is_split: bool) -> 
 # --- projections: [B, T, E] -> [B, T, Hq * (D + what lies behind each head)] ----------------------------------------
 
 
-def project_alone(attention: nn.Module, x: Tensor, form: Form) -> Tensor:
+def project_alone(attention: nn.Module, x: Tensor, form: QueryForm) -> Tensor:
     """Run a projection that makes queries."""
     return attention.q_proj(x)  # type: ignore[operator]
 
 
-def project_first_rows(attention: nn.Module, x: Tensor, form: Form) -> Tensor:
+def project_first_rows(attention: nn.Module, x: Tensor, form: QueryForm) -> Tensor:
     """Run the first rows of a projection that makes queries, then keys, then values."""
     fused: Any = attention.qkv_proj
     n = form.n_heads * form.dim
@@ -173,7 +173,7 @@ def project_first_rows(attention: nn.Module, x: Tensor, form: Form) -> Tensor:
     return linear(x, fused.weight[:n], None if fused.bias is None else fused.bias[:n])
 
 
-def project_first_of_each(attention: nn.Module, x: Tensor, form: Form) -> Tensor:
+def project_first_of_each(attention: nn.Module, x: Tensor, form: QueryForm) -> Tensor:
     """Run the query rows of a projection that makes query, key and value head by head."""
     fused: Any = attention.query_key_value
     if x.device.type != "cpu" or not is_plain(fused):

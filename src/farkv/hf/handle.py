@@ -31,7 +31,7 @@ from farkv.hf.layer import FarLayer
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.receipt import make_receipt
 from farkv.hf.verify import Verifier
-from farkv.methods.table import find_row
+from farkv.methods.table import Method, find_row
 from farkv.receipt import Account, Receipt
 from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
@@ -65,6 +65,13 @@ class Handle(AbstractContextManager["Handle"]):
         self._ahead = Lookahead(layers, find_source(choice))
         self._attach()
         _handles[id(model)] = self
+
+    @property
+    def method(self) -> Method:
+        """Return the config of what selects, or of what evicts where nothing does."""
+        method = self.choice.selects or self.choice.evicts
+        assert method is not None
+        return method
 
     # --- attaching ------------------------------------------------------------------------------------------
 

@@ -15,15 +15,14 @@ from farkv.engine.usage import Usage, count_holding, count_usage
 from farkv.hf import _compat
 from farkv.hf.cache import FarCache
 from farkv.hf.layer import FarLayer
-from farkv.methods.table import find_name
+from farkv.methods.full import Full
+from farkv.methods.table import Method, find_name
 from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times
 from farkv.store.records import StoreLimits
 
 
-def name_method(choice: Choice, setting: Setting) -> str:
+def name_method(method: Method, choice: Choice, setting: Setting) -> str:
     """Return the method's name as on the command line; the published variant, and a plan's levers, are named."""
-    method = choice.selects or choice.evicts
-    assert method is not None
     name = find_name(method)
     if getattr(method, "paper", False):
         name += "-paper"
@@ -44,16 +43,16 @@ def make_receipt(
     steps = max(1, account.decode_steps)
     return Receipt(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        method=name_method(choice, setting),
+        method=name_method(choice.selects or choice.evicts or Full(), choice, setting),
         answer="",
         context_tokens=account.context_tokens,
         generated_tokens=account.generated_tokens or account.decode_steps,
         kv_bytes=KVBytes(
             total=total,
-            near_peak=usage.near_records + usage.index,
+            near_peak=usage.near_records + usage.index_bytes,
             host_peak=usage.host,
             disk_peak=usage.disk,
-            index_peak=usage.index,
+            index_peak=usage.index_bytes,
         ),
         limits=make_limits(setting.limits),
         read_fraction=account.read_fraction(),

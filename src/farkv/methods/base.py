@@ -7,12 +7,12 @@ same to that as to the records. docs/methods.md shows a whole method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from farkv._axes import Bool, Float, Float32, Int, Tensor
+from farkv._axes import Bool, Float, Float32, Tensor
 from farkv.calibrate.profile import Profile
 from farkv.config import Rule, Source
 from farkv.errors import SessionError
@@ -26,6 +26,10 @@ from farkv.store.sizes import LayerShape
 
 # Records per KV head that are read, or kept, however small the budget is, where nobody asked for one.
 LEAST_RECORDS = 64
+
+
+# What ends a choice besides the cap. In: scores, the cap, each sequence's own cap.
+ChoiceRule = Callable[[Tensor, int, Tensor | None], Choice]
 
 
 class Cap(NamedTuple):
@@ -47,7 +51,7 @@ class Cap(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a method works: its layers, their device, and what counts the bytes of an index.
+    """Where a method works: its layers, their device, and the ledger that counts the bytes of an index.
 
     travels: records cross a link, so that choosing one layer ahead hides it.  reserve_tokens: the announced context.
     dense_tokens: up to here reading everything is faster than choosing on this machine.
@@ -55,7 +59,7 @@ class Place(NamedTuple):
 
     layers: list[int]
     device: torch.device
-    index: Ledger
+    ledger: Ledger
     reserve_tokens: int = 0
     travels: bool = False
     dense_tokens: int = 0
@@ -133,8 +137,8 @@ class Selector:
 
     # The hidden state that the next layer's query is estimated from; None: the layer's true query chooses.
     source: Source | None = None
-    # Besides the cap, what ends a choice; None: the cap alone. In: scores, cap, each sequence's own cap.
-    rule: Callable[[Float32[Tensor, "B Hkv S"], int, Int[Tensor, "b 1 1"] | None], Choice] | None = None
+    # None: the cap alone ends a choice.
+    rule: ChoiceRule | None = None
     # Over a disk, choose among pages in memory and the few that are worth reading.
     limits_pages = True
     # What this method keeps of every layer besides its records, for the store to crop, reorder and free with them.
@@ -215,11 +219,11 @@ class Selector:
         """Return what must be the same for a saved index to be of use; None for a method that has none."""
         return None
 
-    def list_tensors(self, records: dict[int, Records]) -> dict[str, Tensor]:
+    def list_tensors(self, records: Mapping[int, Records]) -> dict[str, Tensor]:
         """Return the index of every layer by name, as it is saved with a text."""
         return {}
 
-    def take_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype, records: dict[int, Records]) -> None:
+    def take_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype, records: Mapping[int, Records]) -> None:
         """Take the index of a saved text, whose records are stored.
 
         Raises:
@@ -289,9 +293,8 @@ class Evictor:
         What was important once is not forgotten at once: the larger of a new score and an old one counts.
         """
         visible, k = records.visible(records.length), records.keys(0, records.length)
-        new = self.score(
-            records.layer, k, records.values(), None if visible is None else visible.to(k.device), n_recent
-        )
+        visible = None if visible is None else visible.to(k.device)
+        new = self.score(records.layer, k, records.values(), visible, n_recent)
         scores[..., : new.shape[-1]] = join_scores(new.to(scores.device), scores)
         return new
 

@@ -7,7 +7,7 @@ The steps (docs/papers/infinigen.md has equation, function and deviation):
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from farkv.config import Source
 from farkv.kernels.native import IndexView
 from farkv.math.score import pool_group, project_query, score_index
 from farkv.math.step import Query, Step
-from farkv.methods.base import Cap, Place, Records, Rule, Selector
+from farkv.methods.base import Cap, ChoiceRule, Place, Records, Selector
 from farkv.methods.coder import Coder
 from farkv.methods.index_tensors import join_fits, list_tensors, take_tensors
 from farkv.methods.layer_fit import LayerFit
@@ -36,7 +36,7 @@ class IndexRule(NamedTuple):
     make_coder: Callable[[Place], Coder]
     source: Source | None = None
     always_ahead: bool = False
-    rule: Rule | None = None
+    rule: ChoiceRule | None = None
     pool: Callable[[Tensor, Tensor | None], Tensor] = pool_group
     dense_first: bool = False
 
@@ -157,14 +157,14 @@ class IndexSelector(Selector):
         """Return what must be the same for a saved index to be of use."""
         return self.coder.describe() | {"scans": 2 if self.cap.top_up else 1}
 
-    def list_tensors(self, records: dict[int, Records]) -> dict[str, Tensor]:
+    def list_tensors(self, records: Mapping[int, Records]) -> dict[str, Tensor]:
         """Return the index of every layer by name, as it is saved with a text."""
         found: dict[str, Tensor] = {}
         for layer, fit in self.fits.items():
             found |= {f"{layer}/{name}": t for name, t in list_tensors(fit, records[layer]).items()}
         return found
 
-    def take_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype, records: dict[int, Records]) -> None:
+    def take_tensors(self, tensors: dict[str, Tensor], dtype: torch.dtype, records: Mapping[int, Records]) -> None:
         """Take the index of a saved text, whose records are stored.
 
         Raises:

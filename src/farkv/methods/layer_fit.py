@@ -48,7 +48,7 @@ class LayerFit:
 
     def __init__(self, place: Place, coder: Coder, layer: int):
         self.place, self.coder, self.layer = place, coder, layer
-        self.index = LayerIndex(place.index, place.device, place.reserve_tokens)
+        self.index = LayerIndex(place.ledger, place.device, place.reserve_tokens)
         self.phase = Phase()
 
     # --- when -----------------------------------------------------------------------------------------------

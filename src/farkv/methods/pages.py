@@ -60,7 +60,7 @@ class PagesSelector(Selector):
         super().__init__(config, place)
         self.page: int = config.page
         reserve = place.reserve_tokens
-        self.bounds = {i: PageBounds(place.index, place.device, reserve, config.page) for i in place.layers}
+        self.bounds = {i: PageBounds(place.ledger, place.device, reserve, config.page) for i in place.layers}
         self.followers = dict(self.bounds)
 
     # --- as tokens come -------------------------------------------------------------------------------------

@@ -195,8 +195,8 @@ def test_kept_records_are_those_of_a_plain_loop(n_rows: int, n_keep: int, n_rece
 
 
 def test_marks_remember_the_best_score() -> None:
-    scores, scores = torch.rand(B, HEADS, 5), torch.rand(B, HEADS, 9).bfloat16()
-    joined = join_scores(scores, scores)
-    assert torch.equal(joined, torch.maximum(scores, scores[..., :5].float()))
+    new, old = torch.rand(B, HEADS, 5), torch.rand(B, HEADS, 9).bfloat16()
+    joined = join_scores(new, old)
+    assert torch.equal(joined, torch.maximum(new, old[..., :5].float()))
     assert joined.dtype == torch.float32
     assert join_scores(scores, None) is scores

@@ -28,7 +28,7 @@ LEAST_PAGES, LEAST_SCRATCH = 8, 4
 class PageCache:
     """Page copies in one mapping of memory; `room` of them may be used, the others take none."""
 
-    def __init__(self, ledger: Ledger, policy: Policy, pages: Pages):
+    def __init__(self, ledger: Ledger, policy: Policy, pages: NumberedPages):
         self.ledger, self.policy, self.pages = ledger, policy, pages
         # Fetches run on the link's thread, appends on the model's.
         self.lock = threading.RLock()
