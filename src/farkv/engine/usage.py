@@ -11,7 +11,7 @@ from farkv.store.placement import Placement
 class Usage(NamedTuple):
     """Byte peaks of a cache's tiers, and how its records are stored.
 
-    near_records: bytes at the peak, without the index.  quant: how records are stored, None as they came; `on_disk` too.
+    near_records: bytes at the peak, without the index.  quant: how records are stored, None as they came.
     """
 
     near_records: int

@@ -17,6 +17,7 @@ import torch
 from farkv._axes import Bool, Int, Tensor
 from farkv.errors import CapacityError
 from farkv.store.far.eviction import Policy, Uses
+from farkv.store.far.pages import NumberedPages
 from farkv.store.ledger import Ledger
 
 # Pages that are read from disk at once, through memory of their own.
