@@ -7,21 +7,20 @@ same to that as to the records. docs/methods.md shows a whole method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from farkv._axes import Bool, Float, Float32, Tensor
-from farkv.calibrate.profile import Profile
 from farkv.config import Rule, Source
 from farkv.errors import SessionError
 from farkv.kernels.native import IndexView
 from farkv.math.keep import join_scores
 from farkv.math.select import Choice
 from farkv.math.step import Query, Step
+from farkv.methods.records import Place, Records
 from farkv.store.follow import Follower
-from farkv.store.ledger import Ledger
 from farkv.store.sizes import LayerShape
 
 # Records per KV head that are read, or kept, however small the budget is, where nobody asked for one.
@@ -48,88 +47,6 @@ class Cap(NamedTuple):
     least: int = 1
     dense_tokens: int = 0
     only_sinks: bool = False
-
-
-class Place(NamedTuple):
-    """Where a method works: its layers, their device, and the ledger that counts the bytes of an index.
-
-    travels: records cross a link, so that choosing one layer ahead hides it.  reserve_tokens: the announced context.
-    dense_tokens: up to here reading everything is faster than choosing on this machine.
-    """
-
-    layers: list[int]
-    device: torch.device
-    ledger: Ledger
-    reserve_tokens: int = 0
-    travels: bool = False
-    dense_tokens: int = 0
-    profile: Profile | None = None
-    on_fallback: Callable[[str], None] = lambda name: None
-
-
-@runtime_checkable
-class Records(Protocol):
-    """What a method may see of one layer's stored records. Rows are records in the order in which they are stored."""
-
-    layer: int
-
-    @property
-    def shape(self) -> LayerShape:
-        """Return the sequences, KV heads, dimensions and item size of the layer's records."""
-        ...
-
-    @property
-    def length(self) -> int:
-        """Return the rows stored."""
-        ...
-
-    @property
-    def seen(self) -> int:
-        """Return the tokens the layer was given, evicted ones included."""
-        ...
-
-    @property
-    def is_coded(self) -> bool:
-        """Say whether records are stored in fewer bits than the model made them."""
-        ...
-
-    @property
-    def evicted(self) -> int:
-        """Return the tokens of which there is no row any more."""
-        ...
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Return the tokens of an announced prompt; 0: any pass of more than one token may be its end."""
-        ...
-
-    def keys(self, start: int, stop: int) -> Tensor:
-        """Return keys, [B, Hkv, stop - start, Dk], where they are stored: in place where that can be read."""
-        ...
-
-    def key_blocks(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Give keys block by block where they cannot be read in place, else all at once."""
-        ...
-
-    def near_blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Give keys near, block by block, each with its first row: no more than a dense read takes at once."""
-        ...
-
-    def values(self) -> Tensor:
-        """Return all values, [B, Hkv, S, Dv], where they are stored."""
-        ...
-
-    def visible(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
-        """Return which of the first `n_rows` rows are no padding; None where all are."""
-        ...
-
-    def count_real(self, n_rows: int) -> list[int]:
-        """Return the tokens of every sequence among the first `n_rows` rows that are no padding."""
-        ...
-
-    def real_tokens(self, n_tokens: int) -> Bool[Tensor, "b S"] | None:
-        """Return which of the context's first `n_tokens` tokens are no padding; None where all are."""
-        ...
 
 
 class Selector:
@@ -180,7 +97,9 @@ class Selector:
         """Be ready to score the first `n_rows` rows."""
 
     def prepare_eviction(self, records: Records) -> None:
-        """Look at a layer from which records are about to go, while all keys are there."""
+        """Be ready for records of a layer to go: what follows them can only keep what it has of all rows."""
+        if not self.reads_all(records.layer):
+            self.prepare(records, records.length)
 
     def reads_all(self, layer: int) -> bool:
         """Say whether this layer is read whole by design."""
@@ -194,7 +113,7 @@ class Selector:
 
     def count_scored_bytes(self, records: Records, n_rows: int) -> int:
         """Return the bytes that scoring the first `n_rows` rows reads."""
-        return 0
+        return self.index_bytes(records.shape, n_rows)
 
     def view_index(self, layer: int) -> IndexView | None:
         """Return the index in the form that the fast kernels choose from; None where they cannot."""
@@ -211,9 +130,14 @@ class Selector:
     def join(self, other: Any, layer: int, batches: tuple[int, int], lengths: tuple[int, int]) -> None:
         """Let another's sequences, of the same method, follow these in a layer; shorter ones get rows before theirs.
 
+        What followed the layer's rows is forgotten, for `prepare` to make anew; a method may know better.
+
         Args:
             batches, lengths: the sequences and rows of both.
         """
+        for each in (self, other):
+            if layer in each.followers:
+                each.followers[layer].clear()
 
     def describe(self) -> dict[str, Any] | None:
         """Return what must be the same for a saved index to be of use; None for a method that has none."""

@@ -92,11 +92,6 @@ class IndexSelector(Selector):
         """Bring a layer's index up to date."""
         self.fits[records.layer].catch_up(records, n_rows)
 
-    def prepare_eviction(self, records: Records) -> None:
-        """Index all rows: codes can only be kept of what is indexed."""
-        if not self.reads_all(records.layer):
-            self.prepare(records, records.length)
-
     # --- every layer, every step ----------------------------------------------------------------------------
 
     def score(
