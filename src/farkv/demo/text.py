@@ -5,6 +5,8 @@ In: a length in tokens, a seed. Out: a `RecallPrompt` over the interpreter's own
 
 from __future__ import annotations
 
+from functools import cache
+
 from tokenizers import Tokenizer
 
 from farkv.demo import MODEL_PATH
@@ -19,6 +21,11 @@ def draw_prompt(tokens: int, facts: int = 30, seed: int = 0) -> RecallPrompt:
     """Hide `facts` facts in about `tokens` tokens of code that the demo model never saw; ask for one of them."""
     tokenizer = Tokenizer.from_file(str(MODEL_PATH / "tokenizer.json"))
     room = max(20, tokens - FACT_TOKENS * facts - 20)
-    sources = read_sources(STDLIB, held_out=True)
-    filler = draw_filler(sources, room, seed, lambda line: len(tokenizer.encode(line).ids))
+    filler = draw_filler(read_library(), room, seed, lambda line: len(tokenizer.encode(line).ids))
     return make_recall_prompt(filler, facts, seed)
+
+
+@cache
+def read_library() -> dict[str, str]:
+    """Read the library's held-out sources, once."""
+    return read_sources(STDLIB, held_out=True)
