@@ -95,7 +95,6 @@ def format_table(path: Path = RESULTS / "allocate.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run all cases."""
     parser = make_parser(__doc__, "allocate.jsonl")
     parser.add_argument("--repeats", default=9, type=int)
     run = Recorder(parser)

@@ -181,7 +181,6 @@ def format_quality(path: Path = RESULTS / "disk.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run."""
     parser = make_parser(__doc__, "disk.jsonl")
     parser.add_argument("--tasks", default="traffic,quality", type=read_names)
     parser.add_argument("--lengths", default="16384", type=read_numbers, help="tokens, by commas")

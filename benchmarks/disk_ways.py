@@ -224,7 +224,6 @@ def run_child(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Parse the command line and be one way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in {"child": str, "folder": str, "tokens": int, "steps": int}.items():
         parser.add_argument(f"--{name}", required=True, type=kind)

@@ -126,7 +126,6 @@ def format_method(method: str, rows: Rows) -> str:
 
 
 def main() -> None:
-    """Parse the command line and run all texts of all lengths."""
     parser = make_parser(__doc__, "eviction.jsonl")
     parser.add_argument("--lengths", default="2048,4096", type=read_numbers, help="tokens, by commas")
     parser.add_argument("--texts", default="2,0", type=read_numbers, help="recall texts, one number a length")

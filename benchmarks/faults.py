@@ -272,7 +272,6 @@ def format_table(path: Path = RESULTS / "faults.jsonl") -> str:
 
 @torch.no_grad()
 def main() -> None:
-    """Parse the command line and run."""
     parser = make_parser(__doc__, "faults.jsonl")
     parser.add_argument("--runs", default=20, type=int)
     parser.add_argument("--faults", default=",".join(FAULTS), type=read_names, help="names, by commas")

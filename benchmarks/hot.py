@@ -197,7 +197,6 @@ def format_table(path: Path = RESULTS / "hot.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run."""
     parser = make_parser(__doc__, "hot.jsonl")
     parser.add_argument("--shares", default="0,5,10,20,30", type=read_numbers, help="per cent of the context; first 0")
     parser.add_argument("--texts", default=3, type=int)

@@ -64,7 +64,6 @@ def format_table(path: Path = RESULTS / "near_limits.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run the sweep."""
     parser = make_parser(__doc__, "near_limits.jsonl", threads=2)
     parser.add_argument("--tokens", default=4096, type=int)
     run, demo = Recorder(parser), Demo()

@@ -216,7 +216,6 @@ def format_table(path: Path = RESULTS / "overhead.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run."""
     parser = make_parser(__doc__, "overhead.jsonl")
     parser.add_argument("--models", default="small,1b", type=read_names, help="names, by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16", type=read_names, help="names, by commas")

@@ -99,7 +99,6 @@ def format_table(path: Path = RESULTS / "prefill.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run."""
     parser = make_parser(__doc__, "prefill.jsonl")
     parser.add_argument("--lengths", default="8192,16384,32768,65536", type=read_numbers, help="tokens, by commas")
     parser.add_argument("--plain", default=16384, type=int, help="longest prompt that the plain model reads too")

@@ -117,7 +117,6 @@ def format_headline(path: Path = RESULTS / "infinigen_quality.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run all lengths; prompts of one length differ in everything."""
     parser = make_parser(__doc__, "infinigen_quality.jsonl", threads=2)
     parser.add_argument("--lengths", default="2048,4096,8192", type=read_numbers, help="tokens, by commas")
     parser.add_argument("--prompts", default="36,36,30", type=read_numbers, help="recall prompts, one number a length")

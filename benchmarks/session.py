@@ -94,7 +94,6 @@ def format_table(path: Path = RESULTS / "session.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run, or be one of the runs."""
     parser = make_parser(__doc__, "session.jsonl")
     parser.add_argument("--lengths", default="2048,4096,8192", type=read_numbers, help="tokens, by commas")
     parser.add_argument("--runs", default=3, type=int)

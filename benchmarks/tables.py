@@ -81,7 +81,6 @@ def fill(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    """Write or check."""
     stale = []
     for page, tables in TABLES.items():
         path = ROOT / page

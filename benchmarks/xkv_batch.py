@@ -163,7 +163,6 @@ def format_table(path: Path = RESULTS / "xkv_batch.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run."""
     parser = make_parser(__doc__, "xkv_batch.jsonl", threads=2)
     parser.add_argument("--contexts", default="2048,4096", type=read_numbers, help="tokens of a prompt, by commas")
     parser.add_argument("--sequences", default=8, type=int, help="full caches that the limit holds")

@@ -67,7 +67,6 @@ def format_table(path: Path = RESULTS / "xkv_light.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line and run every variant on every prompt, one after the other."""
     parser = make_parser(__doc__, "xkv_light.jsonl")
     parser.add_argument("-n", default=16, type=int)
     run, demo = Recorder(parser), Demo()

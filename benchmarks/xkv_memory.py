@@ -134,7 +134,6 @@ def format_table(path: Path = RESULTS / "xkv_memory.jsonl") -> str:
 
 
 def main() -> None:
-    """Parse the command line; run every configuration, or be one."""
     parser = make_parser(__doc__, "xkv_memory.jsonl", threads=SETTING["threads"])
     for name, default in SETTING.items():
         if name != "threads":

@@ -114,7 +114,6 @@ def measured(receipt: Any) -> Row:
 
 
 def main() -> None:
-    """Parse the command line and run the parts that were asked for."""
     parser = make_parser(__doc__, "xkv_quality.jsonl")
     parser.add_argument("--parts", default="keep,agnostic,fetch,layers", type=read_names)
     parser.add_argument("--prompts", default=24, type=int, help="recall prompts of each part")

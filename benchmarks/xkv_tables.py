@@ -171,7 +171,6 @@ def draw_layers(path: Path = PICTURE) -> None:
 
 
 def main() -> None:
-    """Draw and print."""
     draw_layers()
     print(*(make() for make in TABLES.values()), sep="\n\n")
 
