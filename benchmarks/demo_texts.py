@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from farkv.config import Full
+from farkv.config import Full, Method
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import RecallPrompt, make_recall_prompt, question_line
 from farkv.evals import prefill as shared
@@ -22,6 +22,7 @@ from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.store.sizes import LayerShape
 
 # Of a fact's line, at most, on average.
 FACT_TOKENS = 14
@@ -120,6 +121,15 @@ def find_facts(text: str, filler: list[str]) -> list[tuple[str, str]]:
             name, value = line.strip().split(" = ")
             facts.append((name, value))
     return facts
+
+
+def find_near_need(model: Any, method: Method, tokens: int, **options: Any) -> tuple[int, LayerShape]:
+    """Return the near bytes that decoding over a context needs, and the shape of a layer; options are `attach`'s."""
+    config = model.config
+    shape = LayerShape(1, config.num_key_value_heads, config.head_dim, config.head_dim, 4)
+    with attach(model, method, near="64GiB", **options) as far:
+        recipe: Any = far.new_cache(tokens=tokens).recipe
+        return recipe.near_need_of(shape, tokens, 0, 0).total, shape
 
 
 def prefill_once(model: Any, tokens: list[int]) -> Prefilled:

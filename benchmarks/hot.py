@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from demo_texts import Demo, step
+from demo_texts import Demo, find_near_need, step
 from rows import RESULTS, Row, Rows, format_rows, group, mean, percent, read_rows
 from runs import Recorder, make_parser, read_numbers
 
@@ -28,7 +28,6 @@ from farkv.config import InfiniGen, Method, Random
 from farkv.hf.ask import Listener, prefill
 from farkv.hf.attach import attach
 from farkv.store import spare
-from farkv.store.sizes import LayerShape
 
 METHODS: dict[str, Method] = {"infinigen 0.10": InfiniGen(fraction=0.10), "random 0.10": Random(fraction=0.10)}
 CHUNK_TOKENS = 128
@@ -59,20 +58,11 @@ def record_fetches(store: Any, trace: Trace) -> None:
     store.link.fetch = record
 
 
-def find_limit(model: Any, method: Method, tokens: int, share: float) -> int:
-    """Return the near bytes that decoding needs, and a share of the KV besides."""
-    config = model.config
-    shape = LayerShape(1, config.num_key_value_heads, config.head_dim, config.head_dim, 4)
-    with attach(model, method, near="64GiB") as far:
-        recipe: Any = far.new_cache(tokens=tokens).recipe
-        need = recipe.near_need_of(shape, tokens, 0, 0).total
-    return need + 2 + len(recipe.layers) * shape.token_bytes * int(share * tokens)
-
-
 def run_real(model: Any, method: Method, ids: list[int], n_new: int, share: float) -> Run:
     """Read a text and generate under one near limit."""
     n_tokens, trace, tokens = len(ids) + n_new, {}, [ids[-1]]
-    limit = find_limit(model, method, n_tokens, share)
+    need, shape = find_near_need(model, method, n_tokens)
+    limit = need + 2 + model.config.num_hidden_layers * shape.token_bytes * int(share * n_tokens)
     with attach(model, method, near=limit) as far:
         cache: Any = far.new_cache(tokens=n_tokens, chunk_tokens=CHUNK_TOKENS)
         # Under a tight limit passes are smaller.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_texts import read
+from demo_texts import find_near_need, read
 from random_models import make_llama
 from rows import RESULTS, Row, format_rows, mib, read_rows
 from runs import Recorder, make_parser, read_numbers, time_call
@@ -26,29 +26,21 @@ from transformers import DynamicCache
 
 from farkv.config import InfiniGen
 from farkv.hf.attach import attach
-from farkv.store.sizes import LayerShape
 from farkv.store.tiers import BLOCK_TOKENS
 
 SHAPE = dict(layers=2, heads=4, kv_heads=2, head_dim=32, hidden=128, mlp=512, vocabulary=512)
-LAYER = LayerShape(1, SHAPE["kv_heads"], SHAPE["head_dim"], SHAPE["head_dim"], 4)
-FRACTION = 0.02
+METHOD = InfiniGen(fraction=0.02)
 NEW_TOKENS = 4
-
-
-def find_limit(model: Any, tokens: int, chunk: int) -> int:
-    """Return the bytes that decoding needs, two blocks and one pass."""
-    with attach(model, InfiniGen(fraction=FRACTION), near="64GiB", profile=False) as far:
-        recipe: Any = far.new_cache(tokens=tokens).recipe
-        decoding = recipe.near_need_of(LAYER, tokens, 0, 0).total
-    return decoding + (2 * BLOCK_TOKENS + chunk) * LAYER.token_bytes
 
 
 @torch.no_grad()
 def read_in_passes(model: Any, ids: list[int], chunk: int) -> Row:
     """Read a prompt under the limit, and decode a few tokens."""
     n = len(ids) + NEW_TOKENS
-    limit = find_limit(model, n, chunk)
-    with attach(model, InfiniGen(fraction=FRACTION), near=limit, profile=False) as far:
+    need, shape = find_near_need(model, METHOD, n, profile=False)
+    # What decoding needs, two blocks and one pass.
+    limit = need + (2 * BLOCK_TOKENS + chunk) * shape.token_bytes
+    with attach(model, METHOD, near=limit, profile=False) as far:
         seconds, cache = time_call(lambda: read(far, ids, chunk, tokens=n, chunk_tokens=chunk))
         store: Any = cache.recipe.store
         assert store.streams
