@@ -116,7 +116,7 @@ def permission_denied(stage: Stage) -> str:
 
 
 def killed_while_saving(stage: Stage) -> str:
-    """A process is killed at any moment of saving over an old session; its remains hinder nobody."""
+    """A process is killed at any moment of saving over an old session; what it leaves behind does no harm."""
     # What Full reads has no index, so another method could not ask it.
     stage.method = METHODS[0]
     with stage.attach("ram") as far:

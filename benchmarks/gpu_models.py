@@ -85,8 +85,8 @@ def predict_link_bytes(task: Task, cache: Any) -> float:
     What is read, less each layer's window and newest token, which are near in any case.
     """
     shape, settings = task.settings.shape, task.settings
-    tail = settings.layers * settings.batch * shape.kv_heads * (cache.recipe.window + 1) * shape.record_bytes()
-    return max(0.0, cache.account.read_fraction() * task.kv_bytes - tail)
+    window_bytes = settings.layers * settings.batch * shape.kv_heads * (cache.recipe.window + 1) * shape.record_bytes()
+    return max(0.0, cache.account.read_fraction() * task.kv_bytes - window_bytes)
 
 
 def measure_task(task: Task, plain: PreTrainedModel, trace: Path | None = None) -> Rows:

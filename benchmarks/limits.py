@@ -25,7 +25,7 @@ NEW_TOKENS = 8
 
 
 def predict_fetch(demo: Demo, far: Any, cache: Any, prompt: Prompt) -> float:
-    """Return the predicted bytes per decode step: chosen records less the resident tail, every layer."""
+    """Return the predicted bytes per decode step: chosen records less the recent window, which is near, every layer."""
     config: Any = demo.model.config
     shape = LayerShape(1, config.num_key_value_heads, config.head_dim, config.head_dim, 4)
     budgets = [cache.recipe.split(n, far.managed[0]) for n in range(len(prompt.text) + 1, prompt.n_tokens + NEW_TOKENS)]

@@ -51,7 +51,7 @@ def format_decode(contexts: tuple[int, ...] = (), *, short: bool = False, name: 
     """Return a row per method: ms per layer, times ours, percentage of the floor, at every context.
 
     Args:
-        short: without floors, without what nobody would use, and without the machine.
+        short: without floors, without methods that no one would use, and without the machine.
     """
     found = read(name)
     columns = COLUMNS[:2] if short else COLUMNS

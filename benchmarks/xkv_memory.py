@@ -8,7 +8,7 @@ In: a random model whose KV cache has the shape of Llama-3.2-1B (16 layers, 8 KV
 of random tokens, read in one pass. Out: a JSON line per configuration, each run in an interpreter of its own: the peak
 of the resident set (VmHWM of the child: `ru_maxrss` inherits the parent's across fork), the resident set after
 decoding, the receipt; and for each plan the fall from the full cache's run beside what the plan predicts: the bytes of
-a full cache less those of the records that the plan keeps (the 6 bytes of books per kept record are not in it).
+a full cache less those of the records that the plan keeps (the 6 bytes of metadata per kept record are not in it).
 
 What is not KV is smaller than Llama's, so that 32 K tokens fit minutes of a CPU: hidden size 256 and 8 query heads
 (Llama: 2048 and 32), a vocabulary of 1024. The MLP is 2048 wide, Llama's four times the width of all queries. Numbers
