@@ -18,7 +18,8 @@ import numpy as np
 from rows import RESULTS, Rows, format_rows, read_rows
 from runs import Recorder, make_parser, time_call
 
-from farkv.per_prompt.allocate import allocate, measure_retention
+from farkv import allocate
+from farkv.per_prompt.allocate import measure_retention
 
 LAYERS, RATIO, RETENTION = 32, 0.2, 0.9
 PROBLEMS: dict[str, dict[str, Any]] = {"P1": {"ratio": RATIO}, "P2": {"retention": RETENTION}}

@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from farkv.config import Full, Method
+from farkv import Full, attach
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.demo.recall import RecallPrompt, make_recall_prompt, question_line
 from farkv.evals import prefill as shared
 from farkv.evals.prefill import Prefilled
 from farkv.hf.ask import Listener, Prompt, build_prompt, feed, prefill
-from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.methods import Method
 from farkv.store.sizes import LayerShape
 
 # Of a fact's line, at most, on average.

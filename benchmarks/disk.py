@@ -36,9 +36,8 @@ from disk_ways import HOST_SHARE
 from rows import RESULTS, Row, Rows, format_rows, group, mean, mib, percent, read_rows
 from runs import Recorder, find_versions, make_parser, read_names, read_numbers
 
-from farkv.config import InfiniGen
+from farkv import InfiniGen, attach
 from farkv.errors import CapacityError
-from farkv.hf.attach import attach
 
 ENVIRONMENT = return_freed(1 << 20) | {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 WAYS = ("farkv 0.10", "farkv 0.05", "torch.load", "mapped file")

@@ -21,8 +21,7 @@ from random_models import make_llama
 from runs import time_call
 from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM
 
-from farkv.config import InfiniGen
-from farkv.hf.attach import attach
+from farkv import InfiniGen, attach
 from farkv.hf.load import quiet_libraries
 from farkv.methods.contract import Query, Step
 

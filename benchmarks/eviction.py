@@ -24,10 +24,10 @@ from demo_texts import Demo, answer_greedily, compare_logs, force_tokens, read
 from rows import RESULTS, Row, Rows, format_rows, group, mean, percent, read_rows
 from runs import Recorder, make_parser, read_names, read_numbers
 
-from farkv.config import Full, InfiniGen, Method
-from farkv.hf.attach import attach
+from farkv import Full, InfiniGen, attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
+from farkv.methods import Method
 from farkv.store.eviction import POLICIES
 
 LIMITS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

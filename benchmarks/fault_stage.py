@@ -16,9 +16,7 @@ import torch
 from random_models import make_llama
 
 import farkv
-from farkv.errors import FarKVError
-from farkv.hf.session import load_cache
-from farkv.methods import Full, InfiniGen
+from farkv import FarKVError, Full, InfiniGen, load_cache
 
 N_TEXT, N_ASKED = 600, 4
 METHODS = (InfiniGen(fraction=0.3), Full())

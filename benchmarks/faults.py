@@ -26,8 +26,7 @@ from fault_stage import METHODS, N_ASKED, Stage, both, damage, flip, in_child, l
 from rows import RESULTS, format_rows, read_rows
 from runs import Recorder, make_parser, read_names
 
-from farkv.errors import FarKVError
-from farkv.hf.session import load_cache
+from farkv import FarKVError, load_cache
 
 
 def full_disk_while_saving(stage: Stage) -> str:

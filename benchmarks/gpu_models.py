@@ -19,14 +19,13 @@ import torch
 from rows import Row, Rows
 from transformers import DynamicCache, PreTrainedModel
 
+from farkv import InfiniGen, attach
 from farkv.bench.e2e import ModelRunner, ModelSettings, fill_far, fill_plain
 from farkv.bench.fill import KVSource
 from farkv.bench.models import share_weights
 from farkv.bench.report import OURS
 from farkv.bench.timing import measure_interleaved, summarize
-from farkv.config import InfiniGen
 from farkv.errors import CapacityError
-from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
 
 RESIDENT, OFFLOADED = "hf-resident", "hf-offloaded"

@@ -24,9 +24,9 @@ from demo_texts import Demo, find_near_need, step
 from rows import RESULTS, Row, Rows, format_rows, group, mean, percent, read_rows
 from runs import Recorder, make_parser, read_numbers
 
-from farkv.config import InfiniGen, Method, Random
+from farkv import InfiniGen, attach
 from farkv.hf.ask import Listener, prefill
-from farkv.hf.attach import attach
+from farkv.methods import Method, Random
 from farkv.store import spare
 
 METHODS: dict[str, Method] = {"infinigen 0.10": InfiniGen(fraction=0.10), "random 0.10": Random(fraction=0.10)}

@@ -15,10 +15,9 @@ from demo_texts import Demo
 from rows import RESULTS, Row, format_rows, mean, read_rows
 from runs import Recorder, make_parser
 
-from farkv.config import InfiniGen
+from farkv import InfiniGen, attach
 from farkv.errors import CapacityError
 from farkv.hf.ask import Decoding, Prompt, ask
-from farkv.hf.attach import attach
 from farkv.store.sizes import LayerShape, fetched_bytes
 
 NEW_TOKENS = 8

@@ -37,9 +37,8 @@ from rows import RESULTS, Rows, format_rows, read_rows
 from runs import Recorder, make_parser, read_names
 from transformers import DynamicCache, LlamaForCausalLM
 
+from farkv import Full, InfiniGen, attach
 from farkv.bench.models import share_weights
-from farkv.config import Full, InfiniGen
-from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 

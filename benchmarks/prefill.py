@@ -24,8 +24,7 @@ from rows import RESULTS, Row, format_rows, mib, read_rows
 from runs import Recorder, make_parser, read_numbers, time_call
 from transformers import DynamicCache
 
-from farkv.config import InfiniGen
-from farkv.hf.attach import attach
+from farkv import InfiniGen, attach
 from farkv.store.tiers import BLOCK_TOKENS
 
 SHAPE = dict(layers=2, heads=4, kv_heads=2, head_dim=32, hidden=128, mlp=512, vocabulary=512)

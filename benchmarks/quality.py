@@ -17,11 +17,11 @@ from demo_texts import FACTS, Demo, answer_greedily, compare_logs, fill_cache, f
 from rows import RESULTS, Row, format_rows, group, mean, percent, read_rows
 from runs import Recorder, make_parser, read_names, read_numbers
 
-from farkv.config import Full, InfiniGen, Method, Oracle, Random, Window
+from farkv import Full, InfiniGen, attach
 from farkv.evals.prefill import Prefilled
-from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
+from farkv.methods import Method, Oracle, Random, Window
 
 METHODS: dict[str, Method] = {
     "ours 0.10": InfiniGen(fraction=0.10),

@@ -15,8 +15,7 @@ from demo_texts import Demo, ask_all, compare_logs, force_tokens, read, same
 from rows import RESULTS, Row, format_rows, group, mean, percent, read_rows
 from runs import Recorder, make_parser, read_numbers
 
-from farkv.config import InfiniGen
-from farkv.hf.attach import attach
+from farkv import InfiniGen, attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from farkv import Plan
 from farkv.hf.identity import identify_model
-from farkv.plan import Allocation, Plan
+from farkv.plan import Allocation
 
 
 def make_llama(tokens: int, dtype: torch.dtype = torch.float32, *, seed: int = 5, **shape: Any) -> LlamaForCausalLM:

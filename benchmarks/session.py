@@ -22,10 +22,9 @@ from demo_texts import Demo, read, step
 from rows import RESULTS, Row, Rows, format_rows, mib, read_rows
 from runs import Recorder, make_parser, read_numbers
 
-from farkv.config import InfiniGen
+from farkv import InfiniGen, attach, load_cache
 from farkv.hf.ask import Prompt
-from farkv.hf.attach import attach
-from farkv.hf.session import load_cache, resume
+from farkv.hf.session import resume
 
 FACTS = 20
 

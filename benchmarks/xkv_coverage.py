@@ -22,11 +22,11 @@ from runs import Recorder, make_parser
 from scipy.stats import beta
 
 import farkv
+from farkv import Profile, allocate
 from farkv.demo import MODEL_PATH
 from farkv.hf.mini import Light
 from farkv.per_model.curves import GRID, Curves
-from farkv.per_model.profile import Profile
-from farkv.per_prompt.allocate import allocate, measure_retention
+from farkv.per_prompt.allocate import measure_retention
 from farkv.per_prompt.promise import allocate_promise, average_allocations
 
 SEED = 8_200_000

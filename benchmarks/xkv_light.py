@@ -20,9 +20,10 @@ from rows import RESULTS, Row, format_rows, read_rows
 from runs import Recorder, make_parser, time_call
 
 import farkv
+from farkv import allocate
 from farkv.hf.mini import Light
 from farkv.per_model.curves import Curves
-from farkv.per_prompt.allocate import allocate, measure_retention
+from farkv.per_prompt.allocate import measure_retention
 
 LENGTHS = (1024, 2048, 4096, 6144)
 FACTS = 30

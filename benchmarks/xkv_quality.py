@@ -23,13 +23,12 @@ from demo_texts import FACTS, Demo, answer_greedily, fill_cache, force_tokens, p
 from rows import Row
 from runs import Recorder, make_parser, read_names
 
-from farkv.config import XKV, Full, InfiniGen, Method
+from farkv import XKV, Full, InfiniGen, Plan, Profile, attach
 from farkv.demo import MODEL_PATH
-from farkv.hf.attach import attach
+from farkv.methods import Method
 from farkv.methods.planning import Budget, make_plan
 from farkv.methods.planning import Choice as Sharing
-from farkv.per_model.profile import Profile
-from farkv.plan import Allocation, Plan
+from farkv.plan import Allocation
 
 KEEP_RATIOS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.85)
 AGNOSTIC_RATIOS = (0.1, 0.3, 0.5)
