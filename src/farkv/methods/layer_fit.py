@@ -76,7 +76,10 @@ class LayerFit:
         """Bring the index up to `n_rows` at least: what was read is fitted to, tokens have left the window."""
         if self.phase.unscored:
             self.phase = self.phase._replace(unscored=False)
-        if self.phase.grown or not self.is_final(records):
+        if self.phase.grown:
+            self.fit_due(records, None)
+        # Of a padded batch a short sequence may still be young, as it would be alone.
+        if not self.is_final(records):
             self.fit_due(records, None)
         if self.index.length < n_rows:
             total = records.length
