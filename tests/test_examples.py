@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import farkv
 from farkv.cli import app
 from farkv.demo.text import draw_prompt
 from farkv.methods import METHODS
+from tests.models import assert_same, generate, make_model, make_prompt, plain_cache
+
+# CONNECT: `from tests.methods import contract`, when it is there, and run its cases for `knorm["KNorm"](fraction=0.3)`
+# in place of `test_its_index_follows_the_records`.
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEW = EXAMPLES / "new_method.py"
@@ -86,3 +92,21 @@ def test_it_is_evaluated_and_reported(knorm: dict[str, Any], tmp_path: Path) -> 
     done = CliRunner().invoke(app, ["report", str(out), "-o", str(page)])
     assert done.exit_code == 0, done.output
     assert "knorm" in page.read_text()
+
+
+def test_its_index_follows_the_records(knorm: dict[str, Any]) -> None:
+    model, prompt, method = make_model("llama"), make_prompt(2, tokens=60, pad=9), knorm["KNorm"]
+    with farkv.attach(model, method(fraction=1.0)) as far:
+        assert_same(generate(model, prompt, far.new_cache()), generate(model, prompt, plain_cache(model)))
+    tokens = []
+    for near in (None, "1MiB"):
+        with farkv.attach(model, method(fraction=0.3), near=near) as far:
+            cache = far.new_cache()
+            generate(model, prompt, cache, n=4)
+            cache.crop(-3)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            tokens.append(generate(model, {k: v.flip(0) for k, v in prompt.items()}, cache).sequences)
+            assert far.receipt().read_fraction <= 0.3
+    assert torch.equal(*tokens)
+    whole = generate(model, {k: v.flip(0) for k, v in prompt.items()}, plain_cache(model)).sequences
+    assert not torch.equal(tokens[0], whole), "a third of the records is read"
