@@ -83,8 +83,8 @@ class Attention:
     ) -> object:
         """Attend to the rows at `positions` (all without them) and the `n_tail` newest, in the pool's memory."""
         layer, n = records.layer, records.length
-        batch, heads = self.store.heads(layer)
-        self._count(records, step, batch * heads * (n if positions is None else positions.shape[-1] + n_tail))
+        n_read = n if positions is None else positions.shape[-1] + n_tail
+        self._count(records, step, step.k.shape[0] * step.k.shape[1] * n_read)
         self._trace(records, positions, None, n_tail)
         reads = Reads(self.store.pool[layer].read(0, n), n, positions, n_tail)
         return self.fast.attend(layer, step, attention, reads)

@@ -26,12 +26,12 @@ class LayerRecords:
     @property
     def length(self) -> int:
         """Return the rows stored."""
-        return self.store.length(self.layer)
+        return self.store.pool[self.layer].length
 
     @property
     def seen(self) -> int:
         """Return the tokens the layer was given, evicted ones included."""
-        return self.store.seen(self.layer)
+        return self.store.pool[self.layer].length + self.store.evicted[self.layer]
 
     @property
     def is_coded(self) -> bool:
