@@ -91,6 +91,8 @@ def describe(played: Played) -> Line:
     receipt = None
     if played.receipt is not None:
         receipt = {key: value for key, value in played.receipt.items() if key not in ("time", "versions")}
+        # Of a model that was loaded it is the path.
+        receipt["model"] = Path(receipt["model"]).name
     line = {"tokens": played.tokens, "digest": digest.hexdigest(), "logits": some, "receipt": receipt}
     return json.loads(json.dumps(line | {"error": played.error}))
 
