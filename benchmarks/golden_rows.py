@@ -183,7 +183,7 @@ WAYS = (
     row("lookup", OURS, prompt_lookup_num_tokens=3, means="index"),
     row("lookup/near", OURS, prompt_lookup_num_tokens=3, **ROOMY, means="index far"),
     row("crop", OURS, way="crop", means="sparse index"),
-    row("crop/near", OURS, way="crop", **ROOMY, means="sparse index hot"),
+    row("crop/near", OURS, way="crop", near="480KiB", means="sparse index hot"),
     row("crop/disk", OURS, way="crop", disk="4MiB", host="560KiB", means="sparse index disk"),
     row("crop/pages", PAGES, way="crop", means="sparse index"),
     row("fork", OURS, way="fork", means="sparse index"),
