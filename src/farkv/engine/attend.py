@@ -5,7 +5,6 @@ In: a step, and which records. Out: attention output. What was read is counted h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.engine.budget import Budgets
 from farkv.engine.fast_path import FastPath, Reads
 from farkv.engine.mass import measure_found
+from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import PoolPolicy
 from farkv.engine.records import LayerRecords
 from farkv.math.attention import align_mask, align_rows
@@ -22,18 +22,6 @@ from farkv.math.stream import Stream
 from farkv.receipt import Account
 from farkv.store.records import Fetch, Read
 from farkv.store.tiers import Store
-
-
-@dataclass
-class Mode:
-    """What a pass is for. The engine sets it, its parts look at it.
-
-    dense: a verifying pass: attend to everything, count nothing.  measures: a verified step: measure the attention mass
-    that its choice holds.
-    """
-
-    dense: bool = False
-    measures: bool = False
 
 
 class Fetched(NamedTuple):

@@ -19,6 +19,10 @@ class LastQueries:
         # Tokens that the layer had been given when they came.
         self.seen = 0
 
+    def note(self, observed: Observed, logits: Logits, seen: int) -> None:
+        """Take what a pass left: the queries, how logits are formed of them, the tokens that were given by then."""
+        self.observed, self.logits, self.seen = observed, logits, seen
+
     def crop(self, now: Cropped) -> None:
         """Forget the newest tokens' queries: the next ones slide in behind those that are left."""
         n = self.seen - now.seen
