@@ -169,7 +169,7 @@ class FarCache(_compat.Cache):
         """Forget the tokens of a pass that failed: what was there before it is there after it."""
         before = self._before
         if before is not None:
-            # First: should this be stopped half way, by Ctrl-C too, no later pass may go on from what is left.
+            # First: if this is interrupted, by Ctrl-C too, no later pass may continue from a half-undone state.
             self._broken = "a pass failed, and taking it back failed too"
         self._before, self._is_reading = None, False
         if before is not None:

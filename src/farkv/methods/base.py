@@ -1,8 +1,8 @@
 """What a method is: a `Selector` scores the records that a step may read, an `Evictor` those that may go.
 
 The engine drives. It asks for scores, and does all else: budgets, choosing, fetching, attending, evicting, counting.
-A method sees one layer at a time through `Records`, keeps what it needs of it, and lets the store's followers do the
-same to that as to the records. docs/methods.md shows a whole method.
+A method sees one layer at a time through `Records`. What it keeps per row registers as a follower, which the store
+crops, reorders and frees together with the records. docs/methods.md shows a whole method.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from farkv.store.follow import Follower
 from farkv.store.ledger import Ledger
 from farkv.store.sizes import LayerShape
 
-# Records per KV head that are read, or kept, however small the budget is, where nobody asked for one.
+# Minimum records per KV head that are read or kept when no budget was given.
 LEAST_RECORDS = 64
 
 
-# What ends a choice besides the cap. In: scores, the cap, each sequence's own cap.
+# A rule that may end a choice before the cap. In: scores, the cap, each sequence's own cap.
 ChoiceRule = Callable[[Tensor, int, Tensor | None], Choice]
 
 
@@ -140,9 +140,9 @@ class Selector:
     source: Source | None = None
     # None: the cap alone ends a choice.
     rule: ChoiceRule | None = None
-    # Over a disk, choose among pages in memory and the few that are worth reading.
+    # On a disk, choose only among pages in memory and the few this step may read.
     limits_pages = True
-    # What this method keeps of every layer besides its records, for the store to crop, reorder and free with them.
+    # Per-layer state that the store crops, reorders and frees together with the records.
     followers: dict[int, Follower]
 
     def __init__(self, config: Any, place: Place):
@@ -176,7 +176,7 @@ class Selector:
         """Be ready to score the first `n_rows` rows."""
 
     def prepare_eviction(self, records: Records) -> None:
-        """Look at a layer from which records are about to go, while all keys are there."""
+        """Prepare for an eviction while all keys of the layer are still stored."""
 
     def reads_all(self, layer: int) -> bool:
         """Say whether this layer is read whole by design."""
@@ -199,10 +199,10 @@ class Selector:
     # --- taking back, joining, sessions -----------------------------------------------------------------------
 
     def snapshot(self) -> Any:
-        """Return what a pass changes besides the rows of `followers`, for `restore`; nothing is copied."""
+        """Return what a pass changes, apart from the rows of `followers`, for `restore`; nothing is copied."""
 
     def restore(self, state: Any) -> None:
-        """Put back what `snapshot` returned; rows are those of then again."""
+        """Restore what `snapshot` returned; the rows were cropped to it before."""
 
     def join(self, other: Any, layer: int, batches: tuple[int, int], lengths: tuple[int, int]) -> None:
         """Let another's sequences, of the same method, follow these in a layer; shorter ones get rows before theirs.
@@ -267,7 +267,7 @@ class Evictor:
     def __init__(self, config: Any, place: Place):
         self.config, self.place = config, place
         self.rule: KeepRule = config.keep_rule
-        # What was asked of every layer of late.
+        # The latest queries of every layer.
         self.last = {layer: LastQueries() for layer in place.layers}
         self.followers: dict[int, Follower] = dict(self.last)
 
@@ -291,7 +291,7 @@ class Evictor:
     def rescore(self, records: Records, scores: Float[Tensor, "B Hkv S"], n_recent: int) -> Tensor:
         """Bring the stored records' scores up to date in place, before an eviction; return the new ones.
 
-        What was important once is not forgotten at once: the larger of a new score and an old one counts.
+        The larger of a record's new and old score counts, so that importance fades slowly.
         """
         visible, k = records.visible(records.length), records.keys(0, records.length)
         visible = None if visible is None else visible.to(k.device)
@@ -300,10 +300,10 @@ class Evictor:
         return new
 
     def snapshot(self) -> Any:
-        """Return what a pass changes besides the rows of `followers`, for `restore`; nothing is copied."""
+        """Return what a pass changes, apart from the rows of `followers`, for `restore`; nothing is copied."""
         return {layer: (last.observed, last.seen) for layer, last in self.last.items()}
 
     def restore(self, state: Any) -> None:
-        """Put back what `snapshot` returned."""
+        """Restore what `snapshot` returned."""
         for layer, (observed, seen) in state.items():
             self.last[layer].observed, self.last[layer].seen = observed, seen
