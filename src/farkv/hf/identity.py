@@ -1,4 +1,4 @@
-"""Who a model is: enough to tell that a file was made for it, the same at every dtype."""
+"""A model's identity: enough to check that a file was made for it, independent of the dtype."""
 
 from __future__ import annotations
 
