@@ -15,7 +15,6 @@ from farkv.math import importance
 from farkv.math.importance import (
     MOMENT_QUERIES,
     SCORERS,
-    Form,
     Observed,
     Scorer,
     measure_spread,
@@ -23,6 +22,7 @@ from farkv.math.importance import (
     score_records,
     sort_gains,
 )
+from farkv.math.logits import Logits
 
 B, HKV, S, W, D, DV = 2, 2, 41, 4, 8, 6
 FORM = Logits(D**-0.5, None)
@@ -47,7 +47,7 @@ def pad(h: int, s: int = S) -> Tensor:
     return visible
 
 
-def weigh(window: Tensor, k: Tensor, visible: Tensor | None, form: Form, dtype: torch.dtype) -> Tensor:
+def weigh(window: Tensor, k: Tensor, visible: Tensor | None, form: Logits, dtype: torch.dtype) -> Tensor:
     """Softmax weights [B, Hq, w, S] from the definition; 0 where the query is padding."""
     batch, heads, w, _ = window.shape
     s, groups = k.shape[2], heads // k.shape[1]
@@ -75,7 +75,7 @@ def twin(
     k: Tensor,
     v: Tensor,
     visible: Tensor | None,
-    form: Form,
+    form: Logits,
     dtype: torch.dtype = torch.float64,
     pool: int = 7,
 ) -> Tensor:
@@ -107,7 +107,7 @@ def twin(
     return scores
 
 
-def check(scorer: Scorer, observed: Observed, k: Tensor, v: Tensor, visible: Tensor | None, form: Form) -> Tensor:
+def check(scorer: Scorer, observed: Observed, k: Tensor, v: Tensor, visible: Tensor | None, form: Logits) -> Tensor:
     """Both layouts of heads, within a few times of what the same definition in float32 is off by."""
     exact = twin(scorer, observed, k, v, visible, form)
     off = (twin(scorer, observed, k, v, visible, form, torch.float32).double() - exact).abs().max()

@@ -189,5 +189,6 @@ class Engine:
         """Forget everything of a layer."""
         self.pending.clear()
         self.store.clear(layer)
+        self.records[layer].prompt_tokens = 0
         self.parts.admission.forget()
         self.parts.eviction.clear()
