@@ -1,7 +1,7 @@
 """The plan: how much of a context each layer may keep, hold near, and fetch per step.
 
 In: shares per layer and lever, or a JSON file. Out: a frozen `Plan`, its file, the ratios that other tools read.
-Knows no tensors; `methods.planning` makes plans from measured curves.
+Knows no tensors; `calibrate.planning` makes plans from measured curves.
 """
 
 from __future__ import annotations
