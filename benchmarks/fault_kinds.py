@@ -91,8 +91,8 @@ def flipped_bit_in_pages(stage: Stage) -> str:
     """One bit of the page file is another one for a while; then the same cache goes on."""
     with stage.attach("pages") as far:
         cache = stage.read(far)
-        fd = cache.recipe.store.frames.pages.file._fd
-        cache.recipe.store.frames.make_room(2**40)
+        fd = cache.engine.store.page_cache.pages.file._fd
+        cache.engine.store.page_cache.make_room(2**40)
         path = f"/proc/self/fd/{fd}"
         other = os.open(path, os.O_RDWR)
         at, bit = stage.rng.randrange(os.stat(path).st_size), stage.rng.randrange(8)
@@ -211,7 +211,7 @@ def exception_in_the_worker(stage: Stage) -> str:
     def work() -> torch.Tensor:
         with stage.attach("near") as far:
             cache = stage.read(far)
-            count = cache.recipe.store.on_fetch
+            count = cache.engine.store.on_fetch
 
             def fail(n_bytes: int) -> None:
                 left[0] -= 1
@@ -219,7 +219,7 @@ def exception_in_the_worker(stage: Stage) -> str:
                     raise OSError("the link fails")
                 count(n_bytes)
 
-            cache.recipe.store.on_fetch = fail
+            cache.engine.store.on_fetch = fail
             out = []
             for token in stage.question.split(1, 1):
                 with suppress(OSError):
