@@ -1,6 +1,6 @@
 """Shared set-up: one thread (two cores are often shared), fixed seeds, no gradient, GPU tests only where there is one.
 
-Shapes are executed by the `--jaxtyping-packages` option in pyproject.toml.
+Shapes are executed by `shapes.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import shapes
+
+# Before anything of farkv is imported.
+shapes.install()
 torch.set_num_threads(1)
 settings.register_profile(
     "farkv", max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -36,6 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_seed() -> Iterator[None]:
+    shapes.Calls.made.clear()
     torch.manual_seed(0)
     with torch.no_grad():
         yield
