@@ -25,6 +25,7 @@ ALLOWED = {
     ("methods/padding.py", "count", "tolist"): "once per pass, where something is padded",
     ("methods/indexed.py", "select", "tolist"): "the store has waited for them already",
     ("methods/indexed.py", "take_fitted", "tolist"): "once per session",
+    ("per_prompt/sample.py", "add_block", "nonzero"): "once per block of a prompt that was read in passes",
     ("hf/verify.py", "after", "tolist"): "verified steps are not timed",
     ("hf/identity.py", "identify_model", "numpy"): "once, at attach",
     ("hf/identity.py", "digest_weights", "numpy"): "the same",

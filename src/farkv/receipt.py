@@ -172,7 +172,10 @@ class Account:
 
     def layer(self, layer: int) -> LayerCount:
         """Return the counts of one layer."""
-        return self.layers.setdefault(layer, LayerCount())
+        count = self.layers.get(layer)
+        if count is None:
+            count = self.layers[layer] = LayerCount()
+        return count
 
     def add_fallback(self, name: str) -> None:
         """Count one use of a slower or different path than the one asked for."""

@@ -15,17 +15,18 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from importlib import import_module
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from farkv.bench.fill import require_memory
-from farkv.bench.gguf import VOCABULARY, write_gguf
-from farkv.bench.llama_state import SETTINGS, KVSetting, StateForm, draw_state
+from farkv.bench.llama_files import SETTINGS, VOCABULARY, KVSetting, StateLayout, draw_state, write_model
 from farkv.bench.shapes import ModelShape, format_tokens
 from farkv.errors import ConfigError
 
@@ -37,33 +38,29 @@ SCREEN_ROUNDS = 5
 HOPELESS = 2.0
 
 
-def require_llama_cpp() -> Any:
-    """Return the llama_cpp package, its log kept off the terminal.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        library = import_module("llama_cpp")
-    except (ImportError, OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"--peer llama.cpp: expected the package llama-cpp-python, got {type(error).__name__} ({error}); "
-            "install it with: pip install 'farkv[peer]', or leave the peer out"
-        ) from error
-    library.llama_log_set(_keep_log(library), ctypes.c_void_p(0))
-    return library
-
-
 _log: deque[str] = deque(maxlen=4)
 # The library holds a bare pointer to it.
 _callback: Any = None
 
 
-def _keep_log(library: Any) -> Any:
+def require_llama_cpp() -> Any:
+    """Return the llama_cpp package, its log kept off the terminal.
+
+    Raises:
+        ConfigError: it, or the package that writes its files, is not installed.
+    """
     global _callback  # noqa: PLW0603
+    try:
+        library, _ = import_module("llama_cpp"), import_module("gguf")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            "--peer llama.cpp: expected the packages llama-cpp-python and gguf, got "
+            f"{type(error).__name__} ({error}); install them with: pip install 'farkv[peer]', or leave the peer out"
+        ) from error
     if _callback is None:
         _callback = library.llama_log_callback(lambda level, text, data: _log.append(text.decode(errors="replace")))
-    return _callback
+    library.llama_log_set(_callback, ctypes.c_void_p(0))
+    return library
 
 
 def refuse(what: str) -> ConfigError:
@@ -74,30 +71,33 @@ def refuse(what: str) -> ConfigError:
     )
 
 
-class LlamaModel:
+class LlamaModel(NamedTuple):
     """A random-weight model of a shape's attention, loaded."""
 
-    def __init__(self, shape: ModelShape, layers: int):
-        self.library, self.shape, self.layers = require_llama_cpp(), shape, layers
-        params = self.library.llama_model_default_params()
-        params.n_gpu_layers = 0
-        with TemporaryDirectory(prefix="farkv-bench-") as folder:
-            path = Path(folder) / "model.gguf"
-            write_gguf(path, shape, layers)
-            # Read into memory, so that the file can go.
-            params.use_mmap = False
-            self.handle = self.library.llama_model_load_from_file(str(path).encode(), params)
-        if not self.handle:
-            raise refuse("expected it to load a model of this shape, it did not")
+    library: Any
+    handle: Any
+    layers: int
+    width: int
 
-    @property
-    def width(self) -> int:
-        """Return the elements of one token's K in one layer."""
-        return self.shape.kv_heads * self.shape.head_dim
 
-    def close(self) -> None:
-        """Free it; every sequence is closed before."""
-        self.library.llama_model_free(self.handle)
+@contextmanager
+def load_model(shape: ModelShape, layers: int) -> Iterator[LlamaModel]:
+    """Load a model; every sequence is closed before its end."""
+    library = require_llama_cpp()
+    params = library.llama_model_default_params()
+    params.n_gpu_layers = 0
+    # Read into memory, so that the file can go.
+    params.use_mmap = False
+    with TemporaryDirectory(prefix="farkv-bench-") as folder:
+        path = Path(folder) / "model.gguf"
+        write_model(path, shape, layers)
+        handle = library.llama_model_load_from_file(str(path).encode(), params)
+    if not handle:
+        raise refuse("expected it to load a model of this shape, it did not")
+    try:
+        yield LlamaModel(library, handle, layers, shape.kv_heads * shape.head_dim)
+    finally:
+        library.llama_model_free(handle)
 
 
 class LlamaSequence:
@@ -135,10 +135,6 @@ class LlamaSequence:
         """Keep the first `tokens` tokens."""
         self.library.llama_memory_seq_rm(self.memory, 0, tokens, -1)
 
-    def logits(self) -> np.ndarray:
-        """Return the newest token's logits, [vocabulary], float32."""
-        return np.ctypeslib.as_array(self.library.llama_get_logits(self.handle), (VOCABULARY,)).copy()
-
     def save(self) -> np.ndarray:
         """Return the sequence's state, uint8."""
         state = np.empty(self.library.llama_state_seq_get_size(self.handle, 0), dtype=np.uint8)
@@ -157,26 +153,26 @@ class LlamaSequence:
                 f"expected it to take {tokens} tokens ({state.size} bytes), it took {len(self)} ({read} bytes)"
             )
 
-    def learn_form(self, tokens: int) -> StateForm:
-        """Return the form of a state of `tokens` tokens, with the header that this version puts in front.
+    def learn_layout(self, tokens: int) -> StateLayout:
+        """Return the layout of a state of `tokens` tokens, with the header that this version puts in front.
 
         Raises:
-            ConfigError: this llama.cpp writes another form.
+            ConfigError: this llama.cpp writes another one.
         """
         self.decode(0)
         real = self.save()
         self.cut(0)
-        form = StateForm(self.setting, self.model.layers, 1, self.model.width)
-        n = real.size - form.n_bytes
+        layout = StateLayout(self.setting, self.model.layers, 1, self.model.width)
+        expected = draw_state(layout).size
+        n = real.size - expected
         # One stream, one token.
         if n < 0 or real[n : n + 8].view("<u4").tolist() != [1, 1]:
-            raise refuse(f"expected a state of {form.n_bytes} bytes and a header, got {real.size} bytes")
-        return form._replace(tokens=tokens, header=real[:n].tobytes())
+            raise refuse(f"expected a state of {expected} bytes and a header, got {real.size} bytes")
+        return layout._replace(tokens=tokens, header=real[:n].tobytes())
 
     def fill(self, tokens: int) -> None:
         """Hold `tokens` random tokens. Cost: twice their bytes for a moment."""
-        form = self.learn_form(tokens)
-        self.load(draw_state(form), tokens)
+        self.load(draw_state(self.learn_layout(tokens)), tokens)
 
     def close(self) -> None:
         """Free it."""
@@ -197,6 +193,8 @@ class LlamaPair:
             sequence = LlamaSequence(model, setting, tokens + 1, threads)
             self.sequences.append((sequence, tokens))
             sequence.fill(tokens)
+        # The first decode pays for memory that was never touched.
+        self.measure()
 
     def measure(self) -> float:
         """Return the seconds of attention per layer and token of one round; both sequences stay as they were."""
@@ -212,78 +210,28 @@ class LlamaPair:
             sequence.close()
 
 
-class LlamaCppPeer:
-    """llama.cpp at one context. `prepare`, `measure_once` as often as wanted, `close`.
-
-    `medians` holds the seconds per layer and token of every setting that was tried, `setting` the best one's name.
-    """
-
-    name = "llama.cpp"
-
-    def __init__(self, shape: ModelShape, layers: int, context: int, threads: int):
-        if context < LEAST_TOKENS:
-            raise ConfigError(
-                f"--peer llama.cpp: expected --contexts of at least {LEAST_TOKENS}, got {context}: it computes "
-                f"{PAD_TOKENS} tokens at a time, so a short context cannot be told from none"
-            )
-        self.context, self.threads = context, threads
-        # The cache, and the state that it is filled from.
-        require_memory(2 * layers * shape.layer_bytes(context), f"llama.cpp at {format_tokens(context)} tokens")
-        self.model = LlamaModel(shape, layers)
-        self.medians: dict[str, float] = {}
-        self.pair: LlamaPair | None = None
-
-    @property
-    def setting(self) -> str:
-        """Return the name of the setting with the smallest median."""
-        return min(self.medians, key=self.medians.__getitem__)
-
-    def prepare(self, screen_rounds: int = SCREEN_ROUNDS) -> None:
-        """Try every setting of the KV cache for a few rounds and keep the best one ready."""
-        for setting in SETTINGS:
-            best = min(self.medians.values(), default=float("inf"))
-            self._open(setting)
-            assert self.pair is not None
-            seconds = [self.pair.measure()]
-            while len(seconds) < screen_rounds and seconds[0] < HOPELESS * best:
-                seconds.append(self.pair.measure())
-            self.medians[setting.name] = median(seconds)
-        self._open(next(setting for setting in SETTINGS if setting.name == self.setting))
-
-    def _open(self, setting: KVSetting) -> None:
-        self._close_pair()
-        self.pair = LlamaPair(self.model, setting, self.context, self.threads)
-        # The first decode pays for memory that was never touched.
-        self.pair.measure()
-
-    def measure_once(self) -> float:
-        """Return the seconds of attention per layer and token of one round, at the best setting."""
-        if self.pair is None:
-            self.prepare()
-        assert self.pair is not None
-        return self.pair.measure()
-
-    def _close_pair(self) -> None:
-        if self.pair is not None:
-            self.pair.close()
-        self.pair = None
-
-    def close(self) -> None:
-        """Free everything."""
-        self._close_pair()
-        self.model.close()
-
-
 def measure_llama_cpp(shape: ModelShape, layers: int, context: int, threads: int, rounds: int) -> list[float]:
     """Return the seconds of attention per layer and token of every round, at the best setting of the KV cache.
 
     Raises:
-        ConfigError: llama-cpp-python is missing, does not read what is written for it, or the context is too short.
+        ConfigError: a package is missing or does not read what is written for it, or the context is too short.
         CapacityError: memory cannot hold the context.
     """
-    peer = LlamaCppPeer(shape, layers, context, threads)
-    try:
-        peer.prepare()
-        return [peer.measure_once() for _ in range(rounds)]
-    finally:
-        peer.close()
+    if context < LEAST_TOKENS:
+        raise ConfigError(
+            f"--peer llama.cpp: expected --contexts of at least {LEAST_TOKENS}, got {context}: it computes "
+            f"{PAD_TOKENS} tokens at a time, so a short context cannot be told from none"
+        )
+    # The cache, and the state that it is filled from.
+    require_memory(2 * layers * shape.layer_bytes(context), f"llama.cpp at {format_tokens(context)} tokens")
+    with load_model(shape, layers) as model:
+        medians: dict[KVSetting, float] = {}
+        for setting in SETTINGS:
+            best = min(medians.values(), default=float("inf"))
+            with closing(LlamaPair(model, setting, context, threads)) as pair:
+                seconds = [pair.measure()]
+                while len(seconds) < SCREEN_ROUNDS and seconds[0] < HOPELESS * best:
+                    seconds.append(pair.measure())
+            medians[setting] = median(seconds)
+        with closing(LlamaPair(model, min(medians, key=medians.__getitem__), context, threads)) as pair:
+            return [pair.measure() for _ in range(rounds)]

@@ -58,7 +58,7 @@ class Settings:
 
 
 def check_native(settings: Settings, native: Native | None) -> tuple[Settings, list[str]]:
-    """Leave out what needs a native kernel where there is none and nobody asked for it by name; say so.
+    """Leave out what needs a native kernel where there is none and no one asked for it by name; say so.
 
     Raises:
         ConfigError: it was asked for.

@@ -71,7 +71,7 @@ class Attention:
 
     def may_read_in_place(self, layer: int, step: Step) -> bool:
         """Say whether a kernel may read the records where they lie."""
-        return not self.store.placement.travels and self.may_run_fast(layer, step)
+        return not self.store.travels and self.may_run_fast(layer, step)
 
     def read_in_place(
         self,

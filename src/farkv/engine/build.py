@@ -52,7 +52,7 @@ def make_engine(choice: Choice, setup: Setup) -> Engine:
         setup.device,
         store.index,
         reserve_tokens=store.limits.reserve_tokens,
-        travels=store.placement.travels,
+        travels=store.travels,
         dense_tokens=setting.kernels.dense_tokens,
         profile=setting.profile,
         on_fallback=setup.account.add_fallback,

@@ -44,6 +44,8 @@ class Eviction:
         self.records, self.selector, self.budgets = records, selector, budgets
         self.evictor, self.shares, self.pins, self.policy = evictor, shares, pins, policy
         self.store: Store = budgets.store
+        # Nothing is to be done where layers keep all, nothing is pinned and the pool refuses.
+        self.is_active = any(part is not None for part in (shares, pins, policy))
         # True while a prompt passes by: it is attended to before what stays of it is stored.
         self.passing = False
 
@@ -63,11 +65,13 @@ class Eviction:
 
     def settle(self, layer: int, step: Step) -> None:
         """1. At the end of the prompt evict and pin.  2. Evict where a layer is over its share, or the pool is full."""
-        if self.evictor is not None and self.shares is not None and self.evictor.sums_scores:
-            self.evictor.settle(self.records[layer], self._scores(layer))
+        if not self.is_active:
+            return
         records, shares = self.records[layer], self.shares
+        if self.evictor is not None and shares is not None and self.evictor.sums_scores:
+            self.evictor.settle(records, self._scores(layer))
         if step.n_new > 1 or records.seen <= records.prompt_tokens:
-            if records.at_end_of_prompt:
+            if records.seen >= records.prompt_tokens:
                 self._end_prompt(layer)
         elif shares is not None and shares.is_over(layer):
             self._rescore(layer)

@@ -43,11 +43,6 @@ class LayerRecords:
         """Return the tokens of which there is no row any more."""
         return self.store.evicted[self.layer]
 
-    @property
-    def at_end_of_prompt(self) -> bool:
-        """Say whether no more of an announced prompt is to come."""
-        return self.seen >= self.prompt_tokens
-
     def keys(self, start: int, stop: int) -> Tensor:
         """Return keys, [B, Hkv, stop - start, Dk], where they are stored: in place where that can be read."""
         return self.store.keys(self.layer, start, stop)

@@ -43,9 +43,11 @@ class Engine:
         Raises:
             CapacityError: a limit cannot hold them; nothing was stored.
         """
-        parts, shape = self.parts, LayerShape.of(k, v)
-        self.account.record_bytes[layer] = shape.record_bytes
+        parts = self.parts
+        if layer not in self.account.record_bytes:
+            self.account.record_bytes[layer] = LayerShape.of(k, v).record_bytes
         if layer == self.layers[0]:
+            shape = LayerShape.of(k, v)
             parts.eviction.passing = parts.eviction.may_pass_by(k.shape[2], parts.admission.prompt_tokens)
             self.store.open_pages(shape, k.dtype)
             parts.admission.admit(shape, k.shape[2])
@@ -148,6 +150,10 @@ class Engine:
     def count_tokens(self, layer: int) -> int:
         """Return the tokens a layer was given, evicted ones included."""
         return self.store.seen(layer)
+
+    def find_uneven(self) -> list[int]:
+        """Return layers that were given different numbers of tokens; one where all were given the same."""
+        return self.store.find_uneven()
 
     def count_sequences(self, layer: int) -> int:
         """Return the sequences of the batch."""

@@ -220,12 +220,10 @@ class FarCache(_compat.Cache):
 
     def check_whole(self) -> None:
         """Raise CacheStateError where layers hold different tokens."""
-        held = {i: layer.get_seq_length() for i, layer in enumerate(self.layers) if isinstance(layer, FarLayer)}
-        why = self._broken
-        if not why and len(set(held.values())) > 1:
-            first = next(iter(held))
-            other = next(i for i, n in held.items() if n != held[first])
-            why = f"layer {first} holds {held[first]} and layer {other} holds {held[other]}"
+        why, uneven = self._broken, self.engine.find_uneven()
+        if not why and len(uneven) > 1:
+            first, other = ((i, self.engine.count_tokens(i)) for i in uneven[:2])
+            why = f"layer {first[0]} holds {first[1]} and layer {other[0]} holds {other[1]}"
         if why:
             raise CacheStateError(
                 f"this cache: expected all layers to hold the same tokens, but {why}; start a new cache"

@@ -154,11 +154,6 @@ class Selector:
         """Return how many of the newest records are always read, at most."""
         return getattr(config, "window", 0)
 
-    @classmethod
-    def find_source(cls, config: Any) -> Source | None:
-        """Return the hidden state that queries are estimated from where records travel; None: no query is."""
-        return None
-
     # --- scoring --------------------------------------------------------------------------------------------
 
     def score(

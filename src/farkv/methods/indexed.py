@@ -66,11 +66,6 @@ class IndexSelector(Selector):
         """Return how many of the newest records are always read, at most."""
         return config.index_rule.cap.window
 
-    @classmethod
-    def find_source(cls, config: Any) -> Source | None:
-        """Return the hidden state that queries are estimated from where records travel."""
-        return config.index_rule.source
-
     # --- once per prompt ------------------------------------------------------------------------------------
 
     def reads_all(self, layer: int) -> bool:
@@ -129,8 +124,7 @@ class IndexSelector(Selector):
 
     def count_scored_bytes(self, records: Records, n_rows: int) -> int:
         """Return the bytes of the codes of the first `n_rows` rows."""
-        codes = self.fits[records.layer].index.codes()[:, :, :n_rows]
-        return codes.numel() * codes.element_size()
+        return self.fits[records.layer].index.row_bytes * n_rows
 
     def index_bytes(self, shape: LayerShape, tokens: int) -> int:
         """Return the bytes of one layer's codes."""

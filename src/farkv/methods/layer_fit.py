@@ -33,7 +33,7 @@ class Phase(NamedTuple):
     samples, strides: queries of every sequence, one of `strides` tokens each.  fitted: tokens that each sequence's
     projection was fitted to; None: nothing was.  grown: passes of several tokens have added records since the layer was
     last scored; its rows after the last of them, 0: they have not.  unscored: the first pass was fitted to as if it
-    were the whole prompt, and may not have been.
+    were the whole prompt, and may not have been.  final: no sequence's projection will be fitted again.
     """
 
     samples: Tensor | None = None
@@ -41,6 +41,7 @@ class Phase(NamedTuple):
     fitted: list[int] | None = None
     grown: int = 0
     unscored: bool = False
+    final: bool = False
 
 
 class LayerFit:
@@ -62,7 +63,7 @@ class LayerFit:
             if self.phase.unscored or total == n_new:
                 # What was fitted to was not the whole prompt.
                 self.index.clear()
-                self.phase = self.phase._replace(unscored=False, fitted=None)
+                self.phase = self.phase._replace(unscored=False, fitted=None, final=False)
             self.phase = self.phase._replace(grown=total)
         if grows or not self.is_final(records):
             self.sample_queries(records, q)
@@ -76,7 +77,10 @@ class LayerFit:
         """Bring the index up to `n_rows` at least: what was read is fitted to, tokens have left the window."""
         if self.phase.unscored:
             self.phase = self.phase._replace(unscored=False)
-        if self.phase.grown or not self.is_final(records):
+        if self.phase.grown:
+            self.fit_due(records, None)
+        # Of a padded batch a short sequence may still be young, as it would be alone.
+        if not self.is_final(records):
             self.fit_due(records, None)
         if self.index.length < n_rows:
             total = records.length
@@ -89,7 +93,10 @@ class LayerFit:
 
     def is_final(self, records: Records) -> bool:
         """Say whether no sequence's projection will be fitted again."""
-        return self.phase.fitted is not None and min(self.phase.fitted) >= self.count_final(records)
+        phase = self.phase
+        if not phase.final and phase.fitted is not None and min(phase.fitted) >= self.count_final(records):
+            phase = self.phase = phase._replace(final=True)
+        return phase.final
 
     def find_due(self, records: Records, n_rows: int) -> list[int]:
         """Return the sequences to be fitted now, by their own tokens and those they were fitted to before."""
