@@ -5,7 +5,6 @@ In: a step, and which records. Out: attention output. What was read is counted h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.engine.budget import Budgets
 from farkv.engine.fast_path import FastPath, Reads
 from farkv.engine.mass import measure_found
+from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import PoolPolicy
 from farkv.engine.records import LayerRecords
 from farkv.math.attention import align_mask, align_rows
@@ -22,18 +22,6 @@ from farkv.math.stream import Stream
 from farkv.receipt import Account
 from farkv.store.records import Fetch, Read
 from farkv.store.tiers import Store
-
-
-@dataclass
-class Mode:
-    """What a pass is for. The engine sets it, its parts look at it.
-
-    dense: a verifying pass: attend to everything, count nothing.  measures: a verified step: measure the attention mass
-    that its choice holds.
-    """
-
-    dense: bool = False
-    measures: bool = False
 
 
 class Fetched(NamedTuple):
@@ -83,8 +71,8 @@ class Attention:
     ) -> object:
         """Attend to the rows at `positions` (all without them) and the `n_tail` newest, in the pool's memory."""
         layer, n = records.layer, records.length
-        batch, heads = self.store.heads(layer)
-        self._count(records, step, batch * heads * (n if positions is None else positions.shape[-1] + n_tail))
+        n_read = n if positions is None else positions.shape[-1] + n_tail
+        self._count(records, step, step.k.shape[0] * step.k.shape[1] * n_read)
         self._trace(records, positions, None, n_tail)
         reads = Reads(self.store.pool[layer].read(0, n), n, positions, n_tail)
         return self.fast.attend(layer, step, attention, reads)

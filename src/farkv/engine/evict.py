@@ -51,6 +51,11 @@ class Eviction:
 
     # --- before attention -----------------------------------------------------------------------------------
 
+    def begin(self, n_new: int, prompt_tokens: int) -> None:
+        """Begin a pass: say whether it is a whole prompt that is attended to before what stays of it is stored."""
+        shares = self.shares
+        self.passing = shares is not None and shares.passes_by and shares.keeps_at_once(n_new, prompt_tokens)
+
     def make_room(self, layer: int, n_new: int) -> None:
         """Evict what a full pool has no room for beside a pass of several tokens."""
         if self.policy is not None and n_new > 1:
@@ -187,10 +192,6 @@ class Eviction:
         self.store.evict(layer, kept)
 
     # --- a prompt that passes by ----------------------------------------------------------------------------
-
-    def may_pass_by(self, n_new: int, prompt_tokens: int) -> bool:
-        """Say whether a whole prompt is attended to before what stays of it is stored."""
-        return self.shares is not None and self.shares.passes_by and self.shares.keeps_at_once(n_new, prompt_tokens)
 
     def store_passing(self, layer: int, step: Step, attention: AttentionFunction) -> object:
         """Attend to a prompt that passes by, then store what stays of it."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from farkv._axes import Int, Tensor
 from farkv.engine.padding import Padding
 from farkv.engine.setup import Kernels
@@ -36,7 +38,9 @@ class FastPath:
 
     def knows(self, query: Query) -> bool:
         """Say whether the kernels can read these queries: their dtype, and no gradients."""
-        return self.kernels is not None and self.kernels.can_read(query.q.dtype) and not query.has_graph
+        if self.kernels is None or (query.q.requires_grad and torch.is_grad_enabled()):
+            return False
+        return self.kernels.can_read(query.q.dtype)
 
     def may_attend(self, step: Step) -> bool:
         """Say whether a kernel may attend: it knows the queries, and every sequence reads alike."""

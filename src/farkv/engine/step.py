@@ -48,7 +48,7 @@ class Engine:
             self.account.record_bytes[layer] = LayerShape.of(k, v).record_bytes
         if layer == self.layers[0]:
             shape = LayerShape.of(k, v)
-            parts.eviction.passing = parts.eviction.may_pass_by(k.shape[2], parts.admission.prompt_tokens)
+            parts.eviction.begin(k.shape[2], self.mode.prompt_tokens)
             self.store.open_pages(shape, k.dtype)
             parts.admission.admit(shape, k.shape[2])
         if parts.eviction.passing:
@@ -120,9 +120,7 @@ class Engine:
         Args:
             chunk: tokens to read at once, where the limits have room for them.
         """
-        self.parts.admission.prompt_tokens = n_tokens
-        for records in self.records.values():
-            records.prompt_tokens = n_tokens
+        self.mode.prompt_tokens = n_tokens
         shares = self.parts.eviction.shares
         if shares is not None and shares.passes_by:
             # Read in one pass, every layer is evicted as it is read.
@@ -168,6 +166,8 @@ class Engine:
     def set_mode(self, *, dense: bool = False, measures: bool = False) -> None:
         """Say what the passes from now on are for: `dense`, to verify against; `measures`, the verified ones."""
         self.mode.dense, self.mode.measures = dense, measures
+        # What a verified token moves is no part of the run.
+        self.account.counts_bytes = not (dense or measures)
 
     # --- the batch ------------------------------------------------------------------------------------------
 
@@ -189,5 +189,6 @@ class Engine:
         """Forget everything of a layer."""
         self.pending.clear()
         self.store.clear(layer)
+        self.mode.prompt_tokens = 0
         self.parts.admission.forget()
         self.parts.eviction.clear()

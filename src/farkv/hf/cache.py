@@ -20,7 +20,6 @@ from farkv.errors import CacheStateError, FarKVError
 from farkv.hf import _compat
 from farkv.hf.layer import FarLayer
 from farkv.hf.unmanaged import check_unmanaged, join_unmanaged
-from farkv.receipt import Account
 
 
 class Before(NamedTuple):
@@ -43,14 +42,17 @@ class Outer(NamedTuple):
 class FarCache(_compat.Cache):
     """All layers of one context; pass it as `past_key_values`. Made by `new_cache()` of an attached model."""
 
-    def __init__(self, layers: list[Any], engine: Engine, account: Account):
+    def __init__(
+        self, layers: list[Any], engine: Engine, *, identity: dict[str, str] | None = None, verify_steps: int = 0
+    ):
         super().__init__(layers=layers)
-        self.engine, self.account = engine, account
-        self.verify_steps = 0
+        self.engine, self.account = engine, engine.account
+        # Decode steps that are still to be compared with full attention.
+        self.verify_steps = verify_steps
         # What was read, token by token, where ids are known.
         self._ids: list[Tensor] = []
         self._n_ids = 0
-        self.identity: dict[str, str] = {}
+        self.identity = identity or {}
         self._before: Before | None = None
         self._is_reading = False
         self._outer: Outer | None = None

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-import torch
-
 from farkv._axes import Bool, Float, Tensor
 from farkv.math.logits import Logits
 
@@ -18,11 +16,6 @@ class Query(NamedTuple):
 
     q: Float[Tensor, "B Hq T D"]
     logits: Logits
-
-    @property
-    def has_graph(self) -> bool:
-        """Say whether gradients will be asked for."""
-        return self.q.requires_grad and torch.is_grad_enabled()
 
 
 class Step(NamedTuple):

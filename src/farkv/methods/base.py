@@ -20,6 +20,7 @@ from farkv.kernels.native import IndexView
 from farkv.math.keep import join_scores
 from farkv.math.select import Choice
 from farkv.math.step import Query, Step
+from farkv.methods.last_queries import LastQueries
 from farkv.store.follow import Follower
 from farkv.store.ledger import Ledger
 from farkv.store.sizes import LayerShape
@@ -252,18 +253,23 @@ class KeepRule(NamedTuple):
 
 
 class Evictor:
-    """Scores the records of one cache for staying. A method overrides `score`, and what else it has."""
+    """Scores the records of one cache for staying. A method overrides `observe`, and `score` or `rescore`.
+
+    Args:
+        config: with a `keep_rule`.
+    """
 
     # Scores are sums that grow by little at a time: they are stored as float32, and the newest records' stay too.
     sums_scores = False
     # All records are read that are kept, so they live near, and attention is dense over them.
     lives_near = True
-    rule: KeepRule
-    followers: dict[int, Follower]
 
     def __init__(self, config: Any, place: Place):
         self.config, self.place = config, place
-        self.followers = {}
+        self.rule: KeepRule = config.keep_rule
+        # What was asked of every layer of late.
+        self.last = {layer: LastQueries() for layer in place.layers}
+        self.followers: dict[int, Follower] = dict(self.last)
 
     def observe(self, records: Records, query: Query) -> None:
         """Look at a pass's queries, before attention."""
@@ -295,6 +301,9 @@ class Evictor:
 
     def snapshot(self) -> Any:
         """Return what a pass changes besides the rows of `followers`, for `restore`; nothing is copied."""
+        return {layer: (last.observed, last.seen) for layer, last in self.last.items()}
 
     def restore(self, state: Any) -> None:
         """Put back what `snapshot` returned."""
+        for layer, (observed, seen) in state.items():
+            self.last[layer].observed, self.last[layer].seen = observed, seen

@@ -83,7 +83,7 @@ class FarStore:
         return self.pool[layer].length + self.evicted[layer]
 
     def find_uneven(self) -> list[int]:
-        """Return layers that were given different numbers of tokens, the first of each number; one where all are even."""
+        """Return layers that were given different numbers of tokens; one where all were given the same."""
         first: dict[int, int] = {}
         for layer, n in self.evicted.items():
             first.setdefault(self.pool[layer].length + n, layer)
