@@ -6,6 +6,7 @@ Shapes are executed by `shapes.py`.
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 
 # What was measured of this machine must not decide a test.
@@ -24,10 +25,15 @@ from tests import shapes
 # Before anything of farkv is imported.
 shapes.install()
 torch.set_num_threads(1)
-settings.register_profile(
-    "farkv", max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+usual = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("farkv", usual)
+settings.register_profile("nightly", usual, max_examples=300, derandomize=False, print_blob=True)
 settings.load_profile("farkv")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("hypothesis_profile") == "nightly":
+        shapes.Calls.limit = sys.maxsize
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,7 +15,6 @@ KERNELS = {
 }
 
 
-@pytest.mark.slow
 def test_every_kernel_is_compiled_for_hopper(tmp_path: Path) -> None:
     pytest.importorskip("triton", minversion="3.7")
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
