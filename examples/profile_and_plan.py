@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import farkv
-from farkv.calibrate.planning import Budget, Choice, make_plan
+from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
 from farkv.demo.text import draw_prompt
 from farkv.hf.load import load_model
 from farkv.methods import XKV
@@ -26,8 +26,8 @@ def encode(seed: int) -> list[int]:
 profile = farkv.profile(model, [encode(seed) for seed in (1, 2, 3)])
 
 # 2. A budget of a fifth of the records, shared so that most attention mass is held; `farkv plan` does the same.
-fetch = make_plan(profile, Budget(ratio=0.2), ("fetch",), Choice(rule="xkv"))
-keep = make_plan(profile, Budget(ratio=0.5), ("keep",), base=fetch)
+fetch = make_plan(profile, PlanBudget(ratio=0.2), ("fetch",), Sharing(rule="xkv"))
+keep = make_plan(profile, PlanBudget(ratio=0.5), ("keep",), base=fetch)
 with tempfile.TemporaryDirectory() as folder:
     keep.save(Path(folder) / "plan.json")
     plan = farkv.Plan.load(Path(folder) / "plan.json")

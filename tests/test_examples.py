@@ -17,10 +17,8 @@ import farkv
 from farkv.cli import app
 from farkv.demo.text import draw_prompt
 from farkv.methods import METHODS
+from tests.methods.contract import CASES, Check
 from tests.models import assert_same, generate, make_model, make_prompt, plain_cache
-
-# CONNECT: `from tests.methods import contract`, when it is there, and run its cases for `knorm["KNorm"](fraction=0.3)`
-# in place of `test_its_index_follows_the_records`.
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEW = EXAMPLES / "new_method.py"
@@ -92,6 +90,11 @@ def test_it_is_evaluated_and_reported(knorm: dict[str, Any], tmp_path: Path) -> 
     done = CliRunner().invoke(app, ["report", str(out), "-o", str(page)])
     assert done.exit_code == 0, done.output
     assert "knorm" in page.read_text()
+
+
+@pytest.mark.parametrize(("check", "near"), CASES)
+def test_it_keeps_the_contract(check: Check, near: str | None, knorm: dict[str, Any]) -> None:
+    check((knorm["KNorm"](fraction=0.3),), near)
 
 
 def test_its_index_follows_the_records(knorm: dict[str, Any]) -> None:
