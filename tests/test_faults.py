@@ -22,9 +22,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():
     pytest.skip("the benchmarks are not part of a source distribution", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
-from fault_kinds import FAULTS  # noqa: E402
 from fault_stage import Stage  # noqa: E402
-from faults import run_fault  # noqa: E402
+from faults import FAULTS, run_fault  # noqa: E402
 
 
 @pytest.fixture(scope="module")

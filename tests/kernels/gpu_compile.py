@@ -16,7 +16,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from farkv.kernels.gpu import Gpu, Held
+from farkv.kernels.gpu import Gpu
+from farkv.kernels.held import Held
 from farkv.kernels.native import IndexView, Rows
 from farkv.math.logits import Logits
 

@@ -307,7 +307,7 @@ class StoreMachine(RuleBasedStateMachine):
         tails = {str(layer): open_tail(old, layer, form) for layer in LAYERS}
         write_saved(path, {}, tails, list_pages(old, form), n_pages * HEADS * len(LAYERS), form.n_bytes)
         saved = Saved.open(path)
-        text = SavedText(saved.reader, saved.n_pages, form)
+        text = SavedText(saved.reader, saved.n_pages, form.tokens)
         new = Store(list(LAYERS), old.limits._replace(saved=text, reserve_tokens=length + 1), CPU, Needs(WINDOW))
         new.open_pages(self.shape(), torch.float32)
         gate = self.make_gate(new)
