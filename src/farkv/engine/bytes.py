@@ -125,6 +125,9 @@ def _count_rows(need: Need, held: Held, limits: Limits) -> _Rows:
 def _fit_pool(need: Need, pool: Pool, limits: Limits, besides: int) -> tuple[dict[int, int], int]:
     """Return the rows that every layer holds at the widest moment, for a pool that evicts, and its rows when full."""
     assert limits.home is not None
+    if not need.is_announced:
+        # Of a context of any length a step may come to read all rows that there is room for.
+        need = need._replace(read_rows=lambda n: n)
     # An announced prompt is read in passes that fit.
     at_once = 1 if need.chunk else need.n_at_once
     pinned = pool.sinks + pool.recent

@@ -65,7 +65,8 @@ def count_near(need: Need, n_rows: int, n_new: int, dense: int) -> NearNeed:
     # A share of all tokens, as long as there are so many rows.
     n_read = min(n_rows, need.read_rows(max(n_rows, need.tokens)))
     n_sparse = n_layers - len(need.dense_layers)
-    index = need.index_bytes(n_rows)
+    # An index is allocated for what was announced, though a pool may hold fewer rows of it.
+    index = need.index_bytes(n_rows if need.pool is None else max(n_rows, need.reserve_tokens))
     uses = 0 if need.pool is None else n_layers * n_rows * heads * USE_BYTES
     return NearNeed(
         # While an index grows, its old and new rows exist side by side, one layer at a time.
