@@ -29,7 +29,7 @@ from farkv.math.allocate import (
 class Promise(NamedTuple):
     """An allocation whose retention holds for unseen prompts with the given confidence.
 
-    `tokens` is int64 [L], `budget` the tokens that `allocate` was given, `n_calibration` the number of calibration samples.
+    `tokens` is int64 [L], `budget` the tokens that `allocate` was given, `n_calibration` the calibration samples.
     """
 
     tokens: Int64[np.ndarray, " L"]
