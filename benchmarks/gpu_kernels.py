@@ -14,7 +14,8 @@ import torch
 from runs import time_call
 
 from farkv.bench.shapes import ModelShape
-from farkv.kernels.gpu import Gpu, Held
+from farkv.kernels.gpu import Gpu
+from farkv.kernels.held import Held
 from farkv.kernels.native import IndexView, Rows
 from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import jaxtyping
 from beartype import BeartypeConf, beartype
@@ -29,8 +29,8 @@ class Calls:
     """Counts what is still to be checked in this test."""
 
     limit = 8
-    functions: set[Callable[..., Any]] = set()  # all that are checked
-    made: dict[Callable[..., Any], int] = {}
+    functions: ClassVar[set[Callable[..., Any]]] = set()  # all that are checked
+    made: ClassVar[dict[Callable[..., Any], int]] = {}
 
     @classmethod
     def take(cls, function: Callable[..., Any]) -> bool:
@@ -102,7 +102,7 @@ class Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname.split(".")[0] == PACKAGE else None
+        spec = PathFinder.find_spec(fullname, path, target) if fullname.split(".", maxsplit=1)[0] == PACKAGE else None
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
             spec.loader = Loader(fullname, spec.loader.path)
         return spec

@@ -51,7 +51,10 @@ def test_every_shape_is_executed() -> None:
     """Every module has the hook, and no annotation has a name that is not known at run time: it would hold always."""
     root = Path(farkv.__file__).parent
     for path in root.rglob("*.py"):
-        if any(f"from {source} import" in path.read_text() for source in shapes.SOURCES) and "lm_eval" not in path.parts:
+        if (
+            any(f"from {source} import" in path.read_text() for source in shapes.SOURCES)
+            and "lm_eval" not in path.parts
+        ):
             importlib.import_module(".".join(("farkv", *path.relative_to(root).with_suffix("").parts)))
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == farkv.__name__]
     assert [m.__name__ for m in modules if not isinstance(m.__loader__, shapes.Loader)] == []

@@ -1,4 +1,4 @@
-"""Promise 2 over every combination of tiers: no limit is passed, the books are the allocations, refusals come first."""
+"""Promise 2 over every combination of tiers: no limit is passed, ledgers say what is allocated, refusals come first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from farkv.errors import CapacityError
 from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
 from farkv.store.far import pages as pages_module
 from farkv.store.far.eviction import POLICIES
-from tests.hf.test_limits import LAYERS, TOKEN, tiny
+from tests.hf.test_limits import LAYERS, TOKEN, index_tensors, tiny
 from tests.models import VOCAB
 from tests.store.far.test_page_cache import check_copies
 from tests.store.test_stateful import count_bytes, count_host, count_near
@@ -30,18 +30,18 @@ METHODS: dict[str, Method] = {
 }
 
 
-def check_books(cache: Any, options: dict[str, Any]) -> None:
-    """What is allocated is what the books say, and the peaks are within the limits."""
-    recipe = cache.engine
-    store = recipe.store
-    index = count_bytes([index.rows.data for index in getattr(recipe, "index", {}).values()])
-    marks = 0 if recipe.spiller is None else count_bytes([m.data for m in recipe.spiller.marks.values()])
-    near = count_near(store) + index + (marks if store.far else 0)
+def check_ledgers(cache: Any, options: dict[str, Any]) -> None:
+    """What is allocated is what the ledgers say, and the peaks are within the limits."""
+    engine = cache.engine
+    store, policy = engine.store, engine.parts.eviction.policy
+    index = count_bytes(index_tensors(engine))
+    uses = 0 if policy is None else count_bytes([each.rows.data for each in policy.uses.values()])
+    near = count_near(store) + index + (uses if store.is_far else 0)
     assert store.near.used == near
-    host = count_host(store) + (0 if store.far else marks)
+    host = count_host(store) + (0 if store.is_far else uses)
     assert store.host.used == host + (near if store.near.parent is not None else 0)
     # Where near memory is no tier of its own and the pool is read in place, the index is told of, not limited.
-    if store.far:
+    if store.is_far:
         assert store.near.peak <= (store.near.limit or store.near.peak)
     assert store.host.peak <= (store.host.limit or store.host.peak)
     if store.page_cache is not None:
@@ -54,10 +54,10 @@ def check_books(cache: Any, options: dict[str, Any]) -> None:
 def run(model: Any, far: Any, cache: Any, ids: torch.Tensor, options: dict[str, Any], chunk: int) -> None:
     for start in range(0, ids.shape[1] - NEW, chunk):
         model(input_ids=ids[:, start : min(start + chunk, ids.shape[1] - NEW)], past_key_values=cache)
-        check_books(cache, options)
+        check_ledgers(cache, options)
     for token in ids[:, -NEW:].split(1, 1):
         model(input_ids=token, past_key_values=cache)
-        check_books(cache, options)
+        check_ledgers(cache, options)
 
 
 def attempt(method: str, ids: torch.Tensor, options: dict[str, Any], chunk: int, *, reserve: bool) -> bool:
@@ -71,11 +71,11 @@ def attempt(method: str, ids: torch.Tensor, options: dict[str, Any], chunk: int,
             return False
         try:
             if reserve:
-                chunk = min(chunk, cache.engine.chunk_tokens, cache.engine.fit_chunk(chunk))
+                chunk = cache.engine.parts.admission.fit_chunk(chunk)
             run(model, far, cache, ids, options, chunk)
         except CapacityError as error:
             assert "raise --" in str(error)
-            check_books(cache, options)
+            check_ledgers(cache, options)
             assert not reserve or cache.get_seq_length() == 0, f"refused only after the prompt was read: {error}"
             return False
     return True

@@ -10,9 +10,10 @@ import torch
 import farkv
 from farkv.calibrate.losses import SHARES, Losses
 from farkv.errors import ConfigError, InputError
+from farkv.math.logits import Logits
+from farkv.math.step import Query, Step
 from farkv.measure.losses import STEPS, Limit, LimitedLayer, decode_again, decode_greedily, measure_losses
 from farkv.methods import Full
-from farkv.methods.contract import Query, Step
 from tests.models import forward, generate, make_model, make_prompt, plain_cache
 
 IDS = make_prompt(1, tokens=100)["input_ids"][0]
@@ -55,7 +56,7 @@ def test_a_limit_hides_all_but_its_share_of_one_layer(kind: Any) -> None:
         assert torch.allclose(forward(model, IDS[None, -1:], cache), free, atol=1e-5), "a share of 1 hides nothing"
         n = IDS.shape[0]
         k, v = cache.engine.store.records(2)
-        step = Step(Query(torch.randn(1, 4, 1, 8), 8**-0.5, None), k[:, :, -1:], v[:, :, -1:], None)
+        step = Step(Query(torch.randn(1, 4, 1, 8), Logits(8**-0.5)), k[:, :, -1:], v[:, :, -1:], None)
         allowed = (layer.keep if kind == "keep" else layer.fetch)(step, k, v, 0.2)
     assert allowed[..., -1].all(), "the newest is always seen"
     expected = int(0.2 * (n - 1)) + 1 if kind == "keep" else int(0.2 * n)

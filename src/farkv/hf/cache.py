@@ -7,6 +7,7 @@ Lengths are logical (tokens seen). The cache holds no model, hook or stream, so 
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ from farkv.engine.step import Engine
 from farkv.engine.undo import State, note_state, restore_state
 from farkv.errors import CacheStateError, FarKVError
 from farkv.hf import _compat
+from farkv.hf.identity import identify_tokenizer
 from farkv.hf.layer import FarLayer
-from farkv.hf.unmanaged import check_unmanaged, join_unmanaged
+from farkv.hf.unmanaged import check_unmanaged, join_unmanaged, list_unmanaged
+from farkv.session.save import save_text
 
 
 class Before(NamedTuple):
@@ -76,10 +79,12 @@ class FarCache(_compat.Cache):
             CacheStateError: this cache does not hold one whole, unpadded text.
             SessionError, StoreError: the file cannot be written; what was there before still is.
         """
-        # Sessions join the cache and the file; a cache knows no files.
-        from farkv.hf.session import save_cache
-
-        save_cache(self, path, tokenizer=tokenizer, text=text)
+        self.settle()
+        self.check_whole()
+        versions = {"farkv": version("farkv"), "transformers": _compat.version}
+        model = {"identity": self.identity, "tokenizer": identify_tokenizer(tokenizer), "versions": versions}
+        others = {f"unmanaged/{name}": tensor for name, tensor in list_unmanaged(self.layers).items()}
+        save_text(Path(path), self.engine, self.token_ids, text, model, others)
 
     def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
         """Note the tokens of a text that was read before; the engine holds its records."""
@@ -169,7 +174,7 @@ class FarCache(_compat.Cache):
         """Forget the tokens of a pass that failed: what was there before it is there after it."""
         before = self._before
         if before is not None:
-            # First: should this be stopped half way, by Ctrl-C too, no later pass may go on from what is left.
+            # First: if this is interrupted, by Ctrl-C too, no later pass may continue from a half-undone state.
             self._broken = "a pass failed, and taking it back failed too"
         self._before, self._is_reading = None, False
         if before is not None:

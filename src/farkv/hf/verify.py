@@ -1,4 +1,4 @@
-"""Compare decode steps with full attention over the same records, while generation goes on.
+"""Compare decode steps with full attention over the same records during generation.
 
 In: the forward passes of an attached model whose cache asks for it. Out: KL, top-1 agreement and attention mass in
 the cache's account. Each verified token runs twice: densely first, then, after that token is forgotten, sparsely.

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 
 from farkv._axes import Bool, Int, Tensor
-from farkv.errors import ConfigError
 from farkv.store.far.eviction import make_policy
 from farkv.store.far.kept import EXACT_ROW_BYTES, ROW_BYTES, Kept
 from farkv.store.far.page_cache import PageCache
@@ -122,7 +121,7 @@ class FarStore:
         """Return the form of a page: as large as the context asks for, or as the saved text has it."""
         record_bytes = self.stored_bytes(shape)
         if self.limits.saved is not None:
-            tokens = self.limits.saved.form.tokens
+            tokens = self.limits.saved.page_tokens
         else:
             context = max(self.limits.reserve_tokens, *(rows.length for rows in self.pool.values()))
             tokens = count_page_tokens(record_bytes, context)
@@ -134,14 +133,12 @@ class FarStore:
         """Set up page copies and page tables, once the records' shape is known.
 
         Raises:
-            ConfigError: layers differ in their records' shape, or these are not those of the saved text.
+            StoreError: the disk's folder gives no file.
         """
         if self.placement is not Placement.DISK or self.page_cache is not None:
             return
         form = self.page_form(shape, dtype)
         saved = self.limits.saved
-        if saved is not None and saved.form != form:
-            raise ConfigError(f"session: its pages are {saved.form}, this model and --quant need {form}")
         file: PageFile | None = None if self.limits.disk is None else self.limits.disk.open_file(form.n_bytes)
         pages = NumberedPages(form, file, saved.reader if saved else None, saved.n_pages if saved else 0)
         pages.on_read = self.on_disk
