@@ -38,11 +38,12 @@ app.command()(report)
 app.add_typer(bench)
 
 
-def show_version(asked: bool) -> None:
-    """Print the version and stop."""
+def show_version(asked: bool) -> bool:
+    """Print the version and stop, where that is asked for."""
     if asked:
         typer.echo(f"farkv {version('farkv')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
