@@ -1,6 +1,6 @@
 """How long does an allocation take? The water level against a sort of all gains and a greedy on a heap.
 
-    python benchmarks/allocate.py --out benchmarks/results/allocate.jsonl
+    python benchmarks/allocate.py
 
 In: power-law gain curves of 32 layers, float32. Out: a JSON line per problem, length and solver: the median time on
 one core, validation included where the solver validates, and its ratio to farkv's. All must agree on the answer.
@@ -8,22 +8,21 @@ one core, validation included where the solver validates, and its ratio to farkv
 
 from __future__ import annotations
 
-import argparse
 import heapq
-import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rows import RESULTS, Rows, format_rows, read_rows
+from runs import Recorder, make_parser, time_call
 
-from farkv.math.allocate import allocate, measure_retention
+from farkv import allocate
+from farkv.math.allocate import measure_retention
 
 LAYERS, RATIO, RETENTION = 32, 0.2, 0.9
 PROBLEMS: dict[str, dict[str, Any]] = {"P1": {"ratio": RATIO}, "P2": {"retention": RETENTION}}
-Solver = Callable[[np.ndarray, str], np.ndarray]
 
 
 def make_gains(tokens: int, seed: int = 0) -> np.ndarray:
@@ -31,11 +30,6 @@ def make_gains(tokens: int, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     decay = rng.uniform(0.5, 1.5, (LAYERS, 1))
     return (np.arange(1, tokens + 1) ** -decay * rng.uniform(0.5, 2, (LAYERS, 1))).astype(np.float32)
-
-
-def solve_level(gains: np.ndarray, problem: str) -> np.ndarray:
-    """Solve by farkv."""
-    return allocate(gains, **PROBLEMS[problem])
 
 
 def solve_sort(gains: np.ndarray, problem: str) -> np.ndarray:
@@ -67,64 +61,48 @@ def solve_heap(gains: np.ndarray, problem: str) -> np.ndarray:
     return np.array(counts)
 
 
-def run_case(tokens: int, problem: str, repeats: int) -> list[dict[str, Any]]:
+def run_case(tokens: int, problem: str, repeats: int) -> Rows:
     """Time all solvers in turn, so that a busy moment of the machine meets all of them."""
     gains = make_gains(tokens)
-    solvers: dict[str, Solver] = {"farkv": solve_level, "full sort": solve_sort}
+    solvers: dict[str, Callable[[], np.ndarray]] = {
+        "farkv": lambda: allocate(gains, **PROBLEMS[problem]),
+        "full sort": lambda: solve_sort(gains, problem),
+    }
     if tokens <= 8192:
-        solvers["heap greedy"] = solve_heap
+        solvers["heap greedy"] = lambda: solve_heap(gains, problem)
     times: dict[str, list[float]] = {name: [] for name in solvers}
     found: dict[str, np.ndarray] = {}
     for _ in range(repeats):
         for name, solve in solvers.items():
-            start = time.perf_counter()
-            found[name] = solve(gains, problem)
-            times[name].append(time.perf_counter() - start)
-    rows = []
-    for name, spent in times.items():
-        median = statistics.median(spent)
-        rows.append(
-            {
-                "problem": problem,
-                "layers": LAYERS,
-                "tokens": tokens,
-                "solver": name,
-                "median_s": median,
-                "least_s": min(spent),
-                "repeats": repeats,
-                "of_farkv": median / statistics.median(times["farkv"]),
-                "kept_tokens": int(found[name].sum()),
-                "retention": measure_retention(gains, found[name]),
-                "differs_by": int(np.abs(found[name] - found["farkv"]).sum()),
-            }
-        )
-    return rows
+            seconds, found[name] = time_call(solve)
+            times[name].append(seconds)
+    medians = {name: statistics.median(spent) for name, spent in times.items()}
+    return [
+        dict(problem=problem, layers=LAYERS, tokens=tokens, solver=name, median_s=medians[name], least_s=min(spent),
+             repeats=repeats, of_farkv=medians[name] / medians["farkv"], kept_tokens=int(found[name].sum()),
+             retention=measure_retention(gains, found[name]),
+             differs_by=int(np.abs(found[name] - found["farkv"]).sum()))
+        for name, spent in times.items()
+    ]  # fmt: skip
+
+
+def format_table(path: Path = RESULTS / "allocate.jsonl") -> str:
+    """Return one Markdown row per problem, length and solver."""
+    return format_rows(
+        ["problem", "layers × tokens", "solver", "median", "of farkv's", "tokens that differ"],
+        ([r["problem"], f"{r['layers']} × {r['tokens']:,}", r["solver"], f"{1000 * r['median_s']:,.1f} ms",
+          f"{r['of_farkv']:.1f} ×", r["differs_by"]] for r in read_rows(path)),
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Parse the command line and run all cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="benchmarks/results/allocate.jsonl")
+    parser = make_parser(__doc__, "allocate.jsonl")
     parser.add_argument("--repeats", default=9, type=int)
-    args = parser.parse_args()
-    rows = [row for n in (8192, 131072) for problem in PROBLEMS for row in run_case(n, problem, args.repeats)]
-    Path(args.out).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(format_table(Path(args.out)))
-
-
-def format_table(path: Path) -> str:
-    """Return one Markdown row per problem, length and solver."""
-    lines = [
-        "| problem | layers × tokens | solver | median | of farkv's | tokens that differ |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in map(json.loads, path.read_text().splitlines()):
-        size = f"{row['layers']} × {row['tokens']:,}"
-        lines.append(
-            f"| {row['problem']} | {size} | {row['solver']} | {1000 * row['median_s']:,.1f} ms "
-            f"| {row['of_farkv']:.1f} × | {row['differs_by']} |"
-        )
-    return "\n".join(lines)
+    run = Recorder(parser)
+    for tokens in (8192, 131072):
+        for problem in PROBLEMS:
+            run.write(*run_case(tokens, problem, run.args.repeats))
+    print(format_table(run.args.out))
 
 
 if __name__ == "__main__":

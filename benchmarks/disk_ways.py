@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
+from children import forget_files, forget_peak, read_memory
+from random_models import make_llama
+from runs import time_call
+from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM
 
-from farkv.hf.attach import attach
+from farkv import InfiniGen, attach
 from farkv.hf.load import quiet_libraries
-from farkv.methods import InfiniGen
-from farkv.methods.contract import Query, Step
+from farkv.math.logits import Logits
+from farkv.math.step import Query, Step
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 16, 32, 8, 64
+# The KV's shape is that of Llama-3.2-1B.
+SHAPE = dict(layers=LAYERS, heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, hidden=256, mlp=256, vocabulary=1024)
 TOKEN_BYTES = LAYERS * KV_HEADS * 2 * HEAD_DIM * 2
 PASS_TOKENS = 2048
 # Of the KV: what host memory may take.
@@ -43,23 +48,6 @@ def attend_plainly(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: floa
     return torch.cat(rows).to(q.dtype)[None, None], None
 
 
-def make_model(tokens: int, attention: str) -> LlamaForCausalLM:
-    """Make a random model whose KV has the shape of Llama-3.2-1B."""
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        hidden_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=256,
-        vocab_size=1024,
-        max_position_embeddings=2 * tokens,
-    )
-    config._attn_implementation = attention
-    return LlamaForCausalLM(config).to(torch.bfloat16).eval()
-
-
 def draw(heads: int, n: int) -> torch.Tensor:
     return torch.randn(1, heads, n, HEAD_DIM).to(torch.bfloat16)
 
@@ -73,26 +61,26 @@ class Farkv:
         method = InfiniGen(fraction=float(args.child.split()[1]))
         self.far = attach(self.model, method, host=self.limit, disk=f"{folder}:64GiB", profile=False)
         self.cache = self.far.new_cache(tokens=args.tokens + 2 * args.steps + 8)
-        recipe: Any = self.cache.recipe
-        self.recipe = recipe
+        self.engine = self.cache.engine
+        self.engine.announce_prompt(args.tokens, PASS_TOKENS)
         for start in range(0, args.tokens, PASS_TOKENS):
             n = min(PASS_TOKENS, args.tokens - start)
             for layer in self.cache.layers:
-                step = Step(Query(draw(HEADS, n), HEAD_DIM**-0.5, None), draw(KV_HEADS, n), draw(KV_HEADS, n), None)
+                step = Step(Query(draw(HEADS, n), Logits(HEAD_DIM**-0.5)), draw(KV_HEADS, n), draw(KV_HEADS, n), None)
                 layer.update(step.k, step.v)
-                recipe.observe(layer.layer, step)
+                self.engine.selector.observe(self.engine.records[layer.layer], step)
 
     def forget(self) -> None:
         """Make the system forget what it has of the file."""
-        self.recipe.store.frames.pages.file.drop_cached()
+        self.engine.store.page_cache.pages.file.drop_cached()
 
     def report(self) -> dict[str, Any]:
         """Return what the receipt says."""
-        receipt, file = self.far.receipt(self.cache), self.recipe.store.frames.pages.file
+        receipt, file = self.far.receipt(self.cache), self.engine.store.page_cache.pages.file
         assert receipt.kv_bytes.host_peak <= self.limit
         kv = receipt.kv_bytes.total
         row = dict(host_limit=self.limit, host_peak=receipt.kv_bytes.host_peak, kv_bytes=kv,
-                   frames=self.recipe.store.frames.room, pages=file.n_pages, page_bytes=file.page_bytes,
+                   frames=self.engine.store.page_cache.room, pages=file.n_pages, page_bytes=file.page_bytes,
                    attended=receipt.read_fraction, index_peak=receipt.kv_bytes.index_peak,
                    disk_bytes=receipt.disk_bytes_per_token,
                    from_disk=receipt.disk_bytes_per_token / kv)  # fmt: skip
@@ -100,32 +88,30 @@ class Farkv:
         return row | measure_disk(file._fd, file.n_pages, file.page_bytes)
 
 
-class Loaded:
-    """A file per layer, loaded whole at every step; what is decoded stays in memory."""
+class Baseline:
+    """A file per layer; Hugging Face's cache, whose layers take their K and V from it."""
+
+    suffix = ""
 
     def __init__(self, args: argparse.Namespace, folder: Path, model: LlamaForCausalLM):
-        self.model = model
-        self.cache = DynamicCache(config=self.model.config)
-        self.files = [folder / f"{i}.pt" for i in range(LAYERS)]
-        for i, path in enumerate(self.files):
-            torch.save((draw(KV_HEADS, args.tokens), draw(KV_HEADS, args.tokens)), path)
-            self.cache.layers[i].get_seq_length = lambda *_, i=i: args.tokens + self.count_new(i)
-            self.cache.layers[i].update = lambda k, v, *_, i=i, **__: self.update(i, k, v)
-        self.new: list[list[tuple[Any, Any]]] = [[] for _ in range(LAYERS)]
+        self.model, self.cache, self.tokens = model, DynamicCache(config=model.config), args.tokens
+        self.files = [folder / f"{i}{self.suffix}" for i in range(LAYERS)]
+        self.lengths = [args.tokens] * LAYERS
+        for i, layer in enumerate(self.cache.layers):
+            layer.get_seq_length = lambda *_, i=i: self.lengths[i]
+            layer.update = lambda k, v, *_, i=i, **__: self.update(i, k, v)
+        self.fill(args.tokens + 2 * args.steps + 8)
 
-    def count_new(self, i: int) -> int:
-        return len(self.new[i])
+    def fill(self, room: int) -> None:
+        raise NotImplementedError
 
     def update(self, i: int, k: Any, v: Any) -> tuple[Any, Any]:
-        """Give a layer's K and V, loaded now, with the new tokens."""
-        self.new[i].append((k, v))
-        old = torch.load(self.files[i])
-        k, v = (torch.cat([part, *(pair[j] for pair in self.new[i])], 2) for j, part in enumerate(old))
-        return k, v
+        """Give a layer's K and V with the new token."""
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Make the system forget what it has of the files."""
-        forget_files(self.files)
+        forget_files(*self.files)
 
     def report(self) -> dict[str, Any]:
         """Return what every step reads."""
@@ -133,33 +119,41 @@ class Loaded:
         return dict(kv_bytes=size, attended=1.0, disk_bytes=size, from_disk=1.0)
 
 
-class Mapped:
-    """A file per layer, mapped into memory; attention reads it in place, and new tokens are written to it."""
+class Loaded(Baseline):
+    """Every file is loaded whole at every step; what is decoded stays in memory."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, model: LlamaForCausalLM):
-        self.model = model
-        self.cache = DynamicCache(config=self.model.config)
-        self.files = [folder / f"{i}.bin" for i in range(LAYERS)]
-        self.shape = (2, 1, KV_HEADS, args.tokens + 2 * args.steps + 8, HEAD_DIM)
-        self.lengths = [args.tokens] * LAYERS
-        self.tensors: list[Any] = []
+    suffix = ".pt"
+
+    def fill(self, room: int) -> None:
         for path in self.files:
-            self.open([path])
-            for part in self.tensors.pop():
-                part[:, :, : args.tokens] = draw(KV_HEADS, args.tokens)
-        self.open(self.files)
-        for i in range(LAYERS):
-            self.cache.layers[i].get_seq_length = lambda *_, i=i: self.lengths[i]
-            self.cache.layers[i].update = lambda k, v, *_, i=i, **__: self.update(i, k, v)
-
-    def open(self, paths: list[Path]) -> None:
-        size = torch.Size(self.shape).numel()
-        self.tensors = [
-            torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(self.shape) for path in paths
-        ]
+            torch.save((draw(KV_HEADS, self.tokens), draw(KV_HEADS, self.tokens)), path)
+        self.new: list[list[tuple[Any, Any]]] = [[] for _ in range(LAYERS)]
 
     def update(self, i: int, k: Any, v: Any) -> tuple[Any, Any]:
-        """Write the new token, give all in place."""
+        self.new[i].append((k, v))
+        self.lengths[i] += 1
+        k, v = (
+            torch.cat([part, *(pair[j] for pair in self.new[i])], 2) for j, part in enumerate(torch.load(self.files[i]))
+        )
+        return k, v
+
+
+class Mapped(Baseline):
+    """Every file is mapped into memory; attention reads it in place, and new tokens are written to it."""
+
+    suffix = ".bin"
+
+    def fill(self, room: int) -> None:
+        self.shape = torch.Size((2, 1, KV_HEADS, room, HEAD_DIM))
+        for path in self.files:
+            for part in self.map(path):
+                part[:, :, : self.tokens] = draw(KV_HEADS, self.tokens)
+        self.tensors = [self.map(path) for path in self.files]
+
+    def map(self, path: Path) -> torch.Tensor:
+        return torch.from_file(str(path), shared=True, size=self.shape.numel(), dtype=torch.bfloat16).view(self.shape)
+
+    def update(self, i: int, k: Any, v: Any) -> tuple[Any, Any]:
         n = self.lengths[i]
         self.lengths[i] = n + 1
         for part, new in zip(self.tensors[i], (k, v), strict=True):
@@ -167,24 +161,10 @@ class Mapped:
         return self.tensors[i][0][:, :, : n + 1], self.tensors[i][1][:, :, : n + 1]
 
     def forget(self) -> None:
-        """Make the system forget: mapped pages cannot be dropped, so the files are mapped anew."""
+        """Mapped pages cannot be dropped, so the files are mapped anew."""
         self.tensors = []
-        forget_files(self.files)
-        self.open(self.files)
-
-    def report(self) -> dict[str, Any]:
-        """Return what every step reads."""
-        size = sum(path.stat().st_size for path in self.files)
-        return dict(kv_bytes=size, attended=1.0, disk_bytes=size, from_disk=1.0)
-
-
-def forget_files(paths: list[Path]) -> None:
-    """Write files to the disk and make the system forget its copies."""
-    for path in paths:
-        fd = os.open(path, os.O_RDWR)
-        os.fdatasync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+        super().forget()
+        self.tensors = [self.map(path) for path in self.files]
 
 
 def measure_disk(fd: int, n_pages: int, page_bytes: int) -> dict[str, float]:
@@ -215,62 +195,38 @@ def measure_disk(fd: int, n_pages: int, page_bytes: int) -> dict[str, float]:
     return found
 
 
-def read_memory() -> dict[str, int]:
-    """Return the resident set, its peak, and the part of it that is no file's, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssAnon")}
-
-
-def forget_peak() -> None:
-    """Let the resident set's peak begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 @torch.no_grad()
 def run_child(args: argparse.Namespace) -> None:
     """Make a context, then take a step for every line that comes in: `cold`, `warm`; `report` ends it."""
     torch.set_num_threads(1)
     quiet_libraries()
-    make = {"farkv": Farkv, "torch.load": Loaded, "mapped": Mapped}[args.child.split()[0]]
+    kind = {"farkv": Farkv, "torch.load": Loaded, "mapped": Mapped}[args.child.split()[0]]
     AttentionInterface.register("plain", attend_plainly)
-    model = make_model(args.tokens, "sdpa" if make is Farkv else "plain")
+    attention = "sdpa" if kind is Farkv else "plain"
+    model = make_llama(2 * args.tokens, torch.bfloat16, **SHAPE, attn_implementation=attention)
     model(input_ids=torch.zeros(1, 1, dtype=torch.long))
     forget_peak()
-    before = read_memory()
-    started = time.perf_counter()
-    way = make(args, Path(args.folder), model)
-    filled_s, filled = time.perf_counter() - started, read_memory()
-    memory: dict[str, int] = {}
+    row: dict[str, Any] = {"before": read_memory()}
+    row["filled_s"], way = time_call(lambda: kind(args, Path(args.folder), model))
+    row["filled"] = read_memory()
     forget_peak()
     print("ready", flush=True)
     for n, line in enumerate(sys.stdin):
-        kind = line.strip()
-        if kind == "report":
-            print(
-                json.dumps(
-                    {"before": before, "filled": filled, "memory": memory, "filled_s": filled_s, **way.report()}
-                ),
-                flush=True,
-            )
+        if line.strip() == "report":
+            print(json.dumps(row | way.report()), flush=True)
             return
-        if kind == "cold":
+        if line.strip() == "cold":
             way.forget()
-        at = torch.tensor([[args.tokens + n]])
-        started = time.perf_counter()
-        ids = torch.tensor([[n % 1024]])
-        way.model(input_ids=ids, past_key_values=way.cache, position_ids=at, use_cache=True)
-        print(time.perf_counter() - started, flush=True)
+        step = dict(input_ids=torch.tensor([[n % 1024]]), position_ids=torch.tensor([[args.tokens + n]]))
+        print(time_call(lambda s=step: way.model(past_key_values=way.cache, use_cache=True, **s))[0], flush=True)
         # Before the files are read again for the disk's own speed.
-        memory = read_memory()
+        row["memory"] = read_memory()
 
 
 def main() -> None:
-    """Parse the command line and be one way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", required=True, help="the way's name")
-    parser.add_argument("--folder", required=True)
-    parser.add_argument("--tokens", required=True, type=int)
-    parser.add_argument("--steps", required=True, type=int)
+    for name, kind in {"child": str, "folder": str, "tokens": int, "steps": int}.items():
+        parser.add_argument(f"--{name}", required=True, type=kind)
     run_child(parser.parse_args())
 
 

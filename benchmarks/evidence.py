@@ -9,18 +9,20 @@ Tasks whose answers are long get fewer samples: a step costs the same whatever i
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 
+from rows import RESULTS, format_rows
+from runs import make_parser
+
 from farkv.evals.cells import Study, study_rows
 from farkv.evals.show import list_notes, percent, point_span, points, to_grid, to_markdown
 from farkv.evals.tables import Line, make_table, read_results
 
-OUT = Path(__file__).parent / "results/eval"
+OUT = RESULTS / "eval"
 METHODS = (
     "infinigen", "infinigen-paper", "pages", "lowbit", "oracle", "window", "random", "xkv", "xkv-paper", "snapkv",
     "pyramidkv", "h2o",
@@ -28,20 +30,9 @@ METHODS = (
 FRACTIONS = (0.02, 0.05, 0.1, 0.2)
 LENGTHS = (2048, 8192)
 # Samples per task, at each of the lengths. Summing the attention of all queries (H2O) takes half of the time at 8 K.
-LIMITS = {
-    "niah_multikey": (16, 10),
-    "niah_single": (8, 4),
-    "multiturn": (6, 4),
-    "ppl": (4, 3),
-    "niah_multivalue": (6, 4),
-    "niah_multiquery": (6, 4),
-    "qa": (6, 4),
-    "vt": (4, 3),
-    "cwe": (4, 3),
-    "fwe": (4, 3),
-    "longgen": (4, 3),
-    "extraction": (4, 3),
-}
+LIMITS = {"niah_multikey": (16, 10), "niah_single": (8, 4), "multiturn": (6, 4), "ppl": (4, 3)}
+LIMITS |= dict.fromkeys(("niah_multivalue", "niah_multiquery", "qa"), (6, 4))
+LIMITS |= dict.fromkeys(("vt", "cwe", "fwe", "longgen", "extraction"), (4, 3))
 # Whose reads are mapped: one sample of it, every method.
 TRACED = ("niah_multikey", 2048)
 OURS, HEADLINE = "infinigen", 0.1
@@ -49,7 +40,7 @@ OURS, HEADLINE = "infinigen", 0.1
 SHORT = ("infinigen", "lowbit", "pages", "oracle", "snapkv", "h2o", "xkv", "window")
 
 
-def run(scale: float, workers: int) -> None:
+def run(scale: float, workers: int, threads: int) -> None:
     """Run every task with its own number of samples; what is there already is left."""
     cells = [(t, length, n) for t, limits in LIMITS.items() for length, n in zip(LENGTHS, limits, strict=True)]
     for task, length, limit in cells:
@@ -57,7 +48,7 @@ def run(scale: float, workers: int) -> None:
             sys.executable, "-m", "farkv.cli", "eval", "--model", "demo", "--tasks", task,
             "--methods", ",".join(METHODS), "--fractions", ",".join(map(str, FRACTIONS)),
             "--lengths", str(length), "--limit", str(round(limit * scale)), "--workers", str(workers),
-            "--threads", "1", "--trace", str(int((task, length) == TRACED)),
+            "--threads", str(threads), "--trace", str(int((task, length) == TRACED)),
             "--skip-gated", "--save-prompts", "--out", str(OUT),
         ]  # fmt: skip
         subprocess.run(command, check=True)
@@ -96,13 +87,11 @@ def format_short(folder: Path = OUT) -> str:
     table = make_table(study(folder))
     full = table.find("full")
     assert full is not None
-    lines = [f"| method | {' | '.join(percent(f, 0) for f in FRACTIONS)} |", "|---" * (len(FRACTIONS) + 1) + "|"]
-    for method in SHORT:
-        cells = [describe(table.find(method, f)) for f in FRACTIONS]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+    lines = ([method, *(describe(table.find(method, f)) for f in FRACTIONS)] for method in SHORT)
     marks = "**Bold**: best but for the oracle, which reads every key; ≈: not told apart from it (95 %)."
     scored = f"The full cache scores {percent(full.score.mean)}; {table.samples} samples, {len(table.cells)} cells."
-    return "\n".join([*lines, "", f"{marks} {scored}", f"{format_verdict(folder)}"])
+    head = ["method", *(percent(f, 0) for f in FRACTIONS)]
+    return format_rows(head, lines, f"{marks} {scored}", format_verdict(folder))
 
 
 def describe(line: Line | None) -> str:
@@ -114,7 +103,7 @@ def describe(line: Line | None) -> str:
 
 
 def format_verdict(folder: Path = OUT) -> str:
-    """Say how ours stands to the full cache and to the best rival, where it is behind too."""
+    """Say how ours stands to the full cache and to the best baseline, where it is behind too."""
     table = make_table(study(folder))
     ours = table.find(OURS, HEADLINE)
     assert ours is not None
@@ -127,17 +116,18 @@ def format_verdict(folder: Path = OUT) -> str:
         if mine is not None and not mine.mark:
             best = next(line for line in table.at(fraction) if line.mark == "best")
             behind.append(f"at {percent(fraction, 0)} behind {best.setting.method}")
-    said.append(f"it is {', '.join(behind)}" if behind else "no rival is better at 2, 5 or 10 %, within the interval")
+    said.append(
+        f"it is {', '.join(behind)}" if behind else "no baseline is better at 2, 5 or 10 %, within the interval"
+    )
     return "; ".join(said) + "."
 
 
 def main() -> None:
-    """Run, then draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--limit-scale", type=float, default=1.0, help="times the samples of every task")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    run(args.limit_scale, args.workers)
+    run(args.limit_scale, args.workers, args.threads)
     name_command()
     print(format_methods())
     subprocess.run([sys.executable, "-m", "farkv.cli", "report", str(OUT), "-o", str(OUT / "report.html")], check=True)

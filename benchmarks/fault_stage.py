@@ -8,17 +8,15 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_models import make_llama
 
 import farkv
-from farkv.errors import FarKVError
-from farkv.hf.session import load_cache
-from farkv.methods import Full, InfiniGen
+from farkv import FarKVError, Full, InfiniGen, load_cache
 
 N_TEXT, N_ASKED = 600, 4
 METHODS = (InfiniGen(fraction=0.3), Full())
@@ -32,12 +30,8 @@ class Stage:
 
     def __init__(self, folder: Path, seed: int):
         self.rng, self.folder = random.Random(seed), folder
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=48, max_position_embeddings=2048, initializer_range=0.2,
-        )  # fmt: skip
-        self.model = LlamaForCausalLM(config).eval()
+        shape = dict(layers=4, heads=4, kv_heads=2, hidden=32, mlp=48, vocabulary=97)
+        self.model = make_llama(2048, seed=0, **shape, initializer_range=0.2)
         self.text = torch.randint(1, 97, (1, N_TEXT))
         self.question = torch.randint(1, 97, (1, N_ASKED))
         self.method = METHODS[0]
@@ -69,18 +63,38 @@ class Stage:
     def ask(self, cache: Any) -> torch.Tensor:
         return torch.cat([self.model(t, past_key_values=cache).logits for t in self.question.split(1, 1)], 1)
 
+    def load(self) -> Any:
+        return load_cache(self.session, self.model)
+
     def answer(self, kind: str) -> torch.Tensor:
         """Read the text, or load its session, and ask."""
         with self.attach(kind) as far:
-            return self.ask(load_cache(self.session, self.model) if kind == "session" else self.read(far))
+            return self.ask(self.load() if kind == "session" else self.read(far))
 
-    def judge(self, kind: str, work: Callable[[], torch.Tensor]) -> str:
-        """Return what came of it."""
+    def judge(self, kind: str, work: Callable[[], torch.Tensor] | None = None) -> str:
+        """Return what came of some work, or of asking as usual."""
         try:
-            same = torch.equal(work(), self.expected[type(self.method).__name__, kind])
+            same = torch.equal(work() if work else self.answer(kind), self.expected[type(self.method).__name__, kind])
         except FarKVError:
             return "refused"
         return "correct" if same else "wrong"
+
+    def confirm(self, outcome: str, kind: str, work: Callable[[], torch.Tensor] | None = None) -> str:
+        """Return an outcome if asking afterwards gives the right answer."""
+        return outcome if self.judge(kind, work) == "correct" else "wrong"
+
+    def save(self, cache: Any) -> str:
+        """Save over the session; return what came of it."""
+        try:
+            cache.save(self.session)
+        except FarKVError:
+            return "refused"
+        return "correct"
+
+
+def flip(fd: int, at: int, bit: int) -> None:
+    """Turn one bit of a file."""
+    os.pwrite(fd, bytes([os.pread(fd, 1, at)[0] ^ 1 << bit]), at)
 
 
 @contextmanager
@@ -92,6 +106,21 @@ def limit(which: int, n_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(which, (soft, hard))
+
+
+@contextmanager
+def saver(stage: Stage, cache: Any, times: int = 10**9) -> Iterator[int]:
+    """Give the id of a forked process that saves over and over; wait for its end."""
+    pid = os.fork()
+    if pid == 0:
+        with suppress(BaseException):
+            for _ in range(times):
+                stage.save(cache)
+        os._exit(0)
+    try:
+        yield pid
+    finally:
+        os.waitpid(pid, 0)
 
 
 def in_child(work: Callable[[], str], seconds: float = 60.0) -> str:
@@ -115,3 +144,33 @@ def in_child(work: Callable[[], str], seconds: float = 60.0) -> str:
         time.sleep(0.005)
     with os.fdopen(out, "rb") as file:
         return file.read().decode() or "other: it hung or was killed"
+
+
+def damage(stage: Stage, change: Callable[[], None]) -> str:
+    """Change the session's file before it is opened or while it is open, and put it back."""
+    whole, is_open = stage.session.read_bytes(), stage.rng.random() < 0.5
+
+    def work() -> torch.Tensor:
+        with stage.attach("session"):
+            cache = stage.load() if is_open else None
+            change()
+            return stage.ask(cache or stage.load())
+
+    outcome = stage.judge("session", work)
+    # In place: whoever has the file open sees it whole again.
+    with stage.session.open("r+b") as file:
+        file.write(whole)
+    return outcome
+
+
+def both(stage: Stage, kind: str, start: Callable[[Any], Any], other: Callable[[Any], str]) -> str:
+    """Do something in a forked process while a cache is open; both must be right."""
+    said: list[str] = []
+
+    def work() -> torch.Tensor:
+        with stage.attach(kind) as far:
+            cache = start(far)
+            said.append(in_child(lambda: other(cache)))
+            return stage.ask(cache)
+
+    return said[0] if stage.judge(kind, work) == "correct" else "wrong"

@@ -13,11 +13,11 @@ Left out: the receipt's `time` and `versions`; the first line of the file has th
 the keys in ROUNDED, depend on the instruction set and the torch release: compare files of one machine.
 
 With workers on threads of their own (`--threads`) some rows depend on timing, most of all on a busy machine: over a
-disk and in a session, what has a copy in memory depends on how far the link's thread is when the model's thread
-completes a page, reads a tail after a load or a reordering, or takes near memory that is counted as host memory. Then
-`disk_bytes_per_token` and `fetched_bytes_per_token` vary by a few pages; where records are speculated (`disk/fills`,
-`disk/paper`), what can be chosen varies too, and with it tokens and logits. So here a worker's job is done when it is
-submitted: one of the orders that threads may take, and always the same. All other keys were the same with threads.
+disk and in a session, which pages have a copy in memory depends on how far the link's thread is when the model's thread
+uses or adds copies. Seen so far: `disk_bytes_per_token` by a few pages (`session/*`, `beams/disk`), and where records
+are speculated also `fetched_bytes_per_token`, tokens and logits (`disk/paper`; `disk/fills`, in 1 of 25 runs of a step
+that completes a page). So here a worker's job is done when it is submitted: one of the orders that threads may take,
+and always the same. No other key differed in five runs with threads.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def describe(played: Played) -> Line:
     receipt = None
     if played.receipt is not None:
         receipt = {key: value for key, value in played.receipt.items() if key not in ("time", "versions")}
+        # Of a model that was loaded it is the path.
+        receipt["model"] = Path(receipt["model"]).name
     line = {"tokens": played.tokens, "digest": digest.hexdigest(), "logits": some, "receipt": receipt}
     return json.loads(json.dumps(line | {"error": played.error}))
 

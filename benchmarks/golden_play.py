@@ -52,7 +52,7 @@ class Stage(NamedTuple):
         return cache
 
     def feed(self, cache: Any, ids: Tensor, n: int, mask: Tensor | None = None) -> Played:
-        """Feed tokens one by one, then `n` greedy ones; the logits are those of all of them.
+        """Feed tokens one by one, then `n` greedy ones, none of them padding; the logits are those of all of them.
 
         Args:
             mask: of the tokens that were read, where some are padding.
@@ -66,7 +66,7 @@ class Stage(NamedTuple):
                 more["attention_mask"] = mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             logits.append(self.model(input_ids=fed[len(logits)], past_key_values=cache, **more).logits[:, -1])
             if len(logits) >= ids.shape[1]:
-                fed.append(logits[-1].argmax(-1, keepdim=True))
+                fed.append(logits[-1][:, 1:].argmax(-1, keepdim=True) + 1)
         return Played(torch.cat(fed[ids.shape[1] :], 1).tolist(), logits)
 
 
@@ -85,6 +85,8 @@ def generate(stage: Stage) -> tuple[Played, Any]:
     row, text = stage.row, make_text(stage.row)
     cache = stage.far.new_cache(**row.cache)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "output_logits": True, **row.generate}
+    # Padding's embedding is zero: its query scores all records alike, and any choice is as good.
+    options |= {"suppress_tokens": [0]}
     out = stage.model.generate(**text, past_key_values=cache, return_dict_in_generate=True, **options)
     return Played(out.sequences[:, row.text[1] :].tolist(), list(out.logits)), cache
 
@@ -110,11 +112,11 @@ def save(stage: Stage) -> tuple[Played, Any]:
 
 
 def crop(stage: Stage) -> tuple[Played, Any]:
-    """Answer, take the answer back, ask something else."""
+    """Answer, take the answer and the end of the text back, go on until what came instead has left the window."""
     cache = stage.read()
     first = stage.feed(cache, ask(), 6)
-    cache.crop(-8)
-    return add(first, stage.feed(cache, ask(seed=3), 6)), cache
+    cache.crop(-30)
+    return add(first, stage.feed(cache, ask(seed=3), 24)), cache
 
 
 def fork(stage: Stage) -> tuple[Played, Any]:

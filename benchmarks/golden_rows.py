@@ -40,6 +40,7 @@ DISK: dict[str, Any] = {"disk": "4MiB", "host": "230KiB", "chunk": 64}
 SPILL: dict[str, Any] = {"host": "200KiB", "chunk": 64}
 KEEP, HELD, FETCH = (0.5, 0.2, 0.3, 0.4), (0.2, 0.1, 0.1, 0.2), (0.1, 0.3, 0.2, 0.2)
 ALL, THREE = {"keep": KEEP, "near": HELD, "fetch": FETCH}, XKV(levers=("keep", "near", "fetch"))
+HOLD = XKV(levers=("near", "fetch"))
 POLICIES = ("fifo", "lru", "counter", "clock", "score")
 
 IN_PLACE = (
@@ -50,6 +51,7 @@ IN_PLACE = (
     row("infinigen/top-p", InfiniGen(fraction=0.2, top_p=0.5), means="sparse index"),
     row("infinigen/columns-8bit", InfiniGen(fraction=0.1, columns=6, index_bits=8), means="sparse index"),
     row("infinigen/forced", InfiniGen(fraction=0.2, sinks=0, window=30), means="sparse index"),
+    row("infinigen/young", InfiniGen(fraction=0.5), num_beams=2, text=8, tokens=0, means="sparse index fallback"),
     row("infinigen/all", InfiniGen(fraction=1.0), means="index"),
     row("infinigen/plain", OURS, kernel="plain", means="sparse index plain"),
     row("infinigen/native-all", InfiniGen(fraction=1.0), kernel="native", means="native"),
@@ -66,7 +68,6 @@ IN_PLACE = (
     row("lowbit", LOWBIT, means="sparse index"),
     row("lowbit/4", LowBit(fraction=0.2, bits=4), means="sparse index native"),
     row("lowbit/4/plain", LowBit(fraction=0.2, bits=4), kernel="plain", means="sparse index plain"),
-    row("snapkv", SnapKV(fraction=0.2), means="sparse evicted"),
     row("snapkv/pool", SnapKV(fraction=0.3, window=8, pool=3), tokens=0, means="sparse evicted"),
     row("pyramidkv", PyramidKV(fraction=0.3), means="sparse evicted"),
     row("h2o", H2O(fraction=0.2), means="sparse evicted"),
@@ -93,24 +94,20 @@ TIERS = (
     row("near/chunks", OURS, **NEAR, chunk=64, means="sparse index far"),
     row("near/residual", InfiniGen(fraction=0.2, source="residual"), **NEAR, means="sparse index far"),
     row("near/attn", InfiniGen(fraction=0.2, source="attn"), **NEAR, means="sparse index far"),
-    row("near/profile", OURS, **NEAR, profile=True, means="sparse index far"),
     row("near/top-p", InfiniGen(fraction=0.2, top_p=0.5), **NEAR, means="sparse index far"),
     row("near/paper", PAPER, model="opt", near="500KiB", means="sparse index far"),
     row("near/full", Full(), **TIGHT, means="far blocks"),
     row("near/oracle", ORACLE, **NEAR, means="sparse far"),
-    row("near/window", Window(fraction=0.2), **NEAR, means="sparse"),
     row("near/random", Random(fraction=0.2), **NEAR, means="sparse far"),
     row("near/pages", PAGES, **NEAR, means="sparse index far"),
     row("near/lowbit", LOWBIT, **ROOMY, means="sparse index hot"),
     row("near/snapkv", SnapKV(fraction=0.2), near="450KiB", means="sparse evicted"),
-    row("near/h2o", H2O(fraction=0.2), near="450KiB", means="sparse evicted"),
     row("near/xkv", XKV(fraction=0.3), near="450KiB", means="evicted"),
     row("near/xkv+infinigen", XKV(fraction=0.6), OURS, **ROOMY, means="sparse index evicted far"),
     row("host", OURS, host="360KiB", means="sparse index"),
     row("host/near", OURS, host="400KiB", **NEAR, means="sparse index far"),
     *(row(f"disk/{name}", OURS, **DISK, evict=name, means="sparse index disk") for name in ("refuse", *POLICIES)),
     row("disk/roomy", OURS, disk="4MiB", means="sparse index"),
-    row("disk/grows", OURS, disk="4MiB", host="2MiB", tokens=0, means="sparse index"),
     row("disk/near", OURS, **DISK, **NEAR, means="sparse index far disk"),
     row("disk/near/hot", OURS, **DISK, **ROOMY, evict="lru", means="sparse index hot disk"),
     row("disk/paper", PAPER, model="opt", disk="4MiB", host="700KiB", chunk=64, means="sparse index disk"),
@@ -156,6 +153,8 @@ BATCHES = (
     row("batch", OURS, batch=3, means="sparse index native"),
     row("padded", OURS, **PADDED, means="sparse index native"),
     row("padded/plain", OURS, **PADDED, kernel="plain", means="sparse index plain"),
+    row("padded/young", OURS, batch=3, text=150, pad=140, means="sparse index fallback"),
+    row("padded/young/near", OURS, batch=3, text=150, pad=140, near="400KiB", means="sparse index far"),
     row("padded/near", OURS, **PADDED, near="600KiB", means="sparse index far"),
     row("padded/near/hot", OPEN, **PADDED, near="900KiB", means="sparse index far"),
     row("padded/disk", OURS, **PADDED, disk="4MiB", host="700KiB", chunk=64, evict="lru", means="sparse disk"),
@@ -177,17 +176,16 @@ BATCHES = (
     row("beams/near", OURS, num_beams=3, near="900KiB", means="sparse index far"),
     row("beams/disk", OURS, num_beams=3, disk="4MiB", host="700KiB", chunk=64, means="sparse index disk"),
     row("beams/xkv", XKV(fraction=0.3), num_beams=3, means="evicted"),
-    row("beams/spill", OURS, num_beams=3, host="560KiB", chunk=64, evict="lru", means="evicted"),
+    row("beams/spill", OURS, num_beams=3, host="560KiB", chunk=64, evict="clock", means="evicted"),
 )
 
 WAYS = (
     row("lookup", OURS, prompt_lookup_num_tokens=3, means="index"),
     row("lookup/near", OURS, prompt_lookup_num_tokens=3, **ROOMY, means="index far"),
     row("crop", OURS, way="crop", means="sparse index"),
-    row("crop/near", OURS, way="crop", **ROOMY, means="sparse index hot"),
+    row("crop/near", OURS, way="crop", near="480KiB", means="sparse index hot"),
     row("crop/disk", OURS, way="crop", disk="4MiB", host="560KiB", means="sparse index disk"),
     row("crop/pages", PAGES, way="crop", means="sparse index"),
-    row("crop/xkv", XKV(fraction=0.3), way="crop", means="evicted"),
     row("fork", OURS, way="fork", means="sparse index"),
     row("fork/near", OURS, way="fork", **ROOMY, means="sparse index hot"),
     row("fork/disk", OURS, way="fork", disk="4MiB", host="560KiB", means="sparse index disk"),
@@ -226,7 +224,9 @@ PLANS = (
     row("plan/fetch/near", plan={"fetch": FETCH}, **ROOMY, means="sparse index far"),
     row("plan/fetch/disk", plan={"fetch": FETCH}, **DISK, means="sparse index disk"),
     row("plan/fetch/oracle", Oracle(fraction=0.5), plan={"fetch": FETCH}, **PADDED, means="sparse"),
-    row("plan/near", OPEN, XKV(levers=("near", "fetch")), plan={"near": HELD, "fetch": FETCH}, **ROOMY, means="hot"),
+    row("plan/near", OPEN, HOLD, plan=ALL, **ROOMY, means="hot"),
+    row("plan/near/beams", OPEN, HOLD, plan=ALL, near="500KiB", num_beams=2, means="sparse far"),
+    row("plan/near/crop", OPEN, HOLD, plan=ALL, **ROOMY, way="crop", means="sparse far"),
     row("plan/all", InfiniGen(), THREE, plan=ALL, means="sparse evicted"),
     row("plan/all/near", InfiniGen(), THREE, plan=ALL, near="400KiB", means="sparse evicted far"),
 )
@@ -234,7 +234,6 @@ PLANS = (
 MODELS = (
     row("gemma2", OURS, model="gemma2", means="sparse index unmanaged"),
     row("gemma2/near/padded", OURS, model="gemma2", near="700KiB", **PADDED, means="sparse index far unmanaged"),
-    row("gemma2/xkv", XKV(fraction=0.3), model="gemma2", means="evicted unmanaged"),
     row("gpt_oss", OURS, model="gpt_oss", means="sparse index unmanaged"),
     row("gpt_oss/near", LEAN, model="gpt_oss", near="125KiB", text=600, chunk=64, means="sparse index far unmanaged"),
     row("gpt_oss/full", Full(), model="gpt_oss", kernel="native", means="native unmanaged"),
@@ -293,6 +292,7 @@ REFUSED = tuple(
         ("paper/fraction", (InfiniGen(paper=True),), {}),
         ("session/snapkv", (SnapKV(),), {"way": "resume"}),
         ("session/spill", (OURS,), {"way": "save", **SPILL, "evict": "lru"}),
+        ("crop/xkv", (XKV(fraction=0.3),), {"way": "crop"}),
         ("join/xkv", (XKV(fraction=0.3),), {"way": "join", "tokens": 0}),
     )
 )

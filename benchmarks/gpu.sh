@@ -14,7 +14,7 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
 fi
 
 started=$SECONDS
-has_all='import farkv, pytest, beartype, matplotlib, torch; assert torch.cuda.is_available()'
+has_all='import farkv, pytest, beartype, torch; assert torch.cuda.is_available()'
 python=${PYTHON:-python3}
 if ! "$python" -c "$has_all" >/dev/null 2>&1; then
     venv=${FARKV_VENV:-.venv-gpu}
@@ -23,7 +23,7 @@ if ! "$python" -c "$has_all" >/dev/null 2>&1; then
     if ! "$python" -c "$has_all" >/dev/null 2>&1; then
         # The plain index has torch's CUDA build; constraints.txt says which version, and which Triton goes with it.
         "$python" -m pip install --quiet --constraint constraints.txt torch
-        "$python" -m pip install --quiet --constraint constraints.txt --editable '.[plot,test]'
+        "$python" -m pip install --quiet --constraint constraints.txt --editable '.[test]'
     fi
     "$python" -c "$has_all" || {
         echo "benchmarks/gpu.sh: torch sees no CUDA device in $venv; install a CUDA build of torch there" >&2

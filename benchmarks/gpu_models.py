@@ -2,32 +2,36 @@
 
 In: a shape, a context, a batch. Out: a row per method: milliseconds per layer and token of whole models of a few
 layers with random weights, caches filled directly; what crossed the link per token, predicted and counted. farkv runs
-as a user runs it: `attach(model, InfiniGen(fraction=...), near=...)`.
+as a user runs it: `attach(model, InfiniGen(fraction=...), near=...)`. Of one of its steps a trace is kept (for
+ui.perfetto.dev), and how much of the copying in it computation hid.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_timeline import draw_timeline
+from rows import Row, Rows
 from transformers import DynamicCache, PreTrainedModel
 
+from farkv import InfiniGen, attach
 from farkv.bench.e2e import ModelRunner, ModelSettings, fill_far, fill_plain
 from farkv.bench.fill import KVSource
 from farkv.bench.models import share_weights
 from farkv.bench.report import OURS
 from farkv.bench.timing import measure_interleaved, summarize
 from farkv.errors import CapacityError
-from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
-from farkv.methods import InfiniGen
 
 RESIDENT, OFFLOADED = "hf-resident", "hf-offloaded"
+# Kernels of ours that read host memory themselves.
+LINK_KERNELS = ("_fetch", "_gather", "_sum_rows")
+Spans = list[tuple[float, float]]
 
 
 class Task(NamedTuple):
@@ -43,33 +47,33 @@ class Task(NamedTuple):
         """Return the KV bytes of all layers."""
         return self.settings.layers * self.settings.shape.layer_bytes(self.context, self.settings.batch)
 
-
-def near_limit_of(task: Task) -> int:
-    """Return the near limit in bytes; a toy's share would not hold a window."""
-    return max(1 << 20, int(task.near_share * task.kv_bytes))
-
-
-def wait_for(device: torch.device) -> Any:
-    """Return what waits for a device."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    @property
+    def near_limit(self) -> int:
+        """Return the near limit in bytes; a toy's share would not hold a window."""
+        return max(1 << 20, int(self.near_share * self.kv_bytes))
 
 
-def make_offloaded(task: Task, model: PreTrainedModel, source: KVSource) -> DynamicCache:
-    """Return Hugging Face's offloaded cache with a context in it."""
-    cache = DynamicCache(config=model.config, offloading=True)
-    for layer in range(task.settings.layers):
-        cache.update(*source.draw_kv(layer, 0, task.context), layer)
-    return cache
+class DeviceRunner(ModelRunner):
+    """One whose step ends when the device has done it."""
+
+    def step(self, layer: int) -> None:
+        super().step(layer)
+        if self.ids.is_cuda:
+            torch.cuda.synchronize()
 
 
-def make_runner(name: str, task: Task, model: PreTrainedModel, source: KVSource, far: Handle) -> ModelRunner:
+def make_runner(name: str, task: Task, model: PreTrainedModel, source: KVSource, far: Handle) -> DeviceRunner:
     """Fill one method's cache."""
+    settings, context = task.settings, task.context
     if name == OURS:
-        runner = ModelRunner(name, far.model, fill_far(task.settings, task.context, source, far), task.settings.batch)
-    elif name == OFFLOADED:
-        runner = ModelRunner(name, model, make_offloaded(task, model, source), task.settings.batch)
+        model, cache = far.model, fill_far(settings, context, source, far)
+    elif name == RESIDENT:
+        cache = fill_plain(settings, context, source)
     else:
-        runner = ModelRunner(name, model, fill_plain(task.settings, task.context, source), task.settings.batch)
+        cache = DynamicCache(config=model.config, offloading=True)
+        for layer in range(settings.layers):
+            cache.update(*source.draw_kv(layer, 0, context), layer)
+    runner = DeviceRunner(name, model, cache, settings.batch)
     runner.ids = runner.ids.to(source.device)
     return runner
 
@@ -80,79 +84,100 @@ def predict_link_bytes(task: Task, cache: Any) -> float:
     What is read, less each layer's window and newest token, which are near in any case.
     """
     shape, settings = task.settings.shape, task.settings
-    read = cache.account.read_fraction() * settings.layers * shape.layer_bytes(task.context, settings.batch)
-    tail = settings.layers * settings.batch * shape.kv_heads * (cache.recipe.window + 1) * shape.record_bytes()
-    return max(0.0, read - tail)
+    window_bytes = (
+        settings.layers * settings.batch * shape.kv_heads * (cache.engine.store.window + 1) * shape.record_bytes()
+    )
+    return max(0.0, cache.account.read_fraction() * task.kv_bytes - window_bytes)
 
 
-def measure_task(task: Task, plain: PreTrainedModel, picture: Path | None = None) -> list[dict[str, Any]]:
+def measure_task(task: Task, plain: PreTrainedModel, trace: Path | None = None) -> Rows:
     """Measure every method of a task, one cache after another in memory, each alone with the device.
 
     Args:
-        picture: where the timeline of one of farkv's steps is drawn; None: not at all.
+        trace: where one of farkv's steps is kept; None: not at all.
     """
-    device, rows = plain.device, []
-    source = KVSource(task.settings.shape, task.settings.batch, device)
-    method, near = InfiniGen(fraction=task.settings.fraction), near_limit_of(task)
-    with attach(share_weights(plain), method, near=near, profile=False) as far:
+    rows, settings = [], task.settings
+    source = KVSource(settings.shape, settings.batch, plain.device)
+    method = InfiniGen(fraction=settings.fraction)
+    with attach(share_weights(plain), method, near=task.near_limit, profile=False) as far:
         for name in task.methods:
             started = time.perf_counter()
+            row: Row = {"method": name, "shape": settings.shape.name, "context": task.context, "batch": settings.batch}
             try:
                 runner = make_runner(name, task, plain, source, far)
-                rows.append(measure_runner(task, runner, device))
-                if name == OURS and picture is not None:
-                    rows[-1]["timeline"] = draw_step(runner, picture)
+                row |= measure_runner(task, runner)
+                if name == OURS and trace is not None:
+                    row["timeline"] = trace_step(runner, trace)
             except (CapacityError, torch.OutOfMemoryError) as error:
-                rows.append({"method": name, "refused": str(error).splitlines()[0]})
+                row["refused"] = str(error).splitlines()[0]
+            rows.append(row)
+            # Gives back what it took, near and in pinned host memory.
             runner = None
-            free_memory(device)
-            sys.stderr.write(f"{name}, batch {task.settings.batch}: {time.perf_counter() - started:.0f} s\n")
-    for row in rows:
-        row |= {"shape": task.settings.shape.name, "context": task.context, "batch": task.settings.batch}
+            gc.collect()
+            if plain.device.type == "cuda":
+                torch.cuda.empty_cache()
+                # An older torch keeps pinned memory until the end.
+                getattr(torch.accelerator, "empty_host_cache", lambda: None)()
+            sys.stderr.write(f"{name}, batch {settings.batch}: {time.perf_counter() - started:.0f} s\n")
     return rows
 
 
-def free_memory(device: torch.device) -> None:
-    """Give back what the last method took: near, and in pinned host memory."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        # An older torch keeps pinned memory until the end.
-        getattr(torch.accelerator, "empty_host_cache", lambda: None)()
-
-
-def measure_runner(task: Task, runner: ModelRunner, device: torch.device) -> dict[str, Any]:
+def measure_runner(task: Task, runner: DeviceRunner) -> Row:
     """Time one method."""
     layers = task.settings.layers
     # An offloaded cache of a large batch takes seconds per token: few rounds tell as much.
     rounds = 2 if runner.name == OFFLOADED else task.settings.rounds
-    spread = summarize(measure_interleaved([runner], rounds, wait=wait_for(device))[runner.name])
-    row: dict[str, Any] = {"method": runner.name, "ms_per_layer": 1e3 * spread.median_s / layers,
-                           "ms_low": 1e3 * spread.low_s / layers, "ms_high": 1e3 * spread.high_s / layers,
-                           "rounds": spread.rounds, "layers": layers}  # fmt: skip
+    spread = summarize(measure_interleaved([runner], rounds)[runner.name])
+    row: Row = {"ms_per_layer": 1e3 * spread.median_s / layers, "ms_low": 1e3 * spread.low_s / layers,
+                "ms_high": 1e3 * spread.high_s / layers, "rounds": spread.rounds, "layers": layers}  # fmt: skip
     if runner.name == OURS:
         account = runner.cache.account
-        steps = max(1, account.decode_steps)
         row |= {"read_fraction": account.read_fraction(), "index_fraction": account.index_fraction(),
-                "link_bytes_counted": account.fetched_bytes / steps,
+                "link_bytes_counted": account.fetched_bytes / max(1, account.decode_steps),
                 "link_bytes_predicted": predict_link_bytes(task, runner.cache),
                 "kernels": sorted(account.kernels) or ["torch"], "fallbacks": dict(account.fallbacks),
-                "near_limit_bytes": near_limit_of(task)}  # fmt: skip
+                "near_limit_bytes": task.near_limit}  # fmt: skip
     return row
 
 
-def draw_step(runner: ModelRunner, picture: Path) -> dict[str, float]:
-    """Trace one decode step and draw it; return how much of its copying was hidden."""
+def trace_step(runner: DeviceRunner, path: Path) -> dict[str, float]:
+    """Trace one decode step; return how much of its copying was hidden."""
     from torch.profiler import ProfilerActivity, profile
 
-    is_gpu = runner.ids.is_cuda
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_gpu else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if runner.ids.is_cuda else [])]
     runner.step(0)
     with profile(activities=activities) as trace:
         runner.step(0)
-        wait_for(runner.ids.device)()
-    file = picture.with_suffix(".json")
-    trace.export_chrome_trace(str(file))
-    overlap = draw_timeline(file, picture)
-    file.unlink()
-    return overlap
+    trace.export_chrome_trace(str(path))
+    return measure_overlap(json.loads(path.read_text()))
+
+
+def find_spans(trace: dict[str, Any], *, copies: bool) -> Spans:
+    """Return the spans of time, in microseconds, in which something was copied over the link, or anything else ran.
+
+    A copy from device to device crosses no link and counts as computation, as the profiler's memory sets do.
+    """
+    spans: Spans = []
+    for event in sorted(trace.get("traceEvents", ()), key=lambda e: float(e.get("ts", 0))):
+        category, name = event.get("cat"), event.get("name", "")
+        if event.get("ph") != "X" or category not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        crosses = category == "gpu_memcpy" and "DtoD" not in name and "Device -> Device" not in name
+        crosses |= category == "kernel" and name.startswith(LINK_KERNELS)
+        if crosses != copies:
+            continue
+        start, stop = float(event["ts"]), float(event["ts"]) + float(event.get("dur", 0.0))
+        if spans and start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], stop)
+        else:
+            spans.append((start, stop))
+    return spans
+
+
+def measure_overlap(trace: dict[str, Any]) -> dict[str, float]:
+    """Return the microseconds of copying, computing, and both at once, and the share of the copying that is hidden."""
+    copy, compute = (find_spans(trace, copies=copies) for copies in (True, False))
+    both = sum(max(0.0, min(b, d) - max(a, c)) for a, b in copy for c, d in compute)
+    copy_us, compute_us = (sum(b - a for a, b in spans) for spans in (copy, compute))
+    hidden = both / copy_us if copy_us else 0.0
+    return {"copy_us": copy_us, "compute_us": compute_us, "both_us": both, "hidden_share": hidden}

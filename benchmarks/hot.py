@@ -12,25 +12,22 @@ empty: the first fetch of each layer is all misses. The link is memory here: byt
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from quality import mean, percent, read_numbers, read_rows
+from demo_texts import Demo, find_near_need, step
+from rows import RESULTS, Row, Rows, format_rows, group, mean, percent, read_rows
+from runs import Recorder, make_parser, read_numbers
 
-from farkv.demo.filler import STDLIB, draw_filler, read_sources
-from farkv.hf.ask import Listener, feed, prefill
-from farkv.hf.attach import attach
-from farkv.hf.load import load_model, quiet_libraries
-from farkv.methods import InfiniGen, Method, Random
-from farkv.store import spare
-from farkv.store.sizes import LayerShape
+from farkv import InfiniGen, attach
+from farkv.engine import bytes_recent
+from farkv.hf.ask import Listener, prefill
+from farkv.methods import Method, Random
 
 METHODS: dict[str, Method] = {"infinigen 0.10": InfiniGen(fraction=0.10), "random 0.10": Random(fraction=0.10)}
 CHUNK_TOKENS = 128
@@ -42,7 +39,7 @@ Trace = dict[tuple[int, int], list[np.ndarray]]
 class Run(NamedTuple):
     """One real run."""
 
-    row: dict[str, Any]
+    row: Row
     trace: Trace
     tokens: list[int]
 
@@ -61,123 +58,108 @@ def record_fetches(store: Any, trace: Trace) -> None:
     store.link.fetch = record
 
 
-def find_limit(model: Any, method: Method, tokens: int, share: float) -> int:
-    """Return the near bytes that decoding needs, and a share of the KV besides."""
-    config = model.config
-    shape = LayerShape(1, config.num_key_value_heads, config.head_dim, config.head_dim, 4)
-    with attach(model, method, near="64GiB") as far:
-        recipe: Any = far.new_cache(tokens=tokens).recipe
-        need = recipe.near_need_of(shape, tokens, 0, 0).total
-    return need + 2 + len(recipe.layers) * shape.token_bytes * int(share * tokens)
-
-
-@torch.no_grad()
 def run_real(model: Any, method: Method, ids: list[int], n_new: int, share: float) -> Run:
     """Read a text and generate under one near limit."""
-    n_tokens, trace, tokens = len(ids) + n_new, {}, []
-    limit = find_limit(model, method, n_tokens, share)
+    n_tokens, trace, tokens = len(ids) + n_new, {}, [ids[-1]]
+    need, shape = find_near_need(model, method, n_tokens)
+    limit = need + 2 + model.config.num_hidden_layers * shape.token_bytes * int(share * n_tokens)
     with attach(model, method, near=limit) as far:
         cache: Any = far.new_cache(tokens=n_tokens, chunk_tokens=CHUNK_TOKENS)
         # Under a tight limit passes are smaller.
-        prefill(far, cache, ids[:-1], cache.recipe.chunk_tokens, Listener())
-        store = cache.recipe.store
+        prefill(far, cache, ids[:-1], cache.engine.chunk_tokens, Listener())
+        store = cache.engine.store
         record_fetches(store, trace)
-        token = ids[-1]
         for _ in range(n_new):
-            logits = feed(far, cache, [token])
-            assert logits is not None
-            token = int(logits.argmax(-1))
-            tokens.append(token)
+            tokens.append(int(step(far, cache, tokens[-1:]).argmax(-1)))
         receipt = far.receipt(cache)
     assert receipt.kv_bytes.near_peak <= limit
-    asked = sum(len(chosen) for fetches in trace.values() for chosen in fetches)
-    record_bytes = next(iter(cache.account.record_bytes.values()))
+    asked = count_asked(trace) * next(iter(cache.account.record_bytes.values()))
     bytes_per_token = receipt.fetched_bytes_per_token
     row = dict(near_limit=limit, near_peak=receipt.kv_bytes.near_peak, resident=receipt.resident_fraction,
-               slots=max((hot.size.slots for hot in store.recently_used.values()), default=0), bytes_per_token=bytes_per_token,
-               asked_bytes_per_token=asked * record_bytes / n_new, kv_bytes=receipt.kv_bytes.total,
-               hits=1 - bytes_per_token * n_new / (asked * record_bytes), decode_s=receipt.time.decode_s)  # fmt: skip
+               slots=max((each.size.slots for each in store.recently_used.values()), default=0),
+               bytes_per_token=bytes_per_token,
+               asked_bytes_per_token=asked / n_new, kv_bytes=receipt.kv_bytes.total,
+               hits=1 - bytes_per_token * n_new / asked, decode_s=receipt.time.decode_s)  # fmt: skip
     return Run(row, trace, tokens)
 
 
-# --- rules, simulated ---------------------------------------------------------------------------------------
+def run_without(model: Any, method: Method, ids: list[int], n_new: int, share: float) -> Run:
+    """Run under the same limit, without a hot set."""
+    least, bytes_recent.LEAST_SLOTS = bytes_recent.LEAST_SLOTS, sys.maxsize
+    try:
+        return run_real(model, method, ids, n_new, share)
+    finally:
+        bytes_recent.LEAST_SLOTS = least
 
 
-class Books(NamedTuple):
-    """Of every record: whether it is hot, and since it is so, when it came, was read last, and how often."""
-
-    hot: np.ndarray
-    came: np.ndarray
-    read: np.ndarray
-    count: np.ndarray
+def count_asked(trace: Trace) -> int:
+    """Return the records that all fetches asked for."""
+    return sum(len(chosen) for fetches in trace.values() for chosen in fetches)
 
 
-KEYS: dict[str, Callable[[Books, np.ndarray], np.ndarray]] = {
-    "lru": lambda books, at: books.read[at],
-    "fifo": lambda books, at: books.came[at],
+@dataclass
+class Entry:
+    """A record of a simulated hot set: when it came, when it was read last, how often, and the clock's mark."""
+
+    came: int
+    read: int
+    count: int = 1
+    marked: bool = False
+
+
+KEYS: dict[str, Callable[[Entry], Any]] = {
+    "lru": lambda entry: entry.read,
+    "fifo": lambda entry: entry.came,
     # Of those read equally often the longest unread.
-    "counter": lambda books, at: books.count[at] * 10_000 + books.read[at],
+    "counter": lambda entry: (entry.count, entry.read),
 }
 
 
 def simulate(fetches: list[np.ndarray], slots: int, rule: str) -> int:
     """Return the hits of one KV head's hot set."""
-    n_records = 1 + max(int(chosen.max(initial=0)) for chosen in fetches)
-    books = Books(np.zeros(n_records, bool), *(np.zeros(n_records, np.int64) for _ in range(3)))
+    hot: dict[int, Entry] = {}
     ring: deque[int] = deque()
-    marked = np.zeros(n_records, bool)
-    n_hits = n_hot = 0
+    n_hits = 0
     for now, chosen in enumerate(fetches, start=1):
-        here, missing = chosen[books.hot[chosen]], chosen[~books.hot[chosen]]
+        here = [record for record in chosen.tolist() if record in hot]
+        missing = [record for record in chosen.tolist() if record not in hot]
         n_hits += len(here)
-        books.read[chosen], marked[here] = now, True
-        books.count[here] += 1
-        old = np.flatnonzero(books.hot & (books.read != now))
-        n_gone = min(len(old), max(0, n_hot + len(missing) - slots))
+        for entry in map(hot.__getitem__, here):
+            entry.read, entry.count, entry.marked = now, entry.count + 1, True
+        old = [record for record in hot if hot[record].read != now]
+        n_gone = min(len(old), max(0, len(hot) + len(missing) - slots))
         if rule == "clock":
-            gone = turn_clock(ring, marked, books.read != now, n_gone)
+            gone = turn_clock(ring, hot, now, n_gone)
         else:
-            gone = old[np.argsort(KEYS[rule](books, old), kind="stable")[:n_gone]]
-        books.hot[gone] = False
-        enter = missing[: slots - n_hot + n_gone]
-        n_hot += len(enter) - n_gone
-        ring.extend(enter.tolist())
-        books.hot[enter], books.came[enter], books.count[enter], marked[enter] = True, now, 1, False
+            gone = sorted(old, key=lambda record: (KEYS[rule](hot[record]), record))[:n_gone]
+        for record in gone:
+            del hot[record]
+        enter = missing[: slots - len(hot)]
+        ring.extend(enter)
+        hot |= {record: Entry(now, now) for record in enter}
     return n_hits
 
 
-def turn_clock(ring: deque[int], marked: np.ndarray, is_old: np.ndarray, n: int) -> np.ndarray:
+def turn_clock(ring: deque[int], hot: dict[int, Entry], now: int, n: int) -> list[int]:
     """Take the first `n` records in a round that were not read since the last one, nor now."""
     gone: list[int] = []
     while len(gone) < n:
-        record = ring.popleft()
-        if is_old[record] and not marked[record]:
+        record, entry = ring[0], hot[ring.popleft()]
+        if entry.read != now and not entry.marked:
             gone.append(record)
         else:
-            marked[record] = marked[record] and not is_old[record]
+            entry.marked = entry.marked and entry.read == now
             ring.append(record)
-    return np.array(gone, np.int64)
+    return gone
 
 
 def simulate_all(trace: Trace, slots: int, rule: str) -> float:
     """Return the hit rate over all layers and KV heads."""
-    asked = sum(len(chosen) for fetches in trace.values() for chosen in fetches)
-    return sum(simulate(fetches, slots, rule) for fetches in trace.values()) / asked if slots else 0.0
+    hits = sum(simulate(fetches, slots, rule) for fetches in trace.values()) if slots else 0
+    return hits / count_asked(trace)
 
 
-# --- all of it ----------------------------------------------------------------------------------------------
-
-
-def run_without(model: Any, method: Method, ids: list[int], n_new: int, share: float) -> Run:
-    """Run under the same limit, without a hot set."""
-    least, spare.LEAST_SLOTS = spare.LEAST_SLOTS, sys.maxsize
-    try:
-        return run_real(model, method, ids, n_new, share)
-    finally:
-        spare.LEAST_SLOTS = least
-
-
-def run_text(model: Any, name: str, ids: list[int], args: argparse.Namespace) -> list[dict[str, Any]]:
+def run_text(model: Any, name: str, ids: list[int], args: argparse.Namespace) -> Rows:
     """Run one text at every size."""
     rows = []
     for share in args.shares:
@@ -191,58 +173,34 @@ def run_text(model: Any, name: str, ids: list[int], args: argparse.Namespace) ->
     return rows
 
 
-def format_table(path: Path) -> str:
+def format_table(path: Path = RESULTS / "hot.jsonl") -> str:
     """Return one Markdown row per method and size."""
-    rows = read_rows(path)
-    head = [
-        "choice",
-        "hot set, of the context",
-        "KiB per token over the link",
-        "hits",
-        "simulated: LRU",
-        "FIFO",
-        "clock",
-    ]
-    lines = [f"| {' | '.join([*head, 'counter', 'ms per token', 'without'])} |", "|---" * (len(head) + 3) + "|"]
-    for name, share in dict.fromkeys((r["method"], r["share"]) for r in rows):
-        mine = [r for r in rows if (r["method"], r["share"]) == (name, share)]
+    rows, lines = read_rows(path), []
+    for (name, share), mine in group(rows, "method", "share").items():
         cells = [name, f"{share} %", f"{mean(r['bytes_per_token'] for r in mine) / 1024:.0f}"]
         cells += [percent(r[key] for r in mine) for key in ("hits", "lru", "fifo", "clock", "counter")]
         cells += [f"{1000 * mean(r[key] / r['new'] for r in mine):.0f}" for key in ("decode_s", "decode_s_without")]
-        lines.append(f"| {' | '.join(cells)} |")
-    n = len({r["text"] for r in rows})
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{n} texts of {rows[0]['tokens']} tokens, {rows[0]['new']} generated after each: the same without.",
-        ]
-    )
+        lines.append(cells)
+    head = ["choice", "hot set, of the context", "KiB per token over the link", "hits", "simulated: LRU", "FIFO"]
+    tokens, new, n = rows[0]["tokens"], rows[0]["new"], len({r["text"] for r in rows})
+    note = f"{n} texts of {tokens} tokens, {new} generated after each: the same without."
+    return format_rows([*head, "clock", "counter", "ms per token", "without"], lines, note)
 
 
 def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="benchmarks/results/hot.jsonl")
+    parser = make_parser(__doc__, "hot.jsonl")
     parser.add_argument("--shares", default="0,5,10,20,30", type=read_numbers, help="per cent of the context; first 0")
     parser.add_argument("--texts", default=3, type=int)
     parser.add_argument("--tokens", default=4096, type=int)
     parser.add_argument("--new", default=64, type=int, help="tokens generated")
-    parser.add_argument("--threads", default=1, type=int)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    quiet_libraries()
-    model, tokenizer = load_model("demo", device="cpu")
-    sources, started, out = read_sources(STDLIB, held_out=True), time.time(), Path(args.out)
-    out.write_text("")
+    run, demo = Recorder(parser), Demo()
+    args = run.args
     for text in range(args.texts):
-        lines = draw_filler(sources, args.tokens + 100, 16_000_000 + text, lambda s: len(tokenizer(s)["input_ids"]))
-        ids = tokenizer("".join(lines))["input_ids"][: args.tokens]
+        ids = demo.encode("".join(demo.draw(args.tokens + 100, 16_000_000 + text)))[: args.tokens]
         for name in METHODS:
-            with out.open("a") as file:
-                file.writelines(json.dumps({"text": text} | row) + "\n" for row in run_text(model, name, ids, args))
-            sys.stderr.write(f"{text}, {name}: {time.time() - started:.0f} s\n")
-    print(format_table(out))
+            run.write(*({"text": text} | row for row in run_text(demo.model, name, ids, args)))
+            run.say(f"text {text}, {name}")
+    print(format_table(args.out))
 
 
 if __name__ == "__main__":

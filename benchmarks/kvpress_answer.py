@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from typing import Any
 
 import torch
 from kvpress_peer import Told
-from kvpress_talk import Heard, Talk, find_lengths
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
 # Prints the logits of a text's first tokens; run by another environment's interpreter, which reads it from -c.
@@ -60,6 +58,64 @@ def make_press(name: str, fraction: float) -> Any:
     return getattr(kvpress, known[name])(compression_ratio=1 - fraction)
 
 
+class Talk:
+    """A cache while it is asked, token by token; what its tensors hold at every step is counted."""
+
+    def __init__(self, answerer: Answerer, cache: DynamicCache, n_text: int):
+        self.own, self.cache, self.n_text, self.steps = answerer, cache, n_text, 0
+        self.read = self.full = 0
+        keys = cache.layers[0].keys
+        self.record_bytes = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+        # A view of a larger tensor counts as that.
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        held = sum(t.untyped_storage().nbytes() for t in tensors)
+        self.smaller = held < n_text * self.record_bytes * len(cache.layers)
+
+    def feed(self, tokens: list[int]) -> torch.Tensor:
+        """Feed tokens, each at its own place in the text; return the last logits, [vocabulary]."""
+        logits = torch.empty(0)
+        for token in tokens:
+            ids, place = torch.tensor([[token]]), torch.tensor([[self.n_text + self.steps]])
+            out = self.own.model(input_ids=ids, past_key_values=self.cache, position_ids=place, use_cache=True)
+            logits, self.steps = out.logits[0, -1], self.steps + 1
+            self.read += self.held
+            self.full += len(self.cache.layers) * (self.n_text + self.steps)
+        return logits
+
+    @property
+    def held(self) -> int:
+        """Return the records in the tensors of all layers."""
+        return sum(layer.keys.shape[2] for layer in self.cache.layers)
+
+    def force(self, tokens: list[int]) -> torch.Tensor:
+        """Feed known tokens; return the log-probabilities after each but the last, [n - 1, vocabulary]."""
+        return torch.stack([self.feed([token]).float().log_softmax(-1) for token in tokens[:-1]])
+
+    def ask(self, turns: list[dict[str, Any]]) -> list[str]:
+        """Ask turn by turn as `farkv eval` asks a base model: an answer ends with its line."""
+        answers: list[str] = []
+        pending: list[int] = []
+        for turn in turns:
+            ids, pending = self._answer([*pending, *self.own.encode(turn["completion"])], turn)
+            answers.append(self.own.tokenizer.decode(ids, skip_special_tokens=True))
+        return answers
+
+    def _answer(self, question: list[int], turn: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Return an answer's tokens, and what of it the cache has not seen."""
+        n_right, line_end, ids = len(self.own.encode(turn["answer"])), self.own.encode("\n"), []
+        logits = self.feed(question)
+        while True:
+            token = int(logits.argmax())
+            if token in self.own.stops:
+                return ids, line_end
+            if "\n" in self.own.tokenizer.decode([token]):
+                return ids, [token]
+            ids.append(token)
+            if len(ids) == n_right + n_right // 3 + 4:
+                return ids, [token, *line_end]
+            logits = self.feed([token])
+
+
 class Answerer:
     """A model, its tokenizer and what they answer."""
 
@@ -79,36 +135,33 @@ class Answerer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @torch.no_grad()
-    def answer(self, prompt: dict[str, Any], variants: Variants, *, together: bool = True) -> Iterator[Told]:
-        """Yield the full cache's answer, then every variant's; `together`: caches of equal lengths as one batch."""
-        text, rest = self._split(prompt)
+    def answer(self, prompt: dict[str, Any], variants: Variants) -> Iterator[Told]:
+        """Yield the full cache's answer, then every variant's."""
+        text, following = self._split(prompt)
         caches = self.read(text, [v for v in variants if v[0] in SDPA], eager=False)
         eager = [v for v in variants if v[0] in EAGER]
         if eager and len(text) <= self.eager_tokens:
             caches |= self.read(text, eager, eager=True)
-        groups: dict[Any, Variants] = {}
-        for variant, cache in caches.items():
-            groups.setdefault(tuple(find_lengths(cache)) if together else variant, []).append(variant)
         reference = None
-        for group in groups.values():
-            tolds, logs = self._tell(group, [caches.pop(v) for v in group], len(text), prompt, (rest, reference))
-            reference = logs if group[0][0] == "full" else reference
-            yield from tolds
+        for variant in list(caches):
+            told, logs = self._tell(variant, Talk(self, caches.pop(variant), len(text)), prompt, following, reference)
+            reference = logs if reference is None else reference
+            yield told
         for variant in variants:
             if variant[0] in MASKS:
-                cache = self.press(text, make_press(*variant))
-                yield from self._tell([variant], [cache], len(text), prompt, (rest, reference))[0]
+                talk = Talk(self, self.press(text, make_press(*variant)), len(text))
+                yield self._tell(variant, talk, prompt, following, reference)[0]
                 for layer in self.model.model.layers:
                     layer.self_attn.masked_key_indices = None
 
     def _split(self, prompt: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Return the tokens of the text, and of what is fed after it, as `farkv eval` cuts them."""
-        if prompt.get("continuation"):
-            whole = self.tokenizer(prompt["text"] + prompt["continuation"], return_offsets_mapping=True)
-            ids, ends = whole["input_ids"], whole["offset_mapping"]
-            cut = next(i for i, (_, stop) in enumerate(ends) if stop > len(prompt["text"]))
-            return list(ids[:cut]), list(ids[cut:])
-        return list(self.tokenizer(prompt["text"])["input_ids"]), self.encode(prompt["turns"][0]["completion"])
+        """Return the tokens of the text, and of a continuation that is fed after it, as `farkv eval` cuts them."""
+        if not prompt.get("continuation"):
+            return list(self.tokenizer(prompt["text"])["input_ids"]), []
+        whole = self.tokenizer(prompt["text"] + prompt["continuation"], return_offsets_mapping=True)
+        ids, ends = list(whole["input_ids"]), whole["offset_mapping"]
+        cut = next(i for i, (_, stop) in enumerate(ends) if stop > len(prompt["text"]))
+        return ids[:cut], ids[cut:]
 
     def read(self, text: list[int], variants: Variants, *, eager: bool) -> dict[tuple[str, float], DynamicCache]:
         """Read the text once; return each variant's cache, and the full one where attention is not eager."""
@@ -123,8 +176,7 @@ class Answerer:
                 found = press.compress(module, kwargs["hidden_states"], layer.keys, layer.values, output[1], kwargs)
                 caches[variant].update(*found, i)
 
-        full, body = DynamicCache(), self.model.model
-        hooks = []
+        full, body, hooks = DynamicCache(), self.model.model, []
         for layer in body.layers:
             layer.self_attn.rotary_emb = body.rotary_emb
             hooks.append(layer.self_attn.register_forward_hook(evict, with_kwargs=True))
@@ -153,38 +205,24 @@ class Answerer:
         return cache
 
     def _tell(
-        self,
-        group: Variants,
-        caches: list[DynamicCache],
-        n_text: int,
-        prompt: dict[str, Any],
-        fed: tuple[list[int], torch.Tensor | None],
-    ) -> tuple[list[Told], torch.Tensor | None]:
-        """Ask caches of equal lengths; `fed` is what follows the text and, of `ppl`, the full cache's predictions."""
-        rest, reference = fed
-        talk, started = Talk(self, caches, n_text), time.perf_counter()
-        logs = talk.force(rest) if prompt.get("continuation") else None
-        heard = talk.ask(prompt["turns"], rest) if logs is None else [Heard([], talk.steps)] * len(group)
-        # Rows that waited for each other were not timed.
-        seconds = time.perf_counter() - started if len(group) == 1 else None
-        reference = logs[0] if reference is None and logs is not None else reference
-        tolds = []
-        for i, (variant, row) in enumerate(zip(group, heard, strict=True)):
-            count = talk.count(row.steps)
-            told = Told(*variant, row.answers, count.read / count.full, count.last, count.read, count.full,
-                        talk.smaller[i], row.steps, seconds)  # fmt: skip
-            tolds.append(told if logs is None else judge_text(told, logs[i], reference, torch.tensor(rest[1:])))
-        return tolds, reference
-
-
-def judge_text(told: Told, logs: torch.Tensor, reference: torch.Tensor | None, goal: torch.Tensor) -> Told:
-    """Add what the true continuation and the full cache say of predictions, [n, vocabulary]."""
-    assert reference is not None
-    return told._replace(
-        score=float((logs.argmax(-1) == goal).float().mean()),
-        nll=float(-logs[torch.arange(len(goal)), goal].mean()),
-        kl=float((reference.exp() * (reference - logs)).sum(-1).mean()),
-    )
+        self, variant: tuple[str, float], talk: Talk, prompt: dict[str, Any], following: list[int],
+        reference: torch.Tensor | None,
+    ) -> tuple[Told, torch.Tensor | None]:  # fmt: skip
+        """Ask a cache, or feed it what follows; `reference`: of a continuation, the full cache's predictions."""
+        started, judged, answers, logs = time.perf_counter(), {}, [], None
+        if following:
+            logs, goal = talk.force(following), torch.tensor(following[1:])
+            full = logs if reference is None else reference
+            judged = dict(score=float((logs.argmax(-1) == goal).float().mean()),
+                          nll=float(-logs[torch.arange(len(goal)), goal].mean()),
+                          kl=float((full.exp() * (full - logs)).sum(-1).mean()))  # fmt: skip
+        else:
+            answers = talk.ask(prompt["turns"])
+        last = talk.held / len(talk.cache.layers) / (talk.n_text + talk.steps)
+        read, full_bytes = (n * talk.record_bytes / talk.steps for n in (talk.read, talk.full))
+        told = Told(*variant, answers, read / full_bytes, last, read, full_bytes, talk.smaller, talk.steps,
+                    time.perf_counter() - started, **judged)  # fmt: skip
+        return told, logs
 
 
 def compare_logits(python: str, path: str, text: str, answerer: Answerer) -> str:
@@ -215,16 +253,4 @@ def compare_presses(answerer: Answerer, text: str, names: list[str], fraction: f
         same[name] = all(torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values) for a, b in pairs)
     if not all(same.values()):
         sys.exit(f"kvpress_peer: one reading for all presses is not each press's own: {same}")
-    kept = math.floor(fraction * len(tokens))
-    return json.dumps({"presses_checked": list(same), "tokens": len(tokens), "kept_of_each_layer_about": kept})
-
-
-@torch.no_grad()
-def compare_batch(answerer: Answerer, prompt: dict[str, Any], variants: Variants) -> str:
-    """Say whether caches that are asked together answer as each does alone."""
-    alone, together = (list(answerer.answer(prompt, variants, together=t)) for t in (False, True))
-    answers = [
-        {(t.press, t.fraction): (t.answers, t.steps, t.read_fraction) for t in told} for told in (alone, together)
-    ]
-    same = sum(answers[0][name] == answers[1][name] for name in answers[0])
-    return json.dumps({"asked_together_as_alone": same, "of": len(alone), "task": prompt["task"]})
+    return json.dumps({"presses_checked": list(same), "tokens": len(tokens)})

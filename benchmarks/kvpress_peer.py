@@ -11,7 +11,7 @@ text's records; questions and answers are fed token by token, greedy, and stay w
 cache's tensors hold, counted from their shapes: a little more than the fraction. A press that only masks (kvzip) keeps
 its tensors whole; its rows say read_fraction 1 and `unproven`. It runs only where --presses names it, and so does
 observedattention (H2O's score), which needs all attention weights: at 8 K tokens it takes ten times the other presses'
-time. Caches of equal lengths are asked as one batch, so their rows have no tokens per second (NaN).
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import sys
 import time
 from collections import Counter
@@ -44,7 +43,7 @@ class Told(NamedTuple):
     full_bytes_per_step: float
     smaller: bool
     steps: int
-    seconds: float | None
+    seconds: float
     score: float | None = None
     nll: float | None = None
     kl: float | None = None
@@ -114,8 +113,8 @@ def make_row(prompt: dict[str, Any], full: dict[str, Any], told: Told, scores: d
         "prompt_sha": prompt["prompt_sha"], "gated": full["gated"], "tokens": full["tokens"], "steps": told.steps,
         "agrees": answer == full["answer"] if turns else None, "kl": told.kl, "nll": told.nll, "depth": full["depth"],
         "turns": turns, "proof": "sparse" if told.smaller else "unproven", "bytes_per_step": told.bytes_per_step,
-        "full_bytes_per_step": told.full_bytes_per_step, "decode_s": told.seconds or 0.0,
-        "tokens_per_s": told.steps / told.seconds if told.seconds else math.nan, "query_aware": False,
+        "full_bytes_per_step": told.full_bytes_per_step, "decode_s": told.seconds,
+        "tokens_per_s": told.steps / told.seconds, "query_aware": False,
     }  # fmt: skip
 
 
@@ -143,14 +142,13 @@ class Peer:
 
     def run(self) -> None:
         """Answer what is missing, prompt by prompt."""
-        from kvpress_answer import Answerer, compare_batch, compare_logits, compare_presses
+        from kvpress_answer import Answerer, compare_logits, compare_presses
 
         answerer = Answerer(self.model_path, self.args.threads, self.args.eager_tokens)
         if self.args.reference and self.asked:
             say(compare_logits(self.args.reference, self.model_path, self.asked[0]["text"], answerer))
         if self.asked:
             say(compare_presses(answerer, self.asked[0]["text"], self.presses, self.fractions[0]))
-            say(compare_batch(answerer, self.asked[0], [(p, self.fractions[0]) for p in self.presses if p != "kvzip"]))
         same = n_full = 0
         for n, prompt in enumerate(self.asked, 1):
             missing, started = self.find_missing(prompt), time.perf_counter()

@@ -13,65 +13,35 @@ block. Random weights say nothing of quality: this is memory and time.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import read_numbers, read_rows
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from demo_texts import find_near_need, read
+from random_models import make_llama
+from rows import RESULTS, Row, format_rows, mib, read_rows
+from runs import Recorder, make_parser, read_numbers, time_call
+from transformers import DynamicCache
 
-from farkv.hf.ask import Listener, prefill
-from farkv.hf.attach import attach
-from farkv.methods import InfiniGen
-from farkv.store.sizes import LayerShape
+from farkv import InfiniGen, attach
 from farkv.store.tiers import BLOCK_TOKENS
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 32
-FRACTION = 0.02
+SHAPE = dict(layers=2, heads=4, kv_heads=2, head_dim=32, hidden=128, mlp=512, vocabulary=512)
+METHOD = InfiniGen(fraction=0.02)
 NEW_TOKENS = 4
-SHAPE = LayerShape(1, KV_HEADS, HEAD_DIM, HEAD_DIM, 4)
-
-
-def make_model(tokens: int) -> LlamaForCausalLM:
-    """Make a random model of CPU size."""
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        hidden_size=HEADS * HEAD_DIM,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=4 * HEADS * HEAD_DIM,
-        vocab_size=512,
-        max_position_embeddings=2 * tokens,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def find_limit(model: Any, tokens: int, chunk: int) -> int:
-    """Return the bytes that decoding needs, two blocks and one pass."""
-    with attach(model, InfiniGen(fraction=FRACTION), near="64GiB", profile=False) as far:
-        recipe: Any = far.new_cache(tokens=tokens).recipe
-        decoding = recipe.near_need_of(SHAPE, tokens, 0, 0).total
-    return decoding + (2 * BLOCK_TOKENS + chunk) * SHAPE.token_bytes
 
 
 @torch.no_grad()
-def read_in_passes(model: Any, ids: list[int], chunk: int) -> dict[str, Any]:
+def read_in_passes(model: Any, ids: list[int], chunk: int) -> Row:
     """Read a prompt under the limit, and decode a few tokens."""
     n = len(ids) + NEW_TOKENS
-    limit = find_limit(model, n, chunk)
-    with attach(model, InfiniGen(fraction=FRACTION), near=limit, profile=False) as far:
-        cache = far.new_cache(tokens=n, chunk_tokens=chunk)
-        recipe: Any = cache.recipe
-        started = time.perf_counter()
-        prefill(far, cache, ids, chunk, Listener())
-        seconds = time.perf_counter() - started
-        store = recipe.store
+    need, shape = find_near_need(model, METHOD, n, profile=False)
+    # What decoding needs, two blocks and one pass.
+    limit = need + (2 * BLOCK_TOKENS + chunk) * shape.token_bytes
+    with attach(model, METHOD, near=limit, profile=False) as far:
+        seconds, cache = time_call(lambda: read(far, ids, chunk, tokens=n, chunk_tokens=chunk))
+        store: Any = cache.engine.store
         assert store.streams
         row = dict(passes_s=seconds, near_limit=limit, near_peak=store.near.peak, index_peak=store.index.peak,
                    block_tokens=store.block_tokens)  # fmt: skip
@@ -87,63 +57,49 @@ def read_in_passes(model: Any, ids: list[int], chunk: int) -> dict[str, Any]:
 def read_at_once(model: Any, ids: list[int]) -> float:
     """Return the seconds of one pass through the plain model."""
     cache, prompt = DynamicCache(config=model.config), torch.tensor([ids])
-    started = time.perf_counter()
-    model.model(input_ids=prompt, past_key_values=cache, use_cache=True)
-    return time.perf_counter() - started
+    return time_call(lambda: model.model(input_ids=prompt, past_key_values=cache, use_cache=True))[0]
 
 
-def run_length(tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+def run_length(tokens: int, args: argparse.Namespace) -> Row:
     """Read one length, in turns with the plain model where it is asked for."""
-    model = make_model(tokens)
+    model, with_plain = make_llama(2 * tokens, **SHAPE), tokens <= args.plain
     ids = torch.randint(512, (tokens,), generator=torch.Generator().manual_seed(tokens)).tolist()
-    repeats = args.repeats if tokens <= args.plain else 1
+    repeats = args.repeats if with_plain else 1
     rows, plain = [], []
     for _ in range(repeats):
         rows.append(read_in_passes(model, ids, args.chunk))
-        if tokens <= args.plain:
-            plain.append(read_at_once(model, ids))
-    row = dict(tokens=tokens, chunk=args.chunk, repeats=repeats, all_passes_s=[r["passes_s"] for r in rows],
-               all_plain_s=plain)  # fmt: skip
-    row |= rows[-1] | {"passes_s": statistics.median(r["passes_s"] for r in rows)}
-    ratios = [r["passes_s"] / seconds for r, seconds in zip(rows, plain, strict=False)]
-    return row | {"plain_s": statistics.median(plain) if plain else None,
-                  "ratio": statistics.median(ratios) if ratios else None}  # fmt: skip
+        plain += [read_at_once(model, ids)] if with_plain else []
+    passes = [row["passes_s"] for row in rows]
+    ratios = [a / b for a, b in zip(passes, plain, strict=False)]
+    row = dict(tokens=tokens, chunk=args.chunk, repeats=repeats, all_passes_s=passes, all_plain_s=plain)
+    return row | rows[-1] | dict(passes_s=statistics.median(passes),
+                                 plain_s=statistics.median(plain) if plain else None,
+                                 ratio=statistics.median(ratios) if ratios else None)  # fmt: skip
 
 
-def format_table(path: Path) -> str:
+def format_table(path: Path = RESULTS / "prefill.jsonl") -> str:
     """Return one Markdown row per length."""
     head = ["prompt", "KV, MiB", "near limit, MiB", "near peak of the prompt, MiB", "less the index, MiB"]
     head += ["seconds in passes", "of one pass through the plain model"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = []
     for r in read_rows(path):
         sizes = (r["kv_bytes"], r["near_limit"], r["near_peak"], r["near_peak"] - r["index_peak"])
-        cells = [f"{r['tokens'] // 1024} K tokens", *(f"{n / 2**20:.2f}" for n in sizes), f"{r['passes_s']:.1f}"]
-        cells += [f"{r['ratio']:.2f} x" if r["ratio"] else "not measured"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ratio = f"{r['ratio']:.2f} x" if r["ratio"] else "not measured"
+        lines.append([f"{r['tokens'] // 1024} K tokens", *(mib(n, 2) for n in sizes), f"{r['passes_s']:.1f}", ratio])
+    return format_rows(head, lines)
 
 
 def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="benchmarks/results/prefill.jsonl")
-    parser.add_argument("--add", action="store_true", help="add to the results file")
+    parser = make_parser(__doc__, "prefill.jsonl")
     parser.add_argument("--lengths", default="8192,16384,32768,65536", type=read_numbers, help="tokens, by commas")
     parser.add_argument("--plain", default=16384, type=int, help="longest prompt that the plain model reads too")
     parser.add_argument("--repeats", default=2, type=int, help="times that each of those is read")
     parser.add_argument("--chunk", default=2048, type=int, help="tokens of a pass")
-    parser.add_argument("--threads", default=1, type=int)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    out = Path(args.out)
-    if not args.add:
-        out.write_text("")
-    for tokens in args.lengths:
-        row = run_length(tokens, args)
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        sys.stderr.write(f"{tokens}: {row['passes_s']:.1f} s\n")
-    print(format_table(out))
+    run = Recorder(parser)
+    for tokens in run.args.lengths:
+        run.write(run_length(tokens, run.args))
+        run.say(f"{tokens} tokens")
+    print(format_table(run.args.out))
 
 
 if __name__ == "__main__":

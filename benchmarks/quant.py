@@ -8,125 +8,88 @@ is read in passes of 512 tokens over rounded records, and the question or the kn
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from eviction import ask_all, make_questions
-from quality import force_tokens, mean, percent, read_numbers, read_rows
+from demo_texts import Demo, ask_all, compare_logs, force_tokens, read, same
+from rows import RESULTS, Row, format_rows, group, mean, percent, read_rows
+from runs import Recorder, make_parser, read_numbers
 
-from farkv.demo.filler import STDLIB, draw_filler, read_sources
-from farkv.hf.ask import Listener, prefill
-from farkv.hf.attach import attach
+from farkv import InfiniGen, attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
-from farkv.hf.load import load_model, quiet_libraries
-from farkv.methods import Full, InfiniGen
 
 STORED = (None, "int8", "int4")
 CHUNK_TOKENS = 512
 CODE_STEPS = 64
 
 
-class Bench:
-    """One run over texts; writes a line per text and storage."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.started = args, time.time()
-        quiet_libraries()
-        torch.set_num_threads(args.threads)
-        self.model, self.tokenizer = load_model("demo", device="cpu")
-        self.sources = read_sources(STDLIB, held_out=True)
-        self.out = Path(args.out)
-        self.out.write_text("")
-
-    def write(self, far: Handle, cache: FarCache, stored: str | None, **row: Any) -> None:
-        """Write a line; `pool` is the bytes of the stored records alone, index and buffers apart."""
-        receipt, recipe = far.receipt(cache), cache.recipe
-        rows = sum(p.length * p.n_bytes // p.capacity for p in recipe.store.pool.values())
-        row |= dict(stored=stored or "as they came", pool=rows, kv_bytes=receipt.kv_bytes.total,
-                    max_error=receipt.quant.max_error, read=receipt.read_fraction)  # fmt: skip
-        with self.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def run_recall(self, length: int, seed: int) -> None:
-        """Ask several questions of one text."""
-        asked = make_questions(self.tokenizer, self.sources, length, seed)
-        with attach(self.model, Full()) as far:
-            cache = far.new_cache()
-            prefill(far, cache, asked.text, CHUNK_TOKENS, Listener())
-            full = ask_all(far, cache, asked.questions)
-        for stored in STORED:
-            with attach(self.model, InfiniGen(fraction=0.10), quant=stored) as far:
-                cache = far.new_cache()
-                prefill(far, cache, asked.text, CHUNK_TOKENS, Listener())
-                got = ask_all(far, cache, asked.questions)
-                self.write(far, cache, stored, task="recall", length=length, seed=seed,
-                           agrees=[a == b for a, b in zip(got, full, strict=True)],
-                           right=[a == b for a, b in zip(got, asked.answers, strict=True)])  # fmt: skip
-
-    def run_code(self, length: int, seed: int) -> None:
-        """Decode known code after one text."""
-        text = "".join(draw_filler(self.sources, length + CODE_STEPS + 100, seed, self.count))
-        tokens = self.tokenizer(text)["input_ids"][: length + CODE_STEPS]
-        with attach(self.model, Full()) as far:
-            cache = far.new_cache()
-            prefill(far, cache, tokens[:length], CHUNK_TOKENS, Listener())
-            full = force_tokens(far, cache, tokens[length:])
-        for stored in STORED:
-            with attach(self.model, InfiniGen(fraction=0.10), quant=stored) as far:
-                cache = far.new_cache()
-                prefill(far, cache, tokens[:length], CHUNK_TOKENS, Listener())
-                logs = force_tokens(far, cache, tokens[length:])
-                kl = float((full.exp() * (full - logs)).sum(-1).mean())
-                top1 = float((full.argmax(-1) == logs.argmax(-1)).float().mean())
-                self.write(far, cache, stored, task="code", length=length, seed=seed, kl=kl, top1=top1)
-
-    def count(self, line: str) -> int:
-        return len(self.tokenizer(line)["input_ids"])
-
-    def run(self) -> None:
-        """Run all texts of all lengths."""
-        for length, n_texts, n_codes in zip(self.args.lengths, self.args.texts, self.args.codes, strict=True):
-            for i in range(n_texts):
-                self.run_recall(length, 14_000_000 + 1000 * length + i)
-            for i in range(n_codes):
-                self.run_code(length, 15_000_000 + 1000 * length + i)
-            sys.stderr.write(f"{length}: {time.time() - self.started:.0f} s\n")
-        print(format_table(self.out))
+def read_each(demo: Demo, text: list[int]) -> Iterator[tuple[str | None, Handle, FarCache]]:
+    """Read a text over every storage; give the cache while its handle is attached."""
+    for stored in STORED:
+        with attach(demo.model, InfiniGen(fraction=0.10), quant=stored) as far:
+            yield stored, far, read(far, text, CHUNK_TOKENS)
 
 
-def format_table(path: Path) -> str:
+def measured(far: Handle, cache: FarCache, stored: str | None) -> Row:
+    """Return a receipt's columns; `pool` is the bytes of the stored records alone, index and buffers apart."""
+    receipt = far.receipt(cache)
+    rows = sum(p.length * p.n_bytes // p.capacity for p in cache.engine.store.pool.values())
+    return dict(stored=stored or "as they came", pool=rows, kv_bytes=receipt.kv_bytes.total,
+                max_error=receipt.quant.max_error, read=receipt.read_fraction)  # fmt: skip
+
+
+def run_recall(demo: Demo, length: int, seed: int) -> Iterator[Row]:
+    """Ask several questions of one text."""
+    asked = demo.make_questions(length, seed)
+    full = demo.ask_full(asked, CHUNK_TOKENS)
+    for stored, far, cache in read_each(demo, asked.text):
+        got = ask_all(far, cache, asked.questions)
+        yield dict(task="recall", length=length, seed=seed, agrees=same(got, full), right=same(got, asked.answers),
+                   **measured(far, cache, stored))  # fmt: skip
+
+
+def run_code(demo: Demo, length: int, seed: int) -> Iterator[Row]:
+    """Decode known code after one text."""
+    text, following = demo.make_code(length, CODE_STEPS, seed)
+    full = demo.force_full(text, following, CHUNK_TOKENS)
+    for stored, far, cache in read_each(demo, text):
+        kl, top1 = compare_logs(full, force_tokens(far, cache, following))
+        yield dict(task="code", length=length, seed=seed, kl=kl, top1=top1, **measured(far, cache, stored))
+
+
+def format_table(path: Path = RESULTS / "quant.jsonl") -> str:
     """Return one Markdown row per storage."""
-    rows = read_rows(path)
-    head = ["records", "bytes in the pool", "agrees", "right", "KL on code", "same first choice on code"]
-    lines = [f"| {' | '.join([*head, 'largest error of a value'])} |", "|---" * (len(head) + 1) + "|"]
-    for stored in dict.fromkeys(r["stored"] for r in rows):
-        mine = [r for r in rows if r["stored"] == stored]
+    rows, lines = read_rows(path), []
+    for stored, mine in group(rows, "stored").items():
         recall, code = ([r for r in mine if r["task"] == task] for task in ("recall", "code"))
         errors = [r["max_error"] for r in mine if r["max_error"] is not None]
         cells = [stored, f"{mean(r['pool'] / r['kv_bytes'] for r in mine):.3f}"]
         cells += [percent(x for r in recall for x in r[key]) for key in ("agrees", "right")]
         cells += [f"{mean(r['kl'] for r in code):.4f}", percent(r["top1"] for r in code)]
-        lines.append(f"| {' | '.join([*cells, f'{max(errors):.3f}' if errors else '0'])} |")
-    n = sum(len(r["agrees"]) for r in rows if r["task"] == "recall" and r["stored"] == "int8")
-    n_codes = sum(r["task"] == "code" and r["stored"] == "int8" for r in rows)
-    return "\n".join([*lines, "", f"{n} questions, {n_codes} texts of code with {CODE_STEPS} steps each."])
+        lines.append([*cells, f"{max(errors):.3f}" if errors else "0"])
+    int8 = [r for r in rows if r["stored"] == "int8"]
+    n, n_codes = sum(len(r.get("agrees", ())) for r in int8), sum(r["task"] == "code" for r in int8)
+    return format_rows(
+        ["records", "bytes in the pool", "agrees", "right", "KL on code", "same first choice on code",
+         "largest error of a value"],
+        lines, f"{n} questions, {n_codes} texts of code with {CODE_STEPS} steps each.",
+    )  # fmt: skip
 
 
 def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="benchmarks/results/quant.jsonl")
+    parser = make_parser(__doc__, "quant.jsonl")
     parser.add_argument("--lengths", default="2048,4096", type=read_numbers, help="tokens, by commas")
     parser.add_argument("--texts", default="2,1", type=read_numbers, help="recall texts, one number a length")
     parser.add_argument("--codes", default="2,0", type=read_numbers, help="code texts, one number a length")
-    parser.add_argument("--threads", default=1, type=int)
-    Bench(parser.parse_args()).run()
+    run, demo = Recorder(parser), Demo()
+    for length, n_texts, n_codes in zip(run.args.lengths, run.args.texts, run.args.codes, strict=True):
+        for i in range(n_texts):
+            run.write(*run_recall(demo, length, 14_000_000 + 1000 * length + i))
+        for i in range(n_codes):
+            run.write(*run_code(demo, length, 15_000_000 + 1000 * length + i))
+        run.say(f"{length} tokens")
+    print(format_table(run.args.out))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from rows import RESULTS, Row, Rows, format_rows, group
+
+from farkv.bench.shapes import format_tokens
+
 # What is measured, by name: the arguments of `farkv bench`.
 RUNS = {
     "decode": "decode --contexts 8K,32K,128K --threads 1 --rounds 15 --peer llama.cpp",
@@ -30,14 +32,9 @@ COLUMNS = ("ms", "of ours", "of its floor")
 OURS, BASE = "infinigen", "dense-native"
 
 
-def read(name: str) -> dict[str, Any]:
+def read(name: str) -> Row:
     """Return what one run printed."""
     return json.loads((RESULTS / f"bench_{name}.json").read_text())
-
-
-def format_tokens(n: int) -> str:
-    """Write a context."""
-    return f"{n // 1024} K" if n % 1024 == 0 else str(n)
 
 
 def format_ms(ms: float) -> str:
@@ -45,7 +42,7 @@ def format_ms(ms: float) -> str:
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 
 
-def find(rows: list[dict[str, Any]], method: str, context: int) -> dict[str, Any] | None:
+def find(rows: Rows, method: str, context: int) -> Row | None:
     """Return a method's row at a context."""
     return next((r for r in rows if (r["method"], r["context"]) == (method, context)), None)
 
@@ -54,24 +51,23 @@ def format_decode(contexts: tuple[int, ...] = (), *, short: bool = False, name: 
     """Return a row per method: ms per layer, times ours, percentage of the floor, at every context.
 
     Args:
-        short: without floors, without what nobody would use, and without the machine.
+        short: without floors, without methods that no one would use, and without the machine.
     """
     found = read(name)
     columns = COLUMNS[:2] if short else COLUMNS
     left_out = ("matmul-fp32", "matmul-bf16", "hf-sdpa-fp32") if short else ()
     rows = [r for r in found["rows"] if r["method"] not in left_out]
     contexts = contexts or tuple(sorted({r["context"] for r in rows}))
+    lines = []
+    for method, mine in group(rows, "method").items():
+        fraction = mine[0]["read_fraction"]
+        cells = [f"**{method}**" if method == OURS else method, "all" if fraction == 1 else f"{100 * fraction:.1f} %"]
+        lines.append(cells + [cell for n in contexts for cell in make_cells(rows, method, n)[: len(columns)]])
     heads = [f"{format_tokens(n)}, {column}" for n in contexts for column in columns]
-    lines = [f"| one layer, one token | reads | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
-    for method in dict.fromkeys(r["method"] for r in rows):
-        cells = [cell for n in contexts for cell in make_cells(rows, method, n)[: len(columns)]]
-        read_fraction = next(r["read_fraction"] for r in rows if r["method"] == method)
-        share = "all" if read_fraction == 1 else f"{100 * read_fraction:.1f} %"
-        lines.append(f"| {f'**{method}**' if method == OURS else method} | {share} | {' | '.join(cells)} |")
-    return "\n".join(lines if short else [*lines, "", describe(found)])
+    return format_rows(["one layer, one token", "reads", *heads], lines, *([] if short else [describe(found)]))
 
 
-def make_cells(rows: list[dict[str, Any]], method: str, context: int) -> list[str]:
+def make_cells(rows: Rows, method: str, context: int) -> list[str]:
     """Return milliseconds, how many times ours, and the percentage of the floor."""
     row, ours = find(rows, method, context), find(rows, OURS, context)
     if row is None or ours is None:
@@ -81,7 +77,7 @@ def make_cells(rows: list[dict[str, Any]], method: str, context: int) -> list[st
     return [format_ms(row["ms_per_layer"]), times, floor]
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(found: Row) -> str:
     """Return the machine and the run in a sentence."""
     machine = found["machine"]
     threads = machine["threads"]
@@ -96,71 +92,43 @@ def describe(found: dict[str, Any]) -> str:
 
 def format_model(name: str) -> str:
     """Return tokens per second of whole models by context."""
-    found = read(name)
-    rows, settings = found["rows"], found["settings"]
-    lines = ["| context | method | ms per token | tokens/s | plain / ours |", "|---|---|---|---|---|"]
-    for row in rows:
-        ours = find(rows, OURS, row["context"])
+    found, lines = read(name), []
+    for row in found["rows"]:
+        ours = find(found["rows"], OURS, row["context"])
         times = "" if ours is None or row is ours else f"{row['ms_per_token'] / ours['ms_per_token']:.2f} x"
-        lines.append(
-            f"| {format_tokens(row['context'])} | {row['method']} | {format_ms(row['ms_per_token'])} "
-            f"| {row['tokens_per_s']:.2f} | {times} |"
-        )
-    growth = found["growth"]
-    notes = [f"{method} {slope['ms_per_1k_tokens']:.2f} ms" for method, slope in growth.items()]
+        cells = [format_tokens(row["context"]), row["method"], format_ms(row["ms_per_token"])]
+        lines.append([*cells, f"{row['tokens_per_s']:.2f}", times])
+    settings = found["settings"]
     text = f"{settings['shape']}, {settings['layers']} layers, bfloat16, random weights. "
-    if notes:
-        text += f"A token costs more by, for every 1 K tokens of context: {', '.join(notes)}. "
-    return "\n".join([*lines, "", text + describe(found)])
+    growth = [f"{method} {slope['ms_per_1k_tokens']:.2f} ms" for method, slope in found["growth"].items()]
+    if growth:
+        text += f"A token costs more by, for every 1 K tokens of context: {', '.join(growth)}. "
+    return format_rows(["context", "method", "ms per token", "tokens/s", "plain / ours"], lines, text + describe(found))
 
 
 def format_prefill() -> str:
     """Return the ratio of prefill times."""
-    found = read("prefill")
-    lines = ["| prompt | plain, s per 1 K tokens | attached | ratio |", "|---|---|---|---|"]
-    for row in found["rows"]:
-        if row["method"] == OURS:
-            plain = next(r for r in found["rows"] if r["context"] == row["context"] and r is not row)
-            lines.append(
-                f"| {format_tokens(row['context'])} | {plain['s_per_1k_tokens']:.2f} | {row['s_per_1k_tokens']:.2f} "
-                f"| {row['ratio']:.3f} |"
-            )
-    settings = found["settings"]
-    text = (
-        f"{settings['shape']}, {settings['layers']} layers, {settings['dtype']}, chunks of {settings['chunk_tokens']}. "
-    )
-    return "\n".join([*lines, "", text + describe(found)])
+    found, lines = read("prefill"), []
+    for context, rows in group(found["rows"], "context").items():
+        ours = next(r for r in rows if r["method"] == OURS)
+        plain = next(r for r in rows if r is not ours)
+        cells = [format_tokens(context), f"{plain['s_per_1k_tokens']:.2f}", f"{ours['s_per_1k_tokens']:.2f}"]
+        lines.append([*cells, f"{ours['ratio']:.3f}"])
+    shape, layers, dtype, chunk = (found["settings"][name] for name in ("shape", "layers", "dtype", "chunk_tokens"))
+    text = f"{shape}, {layers} layers, {dtype}, chunks of {chunk}. "
+    return format_rows(["prompt", "plain, s per 1 K tokens", "attached", "ratio"], lines, text + describe(found))
 
 
 def format_calibration() -> str:
     """Return both ways' times by context, and the crossover."""
     found = read("calibrate")
-    lines = ["| context | all, by the native kernel: ms | choosing: ms |", "|---|---|---|"]
-    for n in sorted({r["context"] for r in found["rows"]}):
-        dense, ours = (find(found["rows"], m, n) for m in (BASE, OURS))
-        assert dense is not None
-        assert ours is not None
-        lines.append(f"| {format_tokens(n)} | {dense['ms_per_layer']:.3f} | {ours['ms_per_layer']:.3f} |")
+    times = {(r["context"], r["method"]): r["ms_per_layer"] for r in found["rows"]}
+    contexts = sorted({context for context, _ in times})
+    lines = [[format_tokens(n), *(f"{times[n, method]:.3f}" for method in (BASE, OURS))] for n in contexts]
     tokens = found["crossover_tokens"]
     said = "choosing never won" if tokens is None else f"choosing wins from {format_tokens(tokens)} tokens on"
-    return "\n".join([*lines, "", f"llama3.2-1b's records, the default fraction: {said}."])
-
-
-def format_headline() -> str:
-    """Return the README's sentence."""
-    rows = read("decode")["rows"]
-    longest = max(r["context"] for r in rows)
-    ours = find(rows, OURS, longest)
-    assert ours is not None
-    times = {m: find(rows, m, longest) for m in (BASE, "matmul-bf16", "hf-sdpa-bf16", "llama.cpp")}
-    said = {m: row["ms_per_layer"] / ours["ms_per_layer"] for m, row in times.items() if row is not None}
-    return (
-        f"Attention of one Llama-3-8B layer at {format_tokens(longest)} tokens, one CPU thread: "
-        f"{format_ms(ours['ms_per_layer'])} ms, {said[BASE]:.1f} times\nfaster than reading everything with the same "
-        f"kernel, {said['matmul-bf16']:.0f} than a bfloat16 matmul, "
-        + (f"{said['llama.cpp']:.0f} than llama.cpp, " if "llama.cpp" in said else "")
-        + f"{said['hf-sdpa-bf16']:.0f} than\nHugging Face's cache and sdpa."
-    )
+    note = f"llama3.2-1b's records, the default fraction: {said}."
+    return format_rows(["context", "all, by the native kernel: ms", "choosing: ms"], lines, note)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How many sequences fit a memory limit, and how fast are they decoded? Full cache against XKV's `keep`, measured.
 
-    python benchmarks/xkv_batch.py --threads 1 --out benchmarks/results/xkv_batch.jsonl
+    python benchmarks/xkv_batch.py --threads 1
     python benchmarks/xkv_batch.py --contexts 256 --sequences 3 --steps 4 --out /tmp/small.jsonl
 
 In: a random model (8 layers, hidden size 256, 4 query and 2 KV heads of 64, MLP 512, vocabulary 1024, float32), batches
@@ -21,28 +21,22 @@ and the Python of 8 layers, which a small model pays for dearly.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from random_models import make_keep_plan, make_llama
+from rows import RESULTS, Row, Rows, format_rows, read_rows
+from runs import Recorder, find_versions, make_parser, read_numbers, time_call
 
 import farkv
-from farkv.calibrate.plan import Allocation, Plan
 from farkv.errors import CapacityError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
-from farkv.hf.identity import identify_model
 
-LAYERS = 8
-KV_HEADS = 2
-HEAD_DIM = 64
-VOCABULARY = 1024
-SEED = 6
+SHAPE = dict(layers=8, heads=4, kv_heads=2, head_dim=64, hidden=256, mlp=512, vocabulary=1024)
+TOKEN_BYTES = SHAPE["layers"] * SHAPE["kv_heads"] * 2 * SHAPE["head_dim"] * 4
 # Name: mean share, and whether a plan says so.
 METHODS: dict[str, tuple[float, bool]] = {
     "full": (1.0, False),
@@ -53,7 +47,7 @@ METHODS: dict[str, tuple[float, bool]] = {
 MOST = 512
 
 
-class Run(NamedTuple):
+class Arm(NamedTuple):
     """One method at one batch, its prompts read."""
 
     name: str
@@ -63,29 +57,13 @@ class Run(NamedTuple):
     cache: FarCache
     seconds: list[float]
 
-
-def make_model() -> LlamaForCausalLM:
-    """Make the random model."""
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        hidden_size=256,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=512,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=16384,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def make_plan(model: Any, mean: float) -> Plan:
-    """Make a plan by hand: the first layer keeps 1.5 times the mean, the last half of it."""
-    shares = tuple(mean * (1.5 - i / (LAYERS - 1)) for i in range(LAYERS))
-    zeros = (0.0,) * LAYERS
-    keep = Allocation(shares, 0, "uniform", {"ratio": mean}, zeros, zeros)
-    return Plan(identify_model(model), tuple(range(LAYERS)), {"keep": keep})
+    @torch.no_grad()
+    def decode(self, steps: int) -> None:
+        """Decode greedily."""
+        token = torch.zeros(self.batch, 1, dtype=torch.long)
+        for _ in range(steps):
+            logits = self.far.model(input_ids=token, past_key_values=self.cache, use_cache=True).logits
+            token = logits[:, -1:].argmax(-1)
 
 
 def attach(model: Any, name: str, limit: int) -> Handle:
@@ -94,7 +72,7 @@ def attach(model: Any, name: str, limit: int) -> Handle:
     if name == "full":
         return farkv.attach(model, farkv.Full(), host=limit)
     if planned:
-        return farkv.attach(model, farkv.XKV(), host=limit, plan=make_plan(model, mean))
+        return farkv.attach(model, farkv.XKV(), host=limit, plan=make_keep_plan(model, mean))
     return farkv.attach(model, farkv.XKV(fraction=mean), host=limit)
 
 
@@ -113,123 +91,89 @@ def read_prompts(far: Handle, batch: int, context: int, tokens: int) -> FarCache
     """Read a batch of random prompts in one pass."""
     torch.manual_seed(batch)
     cache = far.new_cache(tokens=tokens, batch=batch)
-    far.decoder(input_ids=torch.randint(VOCABULARY, (batch, context)), past_key_values=cache, use_cache=True)
+    ids = torch.randint(SHAPE["vocabulary"], (batch, context))
+    far.decoder(input_ids=ids, past_key_values=cache, use_cache=True)
     return cache
 
 
-@torch.no_grad()
-def decode(run: Run, steps: int) -> float:
-    """Decode greedily; return seconds."""
-    token = torch.zeros(run.batch, 1, dtype=torch.long)
-    started = time.perf_counter()
-    for _ in range(steps):
-        token = run.far.model(input_ids=token, past_key_values=run.cache, use_cache=True).logits[:, -1:].argmax(-1)
-    return time.perf_counter() - started
-
-
-def measure_bandwidth() -> float:
-    """Return the bytes per second at which a large tensor is summed."""
-    large = torch.ones(64 * 2**20)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        large.sum()
-        times.append(time.perf_counter() - started)
-    return large.numel() * large.element_size() / min(times)
-
-
-def prepare(name: str, limit: int, args: argparse.Namespace, context: int, also: int) -> list[Run]:
+def prepare(run: Recorder, name: str, limit: int, context: int, also: int) -> list[Arm]:
     """Read the prompts of a method at its largest batch that runs and, where it may, at another."""
-    tokens = context + args.repeats * args.steps + 1
-    far = attach(make_model(), name, limit)
-    admitted = batch = find_batch(far, tokens)
-    runs: list[Run] = []
-    while batch > 0 and not runs:
+    tokens = context + run.args.repeats * run.args.steps + 1
+    far = attach(make_llama(16384, seed=6, **SHAPE), name, limit)
+    admitted = largest = find_batch(far, tokens)
+
+    def start(batch: int) -> Arm:
+        arm = Arm(name, batch, largest + 1, far, read_prompts(far, batch, context, tokens), [])
+        arm.decode(1)
+        return arm
+
+    arms: list[Arm] = []
+    while largest > 0 and not arms:
         try:
-            run = Run(name, batch, batch + 1, far, read_prompts(far, batch, context, tokens), [])
-            decode(run, 1)
-            runs.append(run)
+            arms.append(start(largest))
         except CapacityError as error:
-            print(f"{name}: batch {batch} was admitted and did not run: {error}", flush=True)
-            batch -= 1
-    print(f"{context}: {name}: {admitted} sequences admitted, {batch} run", flush=True)
-    if also and also < batch:
-        run = Run(name, also, batch + 1, far, read_prompts(far, also, context, tokens), [])
-        decode(run, 1)
-        runs.append(run)
-    return runs
+            run.say(f"{name}: batch {largest} was admitted and did not run: {error}")
+            largest -= 1
+    run.say(f"{context}: {name}: {admitted} sequences admitted, {largest} run")
+    return [*arms, start(also)] if 0 < also < largest else arms
 
 
-def run_context(args: argparse.Namespace, context: int, bandwidth: float) -> list[dict[str, Any]]:
+def run_context(run: Recorder, context: int, bandwidth: float) -> Rows:
     """Run all methods at one context, decoding in turns."""
-    tokens = context + args.repeats * args.steps + 1
-    token_bytes = LAYERS * KV_HEADS * 2 * HEAD_DIM * 4
-    limit = args.sequences * tokens * token_bytes
-    runs: list[Run] = []
+    args = run.args
+    limit = args.sequences * (context + args.repeats * args.steps + 1) * TOKEN_BYTES
+    arms: list[Arm] = []
     for name in METHODS:
-        runs += prepare(name, limit, args, context, runs[0].batch if runs else 0)
+        arms += prepare(run, name, limit, context, arms[0].batch if arms else 0)
     for _ in range(args.repeats):
-        for run in runs:
-            run.seconds.append(decode(run, args.steps))
-    rows = []
-    for run in runs:
-        receipt = run.far.receipt(run.cache)
-        peak = receipt.kv_bytes.host_peak
-        assert peak <= limit, (run.name, peak, limit)
-        seconds = statistics.median(run.seconds) / args.steps
-        weights = sum(p.numel() * p.element_size() for p in run.far.model.parameters())
-        embedding = run.far.model.get_input_embeddings().weight
-        read = weights - embedding.numel() * embedding.element_size()
-        read += int(receipt.kept_fraction * receipt.kv_bytes.total)
-        rows.append(
-            dict(method=run.name, context=context, new_tokens=tokens - context, batch=run.batch, limit=limit,
-                 largest=run.refused_at == run.batch + 1, refused_at=run.refused_at, peak=peak,
-                 kept_fraction=receipt.kept_fraction, step_s=seconds, steps=args.steps, seconds=run.seconds,
-                 tokens_per_s=run.batch / seconds, bytes_per_step=read, bytes_per_s=read / seconds,
-                 floor_s=read / bandwidth, bandwidth=bandwidth, threads=args.threads,
-                 versions={"torch": torch.__version__, "python": platform.python_version()})
-        )  # fmt: skip
-    return rows
+        for arm in arms:
+            arm.seconds.append(time_call(lambda a=arm: a.decode(args.steps))[0])
+    return [make_row(arm, context, limit, bandwidth, args) for arm in arms]
+
+
+def make_row(arm: Arm, context: int, limit: int, bandwidth: float, args: argparse.Namespace) -> Row:
+    """Return what was measured of an arm, and what reading its bytes alone would take."""
+    receipt, model = arm.far.receipt(arm.cache), arm.far.model
+    peak, seconds = receipt.kv_bytes.host_peak, statistics.median(arm.seconds) / args.steps
+    assert peak <= limit, (arm.name, peak, limit)
+    embedding = model.get_input_embeddings().weight
+    read = sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
+    read += int(receipt.kept_fraction * receipt.kv_bytes.total)
+    return dict(method=arm.name, context=context, new_tokens=args.repeats * args.steps + 1, batch=arm.batch,
+                limit=limit, largest=arm.refused_at == arm.batch + 1, refused_at=arm.refused_at, peak=peak,
+                kept_fraction=receipt.kept_fraction, step_s=seconds, steps=args.steps, seconds=arm.seconds,
+                tokens_per_s=arm.batch / seconds, bytes_per_step=read, bytes_per_s=read / seconds,
+                floor_s=read / bandwidth, bandwidth=bandwidth, threads=args.threads,
+                versions=find_versions())  # fmt: skip
+
+
+def format_table(path: Path = RESULTS / "xkv_batch.jsonl") -> str:
+    """Return one Markdown row per context, method and batch, beside the full cache's run of that context."""
+    rows, lines = read_rows(path), []
+    for r in rows:
+        full = next(row for row in rows if row["method"] == "full" and row["context"] == r["context"])
+        gains = [r["batch"] * f / s / full["batch"] for s, f in zip(r["seconds"], full["seconds"], strict=True)]
+        cells = [f"{r['context']:,}", r["method"], f"{r['batch']}{' (largest)' if r['largest'] else ''}"]
+        cells += [f"{r['peak'] / r['limit']:.1%}", f"{r['tokens_per_s']:.1f}"]
+        cells += [f"{r['tokens_per_s'] / full['tokens_per_s']:.2f} ({min(gains):.2f}–{max(gains):.2f})"]
+        cells += [f"{1000 * r['step_s']:.1f} ({1000 * r['floor_s']:.1f})", f"{r['bytes_per_s'] / 1e9:.2f}"]
+        lines.append(cells)
+    head = ["context", "method", "sequences", "peak, of the limit", "tokens/s, all sequences"]
+    return format_rows([*head, "of full's (each round)", "ms per step (bytes read alone)", "GB/s"], lines)
 
 
 def main() -> None:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="benchmarks/results/xkv_batch.jsonl")
-    parser.add_argument("--contexts", default="2048,4096", help="tokens of a prompt, by commas")
+    parser = make_parser(__doc__, "xkv_batch.jsonl", threads=2)
+    parser.add_argument("--contexts", default="2048,4096", type=read_numbers, help="tokens of a prompt, by commas")
     parser.add_argument("--sequences", default=8, type=int, help="full caches that the limit holds")
     parser.add_argument("--steps", default=32, type=int)
     parser.add_argument("--repeats", default=3, type=int)
-    parser.add_argument("--threads", default=2, type=int)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    bandwidth = measure_bandwidth()
-    out = Path(args.out)
-    out.write_text("")
-    for context in map(int, args.contexts.split(",")):
-        rows = run_context(args, context, bandwidth)
-        with out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(format_table(out))
-
-
-def format_table(path: Path) -> str:
-    """Return one Markdown row per context, method and batch, beside the full cache's run of that context."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [
-        "| context | method | sequences | peak, of the limit | tokens/s, all sequences | of full's (each round) | "
-        "ms per step (bytes read alone) | GB/s |",
-        "|---" * 8 + "|",
-    ]
-    for row in rows:
-        full = next(r for r in rows if r["method"] == "full" and r["context"] == row["context"])
-        cells = [f"{row['context']:,}", row["method"], f"{row['batch']}{' (largest)' if row['largest'] else ''}"]
-        cells += [f"{row['peak'] / row['limit']:.1%}", f"{row['tokens_per_s']:.1f}"]
-        gains = [row["batch"] * f / s / full["batch"] for s, f in zip(row["seconds"], full["seconds"], strict=True)]
-        cells += [f"{row['tokens_per_s'] / full['tokens_per_s']:.2f} ({min(gains):.2f}–{max(gains):.2f})"]
-        cells += [f"{1000 * row['step_s']:.1f} ({1000 * row['floor_s']:.1f})", f"{row['bytes_per_s'] / 1e9:.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    run = Recorder(parser)
+    large = torch.ones(64 * 2**20)
+    bandwidth = large.numel() * large.element_size() / min(time_call(large.sum)[0] for _ in range(5))
+    for context in run.args.contexts:
+        run.write(*run_context(run, context, bandwidth))
+    print(format_table(run.args.out))
 
 
 if __name__ == "__main__":

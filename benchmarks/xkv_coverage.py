@@ -1,6 +1,6 @@
 """Does a promised retention hold on prompts that were never seen? The paper's rule beside a conformal margin.
 
-    python benchmarks/xkv_coverage.py --out benchmarks/results/xkv_coverage.jsonl
+    python benchmarks/xkv_coverage.py
 
 In: fresh held-out recall prompts of the demo model, of mixed lengths. Out: a JSON line per target and rule: how many
 of the test prompts kept the retention that was promised, with an exact (Clopper-Pearson) 95 % interval, and how much
@@ -11,46 +11,29 @@ prompts together, so `redrawn` is the mean coverage when the same prompts are sp
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import random
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
+from demo_texts import Demo, digest
+from rows import RESULTS, Row, format_rows, read_rows
+from runs import Recorder, make_parser
 from scipy.stats import beta
 
 import farkv
+from farkv import Profile, allocate
 from farkv.calibrate.conformal import allocate_promise, average_allocations
 from farkv.calibrate.curves import GRID, Curves
-from farkv.calibrate.profile import Profile
 from farkv.demo import MODEL_PATH
-from farkv.demo.filler import STDLIB, draw_filler, read_sources
-from farkv.demo.recall import make_recall_prompt
-from farkv.hf.load import load_model, quiet_libraries
-from farkv.math.allocate import allocate, measure_retention
+from farkv.math.allocate import measure_retention
 from farkv.measure.mini import Light
 
 SEED = 8_200_000
-FACTS, FACT_TOKENS = 30, 14
+FACTS = 30
 SHORTEST, LONGEST = 1024, 4096
 TARGETS = (0.8, 0.9, 0.95)
 CONFIDENCE = 0.9
-
-
-def make_rows(tokenizer: Any, n: int) -> list[list[int]]:
-    """Return n prompts of random lengths, each ending with its question."""
-    sources, rng = read_sources(STDLIB, held_out=True), random.Random(SEED)
-    rows = []
-    for i in range(n):
-        size = rng.randint(SHORTEST, LONGEST) - FACT_TOKENS * (FACTS + 1)
-        filler = draw_filler(sources, size, SEED + i, lambda line: len(tokenizer(line)["input_ids"]))
-        made = make_recall_prompt(filler, FACTS, SEED + i)
-        rows.append(tokenizer(made.text + made.question)["input_ids"])
-    return rows
 
 
 def share_plans(fit: Curves, calibration: Curves, target: float) -> dict[str, np.ndarray]:
@@ -64,7 +47,7 @@ def share_plans(fit: Curves, calibration: Curves, target: float) -> dict[str, np
     }
 
 
-def judge(cells: np.ndarray, tests: np.ndarray, target: float) -> dict[str, float]:
+def judge(cells: np.ndarray, tests: np.ndarray, target: float) -> Row:
     """Return coverage and its interval."""
     held = np.array([measure_retention(row, cells) for row in tests])
     good, n = int((held >= target).sum()), len(held)
@@ -81,67 +64,54 @@ def judge_redraw(curves: Curves, order: np.ndarray, n_samples: int, target: floa
     half = n_samples // 2
     fit, calibration = curves.take(order[:half].tolist()), curves.take(order[half:n_samples].tolist())
     tests = curves.take(order[n_samples:].tolist()).keep.numpy()
-    plans = share_plans(fit, calibration, target)
     cumulative = tests.cumsum(-1, dtype=np.float64)
     at = np.arange(tests.shape[1])
     covered = {}
-    for name, cells in plans.items():
+    for name, cells in share_plans(fit, calibration, target).items():
         held = (cumulative[:, at, np.maximum(cells, 1) - 1] * (cells > 0) / cumulative[..., -1]).mean(-1)
         covered[name] = float((held >= target).mean())
     return covered
 
 
+def format_table(path: Path = RESULTS / "xkv_coverage.jsonl") -> str:
+    """Return one Markdown row per target and rule."""
+    head = ["promised retention", "rule", "held on", "95 % interval", "redrawn", "kept", "worst prompt"]
+    lines = []
+    for r in read_rows(path):
+        redrawn = "" if r["redrawn"] is None else f"{r['redrawn']:.1%}"
+        cells = [f"{r['target']:.2f}", r["rule"], f"{r['covered']:.1%} of {r['n']}"]
+        cells += [f"{r['low']:.1%} to {r['high']:.1%}", redrawn, f"{r['kept']:.1%}", f"{r['worst']:.3f}"]
+        lines.append(cells)
+    return format_rows(head, lines)
+
+
 def main() -> None:
     """Measure the prompts' curves once (resumable), then judge every rule on the same test prompts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="benchmarks/results/xkv_coverage.jsonl")
+    parser = make_parser(__doc__, "xkv_coverage.jsonl")
     parser.add_argument("--tests", default=300, type=int)
     parser.add_argument("--samples", default=120, type=int, help="fit and calibration together")
     parser.add_argument("--redraws", default=200, type=int)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    quiet_libraries()
-    model, tokenizer = load_model("demo", device="cpu")
-    rows = make_rows(tokenizer, args.tests + args.samples)
+    run, demo, lengths = Recorder(parser), Demo(), random.Random(SEED)
+    n_samples, n = run.args.samples, run.args.tests + run.args.samples
+    prompts = demo.make_asked([(lengths.randint(SHORTEST, LONGEST), SEED + i) for i in range(n)], FACTS)
     Path("runs").mkdir(exist_ok=True)
-    measured = farkv.profile(
-        model, rows, light=Light(1.0, 1), resume=Path("runs/xkv_coverage.part"),
-        on_prompt=lambda done, total: sys.stderr.write(f"\r{done}/{total} "),
-    )  # fmt: skip
-    keep = measured.curves()
-    samples, tests = keep.take(range(args.samples)), keep.take(range(args.samples, len(rows)))
-    fit, calibration = samples.split(0.5)
+    keep = farkv.profile(
+        demo.model, prompts, light=Light(1.0, 1), resume=Path("runs/xkv_coverage.part"),
+        on_prompt=lambda done, total: run.say(f"{done}/{total}"),
+    ).curves()  # fmt: skip
+    samples, tests = keep.take(range(n_samples)), keep.take(range(n_samples, n))
     rng = np.random.default_rng(SEED)
-    redraws = [rng.permutation(len(rows)) for _ in range(args.redraws)]
+    redraws = [rng.permutation(n) for _ in range(run.args.redraws)]
     shipped = Profile.load(MODEL_PATH / "profile.safetensors").curves().split(0.5)
-    sha = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-    lines = []
     for target in TARGETS:
-        again = [judge_redraw(keep, order, args.samples, target) for order in redraws]
-        redrawn = {name: float(np.mean([held[name] for held in again])) for name in again[0]}
-        plans = share_plans(fit, calibration, target)
+        again = [judge_redraw(keep, order, n_samples, target) for order in redraws]
+        plans = share_plans(*samples.split(0.5), target)
         plans["conformal, shipped profile"] = share_plans(*shipped, target)["conformal margin"]
         for name, cells in plans.items():
-            found = judge(cells, tests.keep.numpy(), target)
-            lines.append({"target": target, "rule": name, "confidence": CONFIDENCE, "prompts_sha": sha,
-                          "redrawn": redrawn.get(name), **found})  # fmt: skip
-    Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print("\n" + format_table(Path(args.out)))
-
-
-def format_table(path: Path) -> str:
-    """Return one Markdown row per target and rule."""
-    lines = [
-        "| promised retention | rule | held on | 95 % interval | redrawn | kept | worst prompt |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in map(json.loads, path.read_text().splitlines()):
-        redrawn = "" if row["redrawn"] is None else f"{row['redrawn']:.1%}"
-        lines.append(
-            f"| {row['target']:.2f} | {row['rule']} | {row['covered']:.1%} of {row['n']} | {row['low']:.1%} to "
-            f"{row['high']:.1%} | {redrawn} | {row['kept']:.1%} | {row['worst']:.3f} |"
-        )
-    return "\n".join(lines)
+            redrawn = float(np.mean([held[name] for held in again])) if name in again[0] else None
+            run.write(dict(target=target, rule=name, confidence=CONFIDENCE, prompts_sha=digest(json.dumps(prompts)),
+                           redrawn=redrawn, **judge(cells, tests.keep.numpy(), target)))  # fmt: skip
+    print(format_table(run.args.out))
 
 
 if __name__ == "__main__":

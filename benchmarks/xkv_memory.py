@@ -1,14 +1,14 @@
 """Does the peak memory of a process fall by what a plan says? XKV's `keep` against the full cache, measured as RSS.
 
     python benchmarks/xkv_memory.py --local 512 --only "full,keep 0.3,keep 0.1"
-    python benchmarks/xkv_memory.py --append --only "full,keep 0.3,DynamicCache" --tokens 4096
-    python benchmarks/xkv_memory.py --append --only "full,keep 0.3" --local 2048 --hidden 512 --intermediate 512
+    python benchmarks/xkv_memory.py --add --only "full,keep 0.3,DynamicCache" --tokens 4096
+    python benchmarks/xkv_memory.py --add --only "full,keep 0.3" --local 2048 --hidden 512 --intermediate 512
 
 In: a random model whose KV cache has the shape of Llama-3.2-1B (16 layers, 8 KV heads, head dimension 64), one prompt
 of random tokens, read in one pass. Out: a JSON line per configuration, each run in an interpreter of its own: the peak
 of the resident set (VmHWM of the child: `ru_maxrss` inherits the parent's across fork), the resident set after
 decoding, the receipt; and for each plan the fall from the full cache's run beside what the plan predicts: the bytes of
-a full cache less those of the records that the plan keeps (the 6 bytes of books per kept record are not in it).
+a full cache less those of the records that the plan keeps (the 6 bytes of metadata per kept record are not in it).
 
 What is not KV is smaller than Llama's, so that 32 K tokens fit minutes of a CPU: hidden size 256 and 8 query heads
 (Llama: 2048 and 32), a vocabulary of 1024. The MLP is 2048 wide, Llama's four times the width of all queries. Numbers
@@ -28,60 +28,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from children import read_memory, return_freed, run_script
+from random_models import make_keep_plan, make_llama, make_shares
+from rows import RESULTS, Row, format_rows, mib, read_rows
+from runs import Recorder, find_versions, make_parser, read_names, time_call
 from torch.nn import functional
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import farkv
-from farkv.calibrate.plan import Allocation, Plan
-from farkv.hf.identity import identify_model
 
-KV_HEADS = 8
-HEAD_DIM = 64
-VOCABULARY = 1024
+# The KV's shape is Llama-3.2-1B's unless --layers says otherwise.
+KV_HEADS, HEAD_DIM, VOCABULARY = 8, 64, 1024
 NEW_TOKENS = 8
-SEED = 5
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+MALLOC = return_freed(1 << 16)
 # Name, mean share of the plan.
 CONFIGURATIONS = {"full": None, "keep 0.3": 0.3, "keep 0.1": 0.1, "DynamicCache": None}
+# What a child is told, and every row says.
+SETTING = {"tokens": 32768, "layers": 16, "hidden": 256, "heads": 8, "intermediate": 2048, "threads": 2,
+           "dtype": "float32", "local": 0}  # fmt: skip
 ALLOWED_ERROR = 0.05
-
-
-def make_shares(n_layers: int, mean: float) -> list[float]:
-    """Return uneven shares: the first layer keeps 1.5 times the mean, the last half of it."""
-    return [mean * (1.5 - i / max(1, n_layers - 1)) if n_layers > 1 else mean for i in range(n_layers)]
-
-
-def make_model(args: argparse.Namespace) -> LlamaForCausalLM:
-    """Make a random model; the KV's shape is Llama-3.2-1B's unless --layers says otherwise."""
-    torch.manual_seed(SEED)
-    config = LlamaConfig(
-        hidden_size=args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        intermediate_size=args.intermediate,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2 * args.tokens,
-    )
-    return LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
-
-
-def make_plan(model: Any, n_layers: int, mean: float) -> Plan:
-    """Make a plan by hand."""
-    shares = tuple(make_shares(n_layers, mean))
-    zeros = (0.0,) * n_layers
-    keep = Allocation(shares, 0, "uniform", {"ratio": mean}, zeros, zeros)
-    return Plan(identify_model(model), tuple(range(n_layers)), {"keep": keep})
 
 
 def narrow_attention(block: int) -> None:
@@ -102,40 +71,33 @@ def narrow_attention(block: int) -> None:
     functional.scaled_dot_product_attention = attend_in_blocks
 
 
-def read_memory() -> tuple[int, int]:
-    """Return the resident set now and at its highest, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-    return now, peak
-
-
 @torch.no_grad()
-def run_child(args: argparse.Namespace) -> dict[str, Any]:
+def run_child(args: argparse.Namespace) -> Row:
     """Read a prompt in one pass, decode a few tokens, measure."""
     torch.set_num_threads(args.threads)
     if args.local:
         narrow_attention(args.local)
-    model = make_model(args)
-    mean = CONFIGURATIONS[args.child]
-    tokens = torch.randint(VOCABULARY, (1, args.tokens))
+    model = make_llama(
+        2 * args.tokens, getattr(torch, args.dtype), layers=args.layers, heads=args.heads, kv_heads=KV_HEADS,
+        head_dim=HEAD_DIM, hidden=args.hidden, mlp=args.intermediate, vocabulary=VOCABULARY,
+    )  # fmt: skip
+    mean, tokens, far = CONFIGURATIONS[args.child], torch.randint(VOCABULARY, (1, args.tokens)), None
     if args.child == "DynamicCache":
-        far, decoder, cache = None, model.model, DynamicCache(config=model.config)
+        decoder, cache = model.model, DynamicCache(config=model.config)
     else:
-        plan = None if mean is None else make_plan(model, args.layers, mean)
+        plan = None if mean is None else make_keep_plan(model, mean)
         far = farkv.attach(model, farkv.Full() if plan is None else farkv.XKV(), plan=plan)
         decoder, cache = far.decoder, far.new_cache(tokens=args.tokens + NEW_TOKENS)
-    started_at = read_memory()[0]
+    row: Row = {"rss_before": read_memory()["VmRSS"]}
     peaks: list[int] = []
     for block in model.model.layers:
-        block.register_forward_hook(lambda *_: peaks.append(read_memory()[1]))
-    started = time.perf_counter()
-    decoder(input_ids=tokens, past_key_values=cache, use_cache=True)
-    prefill_s, after_prefill = time.perf_counter() - started, read_memory()
+        block.register_forward_hook(lambda *_: peaks.append(read_memory()["VmHWM"]))
+    row["prefill_s"], _ = time_call(lambda: decoder(input_ids=tokens, past_key_values=cache, use_cache=True))
+    row |= {"peak_rss_of_prefill": read_memory()["VmHWM"], "peak_rss_by_layer": peaks[: args.layers]}
     for i in range(NEW_TOKENS):
         model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
-    rss, peak = read_memory()
-    row: dict[str, Any] = {"peak_rss": peak, "rss_after": rss, "rss_before": started_at, "prefill_s": prefill_s}
-    row |= {"peak_rss_of_prefill": after_prefill[1], "peak_rss_by_layer": peaks[: args.layers]}
+    memory = read_memory()
+    row |= {"peak_rss": memory["VmHWM"], "rss_after": memory["VmRSS"]}
     if far is not None:
         receipt = far.receipt(cache)
         row |= {"kv_bytes": receipt.kv_bytes.total, "ledger_peak": receipt.kv_bytes.host_peak}
@@ -143,25 +105,13 @@ def run_child(args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def start_child(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Run one configuration in an interpreter of its own."""
-    options = ("tokens", "layers", "hidden", "heads", "intermediate", "threads", "dtype", "local")
-    command = [sys.executable, __file__, "--child", name]
-    for option in options:
-        command += [f"--{option}", str(getattr(args, option))]
-    environment = os.environ | MALLOC | {"OMP_NUM_THREADS": str(args.threads)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    setting = {option: getattr(args, option) for option in options}
-    return {"name": name, **setting, **json.loads(done.stdout.splitlines()[-1])}
-
-
-def compare(row: dict[str, Any], full: dict[str, Any], mean: float) -> dict[str, Any]:
+def compare(row: Row, full: Row, mean: float) -> Row:
     """Add what the plan predicts, and how far memory fell."""
     record_bytes = KV_HEADS * 2 * HEAD_DIM * getattr(torch, row["dtype"]).itemsize
     tokens = row["tokens"]
     kept = sum(int(share * tokens + 1e-9) for share in make_shares(row["layers"], mean)) * record_bytes
     predicted = row["layers"] * tokens * record_bytes - kept
-    found: dict[str, Any] = {"predicted_fall": predicted, "planned_bytes": kept}
+    found: Row = {"predicted_fall": predicted, "planned_bytes": kept}
     for name in ("peak_rss", "rss_after", "ledger_peak"):
         found[f"{name}_fall"] = full[name] - row[name]
         found[f"{name}_ratio"] = (full[name] - row[name]) / predicted
@@ -169,58 +119,45 @@ def compare(row: dict[str, Any], full: dict[str, Any], mean: float) -> dict[str,
     return found
 
 
+def format_table(path: Path = RESULTS / "xkv_memory.jsonl") -> str:
+    """Return one Markdown row per run, in MiB; of the plans also the measured fall over the predicted one."""
+    head = ["run", "prompt's attention", "MLP", "peak RSS, MiB", "RSS after decoding", "predicted fall"]
+    lines = []
+    for r in read_rows(path):
+        attention = f"blocks of {r['local']}" if r["local"] else "whole"
+        cells = [f"{r['name']}, {r['tokens'] // 1024} K tokens", attention, r["intermediate"]]
+        cells += [mib(r[key]) for key in ("peak_rss", "rss_after")]
+        planned = "predicted_fall" in r
+        cells.append(mib(r["predicted_fall"]) if planned else "")
+        lines.append(cells + [f"{r[f'{key}_ratio']:.3f}" if planned else "" for key in ("peak_rss", "rss_after")])
+    return format_rows([*head, "peak: fall / predicted", "after decoding: fall / predicted"], lines)
+
+
 def main() -> None:
-    """Parse the command line; run every configuration, or be one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="benchmarks/results/xkv_memory.jsonl")
-    parser.add_argument("--append", action="store_true", help="add to the results file")
-    parser.add_argument("--tokens", default=32768, type=int)
-    parser.add_argument("--layers", default=16, type=int)
-    parser.add_argument("--hidden", default=256, type=int)
-    parser.add_argument("--heads", default=8, type=int, help="query heads; there are 8 KV heads")
-    parser.add_argument("--intermediate", default=2048, type=int)
-    parser.add_argument("--local", default=0, type=int, help="block of the prompt's attention; 0: all of it")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", default=2, type=int)
-    parser.add_argument("--only", default=",".join(CONFIGURATIONS), help="configurations, by commas; full is first")
-    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    parser = make_parser(__doc__, "xkv_memory.jsonl", threads=SETTING["threads"])
+    for name, default in SETTING.items():
+        if name != "threads":
+            parser.add_argument(f"--{name}", default=default, type=type(default))
+    parser.add_argument(
+        "--only", default=",".join(CONFIGURATIONS), type=read_names, help="configurations, by commas; full is first"
+    )
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         print(json.dumps(run_child(args)))
         return
-    out, full = Path(args.out), None
-    if not args.append:
-        out.write_text("")
-    for name in args.only.split(","):
-        row = start_child(args, name)
-        row["versions"] = {"torch": torch.__version__, "python": platform.python_version(), "malloc": MALLOC}
-        full = row if full is None else full
-        mean = CONFIGURATIONS[name]
-        row |= {} if mean is None else compare(row, full, mean)
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        sys.stderr.write(f"{name}: peak {row['peak_rss'] / 2**20:.0f} MiB, {row['prefill_s']:.0f} s\n")
-    print(format_table(out))
-
-
-def format_table(path: Path) -> str:
-    """Return one Markdown row per run, in MiB; of the plans also the measured fall over the predicted one."""
-    lines = [
-        "| run | prompt's attention | MLP | peak RSS, MiB | RSS after decoding | predicted fall | "
-        "peak: fall / predicted | after decoding: fall / predicted |",
-        "|---" * 8 + "|",
-    ]
-    for row in map(json.loads, path.read_text().splitlines()):
-        attention = f"blocks of {row['local']}" if row["local"] else "whole"
-        cells = [f"{row['name']}, {row['tokens'] // 1024} K tokens", attention, str(row["intermediate"])]
-        cells += [f"{row[key] / 2**20:,.0f}" for key in ("peak_rss", "rss_after")]
-        if "predicted_fall" in row:
-            cells += [f"{row['predicted_fall'] / 2**20:,.0f}"]
-            cells += [f"{row[f'{key}_ratio']:.3f}" for key in ("peak_rss", "rss_after")]
-        else:
-            cells += [""] * 3
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    run, full = Recorder(parser), None
+    setting = {name: getattr(args, name) for name in SETTING}
+    options = [word for name, value in setting.items() for word in (f"--{name}", value)]
+    for name in args.only:
+        # An interpreter of its own.
+        row = {"name": name} | setting
+        row |= run_script(__file__, "--child", name, *options, env=MALLOC | {"OMP_NUM_THREADS": str(args.threads)})
+        row["versions"] = find_versions() | {"malloc": MALLOC}
+        full, mean = full or row, CONFIGURATIONS[name]
+        run.write(row if mean is None else row | compare(row, full, mean))
+        run.say(f"{name}: peak {mib(row['peak_rss'])} MiB")
+    print(format_table(args.out))
 
 
 if __name__ == "__main__":

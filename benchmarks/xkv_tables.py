@@ -8,24 +8,40 @@ bootstraps of 2000 draws, seeded.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from rows import Rows, format_rows, read_rows
 
-ROOT = Path(__file__).parent.parent
-QUALITY = ROOT / "benchmarks/results/xkv_quality.jsonl"
-PICTURE = ROOT / "docs/papers/xkv_layers.png"
+QUALITY = "xkv_quality.jsonl"
+PICTURE = Path(__file__).parent.parent / "docs/papers/xkv_layers.png"
 DRAWS = 2000
-Rows = list[dict[str, Any]]
-
-
-def read_rows(part: str, task: str | None = None, path: Path = QUALITY) -> Rows:
-    """Read the rows of a part, and of a task if one is named."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [r for r in rows if r["part"] == part and task in (None, r["task"])]
+Points = dict[str, dict[int, list[tuple[float, float]]]]
+OTHERS = [("xkv", "uniform"), ("xkv", "pyramid"), ("xkv", "maxmin")]
+ALLOCATED = [("xkv", "uniform"), ("loss", "uniform")]
+CAPS = [("plan, xkv", "one global cap"), ("plan, loss", "one global cap")]
+# Table by name: a part, a task, a column, its title, pairs to compare, digits.
+BY_RATIO = {
+    "keep": [
+        ("keep", "recall", "mass", "later mass at kept share", OTHERS, 3),
+        ("keep", "recall", "agrees", "agrees with the full cache", ALLOCATED, 3),
+        ("keep", "recall", "kl", "KL", ALLOCATED, 3),
+    ],
+    "code": [
+        ("keep", "code", "mass", "later mass at kept share", OTHERS, 3),
+        ("keep", "code", "kl", "KL", ALLOCATED, 3),
+    ],
+    # Where the question comes after the eviction.
+    "agnostic": [("agnostic", "recall", "agrees", "agrees, kept share", [("xkv", "uniform")], 3)],
+    "fetch": [
+        ("fetch", "recall", "agrees", "recall agrees, read share", CAPS, 3),
+        ("fetch", "recall", "kl", "recall KL", CAPS, 4),
+        ("fetch", "code", "kl", "code KL", CAPS, 4),
+    ],
+}
 
 
 def collect(rows: Rows, column: str) -> dict[tuple[str, float], dict[int, float]]:
@@ -45,116 +61,77 @@ def compare(a: dict[int, float], b: dict[int, float]) -> tuple[float, float, flo
     return float(difference.mean()), float(low), float(high)
 
 
-def format_by_ratio(rows: Rows, column: str, title: str, pairs: list[tuple[str, str]], form: str = "{:.3f}") -> str:
-    """Return one row per ratio: a column's mean by method, and paired differences."""
-    found = collect(rows, column)
-    methods = list(dict.fromkeys(method for method, _ in found))
-    ratios = sorted({ratio for _, ratio in found})
-    n = len(next(iter(found.values())))
-    head = [f"{title} (n = {n})", *methods, *(f"{a} − {b}" for a, b in pairs)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for ratio in ratios:
-        cells = [f"{ratio:g}"]
-        cells += [form.format(np.mean(list(found[method, ratio].values()))) for method in methods]
-        for a, b in pairs:
-            mean, low, high = compare(found[a, ratio], found[b, ratio])
-            sign = form.replace("{:", "{:+")
-            cells.append(f"{sign.format(mean)} [{sign.format(low)}, {sign.format(high)}]")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def format_by_ratio(name: str) -> str:
+    """Return a table's parts: one row per ratio, a column's mean by method, and paired differences."""
+    blocks = []
+    for part, task, column, title, pairs, digits in BY_RATIO[name]:
+        found = collect(read_rows(QUALITY, part=part, task=task), column)
+        methods = list(dict.fromkeys(method for method, _ in found))
+        lines = []
+        for ratio in sorted({ratio for _, ratio in found}):
+            cells = [f"{ratio:g}", *(f"{average(found[method, ratio]):.{digits}f}" for method in methods)]
+            for a, b in pairs:
+                mean, low, high = compare(found[a, ratio], found[b, ratio])
+                cells.append(f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+            lines.append(cells)
+        n = len(next(iter(found.values())))
+        blocks.append(format_rows([f"{title} (n = {n})", *methods, *(f"{a} − {b}" for a, b in pairs)], lines))
+    return "\n\n".join(blocks)
 
 
-def format_keep() -> str:
-    """Return later mass, agreement and KL of recall, query-aware."""
-    rows = read_rows("keep", "recall")
-    return "\n\n".join(
-        [
-            format_by_ratio(rows, "mass", "later mass at kept share", OTHERS),
-            format_by_ratio(rows, "agrees", "agrees with the full cache", [("xkv", "uniform"), ("loss", "uniform")]),
-            format_by_ratio(rows, "kl", "KL", [("xkv", "uniform"), ("loss", "uniform")]),
-        ]
-    )
-
-
-OTHERS = [("xkv", "uniform"), ("xkv", "pyramid"), ("xkv", "maxmin")]
-
-
-def format_code() -> str:
-    """Return later mass and KL of code."""
-    rows = read_rows("keep", "code")
-    return "\n\n".join(
-        [
-            format_by_ratio(rows, "mass", "later mass at kept share", OTHERS),
-            format_by_ratio(rows, "kl", "KL", [("xkv", "uniform"), ("loss", "uniform")]),
-        ]
-    )
-
-
-def format_agnostic() -> str:
-    """Return agreement where the question comes after the eviction."""
-    return format_by_ratio(read_rows("agnostic"), "agrees", "agrees, kept share", [("xkv", "uniform")])
-
-
-def format_fetch() -> str:
-    """Return agreement and KL of recall, and KL of code, under fetch caps."""
-    pairs = [("plan, xkv", "one global cap"), ("plan, loss", "one global cap")]
-    recall, code = read_rows("fetch", "recall"), read_rows("fetch", "code")
-    return "\n\n".join(
-        [
-            format_by_ratio(recall, "agrees", "recall agrees, read share", pairs),
-            format_by_ratio(recall, "kl", "recall KL", pairs, "{:.4f}"),
-            format_by_ratio(code, "kl", "code KL", pairs, "{:.4f}"),
-        ]
-    )
+def average(values: dict[int, float]) -> float:
+    return float(np.mean(list(values.values())))
 
 
 def format_headline(ratio: float = 0.15) -> str:
     """Return the sentence of the README."""
-    found = collect(read_rows("keep", "recall"), "agrees")
-    n = len(found["loss", ratio])
-    shares = {m: f"{np.mean(list(found[m, ratio].values())):.0%}" for m in ("loss", "uniform", "xkv")}
+    found = collect(read_rows(QUALITY, part="keep", task="recall"), "agrees")
+    shares = {m: f"{average(found[m, ratio]):.0%}" for m in ("loss", "uniform", "xkv")}
     return (
         f"Demo model, {ratio:.0%} of the cache kept, question in the prompt: the full cache's answer to "
-        f"{shares['loss']}\nof {n} questions with `--rule loss`, to {shares['uniform']} with equal shares, to "
-        f"{shares['xkv']} with the published objective."
+        f"{shares['loss']}\nof {len(found['loss', ratio])} questions with `--rule loss`, to {shares['uniform']} with "
+        f"equal shares, to {shares['xkv']} with the published objective."
     )
 
 
 def format_least(bar: float = 0.99) -> str:
     """Return the least share from which on agreement stays at `bar`, keep-only and with nothing evicted."""
-    lines = [f"| agreement stays ≥ {bar:.0%} from | share | lost |", "|---|---|---|"]
+    lines = []
     for part, what in (("keep", "evicted, query-aware"), ("fetch", "nothing evicted, question after the text")):
-        found = collect(read_rows(part, "recall"), "agrees")
+        found = collect(read_rows(QUALITY, part=part, task="recall"), "agrees")
         for method in dict.fromkeys(m for m, _ in found):
-            good = [r for m, r in found if m == method and np.mean(list(found[m, r].values())) >= bar]
+            good = [r for m, r in found if m == method and average(found[m, r]) >= bar]
             bad = [r for m, r in found if m == method and r not in good]
             above = [r for r in good if not bad or r > max(bad)]
             share = f"{min(above):g} {'kept' if part == 'keep' else 'read'}" if above else "none measured"
-            lines.append(f"| {method} | {share} | {what} |")
-    return "\n".join(lines)
+            lines.append([method, share, what])
+    return format_rows([f"agreement stays ≥ {bar:.0%} from", "share", "lost"], lines)
 
 
 def format_layers() -> str:
     """Return, per layer, what losing all of its mass would cost at the measured slope, and rank correlations."""
     from scipy.stats import spearmanr
 
-    points = collect_points(read_rows("layers"))
-    tasks = list(points)
-    names = ["layer", "KL per lost mass", *(f"rank correlation, {task}" for task in tasks)]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for layer in points[tasks[0]]:
-        x, y = np.array([p for task in tasks for p in points[task][layer]]).T
+    def correlate(found: list[tuple[float, float]]) -> str:
+        return f"{float(spearmanr(*np.array(found).T).statistic):.2f}"
+
+    points = collect_points(read_rows(QUALITY, part="layers"))
+    lines = []
+    for layer in next(iter(points.values())):
+        x, y = np.array([p for layers in points.values() for p in layers[layer]]).T
         slope = float((x * y).sum() / (x * x).sum())
-        ranks = [f"{float(spearmanr(*np.array(points[task][layer]).T).statistic):.2f}" for task in tasks]
-        lines.append(f"| {layer} | {slope:.4f} | {' | '.join(ranks)} |")
-    whole = []
-    for task in tasks:
-        x, y = np.array([p for found in points[task].values() for p in found]).T
-        whole.append(f"{float(spearmanr(x, y).statistic):.2f} on {task}")
-    return "\n".join([*lines, "", f"Over all layers together the rank correlation is {' and '.join(whole)}."])
+        lines.append([layer, f"{slope:.4f}", *(correlate(layers[layer]) for layers in points.values())])
+    whole = [f"{correlate([p for f in layers.values() for p in f])} on {task}" for task, layers in points.items()]
+    note = f"Over all layers together the rank correlation is {' and '.join(whole)}."
+    return format_rows(["layer", "KL per lost mass", *(f"rank correlation, {task}" for task in points)], lines, note)
 
 
-Points = dict[str, dict[int, list[tuple[float, float]]]]
+TABLES: dict[str, Callable[[], str]] = {
+    "plan": format_headline,
+    **{name: partial(format_by_ratio, name) for name in BY_RATIO},
+    "least": format_least,
+    "layers": format_layers,
+}
 
 
 def collect_points(rows: Rows) -> Points:
@@ -177,7 +154,7 @@ def draw_layers(path: Path = PICTURE) -> None:
     matplotlib = import_matplotlib()
     from matplotlib import pyplot
 
-    points = collect_points(read_rows("layers"))
+    points = collect_points(read_rows(QUALITY, part="layers"))
     figure, both = pyplot.subplots(1, len(points), figsize=(10, 4.2), sharey=True)
     for axes, (task, layers) in zip(both, points.items(), strict=True):
         colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(layers)))
@@ -194,10 +171,8 @@ def draw_layers(path: Path = PICTURE) -> None:
 
 
 def main() -> None:
-    """Draw and print."""
     draw_layers()
-    for make in (format_keep, format_code, format_agnostic, format_fetch, format_least, format_layers):
-        print(make(), "\n")
+    print(*(make() for make in TABLES.values()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -76,10 +76,10 @@ def test_light_has_no_skew_and_says_so(asked: str, tmp_path: Path) -> None:
     [
         ('{"prompt": ', "not JSON"),
         ('["a"]', "expected an object"),
-        ('{"text": "a"}', "'question' is none"),
-        ('{"question": "a"}', "'text' is none"),
+        ('{"text": "a"}', "'question' is missing"),
+        ('{"question": "a"}', "'text' is missing"),
         ('{"prompt": 3}', "'prompt' is 3"),
-        ('{"prompt": ""}', "'prompt' is an empty one"),
+        ('{"prompt": ""}', "'prompt' is empty"),
     ],
 )
 def test_a_bad_line_is_named(line: str, says: str, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert other.returncode == 2
     assert "delete it" in other.stderr
     done = run("-p", asked, "-o", str(out), "--json")
-    assert f"going on from {part}: 2 of 4 prompts are done" in done.stderr
+    assert f"resuming from {part}: 2 of 4 prompts are done" in done.stderr
     assert json.loads(done.stdout)["curves"] == whole["curves"] == 4
     assert len(calls) == 5
     resumed, plain = load_file(out), load_file(tmp_path / "whole")

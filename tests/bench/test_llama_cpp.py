@@ -1,5 +1,6 @@
 import importlib
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -8,29 +9,32 @@ from farkv.bench import llama_cpp as peer_module
 from farkv.bench.llama_cpp import (
     BASE_TOKENS,
     LEAST_TOKENS,
-    LlamaCppPeer,
-    LlamaModel,
+    SCREEN_ROUNDS,
     LlamaPair,
     LlamaSequence,
+    load_model,
     measure_llama_cpp,
     require_llama_cpp,
 )
-from farkv.bench.llama_state import Q8_BLOCK, SETTINGS, KVSetting, StateForm, build_state, encode_rows
+from farkv.bench.llama_files import SETTINGS, VOCABULARY, KVSetting, StateLayout, build_state, draw_state, encode_rows
 from farkv.bench.shapes import ModelShape
 from farkv.errors import CapacityError, ConfigError
 
 TINY = ModelShape("tiny", "llama", 2, 64, 4, 2, 32, 64)
 LAYERS, TOKENS, WIDTH = 2, 70, 64
+Q8_BLOCK = np.dtype([("scale", "<f2"), ("values", "i1", (32,))])
 
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 
 
-def test_a_missing_package_is_refused_with_the_extras_name(monkeypatch):
+@pytest.mark.parametrize("missing", ["llama_cpp", "gguf"])
+def test_a_missing_package_is_refused_with_the_extras_name(monkeypatch, missing):
     def fail(name):
-        raise ModuleNotFoundError(f"No module named {name!r}")
+        if name == missing:
+            raise ModuleNotFoundError(f"No module named {name!r}")
 
     monkeypatch.setattr(peer_module, "import_module", fail)
-    with pytest.raises(ConfigError, match=r"expected the package llama-cpp-python.*pip install 'farkv\[peer\]'"):
+    with pytest.raises(ConfigError, match=rf"llama-cpp-python and gguf.*{missing}.*pip install 'farkv\[peer\]'"):
         require_llama_cpp()
     with pytest.raises(ConfigError, match="llama-cpp-python"):
         measure_llama_cpp(TINY, LAYERS, LEAST_TOKENS, 1, 1)
@@ -38,31 +42,23 @@ def test_a_missing_package_is_refused_with_the_extras_name(monkeypatch):
 
 def test_a_short_context_is_refused():
     with pytest.raises(ConfigError, match=f"at least {LEAST_TOKENS}, got 512"):
-        LlamaCppPeer(TINY, LAYERS, 512, 1)
+        measure_llama_cpp(TINY, LAYERS, 512, 1, 1)
 
 
 def test_what_memory_cannot_hold_is_refused_before_anything_is_made():
     with pytest.raises(CapacityError, match=r"llama\.cpp at"):
-        LlamaCppPeer(TINY, LAYERS, 1 << 50, 1)
+        measure_llama_cpp(TINY, LAYERS, 1 << 50, 1, 1)
 
 
-class FakeModel:
-    def __init__(self, shape, layers):
-        self.closed = False
-
-    def close(self):
-        self.closed = True
-
-
-@pytest.fixture
-def fake_pairs(monkeypatch):
-    """Pairs whose rounds take what the test says, by the setting's name; the list of those that are open."""
-    times, opened = {}, []
+def test_the_best_setting_is_measured_and_hopeless_ones_get_one_round(monkeypatch):
+    times = dict(zip((setting.name for setting in SETTINGS), (3.0, 2.0, 5.0, 3.9), strict=True))
+    log, opened = [], []
 
     class FakePair:
         def __init__(self, model, setting: KVSetting, context, threads):
-            self.name, self.rounds = setting.name, 0
+            assert not opened, "two pairs in memory"
             opened.append(self)
+            self.name, self.rounds = setting.name, 0
 
         def measure(self):
             self.rounds += 1
@@ -70,48 +66,26 @@ def fake_pairs(monkeypatch):
 
         def close(self):
             opened.remove(self)
+            log.append((self.name, self.rounds))
 
-    monkeypatch.setattr(peer_module, "LlamaModel", FakeModel)
+    @contextmanager
+    def load_fake(shape, layers):
+        yield None
+        log.append("closed")
+
+    monkeypatch.setattr(peer_module, "load_model", load_fake)
     monkeypatch.setattr(peer_module, "LlamaPair", FakePair)
-    return times, opened
-
-
-def test_the_best_setting_is_kept_and_hopeless_ones_get_one_round(fake_pairs, monkeypatch):
-    times, opened = fake_pairs
-    times.update(zip((setting.name for setting in SETTINGS), (3.0, 2.0, 5.0, 3.9), strict=True))
-    rounds = {}
-    close = peer_module.LlamaPair.close
-    monkeypatch.setattr(
-        peer_module.LlamaPair, "close", lambda self: (rounds.setdefault(self.name, self.rounds), close(self))
-    )
-    peer = LlamaCppPeer(TINY, LAYERS, LEAST_TOKENS, 1)
-    peer.prepare(screen_rounds=4)
-    assert peer.setting == SETTINGS[1].name
-    assert peer.medians == times
-    assert [pair.name for pair in opened] == [peer.setting]
-    assert peer.measure_once() == 2.0
-    peer.close()
-    # One more each: the first is not counted.
-    assert [rounds[setting.name] for setting in SETTINGS] == [5, 5, 2, 5]
-    assert not opened
-    assert isinstance(peer.model, FakeModel)
-    assert peer.model.closed
-
-
-def test_measure_once_prepares_by_itself(fake_pairs):
-    times, _ = fake_pairs
-    times.update({setting.name: 1.0 for setting in SETTINGS})
-    peer = LlamaCppPeer(TINY, LAYERS, LEAST_TOKENS, 1)
-    assert peer.measure_once() == 1.0
-    assert set(peer.medians) == set(times)
+    assert measure_llama_cpp(TINY, LAYERS, LEAST_TOKENS, 1, 7) == [2.0] * 7
+    rounds = [SCREEN_ROUNDS, SCREEN_ROUNDS, 1, SCREEN_ROUNDS]
+    names = [setting.name for setting in SETTINGS]
+    assert log == [*zip(names, rounds, strict=True), (names[1], 7), "closed"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    pytest.importorskip("llama_cpp")
-    model = LlamaModel(TINY, LAYERS)
-    yield model
-    model.close()
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'farkv[peer]'")
+    with load_model(TINY, LAYERS) as model:
+        yield model
 
 
 def open_sequence(model, setting, tokens):
@@ -125,25 +99,22 @@ def prefill(model, setting):
     return sequence
 
 
+def read_logits(sequence):
+    """Return the newest token's logits."""
+    return np.ctypeslib.as_array(sequence.library.llama_get_logits(sequence.handle), (VOCABULARY,)).copy()
+
+
 def read_kv(state, setting):
     """K and V of every layer out of a real state, by position from the end: K of all layers, then V of all layers."""
-    form = StateForm(setting, LAYERS, TOKENS, WIDTH)
-    k_bytes, v_bytes = TOKENS * form.k_row_bytes, TOKENS * form.v_row_bytes
-    v_head = 12
-    v_start = state.size - LAYERS * (v_head + v_bytes)
+    layout = StateLayout(setting, LAYERS, TOKENS, WIDTH)
+    k_bytes, v_bytes = (TOKENS * layout.row_bytes(kind) for kind in (setting.type_k, setting.type_v))
+    v_start = state.size - LAYERS * (12 + v_bytes)
     k_start = v_start - LAYERS * (12 + k_bytes)
     k = [state[k_start + i * (12 + k_bytes) + 12 :][:k_bytes].reshape(TOKENS, -1) for i in range(LAYERS)]
-    v = [state[v_start + i * (v_head + v_bytes) + v_head :][:v_bytes] for i in range(LAYERS)]
+    v = [state[v_start + i * (12 + v_bytes) + 12 :][:v_bytes] for i in range(LAYERS)]
     if setting.flash:
         return k, [one.reshape(TOKENS, -1) for one in v]
     return k, [one.view("<f2").reshape(WIDTH, TOKENS) for one in v]
-
-
-def copy_from(parts):
-    def fill(layer, out):
-        out[:] = parts[layer]
-
-    return fill
 
 
 @every_setting
@@ -151,20 +122,20 @@ def test_a_state_made_of_a_real_prefills_kv_is_that_prefill(model, setting):
     real, made = prefill(model, setting), open_sequence(model, setting, TOKENS)
     saved = real.save()
     k, v = read_kv(saved, setting)
-    form = made.learn_form(TOKENS)
-    state = build_state(form, copy_from(k), copy_from(v))
+    layout = made.learn_layout(TOKENS)
+    state = build_state(layout, k, v)
     assert (state == saved).all()
     made.load(state, TOKENS)
     assert len(made) == len(real) == TOKENS
     real.decode(5)
     made.decode(5)
-    assert (made.logits() == real.logits()).all()
+    assert (read_logits(made) == read_logits(real)).all()
     # What is loaded is what is read: other records, other logits.
     made.cut(TOKENS)
-    expected = made.logits()
-    made.load(build_state(form, copy_from(k), copy_from(v[::-1])), TOKENS)
+    expected = read_logits(made)
+    made.load(build_state(layout, k, v[::-1]), TOKENS)
     made.decode(5)
-    assert np.abs(made.logits() - expected).max() > 1e-3
+    assert np.abs(read_logits(made) - expected).max() > 1e-3
     real.close()
     made.close()
 
@@ -190,7 +161,7 @@ def test_a_filled_sequence_is_as_long_as_asked_and_stays_so(model, setting):
     assert math.isfinite(pair.measure())
     assert [len(sequence) for sequence, _ in pair.sequences] == [LEAST_TOKENS, BASE_TOKENS]
     for sequence, _ in pair.sequences:
-        logits = sequence.logits()
+        logits = read_logits(sequence)
         assert np.isfinite(logits).all()
         assert logits.std() > 0
     pair.close()
@@ -198,10 +169,10 @@ def test_a_filled_sequence_is_as_long_as_asked_and_stays_so(model, setting):
 
 def test_a_state_of_another_form_is_refused(model):
     sequence = open_sequence(model, SETTINGS[0], TOKENS)
-    state = build_state(sequence.learn_form(TOKENS), lambda layer, out: out.fill(0), lambda layer, out: out.fill(0))
-    with pytest.raises(ConfigError, match=rf"expected it to take {TOKENS} tokens"):
+    state = draw_state(sequence.learn_layout(TOKENS))
+    with pytest.raises(ConfigError, match=rf"expected it to restore {TOKENS} tokens"):
         sequence.load(state[:-1000], TOKENS)
-    with pytest.raises(ConfigError, match="expected it to take 71 tokens"):
+    with pytest.raises(ConfigError, match="expected it to restore 71 tokens"):
         sequence.load(state, TOKENS + 1)
     sequence.close()
 
@@ -209,7 +180,7 @@ def test_a_state_of_another_form_is_refused(model):
 def test_a_full_sequence_refuses_one_token_more(model):
     sequence = LlamaSequence(model, SETTINGS[0], 256, 1)
     sequence.fill(256)
-    with pytest.raises(ConfigError, match="decode a token behind 256"):
+    with pytest.raises(ConfigError, match="decoding a token after 256"):
         sequence.decode(0)
     sequence.close()
 

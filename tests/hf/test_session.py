@@ -344,7 +344,7 @@ def list_forged(path: Path) -> list[tuple[dict[str, Any], dict[str, torch.Tensor
     made += [({k: v for k, v in notes.items() if k != name}, tensors) for name in notes]
     made += [(notes, {k: v for k, v in tensors.items() if k != name}) for name in tensors]
     made += [(notes, {**tensors, name: wrong}) for name in tensors for wrong in WRONG_TENSORS]
-    extra = ["index/0/new", "stock/0/keys", "tail/9", "index/0/samples", "index/0/strides"]
+    extra = ["index/0/new", "unmanaged/0/keys", "tail/9", "index/0/samples", "index/0/strides"]
     return made + [(notes, {**tensors, name: WRONG_TENSORS[2]}) for name in extra]
 
 
@@ -401,7 +401,7 @@ def test_the_file_says_who_made_it(tmp_path: Path) -> None:
     write_saved(tmp_path / "b", notes | {"versions": 9}, tensors, [pages_of(saved)], saved.n_pages, saved.page_bytes)
     with farkv.attach(make(), InfiniGen(fraction=0.3)):
         load_cache(tmp_path / "b", make())
-        data = (tmp_path / "b").read_bytes().replace(b"farkv-session-1", b"farkv-session-2")
+        data = (tmp_path / "b").read_bytes().replace(b"farkv-session-2", b"farkv-session-3")
         (tmp_path / "b").write_bytes(data)
         with pytest.raises(SessionError, match=r"damaged|expected format"):
             load_cache(tmp_path / "b", make())

@@ -7,7 +7,7 @@ import torch
 
 from farkv.errors import CacheStateError
 from farkv.kernels import gpu
-from farkv.kernels.gpu import Held
+from farkv.kernels.held import Held
 from tests.kernels.gpu_interpreter import DEVICE, GPU, HAS_GPU, LARGER, MARKS
 
 pytestmark = MARKS

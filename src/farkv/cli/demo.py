@@ -14,15 +14,15 @@ from farkv.cli.run import run
 
 def demo(
     tokens: Annotated[int, typer.Option(min=300, max=8000, help="Length of the text, in tokens.")] = 4000,
-    facts: Annotated[int, typer.Option(min=1, help="Facts scattered in it.")] = 30,
-    seed: Annotated[int, typer.Option(help="Which text.")] = 0,
+    facts: Annotated[int, typer.Option(min=1, help="Number of facts hidden in it.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of the text.")] = 0,
     fraction: FractionOption = 0.1,
     near: NearOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Hide facts in code that the demo model never saw, and ask for one of them.
+    r"""Hide facts in code that the demo model has not seen, and ask for one of them.
 
-    Writes the text to a temporary file, prints the command and runs it.
+    Writes the text to a temporary file, then prints and runs the command.
 
     [bold]Examples[/bold]
 
@@ -30,17 +30,9 @@ def demo(
 
       farkv demo --tokens 8000 --facts 40 --seed 3
     """
-    from tokenizers import Tokenizer
+    from farkv.demo.text import draw_prompt
 
-    from farkv.demo import MODEL_PATH
-    from farkv.demo.filler import STDLIB, draw_filler, read_sources
-    from farkv.demo.recall import make_recall_prompt
-
-    sources = read_sources(STDLIB, held_out=True)
-    tokenizer = Tokenizer.from_file(str(MODEL_PATH / "tokenizer.json"))
-    room = max(20, tokens - 14 * facts - 20)  # A fact's line takes about 14 tokens.
-    filler = draw_filler(sources, room, seed, lambda line: len(tokenizer.encode(line).ids))
-    prompt = make_recall_prompt(filler, facts, seed)
+    prompt = draw_prompt(tokens, facts, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code.py"
         path.write_text(prompt.text)

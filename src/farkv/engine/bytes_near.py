@@ -29,7 +29,7 @@ def plan_near(need: Need, limits: Limits, n_rows: int) -> Near:
     Args:
         n_rows: rows at the widest.
     """
-    # A coded record stands beside what it is decoded to.
+    # A coded record and its decoded copy exist side by side.
     coded = need.stored_bytes * need.shape.batch * need.shape.kv_heads if need.is_coded else 0
     token_bytes = need.shape.token_bytes + coded
     whole = count_near(need, n_rows, need.n_new, n_rows * token_bytes)
@@ -41,7 +41,7 @@ def plan_near(need: Need, limits: Limits, n_rows: int) -> Near:
     own = n_at_once * need.shape.token_bytes if need.n_new > 1 else 0
     if limits.near is not None:
         room = limits.near - count_near(need, n_rows, 0, 0).total - own
-        # A prompt whose passes can still be chosen gets blocks as large as they are: time goes with both.
+        # If the pass size can still be chosen, blocks are as large as passes: both cost time when small.
         least = max(LEAST_BLOCK, min(block, n_at_once // 2)) if n_at_once < need.n_new else LEAST_BLOCK
         block = max(least, min(block, room // (2 * token_bytes)))
     streamed = count_near(need, n_rows, need.n_new, 2 * min(block, n_rows) * token_bytes)
@@ -67,7 +67,7 @@ def count_near(need: Need, n_rows: int, n_new: int, dense: int) -> NearNeed:
     index = need.index_bytes(n_rows)
     uses = 0 if need.pool is None else n_layers * n_rows * heads * USE_BYTES
     return NearNeed(
-        # An index that grows stands beside its old self for a moment, one layer at a time.
+        # While an index grows, its old and new rows exist side by side, one layer at a time.
         index=index * n_sparse + (0 if need.reserve_tokens >= n_rows else index),
         window=n_layers * 2 * (need.window + 1) * stored,
         prefill=dense if n_new > 1 else 0,

@@ -1,11 +1,13 @@
-"""Where the fast kernels stand in for the plain operations: whether they know a step, and attention by them.
+"""Where fast kernels replace the plain operations: whether they support a step, and attention by them.
 
-In: steps, records. Out: attention output, equal to the model's own to rounding; or the word that they do not know it.
+In: steps, records. Out: attention output, equal to the model's own to rounding; or that they do not support it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import torch
 
 from farkv._axes import Int, Tensor
 from farkv.engine.padding import Padding
@@ -36,10 +38,12 @@ class FastPath:
 
     def knows(self, query: Query) -> bool:
         """Say whether the kernels can read these queries: their dtype, and no gradients."""
-        return self.kernels is not None and self.kernels.can_read(query.q.dtype) and not query.has_graph
+        if self.kernels is None or (query.q.requires_grad and torch.is_grad_enabled()):
+            return False
+        return self.kernels.can_read(query.q.dtype)
 
     def may_attend(self, step: Step) -> bool:
-        """Say whether a kernel may attend: it knows the queries, and every sequence reads alike."""
+        """Return whether a kernel may attend: it supports the queries, and all sequences read the same number."""
         return step.mask is None and self.padding.real is None and self.knows(step.query)
 
     def find_view(self, layer: int, query: Query, selector: Selector) -> IndexView | None:

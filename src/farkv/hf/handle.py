@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from farkv.config import Source
 from farkv.engine.build import Choice, make_engine
 from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
@@ -31,7 +30,7 @@ from farkv.hf.layer import FarLayer
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.receipt import make_receipt
 from farkv.hf.verify import Verifier
-from farkv.methods.table import Method, find_row
+from farkv.methods.table import Method
 from farkv.receipt import Account, Receipt
 from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
@@ -62,7 +61,7 @@ class Handle(AbstractContextManager["Handle"]):
         # A method that cannot work with this model says so now, not when the first cache is made.
         make_engine(choice, Setup(self.managed, self.device, Account(), setting))
         layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
-        self._ahead = Lookahead(layers, find_source(choice))
+        self._ahead = Lookahead(layers)
         self._attach()
         _handles[id(model)] = self
 
@@ -118,7 +117,6 @@ class Handle(AbstractContextManager["Handle"]):
         hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
         for i in self.managed:
             hooks.append(self.attention[i].register_forward_pre_hook(make_inject(i), with_kwargs=True))
-        hooks += self._ahead.register(self.decoder)
 
     def detach(self) -> None:
         """Remove every hook and restore the model's attention. Caches made before can no longer be used."""
@@ -179,12 +177,14 @@ class Handle(AbstractContextManager["Handle"]):
             limits = limits._replace(saved=saved, quant=quant)
         setting = self.setting._replace(limits=limits)
         engine = make_engine(self.choice, Setup(self.managed, self.device, account, setting, verifies=verify > 0))
+        if engine.selector.source is not None:
+            # Where no cache's records travel, no pass pays for looking ahead.
+            self._hooks += self._ahead.start(self.decoder, engine.selector.source)
         layers = [
             FarLayer(i, engine) if i in self.managed else _compat.make_unmanaged_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
         ]
-        cache = FarCache(layers, engine, account)
-        cache.verify_steps, cache.identity = verify, self.identity
+        cache = FarCache(layers, engine, identity=self.identity, verify_steps=verify)
         self._last = cache
         return cache
 
@@ -248,12 +248,6 @@ def make_inject(i: int) -> Any:
         return args, kwargs
 
     return inject
-
-
-def find_source(choice: Choice) -> Source | None:
-    """Return the hidden state that queries are estimated from, None where a method speculates nothing."""
-    selector = None if choice.selects is None else find_row(choice.selects).selector
-    return None if selector is None or choice.selects is None else selector.find_source(choice.selects)
 
 
 # Attached models, by identity; this keeps no handle alive.

@@ -33,19 +33,22 @@ class Layers(NamedTuple):
 class Lookahead:
     """Estimates for the layers of one attached model, any number of threads and caches."""
 
-    def __init__(self, layers: Layers, source: Source | None):
-        self.layers, self.source = layers, source
+    def __init__(self, layers: Layers):
+        self.layers = layers
+        # The hidden state that queries are estimated from; None until a cache needs estimates.
+        self.source: Source | None = None
         self.rope = Rope()
         self.queries = Queries(layers.attention)
         self._block_of: dict[int, nn.Module] = dict(enumerate(layers.blocks))
         # The block that runs in this thread, if the next layer wants an estimate of what comes out of its attention.
         self._flight = threading.local()
 
-    def register(self, decoder: nn.Module) -> list[Any]:
-        """Set the hooks, on modules that come before a managed layer; none where nothing is speculated."""
-        source, layers = self.source, self.layers
-        if source is None:
+    def start(self, decoder: nn.Module, source: Source) -> list[Any]:
+        """Set the hooks, on modules that come before a managed layer; none where they are set."""
+        layers = self.layers
+        if self.source is not None:
             return []
+        self.source = source
         hooks: list[Any] = [
             module.register_forward_hook(self.rope.note, with_kwargs=True)
             for module in decoder.modules()

@@ -17,6 +17,7 @@ import torch
 
 from farkv._axes import Float, Int, Tensor
 from farkv.errors import CacheStateError
+from farkv.kernels.held import Held
 from farkv.kernels.native import IndexView, Rows
 from farkv.math.logits import Logits
 
@@ -33,13 +34,6 @@ class Blocks(NamedTuple):
     attend: int = 64
     gather: int = 16
     programs: int = 264
-
-
-class Held(NamedTuple):
-    """Records that are near: their rows [B, Hkv, N, W], and per pool row the place of its copy, -1 without one."""
-
-    rows: Tensor
-    slots: Int[Tensor, "B Hkv S"]
 
 
 class Gpu:

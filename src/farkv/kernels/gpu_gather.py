@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from farkv._axes import Tensor
-from farkv.kernels.gpu import Held
+from farkv.kernels.held import Held
 
 
 @triton.jit(do_not_specialize=["n"])

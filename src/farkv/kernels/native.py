@@ -114,11 +114,13 @@ class Native:
         (batch, heads, stored, width), strides = codes.shape, codes.stride()
         (q_batch, hq, _, dim), columns = q.shape, scale.shape[-1]
         n_taken = 0 if taken is None else taken.shape[-1]
-        _expect(codes.dtype == torch.int8 and strides[3] == 1, "codes of int8, side by side", codes)
-        _expect(index.bits in (4, 8) and width * 8 == columns * index.bits, "as many codes as steps", codes)
-        _expect(q_batch == batch and hq % heads == 0, "queries of the index's heads", q)
-        _expect(side.shape[1:] == (heads, dim, columns) and len(side) in (1, batch), "a side", side)
-        _expect(scale.shape == (batch, heads, 1, columns), "one step per column", scale)
+        _expect(
+            (codes.dtype == torch.int8 and strides[3] == 1, "codes of int8, side by side", codes),
+            (index.bits in (4, 8) and width * 8 == columns * index.bits, "as many codes as steps", codes),
+            (q_batch == batch and hq % heads == 0, "queries of the index's heads", q),
+            (side.shape[1:] == (heads, dim, columns) and side.shape[0] in (1, batch), "a side", side),
+            (scale.shape == (batch, heads, 1, columns), "one step per column", scale),
+        )
         if not 0 <= cap + n_taken <= n <= stored:
             raise CacheStateError(
                 f"native select: expected cap + taken <= n <= stored records, got {cap} + {n_taken}, {n}, {stored}; "
@@ -129,7 +131,7 @@ class Native:
         args = SelectArgs(
             *[x.data_ptr() for x in held], codes.data_ptr(), _point_at(taken, held), out.data_ptr(),
             *strides[:3], batch, heads, hq // heads, dim, columns, width, index.bits,
-            len(side), n, cap, sinks, n_taken, torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
+            side.shape[0], n, cap, sinks, n_taken, torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
         if cap:
             self._call("farkv_select", args)
@@ -163,27 +165,24 @@ class Native:
         batch, heads, stored, _ = data.shape
         hq = q.shape[1]
         form = PLAIN.get(data.dtype, "") if rows.form == "plain" else rows.form
-        _expect(form in FORMS and (rows.form == "plain" or data.dtype == torch.uint8), "records of a known form", data)
+        itemsize, (*strides, step) = data.element_size(), data.stride()
+        row_bytes = count_row_bytes(rows.form, rows.k_dim, rows.v_dim, itemsize)
         _expect(
-            count_row_bytes(rows.form, rows.k_dim, rows.v_dim, rows.data.element_size())
-            == data.shape[-1] * data.element_size()
-            and data.stride(-1) == 1,
-            "rows of k and v",
-            data,
+            (form in FORMS and (rows.form == "plain" or data.dtype == torch.uint8), "records of a known form", data),
+            (row_bytes == data.shape[-1] * itemsize and step == 1, "rows of k and v", data),
+            (q.shape[0] == batch and hq % heads == 0 and q.shape[-1] == rows.k_dim, "queries of these records", q),
+            (positions is None or positions.shape[:2] == (batch, heads), "positions of every KV head", positions),
+            (sinks is None or sinks.shape == (hq,), "a sink of every query head", sinks),
         )
-        _expect(q.shape[0] == batch and hq % heads == 0 and q.shape[-1] == rows.k_dim, "queries of these records", q)
-        _expect(positions is None or positions.shape[:2] == (batch, heads), "positions of every KV head", positions)
-        _expect(sinks is None or sinks.shape == (hq,), "a sink of every query head", sinks)
         if not 0 <= tail <= n <= stored:
             raise CacheStateError(
                 f"native attend: expected tail <= n <= stored records, got {tail}, {n}, {stored}; append them first"
             )
         out = torch.empty(batch, hq, 1, rows.v_dim, dtype=torch.float32)
         held = [_flat(q)]
-        strides = [stride * data.element_size() for stride in data.stride()[:3]]
         args = AttendArgs(
             held[0].data_ptr(), data.data_ptr(), _point_at(positions, held), _point_at(sinks, held), out.data_ptr(),
-            *strides, batch, heads, hq // heads, rows.k_dim, rows.v_dim,
+            *(stride * itemsize for stride in strides), batch, heads, hq // heads, rows.k_dim, rows.v_dim,
             -1 if positions is None else positions.shape[-1], n, tail, FORMS[form], torch.get_num_threads(),
             logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
@@ -201,14 +200,16 @@ class Native:
 
         Cost: N rows read and written.
         """
-        _expect(data.ndim == 4 and data.is_contiguous(), "a contiguous pool", data)
+        _expect((data.ndim == 4 and data.is_contiguous(), "a contiguous pool", data))
         width = data.shape[-1]
         runs = out[None] if out.ndim == 2 else out
         fits = runs.shape[0] * runs.shape[1] == len(heads) and runs.stride()[1:] == (width, 1)
-        _expect(fits and runs.shape[2] == width and out.dtype == data.dtype, "room for these rows", out)
-        wanted = heads, positions
-        for x in wanted:
-            _expect(x.shape == heads.shape and x.dtype == torch.int64 and x.is_contiguous(), "int64 per row", x)
+        _expect(
+            (fits and runs.shape[2] == width and out.dtype == data.dtype, "room for these rows", out),
+            (heads.dtype == torch.int64 and heads.is_contiguous(), "int64 per row", heads),
+            (positions.shape == heads.shape and positions.dtype == torch.int64, "int64 per row", positions),
+            (positions.is_contiguous(), "int64 per row, side by side", positions),
+        )
         args = GatherArgs(
             data.data_ptr(), heads.data_ptr(), positions.data_ptr(), out.data_ptr(), len(heads),
             width * data.element_size(), data.shape[0] * data.shape[1], data.shape[2], torch.get_num_threads(),
@@ -218,7 +219,7 @@ class Native:
 
     def read_bandwidth(self, data: Tensor) -> float:
         """Return the bytes per second of one pass over a contiguous tensor."""
-        _expect(data.is_contiguous(), "a contiguous tensor", data)
+        _expect((data.is_contiguous(), "a contiguous tensor", data))
         n_bytes = data.numel() * data.element_size()
         start = time.perf_counter()
         self._library.farkv_read(self._isa, data.data_ptr(), n_bytes, torch.get_num_threads())
@@ -226,8 +227,8 @@ class Native:
 
     def gather_bandwidth(self, data: Tensor, positions: Tensor, row_bytes: int) -> float:
         """Return the bytes per second of reading rows of `row_bytes` at sorted positions, prefetched, not copied."""
-        _expect(data.is_contiguous(), "a contiguous tensor", data)
-        _expect(positions.dtype == torch.int64 and positions.is_contiguous(), "contiguous int64 positions", positions)
+        _expect((data.is_contiguous(), "a contiguous tensor", data))
+        _expect((positions.dtype == torch.int64 and positions.is_contiguous(), "contiguous int64 positions", positions))
         n_rows = data.numel() * data.element_size() // row_bytes
         if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= n_rows:
             raise CacheStateError(f"gather bandwidth: expected positions within {n_rows} rows; name rows that exist")
@@ -262,10 +263,14 @@ def _point_at(x: Tensor | None, held: list[Tensor]) -> int | None:
     return held[-1].data_ptr()
 
 
-def _expect(fits: bool, what: str, got: Tensor | None) -> None:
-    if not fits:
-        form = None if got is None else f"{got.dtype} {tuple(got.shape)} with strides {got.stride()}"
-        raise CacheStateError(f"native kernels: expected {what}, got {form}; pass tensors of one layer as it is stored")
+def _expect(*wanted: tuple[bool, str, Tensor | None]) -> None:
+    """Raise CacheStateError unless all hold: what should be, in words, and the tensor that is not."""
+    for fits, what, got in wanted:
+        if not fits:
+            form = None if got is None else f"{got.dtype} {tuple(got.shape)} with strides {got.stride()}"
+            raise CacheStateError(
+                f"native kernels: expected {what}, got {form}; pass tensors of one layer as it is stored"
+            )
 
 
 def list_native() -> tuple[str, ...]:

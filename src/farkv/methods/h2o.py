@@ -13,7 +13,6 @@ function and deviation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -23,8 +22,7 @@ from farkv.errors import ConfigError
 from farkv.math.accumulate import add_weights
 from farkv.math.importance import Observed
 from farkv.math.step import Query
-from farkv.methods.base import KeepRule, Records
-from farkv.methods.xkv import QueryEvictor
+from farkv.methods.base import Evictor, KeepRule, Records
 
 # Queries whose weights may wait: as many tokens can be taken back as if they had never been.
 LATEST = 32
@@ -41,7 +39,6 @@ class H2O:
 
     fraction: float = 0.1
     recent: float = 0.5
-    scorer: ClassVar = "window"
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
@@ -54,7 +51,7 @@ class H2O:
         return KeepRule(self.fraction, window=0, most_recent=self.recent, by_prompt=False)
 
 
-class HeavyHitters(QueryEvictor):
+class HeavyHitters(Evictor):
     """Scores records by the sum of all weights that they got; the queries that are in no sum yet wait."""
 
     sums_scores = True
@@ -63,7 +60,7 @@ class HeavyHitters(QueryEvictor):
         """Note a pass's queries, oldest first; padding is known from the records."""
         last, latest = self.last[records.layer], query.q.detach()
         waiting = latest if last.observed is None else torch.cat([last.observed.window, latest], 2)
-        last.observed, last.logits, last.seen = Observed(waiting, None, None), query.logits, records.seen
+        last.note(Observed(waiting, None, None), query.logits, records.seen)
 
     def settle(self, records: Records, scores: Float32[Tensor, "B Hkv S"]) -> None:
         """Add the weights of a long pass, or of many steps, to the sums."""
@@ -90,4 +87,4 @@ class HeavyHitters(QueryEvictor):
         seen = None if visible is None else visible.to(keys.device)
         add_weights(scores[:, :, :n_rows], queries.to(keys.device), keys, seen, last.logits)
         # A view would keep the whole pass's queries alive.
-        last.observed = Observed(last.observed.window[:, :, n:].clone(), None, None)
+        last.note(Observed(last.observed.window[:, :, n:].clone(), None, None), last.logits, last.seen)

@@ -10,18 +10,16 @@ The steps, in the paper's order (docs/papers/xkv.md has equation, function and d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from farkv._axes import Bool, Float32, Int, Tensor
+from farkv._axes import Bool, Float32, Tensor
 from farkv.config import LEVERS, RULES, Lever, Rule, check_counts, check_fraction, check_name
 from farkv.errors import ConfigError
-from farkv.math.importance import SCORERS, Observed, observe_queries, score_records
-from farkv.math.logits import Logits
+from farkv.math.importance import SCORERS, observe_queries, score_records
 from farkv.math.step import Query
-from farkv.methods.base import LEAST_RECORDS, Evictor, KeepRule, Place, Records
-from farkv.store.follow import Cropped
+from farkv.methods.base import LEAST_RECORDS, Evictor, KeepRule, Records
+from farkv.methods.last_queries import map_tensors
 
 # XKV's published average: 61.6 % fewer KV bytes.
 KEPT_FRACTION = 0.384
@@ -97,37 +95,6 @@ class XKV:
         )
 
 
-class LastQueries:
-    """What one layer's recent queries looked like; it follows the layer."""
-
-    def __init__(self) -> None:
-        self.observed: Observed | None = None
-        self.logits = Logits(1.0)
-        # Tokens that the layer had been given when they came.
-        self.seen = 0
-
-    def crop(self, now: Cropped) -> None:
-        """Forget the newest tokens' queries: the next ones slide in behind those that are left."""
-        n = self.seen - now.seen
-        if self.observed is not None and n > 0:
-            window = self.observed.window
-            self.observed = self.observed._replace(window=window[:, :, : max(0, window.shape[2] - n)])
-            self.seen = now.seen
-
-    def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Nothing: queries do not go with records."""
-
-    def select(self, sequences: Int[Tensor, " N"]) -> None:
-        """Keep these sequences' queries."""
-        if self.observed is not None:
-            at = sequences.to(self.observed.window.device)
-            self.observed = map_tensors(self.observed, lambda t: t.index_select(0, at))
-
-    def clear(self) -> None:
-        """Forget them."""
-        self.observed, self.seen = None, 0
-
-
 class QueryEvictor(Evictor):
     """Scores records by a layer's last queries.
 
@@ -135,19 +102,13 @@ class QueryEvictor(Evictor):
         config: with `scorer`, `window` and `pool`.
     """
 
-    def __init__(self, config: Any, place: Place):
-        super().__init__(config, place)
-        self.rule = config.keep_rule
-        self.last = {layer: LastQueries() for layer in place.layers}
-        self.followers = dict(self.last)
-
     def observe(self, records: Records, query: Query) -> None:
         """Slide the layer's window of queries."""
         last, config = self.last[records.layer], self.config
         real = records.real_tokens(records.seen)
         valid = None if real is None else real[:, -query.q.shape[2] :].expand(query.q.shape[0], -1)
-        last.observed = observe_queries(query.q, config.window, config.scorer, last.observed, valid=valid)
-        last.logits, last.seen = query.logits, records.seen
+        observed = observe_queries(query.q, config.window, config.scorer, last.observed, valid=valid)
+        last.note(observed, query.logits, records.seen)
 
     def score(
         self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None, n_recent: int | None = None
@@ -160,22 +121,3 @@ class QueryEvictor(Evictor):
         if n_recent is not None:
             observed = observed._replace(window=observed.window[:, :, -n_recent:])
         return score_records(self.config.scorer, observed, k, v, visible, last.logits, pool=self.config.pool)
-
-    def snapshot(self) -> Any:
-        """Return the windows of queries: a pass makes new ones."""
-        return {layer: (last.observed, last.seen) for layer, last in self.last.items()}
-
-    def restore(self, state: Any) -> None:
-        """Put them back."""
-        for layer, (observed, seen) in state.items():
-            self.last[layer].observed, self.last[layer].seen = observed, seen
-
-
-def map_tensors(observed: Observed, change: Callable[[Tensor], Tensor]) -> Observed:
-    """Change every tensor that is there."""
-    mean, covariance = observed.mean, observed.covariance
-    return Observed(
-        change(observed.window),
-        None if mean is None else change(mean),
-        None if covariance is None else change(covariance),
-    )

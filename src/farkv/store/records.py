@@ -6,17 +6,16 @@ from typing import NamedTuple
 
 from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.store.far.page_file import DiskSpace, PageReader
-from farkv.store.far.pages import PageForm
 from farkv.store.link import Ticket
 from farkv.store.memory import Mover
 
 
 class SavedText(NamedTuple):
-    """Pages of a text that was read before."""
+    """Pages of a text that was read before, and how many tokens each has."""
 
     reader: PageReader
     n_pages: int
-    form: PageForm
+    page_tokens: int
 
 
 class StoreLimits(NamedTuple):

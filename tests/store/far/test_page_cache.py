@@ -103,7 +103,7 @@ def clear(frames: PageCache) -> None:
     assert frames.ledger.used == 0
 
 
-@pytest.use.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 @given(moves=st.lists(steps, max_size=20), seed=st.integers(0, 99), limit=st.sampled_from([None, 10, 14]))
 def test_rows_are_right_whatever_happens(
     space: DiskSpace, policy: str, moves: list[tuple[str, int]], seed: int, limit: int | None
@@ -205,7 +205,7 @@ def count_resident_bytes(memory: mmap.mmap) -> int:
     return total
 
 
-@pytest.use.skipif(not Path("/proc/self/smaps").exists(), reason="the system keeps no such books")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system keeps no such books")
 def test_memory_of_dropped_copies_goes_back_to_the_system(tmp_path: Path) -> None:
     form = PageForm(1, 1 << 18, torch.float32)
     with DiskSpace(tmp_path, None) as space:

@@ -7,23 +7,22 @@ import copy
 import pytest
 import torch
 
+from farkv.engine import bytes_recent
 from farkv.errors import StoreError
-from farkv.store import spare as spare_module
-from farkv.store.admission import admit
 from farkv.store.ledger import Ledger
 from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.records import Keep, Needs, StoreLimits
-from farkv.store.sizes import LayerShape, NearNeed
-from farkv.store.spare import Pass, admit_hot
+from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
-from tests.store.test_stateful import check_hot, count_host, count_near
+from tests.engine.admitting import Gate
+from tests.store.test_stateful import check_hot
 
 HKV, D, DV, TOKENS = 2, 4, 3, 60
 CPU = torch.device("cpu")
 SHAPE = LayerShape(1, HKV, D, DV, 4)
 ROW = SHAPE.record_bytes
-# Window, buffers and nothing else: what a step of 12 records needs.
-NEED = NearNeed(0, 2 * 2 * 3 * SHAPE.token_bytes, 0, 2 * 16 * SHAPE.token_bytes)
+# The announced context: what is stored, and a pass of a few tokens.
+ROOM = TOKENS + 4
 
 
 def fill(
@@ -31,23 +30,21 @@ def fill(
 ) -> tuple[Store, dict[int, torch.Tensor], list[int]]:
     """Return a store whose near limit leaves room for `slots` hot rows of every head, its rows, and what it moves."""
     shape = SHAPE._replace(batch=batch)
-    need = NearNeed(*(n * batch for n in NEED))
-    near = need.total + slots * len(layers) * shape.token_bytes + 2
-    store = Store(list(layers), StoreLimits(near, host, reserve_tokens=TOKENS), CPU, Needs(2, evicts=evicts))
+    store = Store(list(layers), StoreLimits(0, host, reserve_tokens=ROOM), CPU, Needs(2, evicts=evicts))
+    need = Gate(store, 16).count_near(shape, ROOM)
+    store.near.limit = need.total + slots * len(layers) * shape.token_bytes + 2
     moved: list[int] = []
     store.on_fetch = moved.append
     rows = {layer: torch.randn(batch, HKV, TOKENS, D + DV) for layer in layers}
     for layer in layers:
         store.append(layer, rows[layer][..., :D], rows[layer][..., D:])
-    step(store, shape, need)
+    step(store, shape)
     return store, rows, moved
 
 
-def step(store: Store, shape: LayerShape = SHAPE, need: NearNeed = NEED, *, decodes: bool = True) -> None:
-    """Admit a pass of the announced context."""
-    rows = {layer: TOKENS for layer in store.order}
-    admit(store, shape, rows, need)
-    admit_hot(store, Pass(shape, rows, need, announced=True, decodes=decodes))
+def step(store: Store, shape: LayerShape = SHAPE, n_new: int = 1, *, spare: int = 0) -> None:
+    """Admit a pass of the announced context, for which `spare` near bytes are needed besides."""
+    Gate(store, 16, spare=spare).admit(shape, n_new)
 
 
 def read(store: Store, rows: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -63,7 +60,7 @@ def pick(*heads: list[int]) -> torch.Tensor:
 
 
 def test_only_what_is_not_near_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spare_module, "LEAST_SLOTS", 8)
+    monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", 8)
     store, rows, moved = fill(8)
     assert store.recently_used[0].size.slots == 8
     asked = [
@@ -97,7 +94,7 @@ def test_the_longest_unread_goes_first() -> None:
 
 
 def test_a_hot_set_smaller_than_a_fetch_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spare_module, "LEAST_SLOTS", 1)
+    monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", 1)
     store, rows, moved = fill(5)
     positions = torch.arange(12).expand(1, HKV, 12)
     for n_missing in (12, 7, 7):
@@ -179,7 +176,7 @@ def test_a_copy_of_a_cache_has_a_hot_set_of_its_own() -> None:
     moved.clear()
     read(store, rows[0], pick([1, 2], [3, 4]))
     assert moved == []
-    assert twin.hot[0].home is twin.home
+    assert twin.recently_used[0].home is twin.home
 
 
 def test_a_dense_pass_does_not_disturb_it() -> None:
@@ -210,72 +207,6 @@ def test_a_fetch_that_fails_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch)
             fetch.ticket.wait()
     check_hot(store)
     read(store, rows[0], pick([1, 9], [3, 9]))
-
-
-# --- how much of the limit ----------------------------------------------------------------------------------
-
-
-def test_it_takes_what_is_left_and_no_more() -> None:
-    store, _, _ = fill(20, layers=(0, 1))
-    assert {hot.size.slots for hot in store.recently_used.values()} == {20}
-    assert store.near.used == count_near(store)
-    assert store.host.used == count_host(store)
-    store.clear(0)
-    store.clear(1)
-    assert store.near.used == store.host.used == 0
-
-
-def test_there_is_none_where_little_is_left() -> None:
-    store, _, _ = fill(spare_module.LEAST_SLOTS - 1)
-    assert store.recently_used == {}
-    assert store.host.used == count_host(store)
-
-
-def test_it_goes_where_a_pass_needs_the_memory_and_comes_back() -> None:
-    store, rows, moved = fill(20)
-    positions = pick([1, 2], [3, 4])
-    read(store, rows[0], positions)
-    step(store, need=NEED._replace(prefill=NEED.decode + 10 * SHAPE.token_bytes), decodes=False)
-    assert store.recently_used == {}
-    step(store)
-    moved.clear()
-    read(store, rows[0], positions)
-    assert sum(moved) == 4 * ROW, "a new one begins cold"
-
-
-def test_it_stays_where_a_pass_has_room_beside_it() -> None:
-    store, rows, moved = fill(20)
-    read(store, rows[0], pick([1, 2], [3, 4]))
-    step(store, decodes=False)
-    moved.clear()
-    read(store, rows[0], pick([1, 2], [3, 4]))
-    assert moved == []
-
-
-@pytest.mark.parametrize(("spare_bytes", "n_layers"), [(0, 0), (2 * HKV * (4 * TOKENS + 8 * 20), 2)])
-def test_its_books_must_find_room_with_the_pool(spare_bytes: int, n_layers: int) -> None:
-    host = 2 * TOKENS * SHAPE.token_bytes
-    store, _, _ = fill(20, host=host + spare_bytes, layers=(0, 1))
-    assert len(store.recently_used) == n_layers
-    assert store.host.peak <= host + spare_bytes
-
-
-def test_it_is_off_where_a_plan_holds_records_near() -> None:
-    store = Store([0], StoreLimits(1 << 20, reserve_tokens=TOKENS), CPU, Needs(2, holds=True))
-    new = torch.randn(1, HKV, TOKENS, D + DV)
-    store.append(0, new[..., :D], new[..., D:])
-    step(store)
-    assert store.recently_used == {}
-
-
-def test_a_context_longer_than_its_books_begins_anew() -> None:
-    store, rows, _ = fill(20)
-    read(store, rows[0], pick([1, 2], [3, 4]))
-    near = NEED._replace(index=0)
-    longer = {0: 2 * TOKENS}
-    admit_hot(store, Pass(SHAPE, longer, near, announced=True, decodes=True))
-    assert store.recently_used[0].size.records == 2 * TOKENS
-    assert (store.recently_used[0].owner == -1).all()
 
 
 # --- the set itself -----------------------------------------------------------------------------------------
@@ -313,6 +244,6 @@ def test_its_bytes_are_those_of_the_formula() -> None:
     hot = make(9)
     near, home = hot.rows.ledger, hot.home
     assert near.used == hot.size.near_bytes == 9 * 2 * 4
-    assert home.used == hot.size.metadata_bytes == sum(t.numel() * t.element_size() for t in hot.books)
+    assert home.used == hot.size.metadata_bytes == sum(t.numel() * t.element_size() for t in hot.metadata)
     hot.clear()
     assert near.used == home.used == 0

@@ -20,6 +20,7 @@ from typing import Any
 
 from farkv._axes import Int, Tensor
 from farkv.errors import StoreError
+from farkv.files import InUseError, lock_file
 from farkv.store.far.page_reader import PageReader, bytes_of
 from farkv.store.ledger import Ledger
 
@@ -172,7 +173,8 @@ class DiskSpace:
             raise StoreError(f"disk store {self.folder}: it is closed; expected an open one, open it again")
         name = f"disk store {self.folder}, file {next(self._numbers)}"
         try:
-            fd = _open_nameless(self.folder)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                fd = os.dup(file.fileno())
         except OSError as error:
             raise _unusable(self.folder, error) from error
         return PageFile(fd, page_bytes, self.ledger, name)
@@ -193,14 +195,6 @@ def _end_space(fd: int, owner: int) -> None:
     os.close(fd)
 
 
-def _open_nameless(folder: Path) -> int:
-    with suppress(OSError):  # not every file system has files without names
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
-    fd, path = tempfile.mkstemp(prefix=".farkv-", dir=folder)
-    os.unlink(path)
-    return fd
-
-
 def _lock_folder(folder: Path) -> int:
     """Lock a folder for this process; the system lets go of it when the process ends, however it ends."""
     try:
@@ -208,24 +202,14 @@ def _lock_folder(folder: Path) -> int:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(None, "not writable")
         # The lock file is no page: its few bytes are not counted, and it stays.
-        fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(fd, 20, 0).decode(errors="replace") or "unknown"
-        os.close(fd)
+        return lock_file(folder / LOCK_NAME, 0o600)
+    except InUseError as error:
         raise StoreError(
-            f"disk store {folder}: in use by process {holder}; expected a folder that no one else uses; "
+            f"disk store {folder}: {error.strerror}; expected a folder that no one else uses; "
             "end that use, or choose another folder"
         ) from error
     except OSError as error:
-        os.close(fd)
         raise _unusable(folder, error) from error
-    return fd
 
 
 def _unusable(folder: Path, error: OSError) -> StoreError:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 
 from farkv._axes import Bool, Int, Tensor
-from farkv.errors import ConfigError
 from farkv.store.far.eviction import make_policy
 from farkv.store.far.kept import EXACT_ROW_BYTES, ROW_BYTES, Kept
 from farkv.store.far.page_cache import PageCache
@@ -32,6 +31,10 @@ class FarStore:
     def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, form: Needs):
         self.limits, self.device, self.needs = limits, device, form
         self.placement = place_records(limits, device, lives_near=form.lives_near)
+        # Asked several times per layer and step: plain values, not properties.
+        self.is_far, self.travels = self.placement.is_far, self.placement.travels
+        # Records can be read where they are: they are neither on pages of a disk nor coded.
+        self.reads_in_place = self.placement is not Placement.DISK and limits.quant is None
         self.host = Ledger("host", limits.host)
         # Where near memory is no tier of its own, copies made for reading take host memory besides the pool.
         shares_host = not self.reads_in_place and not counts_near(limits, device)
@@ -62,16 +65,6 @@ class FarStore:
 
     # --- where and what -------------------------------------------------------------------------------------
 
-    @property
-    def is_far(self) -> bool:
-        """Say whether records are copied before attention reads them."""
-        return self.placement.is_far
-
-    @property
-    def reads_in_place(self) -> bool:
-        """Say whether records can be read where they are: neither on pages of a disk nor coded."""
-        return self.placement is not Placement.DISK and self.limits.quant is None
-
     def follow(self, layer: int, follower: Follower) -> None:
         """Let `follower` do from now on what happens to this layer's records."""
         self._followers[layer].append(follower)
@@ -87,6 +80,13 @@ class FarStore:
     def seen(self, layer: int) -> int:
         """Return the tokens a layer was given, evicted ones included."""
         return self.pool[layer].length + self.evicted[layer]
+
+    def find_uneven(self) -> list[int]:
+        """Return layers that were given different numbers of tokens; one where all were given the same."""
+        first: dict[int, int] = {}
+        for layer, n in self.evicted.items():
+            first.setdefault(self.pool[layer].length + n, layer)
+        return list(first.values())
 
     def heads(self, layer: int) -> tuple[int, int]:
         """Return the number of sequences and of KV heads; zeros before anything was stored."""
@@ -121,7 +121,7 @@ class FarStore:
         """Return the form of a page: as large as the context asks for, or as the saved text has it."""
         record_bytes = self.stored_bytes(shape)
         if self.limits.saved is not None:
-            tokens = self.limits.saved.form.tokens
+            tokens = self.limits.saved.page_tokens
         else:
             context = max(self.limits.reserve_tokens, *(rows.length for rows in self.pool.values()))
             tokens = count_page_tokens(record_bytes, context)
@@ -133,14 +133,12 @@ class FarStore:
         """Set up page copies and page tables, once the records' shape is known.
 
         Raises:
-            ConfigError: layers differ in their records' shape, or these are not those of the saved text.
+            StoreError: the disk's folder gives no file.
         """
         if self.placement is not Placement.DISK or self.page_cache is not None:
             return
         form = self.page_form(shape, dtype)
         saved = self.limits.saved
-        if saved is not None and saved.form != form:
-            raise ConfigError(f"session: its pages are {saved.form}, this model and --quant need {form}")
         file: PageFile | None = None if self.limits.disk is None else self.limits.disk.open_file(form.n_bytes)
         pages = NumberedPages(form, file, saved.reader if saved else None, saved.n_pages if saved else 0)
         pages.on_read = self.on_disk
@@ -171,7 +169,8 @@ class FarStore:
 
     def encode(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Return new records as they are stored, in parts that lie side by side."""
-        self.describe(layer, LayerShape.of(k, v), k.dtype)
+        if layer not in self.shapes:
+            self.describe(layer, LayerShape.of(k, v), k.dtype)
         # Records are not differentiated through: they would hold on to every pass's graph.
         k, v = k.detach(), v.detach()
         if self.limits.quant is None:

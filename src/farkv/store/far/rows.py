@@ -71,12 +71,12 @@ class Rows:
     def view(self) -> Tensor:
         """Return the stored rows, [B, Hkv, S, W], without a copy."""
         assert self.data is not None
-        return self.data[:, :, : self.length]
+        return self.data.narrow(2, 0, self.length)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the rows of tokens `start` to `stop`, [B, Hkv, stop - start, W], without a copy."""
         assert self.data is not None
-        return self.data[:, :, start:stop]
+        return self.data.narrow(2, start, stop - start)
 
     def take(self, heads: Int[Tensor, " N"], positions: Int[Tensor, " N"], out: Tensor) -> None:
         """Copy the row at `positions[j]` of head `heads[j]` (sequence * Hkv + head) into `out[j]`.
@@ -113,14 +113,16 @@ class Rows:
         Cost: T * W elements written; when the capacity grows, one copy of all rows.
         """
         batch, heads, n_new, _ = parts[0].shape
-        width = sum(p.shape[-1] for p in parts)
-        self.ensure((batch, heads, self.length + n_new, width), parts[0].dtype)
-        assert self.data is not None
-        at = 0
+        if self.data is None or self.length + n_new > self.data.shape[2]:
+            width = sum(p.shape[-1] for p in parts)
+            self.ensure((batch, heads, self.length + n_new, width), parts[0].dtype)
+            assert self.data is not None
+        place, at = self.data.narrow(2, self.length, n_new), 0
         for part in parts:
+            width = part.shape[-1]
             # A deliberate copy: records live in the pool from here on (device to host on a GPU).
-            self.data[:, :, self.length : self.length + n_new, at : at + part.shape[-1]].copy_(part)
-            at += part.shape[-1]
+            place.narrow(3, at, width).copy_(part)
+            at += width
         self.length += n_new
 
     def ensure(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:

@@ -40,6 +40,12 @@ class LayerIndex:
         """Tokens indexed."""
         return self.rows.length
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's codes, all sequences and KV heads."""
+        data = self.rows.data
+        return 0 if data is None else data.shape[0] * data.shape[1] * data.shape[3] * data.element_size()
+
     def append(self, codes: Tensor, room: int = 0) -> None:
         """Add codes of new tokens, [B, Hkv, T, R], of `room` tokens in all where more are to come."""
         if room:
