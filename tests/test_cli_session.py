@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from farkv.session.header import ALIGN_BYTES
-from tests.test_cli import FACTS, QUESTION, farkv
+from tests.command import CODE as TEXT
+from tests.command import QUESTION, farkv, run_process
 
-TEXT = FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20
 OTHER = "print(stone_cloud)  # "
 
 
@@ -39,7 +39,7 @@ def digest(folder: Path) -> str:
 def test_later_runs_need_no_file_and_give_the_same_answer(folder: Path) -> None:
     before, first = digest(folder), json.loads((folder / "first.json").read_text())
     assert first["answer"] == "4821"
-    again = json.loads(farkv("run", *asking(folder), QUESTION).stdout)
+    again = json.loads(run_process("run", *asking(folder), QUESTION).stdout)
     with_file = json.loads(farkv("run", "--file", str(folder / "code.py"), *asking(folder), QUESTION).stdout)
     assert json.loads(farkv("run", *asking(folder), OTHER).stdout)["answer"] == "1973"
     for later in (again, with_file):
