@@ -110,10 +110,10 @@ def test_light_has_no_skew_and_says_so(run: Command, asked: str, tmp_path: Path)
     [
         ('{"prompt": ', "not JSON"),
         ('["a"]', "expected an object"),
-        ('{"text": "a"}', "'question' is none"),
-        ('{"question": "a"}', "'text' is none"),
+        ('{"text": "a"}', "'question' is missing"),
+        ('{"question": "a"}', "'text' is missing"),
         ('{"prompt": 3}', "'prompt' is 3"),
-        ('{"prompt": ""}', "'prompt' is an empty one"),
+        ('{"prompt": ""}', "'prompt' is empty"),
     ],
 )
 def test_a_bad_line_is_named(run: Command, line: str, says: str, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on(run: Command, tmp_path: Path, monkeypatch: p
     assert other.returncode == 2
     assert "delete it" in other.stderr
     done = run("-p", asked, "-o", str(out), "--json")
-    assert f"going on from {part}: 2 of 4 prompts are done" in done.stderr
+    assert f"resuming from {part}: 2 of 4 prompts are done" in done.stderr
     assert json.loads(done.stdout)["curves"] == whole["curves"] == 4
     assert len(calls) == 5
     resumed, plain = load_file(out), load_file(tmp_path / "whole")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["XKV", "FarKVError", "Full", "InfiniGen", "Plan", "Profile", "allocate", "attach", "load_cache", "profile"]
 
-# What needs torch and transformers is imported when it is first asked for: `farkv --help` answers at once.
+# Names that need torch or transformers are imported on first use, so that `farkv --help` is fast.
 _LAZY = {
     "Plan": "farkv.calibrate.plan",
     "Profile": "farkv.calibrate.profile",

@@ -1,4 +1,4 @@
-"""The axis letters of every file, and the tensor types made of them.
+"""The axis letters used in tensor annotations everywhere, and the annotation types.
 
 B   sequences of a batch              D   head dimension (Dk of keys, Dv of values where they differ)
 T   new tokens of this forward pass   W   record width: Dk + Dv

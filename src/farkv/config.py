@@ -1,6 +1,6 @@
-"""What options may say: byte sizes, folders, names of storage formats, eviction, kernels, and of methods' choices.
+"""Parsing and checking of option values: byte sizes, folders, and the names an option accepts.
 
-In: text or numbers. Out: checked values. Knows no tensors.
+In: text or numbers. Out: checked values. No tensors.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from typing import Literal
 
 from farkv.errors import ConfigError
 
-# What goes when the host pool is full (over a disk: which copy), how far records are stored, and which kernels run at
-# decode steps: the fast ones where a choice of records is read; also where all are; nowhere.
+# EVICT: which records are evicted when the host pool is full (with a disk: which cached copies). QUANT: storage format
+# of far records. KERNELS at decode steps: auto uses fast kernels where selected records are read, native also where all
+# records are read, plain never.
 EVICT = ("refuse", "fifo", "lru", "counter", "clock", "score")
 QUANT = ("int8", "int4")
 KERNELS = ("auto", "native", "plain")
 
-# The hidden state that the next layer's query is estimated from.
+# The hidden state from which the next layer's query is estimated.
 Source = Literal["attn", "residual", "post_attn"]
 SOURCES: tuple[Source, ...] = ("attn", "residual", "post_attn")
-# What a plan can drive: what a layer keeps after the prompt, pins near, and may fetch per step.
+# What a plan can set per layer: the records it keeps after the prompt, pins near, and may fetch per step.
 Lever = Literal["keep", "near", "fetch"]
 LEVERS: tuple[Lever, ...] = ("keep", "near", "fetch")
-# How layers share a budget.
+# How a budget is divided among layers.
 Rule = Literal["xkv", "maxmin", "pyramid", "uniform"]
 RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
 
@@ -40,10 +41,10 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
 
     Args:
         size: the text or number; None means no limit.
-        option: the option's name, for the error.
+        option: the option's name, for the error message.
 
     Raises:
-        ConfigError: the text does not parse, or the size is not positive.
+        ConfigError: the text cannot be parsed, or the size is not positive.
     """
     if size is None:
         return None
@@ -62,10 +63,10 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
 
 
 def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
-    """Turn `DIR:100GiB` into a folder and its byte limit; `DIR` alone has none.
+    """Split `DIR:100GiB` into a folder and its byte limit; `DIR` alone means no limit.
 
     Raises:
-        ConfigError: there is no folder, or the size does not parse.
+        ConfigError: the folder is missing, or the size cannot be parsed.
     """
     if disk is None:
         return None
@@ -76,20 +77,22 @@ def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
 
 
 def check_storage(evict: str, quant: str | None, *, host: int | None) -> None:
-    """Raise ConfigError unless these say how records are kept.
+    """Raise ConfigError unless the storage options are valid and consistent.
 
     Args:
-        host: the pool's limit, without which nothing is ever evicted.
+        host: the host pool's limit; without one nothing is ever evicted.
     """
     check_name("evict", evict, EVICT)
     if quant is not None:
         check_name("quant", quant, QUANT)
     if evict != "refuse" and host is None:
-        raise ConfigError(f"evict: {evict} says what goes when the host pool is full; give its limit: host='24GiB'")
+        raise ConfigError(
+            f"evict: {evict} applies only when the host pool has a limit, and none is set; set one: host='24GiB'"
+        )
 
 
 def format_bytes(n: float) -> str:
-    """Write a byte count for people: `1.5 GiB`."""
+    """Format a byte count for display: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(n) < 1024:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -104,13 +107,13 @@ def check_fraction(fraction: float) -> None:
 
 
 def check_counts(**counts: int) -> None:
-    """Raise ConfigError unless these are whole numbers of at least 0."""
+    """Raise ConfigError unless all values are integers of at least 0."""
     for name, count in counts.items():
         if not isinstance(count, int) or count < 0:
-            raise ConfigError(f"{name}: expected a whole number of at least 0, got {count!r}")
+            raise ConfigError(f"{name}: expected an integer of at least 0, got {count!r}")
 
 
 def check_name(option: str, got: str, names: tuple[str, ...]) -> None:
-    """Raise ConfigError unless an option's value is one of its names."""
+    """Raise ConfigError unless an option's value is one of the accepted names."""
     if got not in names:
         raise ConfigError(f"{option}: expected {', '.join(names[:-1])} or {names[-1]}, got {got!r}")

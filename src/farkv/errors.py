@@ -1,44 +1,44 @@
-"""What farkv raises. Catch `FarKVError` to catch all of it.
+"""The exceptions that farkv raises. `FarKVError` is the base of all of them.
 
     FarKVError
-    ├── ConfigError (ValueError)            an option's value cannot be used
-    ├── InputError (ValueError)             a file, prompt or model name cannot be used
-    ├── UnsupportedModelError (ValueError)  this architecture or attention cannot be managed
-    ├── CapacityError (MemoryError)         a byte limit cannot hold what is asked
-    ├── CacheStateError (RuntimeError)      a call does not fit the cache's state
-    ├── ProfileError (ValueError)           a profile file is damaged or of another model
-    ├── PlanError (ValueError)              a plan file is damaged, of another model, or does not drive what is asked
-    ├── StoreError (OSError)                the disk store cannot be written, read or trusted
-    └── SessionError (ValueError)           a session file is damaged, of another model, or of another text
+    ├── ConfigError (ValueError)            an option has an invalid value
+    ├── InputError (ValueError)             a file, prompt or model name is unusable
+    ├── UnsupportedModelError (ValueError)  the architecture or attention implementation is not supported
+    ├── CapacityError (MemoryError)         a request does not fit within a byte limit
+    ├── CacheStateError (RuntimeError)      a call is invalid in the cache's current state
+    ├── ProfileError (ValueError)           a profile file is damaged or belongs to another model
+    ├── PlanError (ValueError)              a plan file is damaged, belongs to another model, or lacks a lever
+    ├── StoreError (OSError)                the disk store failed to write, read or verify a page
+    └── SessionError (ValueError)           a session file is damaged, or belongs to another model or text
 
-Each text says what happened, what was expected, what was got, and the remedy.
+Each message says what happened, what was expected, what was found, and the remedy.
 """
 
 from __future__ import annotations
 
 
 class FarKVError(Exception):
-    """Base of every error that farkv raises on purpose."""
+    """Base class of all errors that farkv raises deliberately."""
 
 
 class ConfigError(FarKVError, ValueError):
-    """An option's value cannot be used."""
+    """An option has an invalid value."""
 
 
 class InputError(FarKVError, ValueError):
-    """A file, prompt or model name cannot be used."""
+    """A file, prompt or model name is unusable."""
 
 
 class UnsupportedModelError(FarKVError, ValueError):
-    """This architecture or attention implementation cannot be managed."""
+    """The architecture or attention implementation is not supported."""
 
 
 class CapacityError(FarKVError, MemoryError):
-    """A byte limit cannot hold what is asked of it."""
+    """A request does not fit within a byte limit."""
 
 
 class CacheStateError(FarKVError, RuntimeError):
-    """A call does not fit the cache's state."""
+    """A call is invalid in the cache's current state."""
 
 
 class ProfileError(FarKVError, ValueError):
@@ -46,12 +46,12 @@ class ProfileError(FarKVError, ValueError):
 
 
 class PlanError(FarKVError, ValueError):
-    """A plan file is damaged, belongs to another model, or does not drive what is asked of it."""
+    """A plan file is damaged, belongs to another model, or lacks the requested lever."""
 
 
 class StoreError(FarKVError, OSError):
-    """The disk store cannot be written, read or trusted."""
+    """The disk store failed to write, read or verify a page."""
 
 
 class SessionError(FarKVError, ValueError):
-    """A session file is damaged, belongs to another model or tokenizer, or holds another text."""
+    """A session file is damaged, or belongs to another model, tokenizer or text."""

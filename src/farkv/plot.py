@@ -1,4 +1,4 @@
-"""Draw curves and allocations into a file. Needs the `plot` extra."""
+"""Plot gain curves and layer allocations to an image file. Needs the `plot` extra."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def import_matplotlib() -> Any:
-    """Return matplotlib with a backend that needs no screen.
+    """Return matplotlib with a backend that needs no display.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -29,7 +29,7 @@ def import_matplotlib() -> Any:
 
 
 def plot_plan(plan: Plan, curves: Curves, path: str | Path) -> None:
-    """Draw, for every lever of a plan, each layer's curve with its share marked, and the shares beside equal ones."""
+    """Plot, for each lever of a plan, every layer's gain curve with its share marked, and the shares as bars."""
     matplotlib = import_matplotlib()
     from matplotlib import pyplot
 

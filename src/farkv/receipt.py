@@ -1,7 +1,7 @@
-"""The measured account of one run: `Account` counts while it runs, `Receipt` is what the user gets.
+"""The measured account of one run: `Account` counts during the run, `Receipt` is what the user gets.
 
-In: counts from the recipe, byte peaks from the ledgers, times from the door. Out: a frozen `Receipt` whose
-`to_dict()` has the stable keys. Knows nothing of models or tensors' contents.
+In: counts from the engine, byte peaks from the ledgers, times from `hf`. Out: a frozen `Receipt` whose `to_dict()` has
+stable keys. Knows nothing of models or tensor contents.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from farkv.trace import ReadTrace
 
 @dataclass(frozen=True)
 class KVBytes:
-    """Byte peaks; `total` is what a full cache of this context takes in the model's own heads and dtype."""
+    """Peak bytes per tier; `total` is the size of a full cache of this context in the model's own heads and dtype."""
 
     total: int
     near_peak: int
@@ -28,7 +28,7 @@ class KVBytes:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits that were set, in bytes; None where there was none."""
+    """The limits that were set, in bytes; None: unlimited."""
 
     near: int | None
     host: int | None
@@ -37,7 +37,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Quant:
-    """Storage formats of the tiers, None where records are kept as they came."""
+    """Storage formats of the tiers; None: records are stored in the model's dtype."""
 
     host: str | None = None
     disk: str | None = None
@@ -46,7 +46,7 @@ class Quant:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds; from the library they are host time inside the model's forward passes."""
+    """Seconds of host time inside the model's forward passes."""
 
     prefill_s: float
     decode_s: float
@@ -55,7 +55,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Quality:
-    """Comparison of verified decode steps with full attention over the same records."""
+    """Verified decode steps compared with full attention over the same records."""
 
     steps: int
     top1_agreement: float
@@ -66,7 +66,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer's share; `why` says why an unmanaged layer is left to Hugging Face."""
+    """One layer's figures; `why` is the reason that an unmanaged layer is left to Hugging Face."""
 
     layer: int
     managed: bool
@@ -78,7 +78,7 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What was read, held and moved, what it cost in time, and, if verified, in quality."""
+    """Bytes read, held and moved, time taken, and, if verified, the quality."""
 
     model: str
     method: str
@@ -103,7 +103,7 @@ class Receipt:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the receipt as plain JSON types, with the stable keys of `--json`."""
+        """Return plain JSON types with the stable keys of `--json`."""
         row = dataclasses.asdict(self)
         row["layers"] = list(row["layers"])
         return row
@@ -115,7 +115,7 @@ class LayerCount:
 
     read: float = 0.0
     held: float = 0.0
-    # Counts that only the device knows: summed there, read once at the receipt.
+    # Counts that are computed on the device: summed there, read once for the receipt.
     device_read: Tensor | None = None
     index_bytes: float = 0.0
     mass_sum: float = 0.0
@@ -131,23 +131,23 @@ class LayerCount:
             self.read += read
 
     def total_read(self) -> float:
-        """Return all records read. Syncs with the device once."""
+        """Return the number of records read. Cost: one device sync."""
         return self.read + (0.0 if self.device_read is None else float(self.device_read))
 
     def add_mass(self, mean: float, least: float) -> None:
-        """Add one verified step's found attention mass."""
+        """Add the attention mass that one verified step found."""
         self.mass_sum += mean
         self.mass_min = min(self.mass_min, least)
         self.mass_steps += 1
 
     def mass_mean(self) -> float | None:
-        """Return the mean mass over verified steps, None without any."""
+        """Return the mean mass over verified steps; None if there were none."""
         return self.mass_sum / self.mass_steps if self.mass_steps else None
 
 
 @dataclass
 class Account:
-    """Everything counted during a run, mutable."""
+    """All counters of a run; mutable."""
 
     layers: dict[int, LayerCount] = field(default_factory=dict)
     record_bytes: dict[int, int] = field(default_factory=dict)
@@ -160,14 +160,14 @@ class Account:
     fetched_bytes: int = 0
     disk_bytes: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
-    # Fast kernels that ran at decode steps.
+    # Names of the fast kernels that ran at decode steps.
     kernels: set[str] = field(default_factory=set)
     agreements: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     decoding: bool = False
-    # False while a step is verified: what it moves is no part of the run.
+    # False while a step is repeated for verification: the bytes it moves are not part of the run.
     counts_bytes: bool = True
-    # Where the records lie that decode steps read; None where nobody asks.
+    # Records the positions that decode steps read; None: not traced.
     trace: ReadTrace | None = None
 
     def layer(self, layer: int) -> LayerCount:
@@ -178,33 +178,33 @@ class Account:
         return count
 
     def add_fallback(self, name: str) -> None:
-        """Count one use of a slower or different path than the one asked for."""
+        """Count one use of a slower or different path than the one requested."""
         self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
 
     def count_fetch(self, n_bytes: int) -> None:
-        """Count bytes that crossed the link, at decode steps."""
+        """Count bytes that crossed the link; decode steps only."""
         if self.decoding and self.counts_bytes:
             self.fetched_bytes += n_bytes
 
     def count_disk(self, n_bytes: int) -> None:
-        """Count bytes that were read from disk, at decode steps."""
+        """Count bytes read from disk; decode steps only."""
         if self.decoding and self.counts_bytes:
             self.disk_bytes += n_bytes
 
     def read_fraction(self) -> float:
-        """Return the bytes of chosen records over the bytes of all records, all layers and decode steps."""
+        """Return the bytes of the selected records over those of all records, over all layers and decode steps."""
         read = sum(c.total_read() * self.record_bytes.get(i, 1) for i, c in self.layers.items())
         held = sum(c.held * self.record_bytes.get(i, 1) for i, c in self.layers.items())
         return read / held if held else 0.0
 
     def index_fraction(self) -> float:
-        """Return the index bytes scored over the bytes of all records, all layers and decode steps."""
+        """Return the index bytes scored over the bytes of all records, over all layers and decode steps."""
         scored = sum(c.index_bytes for c in self.layers.values())
         held = sum(c.held * self.record_bytes.get(i, 1) for i, c in self.layers.items())
         return scored / held if held else 0.0
 
     def quality(self) -> Quality | None:
-        """Return the verified comparison, None without `verify`."""
+        """Return the comparison with full attention; None if nothing was verified."""
         if not self.kl:
             return None
         counts = [c for c in self.layers.values() if c.mass_steps]

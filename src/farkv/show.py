@@ -1,4 +1,4 @@
-"""Draw for people: a receipt as a table that fits 80 columns, and progress as a bar."""
+"""Terminal output: receipts and plans as tables that fit 80 columns, and a progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from farkv.receipt import Receipt
 
 
 def draw_receipt(receipt: Receipt) -> RenderableType:
-    """Return the receipt as a table: what was read, held and moved, what it cost."""
+    """Return the receipt as a table: bytes read, held and moved, time and quality."""
     table = Table(title=f"receipt: {receipt.method}", title_justify="left", show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -36,7 +36,7 @@ def draw_receipt(receipt: Receipt) -> RenderableType:
 
 
 def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
-    """Return name, value and note of every row."""
+    """Return (name, value, note) for each row."""
     size, limits, time = receipt.kv_bytes, receipt.limits, receipt.time
 
     def of(limit: int | None) -> str:
@@ -67,7 +67,7 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
 
 
 def rows_of_disk(receipt: Receipt) -> list[tuple[str, str, str]]:
-    """Return the rows of a disk, and of coded records, where there are any."""
+    """Return the rows about the disk and quantised storage; none where neither is in use."""
     rows, size, limit = [], receipt.kv_bytes, receipt.limits.disk
     if size.disk_peak or receipt.disk_bytes_per_token:
         note = f"limit {format_bytes(limit)}" if limit else "no limit"
@@ -79,7 +79,7 @@ def rows_of_disk(receipt: Receipt) -> list[tuple[str, str, str]]:
 
 
 def draw_plan(plan: Plan) -> RenderableType:
-    """Return a table per lever: every layer's share, what it holds, and what an equal share would."""
+    """Return a table per lever: each layer's share, the attention mass it holds, and what an equal share would hold."""
     tables: list[RenderableType] = []
     for name, allocation in plan.levers.items():
         table = Table(title=f"{name}: {allocation.rule}, {describe_budget(allocation)}", title_justify="left")
@@ -96,21 +96,21 @@ def draw_plan(plan: Plan) -> RenderableType:
         table.add_row("mean", f"{allocation.ratio:.1%}", f"{held:.1%}", f"{equal:.1%}", "")
         tables.append(table)
         if allocation.losses:
-            names = {"planned": "these shares", "uniform": "equal ones", "least": "--rule loss"}
-            said = ", ".join(f"{names[name]} {nats:.2g}" for name, nats in allocation.losses.items())
-            tables.append(Text(f"measured loss, nats per token, summed over layers: {said}"))
+            names = {"planned": "these shares", "uniform": "equal shares", "least": "--rule loss"}
+            losses = ", ".join(f"{names[name]} {nats:.2g}" for name, nats in allocation.losses.items())
+            tables.append(Text(f"measured loss, nats per token, summed over layers: {losses}"))
     return Group(*tables)
 
 
 def describe_budget(allocation: Allocation) -> str:
-    """Return what was asked for, in words."""
-    asked = ", ".join(f"{name} {value:g}" for name, value in allocation.budget.items())
-    return asked + (f", and {allocation.base} records per layer" if allocation.base else "")
+    """Return the requested budget as text."""
+    budget = ", ".join(f"{name} {value:g}" for name, value in allocation.budget.items())
+    return budget + (f", plus {allocation.base} records per layer" if allocation.base else "")
 
 
 @contextmanager
 def show_progress(console: Console, title: str, *, quiet: bool) -> Iterator[Any]:
-    """Show a bar on stderr; yields a function (done, total)."""
+    """Show a progress bar; yields a callback (done, total)."""
     if quiet or not console.is_terminal:
         yield lambda done, total: None
         return

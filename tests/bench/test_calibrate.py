@@ -36,7 +36,7 @@ def test_what_is_found_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(row["rows"]) == 6
     with (console := Console(width=80)).capture() as out:
         console.print(draw_calibration(found))
-    assert "selecting wins from 512 tokens on" in out.get()
+    assert "selecting is faster from 512 tokens on" in out.get()
 
 
 def test_nothing_is_written_where_selecting_never_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_nothing_is_written_where_selecting_never_wins(folder: Path, monkeypatch
     assert list(folder.iterdir()) == []
     with (console := Console(width=80)).capture() as out:
         console.print(draw_calibration(found))
-    assert "never won up to 256 tokens" in out.get()
+    assert "never faster, up to 256 tokens" in out.get()
 
 
 def test_both_ways_run_over_the_same_records() -> None:

@@ -47,7 +47,7 @@ def test_chunks_cover_every_token_once() -> None:
 def test_what_memory_cannot_hold_is_refused_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill, "find_available_bytes", lambda: 1 << 30)
     require_memory(1 << 28, "a context")
-    with pytest.raises(CapacityError, match=r"a context takes 2.0 GiB, expected at most the 512.0 MiB"):
+    with pytest.raises(CapacityError, match=r"a context needs 2.0 GiB, but only 512.0 MiB"):
         require_memory(2 << 30, "a context")
 
 

@@ -39,7 +39,7 @@ def test_a_report_of_every_row_size_and_density(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_a_native_kernel_there_is_nothing_to_measure_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "load_native", lambda: None)
-    with pytest.raises(ConfigError, match="gather: no native kernel"):
+    with pytest.raises(ConfigError, match="gather: needs the native kernel"):
         measure_rows()
 
 

@@ -170,9 +170,9 @@ def test_a_filled_sequence_is_as_long_as_asked_and_stays_so(model, setting):
 def test_a_state_of_another_form_is_refused(model):
     sequence = open_sequence(model, SETTINGS[0], TOKENS)
     state = draw_state(sequence.learn_layout(TOKENS))
-    with pytest.raises(ConfigError, match=rf"expected it to take {TOKENS} tokens"):
+    with pytest.raises(ConfigError, match=rf"expected it to restore {TOKENS} tokens"):
         sequence.load(state[:-1000], TOKENS)
-    with pytest.raises(ConfigError, match="expected it to take 71 tokens"):
+    with pytest.raises(ConfigError, match="expected it to restore 71 tokens"):
         sequence.load(state, TOKENS + 1)
     sequence.close()
 
@@ -180,7 +180,7 @@ def test_a_state_of_another_form_is_refused(model):
 def test_a_full_sequence_refuses_one_token_more(model):
     sequence = LlamaSequence(model, SETTINGS[0], 256, 1)
     sequence.fill(256)
-    with pytest.raises(ConfigError, match="decode a token behind 256"):
+    with pytest.raises(ConfigError, match="decoding a token after 256"):
         sequence.decode(0)
     sequence.close()
 

@@ -129,7 +129,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
 
 
 def test_a_lever_that_is_not_driven_is_named_with_the_remedy() -> None:
-    with pytest.raises(PlanError, match=r"drives keep, fetch, not near.*farkv plan --lever near"):
+    with pytest.raises(PlanError, match=r"has lever keep, fetch, not near.*farkv plan --lever near"):
         make_plan().get("near")
 
 

@@ -55,7 +55,7 @@ def test_curves_come_back(made: Profile, tmp_path: Path, skew: bool) -> None:
 
 def test_a_profile_without_curves_says_so(made: Profile, tmp_path: Path) -> None:
     made.save(tmp_path / "old")
-    with pytest.raises(ProfileError, match="make it anew"):
+    with pytest.raises(ProfileError, match="create a new one"):
         Profile.load(tmp_path / "old").curves()
     assert made.has_skew
 

@@ -15,11 +15,11 @@ from farkv.errors import CapacityError, ConfigError, PlanError
 from farkv.hf.identity import identify_model
 from farkv.methods import XKV, Full, InfiniGen, Oracle, Window
 from farkv.store.far.kept import ROW_BYTES
+from tests.engine.kept import IDS, KeptTape, make_shares, steps
 from tests.hf.tape import check_replay, replay
 from tests.hf.test_attach import describe as describe_model
 from tests.hf.test_attach import settle
 from tests.hf.test_limits import NEW, PROMPT, TOKENS, WHOLE, count_storages, near_tensors, tiny
-from tests.engine.kept import IDS, KeptTape, make_shares, steps
 from tests.models import assert_same, forward, generate, make_model, make_prompt, plain_cache
 
 SHARES = (0.2, 0.5, 0.3, 0.4)

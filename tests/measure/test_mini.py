@@ -216,7 +216,7 @@ def test_light_over_everything_is_the_full_pass() -> None:
 @pytest.mark.parametrize("family", [f for f in MANAGED if f not in WHOLE])
 def test_light_refuses_models_with_other_layers(family: str) -> None:
     model = make_model(family)
-    with pytest.raises(ConfigError, match="layers of other kinds"):
+    with pytest.raises(ConfigError, match="expected full attention in all layers"):
         farkv.profile(model, PROMPTS, light=Light(0.25, 2))
     curves = farkv.profile(model, PROMPTS[2:], light=Light(0.5, 1)).curves()
     assert torch.allclose(curves.keep.sum(-1), torch.ones(1, len(curves.layers)), atol=1e-5)

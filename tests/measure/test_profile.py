@@ -155,5 +155,5 @@ def test_settings_that_cannot_be_used(settings: Any, says: str) -> None:
 
 
 def test_a_model_without_full_attention_is_named() -> None:
-    with pytest.raises(UnsupportedModelError, match="nothing to measure"):
+    with pytest.raises(UnsupportedModelError, match="a full-attention layer to measure"):
         farkv.profile(make_model("mistral_sliding"), PROMPTS)

@@ -1,6 +1,6 @@
-"""`farkv bench --calibrate`: from which context on choosing records beats reading all of them, on this machine.
+"""`farkv bench --calibrate`: the context length from which selecting records is faster than reading all of them.
 
-In: nothing. Out: the times of both ways at every context, the crossover, and its file.
+In: nothing. Out: the times of both at every context, the crossover, and the file it is saved in.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from farkv.receipt import Account
 SHAPE = SHAPES["llama3.2-1b"]
 CONTEXTS = tuple(2**i for i in range(7, 15))
 ROUNDS = 25
-# More would not make the short contexts' caches any colder than a model's weights do.
+# More layers would not make short contexts colder in the processor's caches than a real model's weights do.
 MOST_LAYERS = 16
 
 
 class Times(NamedTuple):
-    """Milliseconds per layer of both ways at one context."""
+    """Milliseconds per layer of dense reads and of selection, at one context."""
 
     context: int
     dense_ms: float
@@ -44,7 +44,7 @@ class Times(NamedTuple):
 
 
 class SelectRunner:
-    """Selection and attention over what was selected, by the native kernels, over the dense twin's own rows."""
+    """Selects records and attends to them with the native kernels, over the rows of the dense runner."""
 
     name = "select"
     least_tokens = 1
@@ -69,7 +69,7 @@ class SelectRunner:
         return torch.randint(-128, 128, (*heads, self.dense.case.context + 1, width), dtype=torch.int8)
 
     def step(self, layer: int) -> None:
-        """Write a token's record, choose, and attend to what was chosen."""
+        """Write a token's record, select, and attend to the selected records."""
         dense, native = self.dense, self.dense.native
         n, dim = dense.case.context + 1, dense.case.shape.head_dim
         dense.write(layer)
@@ -79,11 +79,11 @@ class SelectRunner:
         native.attend(q, rows, logits, positions=chosen, n=n, tail=self.tail)
 
     def restore(self) -> None:
-        """Nothing: every step writes the same record."""
+        """Do nothing: every step writes the same record."""
 
 
 def measure_times(native: Native, shape: ModelShape, context: int, rounds: int) -> Times:
-    """Time both ways, in turn, over the same records."""
+    """Time both, interleaved, over the same records."""
     case = Case(shape, context, layers=MOST_LAYERS)
     dense = DenseNativeRunner(case, KVSource(shape, 1, case.device), native)
     seconds = measure_interleaved([dense, SelectRunner(dense)], rounds)
@@ -91,7 +91,7 @@ def measure_times(native: Native, shape: ModelShape, context: int, rounds: int) 
 
 
 def find_crossover(times: list[Times]) -> int | None:
-    """Return the smallest context from which on selecting wins at every longer one too; None where it never does."""
+    """Return the smallest context from which selecting is faster at every measured length; None if there is none."""
     found = None
     for one in sorted(times, reverse=True):
         if one.select_ms >= one.dense_ms:
@@ -101,7 +101,7 @@ def find_crossover(times: list[Times]) -> int | None:
 
 
 class Calibration(NamedTuple):
-    """What was measured, and where it was written; no file where selecting never won."""
+    """The measured times, the crossover, and the file it was saved in; None where selecting was never faster."""
 
     times: list[Times]
     tokens: int | None
@@ -127,7 +127,7 @@ def calibrate(
     contexts: tuple[int, ...] | None = None,
     rounds: int = ROUNDS,
 ) -> Calibration:
-    """Measure both ways at every context and write the crossover down.
+    """Measure both at every context and save the crossover.
 
     Raises:
         ConfigError: there is no native kernel, or the file cannot be written.
@@ -145,13 +145,13 @@ def calibrate(
 
 
 def draw_calibration(found: Calibration) -> RenderableType:
-    """Return a table of both ways, and the crossover in words."""
+    """Return a table of both times, and the crossover as a sentence."""
     table = make_table("dense against selecting: ms per layer", ("dense-native", "select", "faster"), "context")
     for one in found.times:
         faster = "select" if one.select_ms < one.dense_ms else "dense"
         table.add_row(format_tokens(one.context), format_ms(one.dense_ms), format_ms(one.select_ms), faster)
-    said = f"selecting never won up to {format_tokens(found.times[-1].context)} tokens; nothing was written"
+    result = f"selecting was never faster, up to {format_tokens(found.times[-1].context)} tokens; nothing was saved"
     if found.tokens is not None:
-        said = f"selecting wins from {format_tokens(found.tokens)} tokens on; written to {found.path}"
+        result = f"selecting is faster from {format_tokens(found.tokens)} tokens on; saved to {found.path}"
     machine = found.to_dict()["machine"] | {"read_gb_per_s": None}
-    return Group(table, Text(said), draw_machine(machine))
+    return Group(table, Text(result), draw_machine(machine))

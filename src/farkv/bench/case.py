@@ -1,4 +1,4 @@
-"""One measurement's setting, and what a method moves at every step. Pure arithmetic but for the device."""
+"""The parameters of one measurement, and the bytes a method moves per step. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from farkv.bench.shapes import ModelShape
 
-# Layers of a fast method hold about this much together, of a slow one this: more than a processor's caches.
+# Total KV bytes of a fast and of a slow method's layers: more than the processor's caches hold.
 FAST_BYTES = 1 << 30
 SLOW_BYTES = 1 << 27
 
 
 class Case(NamedTuple):
-    """A shape, a context, a batch, how much is read of it, and where."""
+    """Shape, context, batch, fraction read, layers and device of one measurement."""
 
     shape: ModelShape
     context: int
     batch: int = 1
     fraction: float = 0.05
-    # None: as many as FAST_BYTES or SLOW_BYTES need.
+    # None: as many as it takes to fill FAST_BYTES or SLOW_BYTES.
     layers: int | None = None
     device: torch.device = torch.device("cpu")
 
@@ -32,21 +32,21 @@ class Case(NamedTuple):
 
     @property
     def fast_layers(self) -> int:
-        """Return the layers of a method that reads little."""
+        """Return the number of layers for a method that reads little."""
         return self.layers or self.count_layers(FAST_BYTES)
 
     @property
     def slow_layers(self) -> int:
-        """Return the layers of a method that reads everything."""
+        """Return the number of layers for a method that reads everything."""
         return self.layers or self.count_layers(SLOW_BYTES)
 
     def count_layers(self, n_bytes: int) -> int:
-        """Return how many layers hold `n_bytes`: at least two, at most the shape's."""
+        """Return how many layers `n_bytes` fill: at least two, at most the shape's."""
         return max(2, min(self.shape.layers, -(-n_bytes // self.layer_bytes)))
 
 
 class Traffic(NamedTuple):
-    """Bytes of one layer and step: read in sequence, and gathered in rows of `row_bytes`."""
+    """Bytes that one layer and step reads: sequentially, and gathered in rows of `row_bytes`."""
 
     read_fraction: float
     scanned_bytes: float
@@ -55,14 +55,14 @@ class Traffic(NamedTuple):
 
 
 class Bandwidth(NamedTuple):
-    """Bytes per second of this machine: reading in sequence, and reading sorted rows with prefetch."""
+    """This machine's bytes per second: sequential reads, and sorted row reads with prefetch."""
 
     read: float
-    # By row bytes.
+    # As a function of the row size in bytes.
     gather: Callable[[int], float]
 
 
 def find_floor(traffic: Traffic, bandwidth: Bandwidth) -> float:
-    """Return the seconds that a step's bytes take: scanned / read bandwidth + gathered / gather bandwidth."""
+    """Return the lower bound on a step's seconds: scanned / read bandwidth + gathered / gather bandwidth."""
     seconds = traffic.scanned_bytes / bandwidth.read
     return seconds + (traffic.gathered_bytes / bandwidth.gather(traffic.row_bytes) if traffic.gathered_bytes else 0.0)

@@ -1,6 +1,6 @@
-"""`farkv bench decode`: milliseconds per layer and token of attention, choosing and appending included.
+"""`farkv bench decode`: milliseconds of attention per layer and token, including selection and append.
 
-In: settings. Out: a report. Every method is timed in the same run, round by round.
+In: settings. Out: a report. All methods are timed in the same run, interleaved round by round.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from farkv.bench.timing import Spread, measure_interleaved, summarize
 from farkv.errors import ConfigError
 from farkv.kernels.native import Native, load_native
 
-# Told (done, total).
+# Progress callback: (done, total).
 Tell = Callable[[int, int], None]
 
 
 class Measured(NamedTuple):
-    """One method at one context; its floor is known once the machine was measured for the last time."""
+    """One method at one context; its floor is computed after the machine's last bandwidth measurement."""
 
     method: str
     context: int
@@ -38,8 +38,8 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
     """Measure every context and method.
 
     Raises:
-        ConfigError: a method or peer is not there.
-        CapacityError: memory cannot hold a context.
+        ConfigError: a method or peer is not available.
+        CapacityError: a context does not fit in memory.
     """
     native = load_native()
     settings, notes = check_native(settings, native)
@@ -61,7 +61,7 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
             measured.append(measure_peer(settings, context, name))
             advance()
         if machine is not None:
-            # Between contexts too: the best of quiet moments, as for the methods' own spread.
+            # Repeated between contexts, keeping the best: interference from other programs varies over time.
             machine.gather(settings.shape.record_bytes())
             machine.measure_again()
     rows = make_rows(settings, measured, machine)
@@ -71,39 +71,37 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
 
 
 def title_of(settings: Settings) -> str:
-    """Return what is measured, in words."""
+    """Return the report's title."""
     batch = f", batch {settings.batch}" if settings.batch > 1 else ""
     return f"decode, {settings.shape.name}{batch}: attention per layer and token, cap {settings.fraction:.1%}"
 
 
 def explain(settings: Settings) -> list[str]:
-    """Return what a reader must know to judge the numbers."""
+    """Return notes needed to interpret the numbers."""
     notes = []
     if any(name.startswith("hf-") for name in settings.methods):
-        notes.append("hf: DynamicCache copies all K and V with torch.cat at every token; that is part of its time")
+        notes.append("hf: DynamicCache copies all K and V with torch.cat at every token; its time includes that")
     if "hf-sdpa-bf16" in settings.methods:
-        notes.append("hf-sdpa-bf16: torch's bfloat16 sdpa is slow for one query on a CPU; see matmul-bf16 beside it")
+        notes.append("hf-sdpa-bf16: torch's bfloat16 sdpa is slow for a single query on a CPU; compare matmul-bf16")
     return notes
 
 
 def check_peers(settings: Settings) -> None:
-    """Refuse a peer that is not installed, before anything else is measured.
+    """Check that the peers can run, before anything is measured.
 
     Raises:
-        ConfigError: it is not, or it decodes one sequence at a time and more were asked for.
+        ConfigError: a peer is not installed, or supports a single sequence only and the batch is larger.
     """
     if "llama.cpp" in settings.peers:
         from farkv.bench.llama_cpp import require_llama_cpp
 
         require_llama_cpp()
         if settings.batch > 1:
-            raise ConfigError(
-                f"--peer llama.cpp: is measured with --batch 1, got {settings.batch}; leave one of them out"
-            )
+            raise ConfigError(f"--peer llama.cpp: supports --batch 1 only, got {settings.batch}; drop one of them")
 
 
 def measure_peer(settings: Settings, context: int, name: str) -> Measured:
-    """Measure a program that has its own cache and clock, after the methods of the same context."""
+    """Measure an external program with its own KV cache; runs after the methods at the same context."""
     from farkv.bench.llama_cpp import measure_llama_cpp
 
     layers = settings.case(context).slow_layers
@@ -114,7 +112,7 @@ def measure_peer(settings: Settings, context: int, name: str) -> Measured:
 def measure_context(
     settings: Settings, context: int, native: Native | None, advance: Callable[[], None]
 ) -> list[Measured]:
-    """Measure every method at one context; its memory is free again afterwards."""
+    """Measure every method at one context; its memory is freed on return."""
     runners = make_runners(settings, context, native)
     seconds = measure_interleaved(runners, settings.rounds, advance=advance)
     found = []
@@ -127,7 +125,7 @@ def measure_context(
 
 
 def make_rows(settings: Settings, measured: list[Measured], machine: Machine | None) -> list[Row]:
-    """Hold every method to its floor, by the best bandwidth that was measured."""
+    """Return the rows, each with the floor that the best measured bandwidth implies."""
     if machine is not None:
         for one in measured:
             if one.traffic is not None and one.traffic.row_bytes:

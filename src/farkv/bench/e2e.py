@@ -1,6 +1,6 @@
-"""`farkv bench e2e`: tokens per second of a whole model, farkv attached against the plain one, caches filled directly.
+"""`farkv bench e2e`: tokens per second of a whole model with and without farkv, over directly filled caches.
 
-In: a shape, contexts. Out: a report with the cost's growth over the context.
+In: a shape, contexts. Out: a report, including how the time per token grows with the context.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from farkv.bench.fill import KVSource, require_memory
 from farkv.bench.machine import describe_machine
 from farkv.bench.models import count_weight_bytes, make_model, share_weights
 from farkv.bench.ours import MOST_GROWTH, fill_layer
-from farkv.bench.report import OURS, Report, Row, compare, draw_notes, format_ms, format_share, make_row, make_table
+from farkv.bench.report import OURS, Report, Row, compare, draw_notes, format_fraction, format_ms, make_row, make_table
 from farkv.bench.shapes import ModelShape, format_tokens
 from farkv.bench.timing import divide, measure_interleaved, summarize
 from farkv.errors import ConfigError
@@ -33,21 +33,21 @@ DEFAULT = METHODS[:2]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What a user asked for."""
+    """The user's settings."""
 
     shape: ModelShape
     contexts: tuple[int, ...]
     layers: int
     methods: tuple[str, ...] = DEFAULT
     batch: int = 1
-    # None: the method's own, as where a user gives none.
+    # None: the method's default.
     fraction: float | None = 0.05
     rounds: int = 5
 
     def __post_init__(self) -> None:
         for name in self.methods:
             if name not in METHODS:
-                raise ConfigError(f"--methods: of e2e expected some of {', '.join(METHODS)}, got {name!r}")
+                raise ConfigError(f"--methods: e2e supports {', '.join(METHODS)}, got {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
@@ -56,7 +56,7 @@ class ModelSettings:
 
 
 class ModelRunner:
-    """A model that reads one token after another behind a filled cache; a step runs all its layers."""
+    """A model that decodes after a filled cache; one step runs all its layers."""
 
     n_layers = 1
 
@@ -67,19 +67,19 @@ class ModelRunner:
 
     @torch.no_grad()
     def step(self, layer: int) -> None:
-        """Read one token."""
+        """Decode one token."""
         self.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True)
         self.grown += 1
 
     def restore(self) -> None:
-        """Forget the tokens of the rounds before, once they are many."""
+        """Remove the tokens of earlier rounds once there are MOST_GROWTH of them."""
         if self.grown >= MOST_GROWTH:
             self.cache.crop(-self.grown)
             self.grown = 0
 
 
 def fill_plain(settings: ModelSettings, context: int, source: KVSource) -> DynamicCache:
-    """Return Hugging Face's cache with a context in it."""
+    """Return Hugging Face's cache filled with a context."""
     cache = DynamicCache()
     for layer in range(settings.layers):
         cache.update(*source.draw_kv(layer, 0, context), layer)
@@ -87,10 +87,10 @@ def fill_plain(settings: ModelSettings, context: int, source: KVSource) -> Dynam
 
 
 def fill_far(settings: ModelSettings, context: int, source: KVSource, far: Handle) -> Any:
-    """Return farkv's cache with a context stored and indexed as a prompt's pass does it, without its attention."""
+    """Return farkv's cache with a context stored and indexed as in prefill, but without attention."""
     cache: Any = far.new_cache(tokens=context + MOST_GROWTH + 32, batch=settings.batch)
     for layer in range(settings.layers):
-        # As for the cache layers' own `update`, which notes dtype and device besides.
+        # What the cache layer's `update` does first: record dtype and device.
         cache.layers[layer].lazy_initialization(*source.draw_kv(layer, 0, 1))
         fill_layer(cache.engine, Case(settings.shape, context, settings.batch), source, layer)
     return cache
@@ -100,7 +100,7 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
     """Measure every context and method.
 
     Raises:
-        CapacityError: memory cannot hold the model and all caches.
+        CapacityError: the model and all caches do not fit in memory.
     """
     shape, longest = settings.shape, max(settings.contexts)
     kv_bytes = int((len(settings.methods) + 1 / 16) * settings.layers + 3) * shape.layer_bytes(longest, settings.batch)
@@ -122,8 +122,8 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
     found = describe_machine(None, "torch" if native is None else native.name, row_bytes=shape.record_bytes())
     growth = find_growth(rows)
     notes = [
-        f"{name}: {slope['ms_per_1k_tokens']:.3g} ms more per token for 1 K tokens more of context"
-        + (f", {slope['share']:.3f} of hf-sdpa-bf16's" if slope.get("share") and name == OURS else "")
+        f"{name}: each 1 K tokens of context add {slope['ms_per_1k_tokens']:.3g} ms per token"
+        + (f", {slope['share']:.3f} of hf-sdpa-bf16's growth" if slope.get("share") and name == OURS else "")
         for name, slope in growth.items()
     ]
     cap = "its own" if settings.fraction is None else f"{settings.fraction:.1%}"
@@ -162,7 +162,7 @@ def measure_context(
 
 
 def find_growth(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Return by method how a token's time grows from the smallest to the largest context, and its share of sdpa's."""
+    """Return, by method, the growth of ms per token from the smallest to the largest context, and its ratio to sdpa."""
     growth: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(row.method for row in rows):
         own = sorted((row for row in rows if row.method == name), key=lambda row: row.context)
@@ -177,12 +177,12 @@ def find_growth(rows: list[Row]) -> dict[str, dict[str, float]]:
 
 
 def draw_model(report: Report) -> RenderableType:
-    """Return a table of contexts and methods: whole tokens."""
+    """Return a table of methods and contexts with the times of whole tokens."""
     table = make_table(report.title, ("context", "ms/token", "tokens/s", "ms/layer", "reads", f"× {OURS}"))
     for row in report.rows:
         table.add_row(
             row.method, format_tokens(row.context), format_ms(row.more["ms_per_token"]),
-            f"{row.more['tokens_per_s']:.2f}", format_ms(row.ms_per_layer), format_share(row.read_fraction),
+            f"{row.more['tokens_per_s']:.2f}", format_ms(row.ms_per_layer), format_fraction(row.read_fraction),
             compare(row, report.rows),
         )  # fmt: skip
     return Group(table, *draw_notes(report))

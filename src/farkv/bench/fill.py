@@ -1,6 +1,6 @@
-"""Random records, made so fast that 128 K tokens take seconds, and the check that memory holds them.
+"""Random records, drawn fast enough that 128 K tokens take seconds, and a check that they fit in memory.
 
-In: a shape, tokens. Out: K and V of any layer and stretch of tokens, the same for every method that asks.
+In: a shape, tokens. Out: K and V of any layer and token range, the same for every method.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from farkv.bench.shapes import ModelShape
 from farkv.config import format_bytes
 from farkv.errors import CapacityError
 
-# Rows of the block that records are drawn from, and tokens drawn at once.
+# Rows of the block that records are drawn from, and tokens per draw.
 BLOCK_ROWS = 1 << 17
 CHUNK_TOKENS = 4096
-# What the system and other programs keep.
+# Memory left for the system and other programs.
 SPARE_BYTES = 512 << 20
 
 
 class Noise:
     """Normal random numbers: record t of a head is row (t * stride + offset) of one block, with an offset per head.
 
-    Random keys have no locality: the chosen records lie anywhere, which is the worst case for reading them.
+    Random keys have no locality: the selected records are scattered, the worst case for reading them.
 
     Args:
         width: elements of a row.
@@ -35,13 +35,13 @@ class Noise:
     def __init__(self, width: int, device: torch.device, *, seed: int = 0, rows: int = BLOCK_ROWS):
         generator = torch.Generator().manual_seed(seed)
         self.block = torch.randn(rows, width, generator=generator).to(device, torch.bfloat16)
-        # Odd, so that the rows of one head are all different as long as the block has as many.
+        # Odd, hence coprime to the power-of-two block length: a head's rows repeat only after the whole block.
         self.stride = 0x9E37_79B1 % rows | 1
 
     def draw(
         self, size: tuple[int, int, int], start: int, salt: int, dtype: torch.dtype = torch.bfloat16
     ) -> Float[Tensor, "B H T D"]:
-        """Return rows of `size` = (B, H, T), from token `start` on; the same arguments give the same rows.
+        """Return rows of `size` = (B, H, T) from token `start`; the same arguments give the same rows.
 
         Cost: B * H * T * D elements read and written.
         """
@@ -63,22 +63,22 @@ class KVSource:
     def draw_kv(
         self, layer: int, start: int, n: int, dtype: torch.dtype = torch.bfloat16
     ) -> tuple[Float[Tensor, "B Hkv T D"], Float[Tensor, "B Hkv T D"]]:
-        """Return K and V of `n` tokens from `start` on."""
+        """Return K and V of `n` tokens from `start`."""
         size = (self.batch, self.shape.kv_heads, n)
         return self.noise.draw(size, start, 3 * layer, dtype), self.noise.draw(size, start, 3 * layer + 1, dtype)
 
     def draw_q(self, layer: int, start: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "B Hq T D"]:
-        """Return queries of `n` tokens from `start` on."""
+        """Return queries of `n` tokens from `start`."""
         return self.noise.draw((self.batch, self.shape.heads, n), start, 3 * layer + 2, dtype)
 
     def chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yield the start and length of every stretch that is drawn at once."""
+        """Yield (start, length) of each chunk of at most CHUNK_TOKENS."""
         for start in range(0, tokens, CHUNK_TOKENS):
             yield start, min(CHUNK_TOKENS, tokens - start)
 
 
 def find_available_bytes() -> int:
-    """Return the bytes of memory that can be had without swapping."""
+    """Return the bytes of memory available without swapping."""
     info = Path("/proc/meminfo")
     if info.is_file():
         for line in info.read_text().splitlines():
@@ -88,14 +88,14 @@ def find_available_bytes() -> int:
 
 
 def require_memory(n_bytes: int, what: str) -> None:
-    """Refuse what memory cannot hold, before anything is made.
+    """Check that `n_bytes` fit in memory, before anything is allocated.
 
     Raises:
-        CapacityError: it cannot.
+        CapacityError: they do not fit.
     """
     available = find_available_bytes() - SPARE_BYTES
     if n_bytes > available:
         raise CapacityError(
-            f"bench: {what} takes {format_bytes(n_bytes)}, expected at most the {format_bytes(max(0, available))} that "
-            "are available; give shorter --contexts, fewer --layers, a smaller --batch or fewer --methods"
+            f"bench: {what} needs {format_bytes(n_bytes)}, but only {format_bytes(max(0, available))} are available; "
+            "use shorter --contexts, fewer --layers, a smaller --batch or fewer --methods"
         )

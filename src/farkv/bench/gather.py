@@ -1,6 +1,6 @@
-"""`farkv bench gather`: how fast this machine reads in sequence, and sorted rows with prefetch.
+"""`farkv bench gather`: this machine's bandwidth for sequential reads, and for sorted row reads with prefetch.
 
-In: row sizes and densities. Out: a report. These bandwidths are the floor that decode is held to.
+In: row sizes and densities. Out: a report. These bandwidths give the lower bound (floor) that decode is compared with.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from farkv.bench.report import draw_machine, make_table
 
 @dataclass(frozen=True)
 class GatherReport:
-    """Bandwidths by row size and density, and the sequential one."""
+    """Gather bandwidths by row size and density, and the sequential bandwidth."""
 
     rates: list[GatherRate]
     machine: dict[str, Any]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types; what makes no sense for a bandwidth is null."""
+        """Return plain JSON types; keys that do not apply to a bandwidth are null."""
         blank = {"context": None, "batch": None, "ms_per_layer": None, "floor_percent": None}
         rows: list[dict[str, Any]] = [
             {"method": "read", **blank, "read_fraction": 1.0, "gb_per_s": self.machine["read_gb_per_s"]}
@@ -55,8 +55,8 @@ def measure_rows(
     """Measure every row size at every density.
 
     Raises:
-        ConfigError: there is no native kernel to measure with.
-        CapacityError: memory cannot hold the buffer.
+        ConfigError: there is no native kernel.
+        CapacityError: the buffer does not fit in memory.
     """
     native = require_native("gather")
     require_memory(buffer_bytes, "the buffer")
@@ -72,7 +72,7 @@ def measure_rows(
 
 
 def draw_gather(report: GatherReport) -> RenderableType:
-    """Return a table of row sizes by density, GB/s."""
+    """Return a table of GB/s by row size and density."""
     table = make_table("sorted, prefetched row reads: GB/s", tuple(f"{d:.0%} of rows" for d in DENSITIES), "rows")
     for row_bytes in ROW_BYTES:
         rates = [rate.bytes_per_s for rate in report.rates if rate.row_bytes == row_bytes]

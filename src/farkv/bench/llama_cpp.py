@@ -1,13 +1,13 @@
-"""llama.cpp as a peer: what a decode step's attention costs there, at the best setting of its KV cache.
+"""llama.cpp as a peer: the cost of a decode step's attention, with its fastest KV cache setting.
 
-In: a shape, layers, a context, threads. Out: seconds per layer and token of attention.
+In: a shape, layers, a context, threads. Out: seconds of attention per layer and token.
 
-A random-weight model with the shape's attention is written and loaded, its KV cache is filled as from a saved sequence,
-one token is decoded behind it and taken back. What a decode behind BASE_TOKENS takes is subtracted:
+A random-weight model with the shape's attention is written and loaded, its KV cache is filled by restoring a saved
+sequence, one token is decoded after it and removed again. The time of a decode after BASE_TOKENS is subtracted:
 
     attention = (t(context) - t(BASE_TOKENS)) / layers
 
-llama.cpp attends to at least PAD_TOKENS cells, masked or not, so this leaves out PAD_TOKENS / context of its time.
+llama.cpp attends to at least PAD_TOKENS cells, masked or not, so this omits PAD_TOKENS / context of its time.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ from farkv.errors import ConfigError
 BASE_TOKENS = 64
 PAD_TOKENS = 256
 LEAST_TOKENS = 4 * PAD_TOKENS
-# Rounds that find the best setting; a setting whose first round takes this many times the best's median gets no more.
+# Rounds for finding the fastest setting; a setting whose first round takes HOPELESS times the best median is dropped.
 SCREEN_ROUNDS = 5
 HOPELESS = 2.0
 
-
 _log: deque[str] = deque(maxlen=4)
-# The library holds a bare pointer to it.
+# Kept alive here: the library only holds a raw pointer.
 _callback: Any = None
 
 
 def require_llama_cpp() -> Any:
-    """Return the llama_cpp package, its log kept off the terminal.
+    """Return the llama_cpp package, with its log redirected away from the terminal.
 
     Raises:
-        ConfigError: it, or the package that writes its files, is not installed.
+        ConfigError: llama_cpp or gguf is not installed.
     """
     global _callback  # noqa: PLW0603
     try:
@@ -55,7 +54,7 @@ def require_llama_cpp() -> Any:
     except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(
             "--peer llama.cpp: expected the packages llama-cpp-python and gguf, got "
-            f"{type(error).__name__} ({error}); install them with: pip install 'farkv[peer]', or leave the peer out"
+            f"{type(error).__name__} ({error}); install them with: pip install 'farkv[peer]', or drop the peer"
         ) from error
     if _callback is None:
         _callback = library.llama_log_callback(lambda level, text, data: _log.append(text.decode(errors="replace")))
@@ -64,15 +63,13 @@ def require_llama_cpp() -> Any:
 
 
 def refuse(what: str) -> ConfigError:
-    """Return the error for what llama.cpp does not do, with the last lines of its log."""
-    said = " ".join(line.strip() for line in _log if line.strip())
-    return ConfigError(
-        f"--peer llama.cpp: {what}; its log ends with: {said!r}; leave the peer out, or lower --contexts"
-    )
+    """Return the error for a failure in llama.cpp, with the last lines of its log."""
+    log = " ".join(line.strip() for line in _log if line.strip())
+    return ConfigError(f"--peer llama.cpp: {what}; its log ends with: {log!r}; drop the peer, or lower --contexts")
 
 
 class LlamaModel(NamedTuple):
-    """A random-weight model of a shape's attention, loaded."""
+    """A loaded random-weight model with a shape's attention."""
 
     library: Any
     handle: Any
@@ -82,18 +79,18 @@ class LlamaModel(NamedTuple):
 
 @contextmanager
 def load_model(shape: ModelShape, layers: int) -> Iterator[LlamaModel]:
-    """Load a model; every sequence is closed before its end."""
+    """Load a model and free it on exit; close its sequences before that."""
     library = require_llama_cpp()
     params = library.llama_model_default_params()
     params.n_gpu_layers = 0
-    # Read into memory, so that the file can go.
+    # Read into memory, so that the file can be deleted.
     params.use_mmap = False
     with TemporaryDirectory(prefix="farkv-bench-") as folder:
         path = Path(folder) / "model.gguf"
         write_model(path, shape, layers)
         handle = library.llama_model_load_from_file(str(path).encode(), params)
     if not handle:
-        raise refuse("expected it to load a model of this shape, it did not")
+        raise refuse("could not load a model of this shape")
     try:
         yield LlamaModel(library, handle, layers, shape.kv_heads * shape.head_dim)
     finally:
@@ -101,7 +98,7 @@ def load_model(shape: ModelShape, layers: int) -> Iterator[LlamaModel]:
 
 
 class LlamaSequence:
-    """One sequence with room for `room` tokens, in one setting of the KV cache."""
+    """One sequence with room for `room` tokens, with one KV cache setting."""
 
     def __init__(self, model: LlamaModel, setting: KVSetting, room: int, threads: int):
         self.model, self.setting, self.library = model, setting, model.library
@@ -113,19 +110,19 @@ class LlamaSequence:
         params.offload_kqv = params.op_offload = False
         self.handle = self.library.llama_init_from_model(model.handle, params)
         if not self.handle:
-            raise refuse(f"expected room for {format_tokens(room)} tokens as {setting.name}, got none")
+            raise refuse(f"could not allocate a KV cache of {format_tokens(room)} tokens as {setting.name}")
         self.memory = self.library.llama_get_memory(self.handle)
         self.token = (ctypes.c_int32 * 1)()
 
     def decode(self, token: int) -> float:
-        """Append a token and return the seconds that it takes."""
+        """Decode a token and return the seconds it takes."""
         self.token[0] = token % VOCABULARY
         start = time.perf_counter()
         failed = self.library.llama_decode(self.handle, self.library.llama_batch_get_one(self.token, 1))
         self.library.llama_synchronize(self.handle)
         seconds = time.perf_counter() - start
         if failed:
-            raise refuse(f"expected it to decode a token behind {len(self)}, got error {failed}")
+            raise refuse(f"decoding a token after {len(self)} failed with error {failed}")
         return seconds
 
     def __len__(self) -> int:
@@ -142,22 +139,22 @@ class LlamaSequence:
         return state
 
     def load(self, state: np.ndarray, tokens: int) -> None:
-        """Take a state of `tokens` tokens instead of what is there.
+        """Replace the sequence with a state of `tokens` tokens.
 
         Raises:
-            ConfigError: this llama.cpp does not read it.
+            ConfigError: this version of llama.cpp does not accept it.
         """
         read = self.library.llama_state_seq_set_data(self.handle, point_to(state), state.size, 0)
         if read != state.size or len(self) != tokens:
             raise refuse(
-                f"expected it to take {tokens} tokens ({state.size} bytes), it took {len(self)} ({read} bytes)"
+                f"expected it to restore {tokens} tokens ({state.size} bytes), it restored {len(self)} ({read} bytes)"
             )
 
     def learn_layout(self, tokens: int) -> StateLayout:
-        """Return the layout of a state of `tokens` tokens, with the header that this version puts in front.
+        """Return the layout of a state of `tokens` tokens, including the header that this version writes.
 
         Raises:
-            ConfigError: this llama.cpp writes another one.
+            ConfigError: this version of llama.cpp uses an unknown layout.
         """
         self.decode(0)
         real = self.save()
@@ -171,21 +168,21 @@ class LlamaSequence:
         return layout._replace(tokens=tokens, header=real[:n].tobytes())
 
     def fill(self, tokens: int) -> None:
-        """Hold `tokens` random tokens. Cost: twice their bytes for a moment."""
+        """Fill the sequence with `tokens` random tokens. Cost: twice their bytes, temporarily."""
         self.load(draw_state(self.learn_layout(tokens)), tokens)
 
     def close(self) -> None:
-        """Free it."""
+        """Free the sequence."""
         self.library.llama_free(self.handle)
 
 
 def point_to(array: np.ndarray) -> Any:
-    """Return a C pointer to its bytes."""
+    """Return a C pointer to the array's bytes."""
     return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class LlamaPair:
-    """A sequence of the whole context beside a short one, in one setting."""
+    """A sequence of the whole context and a short one, with one KV cache setting."""
 
     def __init__(self, model: LlamaModel, setting: KVSetting, context: int, threads: int):
         self.layers, self.sequences = model.layers, []
@@ -193,11 +190,11 @@ class LlamaPair:
             sequence = LlamaSequence(model, setting, tokens + 1, threads)
             self.sequences.append((sequence, tokens))
             sequence.fill(tokens)
-        # The first decode pays for memory that was never touched.
+        # Warm-up: the first decode causes page faults.
         self.measure()
 
     def measure(self) -> float:
-        """Return the seconds of attention per layer and token of one round; both sequences stay as they were."""
+        """Return the seconds of attention per layer and token of one round; both sequences are left unchanged."""
         seconds = []
         for sequence, tokens in self.sequences:
             seconds.append(sequence.decode(tokens))
@@ -205,24 +202,24 @@ class LlamaPair:
         return (seconds[0] - seconds[1]) / self.layers
 
     def close(self) -> None:
-        """Free both."""
+        """Free both sequences."""
         for sequence, _ in self.sequences:
             sequence.close()
 
 
 def measure_llama_cpp(shape: ModelShape, layers: int, context: int, threads: int, rounds: int) -> list[float]:
-    """Return the seconds of attention per layer and token of every round, at the best setting of the KV cache.
+    """Return each round's seconds of attention per layer and token, with the fastest KV cache setting.
 
     Raises:
-        ConfigError: a package is missing or does not read what is written for it, or the context is too short.
-        CapacityError: memory cannot hold the context.
+        ConfigError: a package is missing or incompatible, or the context is too short.
+        CapacityError: the context does not fit in memory.
     """
     if context < LEAST_TOKENS:
         raise ConfigError(
-            f"--peer llama.cpp: expected --contexts of at least {LEAST_TOKENS}, got {context}: it computes "
-            f"{PAD_TOKENS} tokens at a time, so a short context cannot be told from none"
+            f"--peer llama.cpp: expected --contexts of at least {LEAST_TOKENS}, got {context}: it pads to "
+            f"{PAD_TOKENS} tokens, so the time of a short context cannot be measured"
         )
-    # The cache, and the state that it is filled from.
+    # The cache, and the state it is restored from.
     require_memory(2 * layers * shape.layer_bytes(context), f"llama.cpp at {format_tokens(context)} tokens")
     with load_model(shape, layers) as model:
         medians: dict[KVSetting, float] = {}

@@ -1,12 +1,12 @@
-"""What llama.cpp reads: a model with random weights around the attention of a shape, and a saved sequence.
+"""Input files for llama.cpp: a random-weight model with a shape's attention, and a saved sequence.
 
-In: a shape and layers, or how the KV cache is kept. Out: a GGUF file, or the bytes that `llama_state_seq_set_data`
-accepts, so that a long context needs no prompt's pass. Little-endian, without padding:
+In: a shape and layers, or a KV cache setting. Out: a GGUF file, or the bytes that `llama_state_seq_set_data` accepts,
+so that a long context needs no prefill. Little-endian, without padding:
 
-    header      of this version's own, if any
+    header      depends on the version; may be empty
     streams u32 = 1, tokens u32
     per token   position i32, sequences u32 = 1, sequence i32 = 0
-    transposed  u32: 1 where V lies [width, tokens], as it does without flash attention
+    transposed  u32: 1 where V is [width, tokens], as it is without flash attention
     layers u32
     per layer   K  type i32, bytes of a row u64, rows
     per layer   V  type i32, bytes of a row u64, rows; transposed: type i32, bytes of an element u32, width u32, columns
@@ -23,20 +23,20 @@ import numpy as np
 
 from farkv.bench.shapes import ModelShape
 
-# ggml's numbers.
+# ggml's type numbers.
 F16, Q8_0 = 1, 8
-# What is not attention is small: its time is subtracted, and the less it is, the less noise it leaves. The head
-# dimension is a field of its own, so the attention has its true size behind a narrow residual stream.
+# Everything but attention is small: its time is subtracted, and a smaller time leaves less noise. The head dimension is
+# set explicitly, so attention has its true size despite the narrow residual stream.
 HIDDEN = 512
 MLP = 512
 VOCABULARY = 256
 LONGEST = 1 << 20
-# Drawn records repeat after as many tokens, which no timing sees.
+# Random records repeat after this many tokens; that does not affect the timing.
 BLOCK_TOKENS = 4096
 
 
 class KVSetting(NamedTuple):
-    """How llama.cpp keeps K and V, and which attention reads them."""
+    """The storage types of K and V in llama.cpp, and whether flash attention reads them."""
 
     name: str
     type_k: int
@@ -53,7 +53,7 @@ SETTINGS = (
 
 
 def list_tensors(shape: ModelShape, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield every tensor's name and size, the contiguous dimension last."""
+    """Yield every tensor's name and shape, the contiguous dimension last."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     block = {"attn_norm": (HIDDEN,), "attn_q": (queries, HIDDEN), "attn_k": (keys, HIDDEN), "attn_v": (keys, HIDDEN),
              "attn_output": (HIDDEN, queries), "ffn_norm": (HIDDEN,), "ffn_gate": (MLP, HIDDEN),
@@ -66,9 +66,9 @@ def list_tensors(shape: ModelShape, layers: int) -> Iterator[tuple[str, tuple[in
 
 
 def write_model(path: Path, shape: ModelShape, layers: int, seed: int = 0) -> None:
-    """Write a llama model without a tokenizer: matrices of variance 1 / (contiguous dimension), norms of ones.
+    """Write a llama model without a tokenizer: matrices have variance 1 / (contiguous dimension), norms are ones.
 
-    Cost: about 2 · HIDDEN · (2 · heads + 2 · kv_heads) · head_dim bytes per layer, in memory until they are written:
+    Cost: about 2 · HIDDEN · (2 · heads + 2 · kv_heads) · head_dim bytes of memory per layer until the file is written:
     10 MiB for 32 + 8 heads of 128.
     """
     from gguf import GGUFWriter
@@ -89,7 +89,7 @@ def write_model(path: Path, shape: ModelShape, layers: int, seed: int = 0) -> No
     writer.add_rope_freq_base(500000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     for name, size in list_tensors(shape, layers):
-        # Norms are single precision, as llama.cpp wants them.
+        # llama.cpp requires norms in single precision.
         random = len(size) > 1
         values = rng.standard_normal(size, dtype=np.float32) / np.sqrt(size[-1], dtype=np.float32) if random else None
         writer.add_tensor(name, np.ones(size, np.float32) if values is None else values.astype(np.float16))
@@ -100,7 +100,7 @@ def write_model(path: Path, shape: ModelShape, layers: int, seed: int = 0) -> No
 
 
 def encode_rows(kind: int, values: np.ndarray) -> np.ndarray:
-    """Return rows in a cache's type, uint8 [tokens, bytes of a row], of [tokens, width] floating point."""
+    """Encode [tokens, width] floats in a ggml type; return uint8 [tokens, bytes of a row]."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -108,11 +108,11 @@ def encode_rows(kind: int, values: np.ndarray) -> np.ndarray:
 
 
 class StateLayout(NamedTuple):
-    """What decides the bytes of a state.
+    """The parameters that determine the bytes of a saved state.
 
     Args:
         width: KV heads times head dimension.
-        header: what this llama.cpp writes in front.
+        header: the bytes that this version of llama.cpp writes first.
     """
 
     setting: KVSetting
@@ -130,13 +130,13 @@ class StateLayout(NamedTuple):
 
 
 def build_state(layout: StateLayout, keys: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> np.ndarray:
-    """Return a sequence at positions 0, 1, ... as uint8.
+    """Return a saved sequence at positions 0, 1, ... as uint8.
 
     Args:
-        keys: of every layer: uint8 [tokens, row bytes].
-        values: the same; without flash attention half precision [width, tokens].
+        keys: for each layer uint8 [tokens, row bytes].
+        values: the same; without flash attention, half precision [width, tokens].
 
-    Cost: the bytes of the KV cache, written once.
+    Cost: one write of the KV cache's bytes.
     """
     setting, tokens = layout.setting, layout.tokens
     cells = np.zeros((tokens, 3), dtype="<i4")
@@ -152,12 +152,12 @@ def build_state(layout: StateLayout, keys: Sequence[np.ndarray], values: Sequenc
 
 
 def draw_state(layout: StateLayout, seed: int = 0) -> np.ndarray:
-    """Return a sequence of normal random K and V, the same in every layer."""
+    """Return a saved sequence of normally distributed K and V, the same in every layer."""
     setting, tokens = layout.setting, layout.tokens
     order = np.arange(tokens) % BLOCK_TOKENS
     size = (2, min(tokens, BLOCK_TOKENS), layout.width)
     k, v = np.random.default_rng(seed).standard_normal(size, dtype=np.float32)
     k = encode_rows(setting.type_k, k)[order]
-    # Transposed, columns repeat.
+    # The transposed V repeats along columns.
     v = encode_rows(setting.type_v, v)[order] if setting.flash else v.T.astype("<f2").take(order, axis=1)
     return build_state(layout, [k] * layout.layers, [v] * layout.layers)

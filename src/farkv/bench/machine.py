@@ -1,6 +1,6 @@
-"""What this machine can do: its name, its kernels, and its bandwidths, measured by the native kernel.
+"""This machine: its name, kernels, and memory bandwidths as measured by the native kernel.
 
-In: nothing but a buffer's size. Out: bytes per second of sequential reads and of sorted, prefetched row reads.
+In: a buffer size. Out: bytes per second of sequential reads and of sorted, prefetched row reads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from farkv.calibrate.crossover import read_cpu_model
 from farkv.errors import ConfigError
 from farkv.kernels.native import Native, load_native
 
-# Much larger than any cache of a processor.
+# Much larger than any processor cache.
 BUFFER_BYTES = 512 << 20
 PASSES = 5
 ROW_BYTES = (128, 256, 512, 1024)
@@ -24,7 +24,7 @@ DENSITIES = (0.01, 0.05, 0.2)
 
 
 class GatherRate(NamedTuple):
-    """Bytes per second of reading rows of `row_bytes`, of which this share is read."""
+    """Bytes per second of reading rows of `row_bytes`; `density` is the fraction of rows read."""
 
     row_bytes: int
     density: float
@@ -40,19 +40,19 @@ def require_native(what: str) -> Native:
     native = load_native()
     if native is None:
         raise ConfigError(
-            f"{what}: no native kernel: it was not built, or not for this machine; install a C compiler and farkv "
-            "again, or leave this out"
+            f"{what}: needs the native kernel, which was not built for this machine; install a C compiler, reinstall "
+            "farkv, or drop this option"
         )
     return native
 
 
 def make_buffer(n_bytes: int = BUFFER_BYTES) -> Tensor:
-    """Return memory to read, every page of it written: pages that were never written are all the same one."""
+    """Return a buffer to read, with every page written: unwritten pages all map to the same zero page."""
     return torch.ones(n_bytes // 8, dtype=torch.int64).view(torch.uint8)
 
 
 def draw_positions(n_rows: int, density: float) -> list[Int[Tensor, " N"]]:
-    """Return random rows, ascending, each once, for every pass: others each time, or they would lie in a cache."""
+    """Return, per pass, distinct random rows in ascending order; passes use different rows so that none are cached."""
     n = max(1, int(density * n_rows))
     order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(0))
     return [order.roll(-i * n)[:n].sort().values for i in range(PASSES)]
@@ -70,7 +70,7 @@ def measure_gather(native: Native, buffer: Tensor, row_bytes: int, density: floa
 
 
 class Machine:
-    """This machine's bandwidths, each measured when it is first asked for, again at the end, and the best kept."""
+    """This machine's bandwidths: measured on first use and again later; the best value is kept."""
 
     def __init__(self, native: Native, density: float, *, buffer_bytes: int = BUFFER_BYTES):
         self.native, self.density = native, density
@@ -85,7 +85,7 @@ class Machine:
         return self.rates[row_bytes]
 
     def measure_again(self) -> None:
-        """Measure once more: a floor that was measured while the machine was busy would flatter what is held to it."""
+        """Measure again: a bandwidth measured on a busy machine would give a floor that flatters the methods."""
         self.read = max(self.read, measure_read(self.native, self.buffer))
         for row_bytes, rate in self.rates.items():
             again = measure_gather(self.native, self.buffer, row_bytes, self.density).bytes_per_s
@@ -93,12 +93,12 @@ class Machine:
 
     @property
     def bandwidth(self) -> Bandwidth:
-        """Return both."""
+        """Return both bandwidths."""
         return Bandwidth(self.read, self.gather)
 
 
 def describe_machine(machine: Machine | None, kernel: str, *, row_bytes: int = 512) -> dict[str, Any]:
-    """Return the `machine` object of `--json`: bandwidths are null where no native kernel measures them."""
+    """Return the `machine` object of `--json`; bandwidths are null without a native kernel."""
     return {
         "cpu": read_cpu_model(),
         "threads": torch.get_num_threads(),

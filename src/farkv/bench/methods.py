@@ -1,6 +1,6 @@
-"""What a decode measurement is asked for: methods by name, their bytes, their runners.
+"""The methods of a decode measurement by name, their memory needs and their runners.
 
-In: options. Out: checked settings, and for every context the filled caches of every method.
+In: options. Out: checked settings, and for each context the runners of all methods over filled caches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PEERS = ("llama.cpp",)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user asked for."""
+    """The user's settings."""
 
     shape: ModelShape
     contexts: tuple[int, ...]
@@ -48,7 +48,7 @@ class Settings:
                 raise ConfigError(f"--peer: expected {' or '.join(PEERS)}, got {name!r}")
 
     def case(self, context: int) -> Case:
-        """Return one context's setting."""
+        """Return the parameters of one context."""
         return Case(self.shape, context, self.batch, self.fraction, self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,21 +58,21 @@ class Settings:
 
 
 def check_native(settings: Settings, native: Native | None) -> tuple[Settings, list[str]]:
-    """Leave out what needs a native kernel where there is none and no one asked for it by name; say so.
+    """Without a native kernel, drop dense-native from the default methods and add a note.
 
     Raises:
-        ConfigError: it was asked for.
+        ConfigError: dense-native was named explicitly.
     """
     if native is not None or "dense-native" not in settings.methods:
         return settings, []
     if settings.methods != DEFAULT:
         require_native("dense-native")
     methods = tuple(name for name in settings.methods if name != "dense-native")
-    return replace(settings, methods=methods), ["dense-native is left out: no native kernel, so no floor either"]
+    return replace(settings, methods=methods), ["no native kernel: dense-native is skipped and no floor is measured"]
 
 
 def count_bytes(settings: Settings, context: int) -> int:
-    """Return the bytes that all methods of one context hold together, at their widest moment."""
+    """Return the peak bytes of all methods at one context together."""
     case, shape = settings.case(context), settings.shape
     layer, total, widest = case.layer_bytes, settings.buffer_bytes, 0
     for name in settings.methods:
@@ -86,14 +86,14 @@ def count_bytes(settings: Settings, context: int) -> int:
     for suffix, dtype in DTYPES.items():
         names = [name for name in settings.methods if name.endswith(suffix)]
         total += case.slow_layers * layer * dtype.itemsize // 2 if names else 0
-        # The grown copies; eager attention repeats the KV heads besides.
+        # The copies that torch.cat makes; eager attention also repeats the KV heads.
         groups = shape.heads // shape.kv_heads if any("eager" in name for name in names) else 0
         widest = max(widest, (1 + groups) * layer * dtype.itemsize // 2 if names else 0)
     return total + widest
 
 
 def make_runners(settings: Settings, context: int, native: Native | None) -> list[Any]:
-    """Fill the caches of every method; those of one dtype share them."""
+    """Return every method's runner over filled caches; baselines of one dtype share a cache."""
     case = settings.case(context)
     source = KVSource(settings.shape, settings.batch, case.device, rows=settings.block_rows)
     held = {

@@ -1,6 +1,6 @@
-"""Whole models of a shape, with random weights and a small vocabulary; two of them can share their weights.
+"""Whole models of a shape, with random weights and a small vocabulary; several can use the same weights.
 
-In: a shape, layers, a dtype. Out: a Hugging Face model that computes finite nonsense at the real one's cost.
+In: a shape, layers, a dtype. Out: a Hugging Face model whose outputs are finite but meaningless, at the real cost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import (
 from farkv.bench.shapes import ModelShape
 
 VOCABULARY = 1024
-# Weights repeat one block of random numbers, of a length that no row's length divides.
+# Weights repeat one block of random numbers; its length is not a multiple of any row length.
 BLOCK = (1 << 20) + 7
 
 
@@ -50,10 +50,10 @@ def make_config(shape: ModelShape, layers: int, tokens: int) -> tuple[type[Any],
 
 
 def make_model(shape: ModelShape, layers: int, tokens: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model with random weights, without the minutes that a real initialisation takes.
+    """Return a model with random weights, without the minutes that the usual initialisation takes.
 
     Args:
-        tokens: the longest context it is asked to read.
+        tokens: maximum context length.
     """
     kind, config = make_config(shape, layers, tokens)
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def make_model(shape: ModelShape, layers: int, tokens: int, dtype: torch.dtype) 
     model = model.to(dtype).to_empty(device="cpu").eval()
     fill_weights(model)
     model.tie_weights()
-    # Tables that are no weights (RoPE's) are those of a model with one layer, which is made as usual.
+    # Buffers (RoPE tables) are copied from a one-layer model that is initialised as usual.
     small = kind(make_config(shape, 1, tokens)[1])
     tables = dict(small.named_buffers())
     for name, table in model.named_buffers():
@@ -71,7 +71,7 @@ def make_model(shape: ModelShape, layers: int, tokens: int, dtype: torch.dtype) 
 
 @torch.no_grad()
 def fill_weights(model: PreTrainedModel) -> None:
-    """Give every weight matrix small random numbers, norms ones and biases zeros.
+    """Set every weight matrix to small random numbers, norms to ones and biases to zeros.
 
     Cost: one write of all weights.
     """
@@ -88,13 +88,13 @@ def fill_weights(model: PreTrainedModel) -> None:
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second model over the same weights: hooks on the one are none on the other."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    """Return a second model over the same weight tensors; hooks on one do not affect the other."""
+    weights: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, weights)
 
 
 def count_weight_bytes(shape: ModelShape, layers: int, itemsize: int) -> int:
-    """Return the bytes of a model's weights, but for the few of its norms and its small vocabulary."""
+    """Return the bytes of a model's weights, ignoring norms and the small vocabulary."""
     width = shape.heads * shape.head_dim + shape.kv_heads * shape.head_dim
     matrices = 2 if shape.family == "opt" else 3
     return layers * shape.hidden * (2 * width + matrices * shape.mlp) * itemsize

@@ -1,4 +1,4 @@
-"""farkv's own methods over directly filled layers: the engine as the door drives it, and the dense native kernel.
+"""Runners of farkv over directly filled layers: the engine, driven as `hf` drives it, and the dense native kernel.
 
 In: a case, a source of records. Out: runners.
 """
@@ -22,15 +22,15 @@ from farkv.receipt import Account
 from farkv.store.memory import allocate
 from farkv.store.records import StoreLimits
 
-# Tokens of growth after which a layer is as long as it was again. A step's share of indexing is in it: keys enter the
-# index when they leave the window, a window's worth at a time.
+# Decoded tokens after which a layer is cropped to its original length. Many enough to include indexing: keys enter the
+# index when they leave the recent window, one window at a time.
 MOST_GROWTH = 64
 QUERIES = 64
 
 
 def fill_layer(engine: Engine, case: Case, source: KVSource, layer: int) -> None:
-    """Store and index a layer's context as a prompt's passes do it, without their attention."""
-    # The projection is fitted to the first queries; those of later chunks may be the same ones.
+    """Store and index a layer's context as prefill does, but without attention."""
+    # The projection is fitted to the first queries, so later chunks may reuse them.
     q = source.draw_q(layer, 0, min(case.context, CHUNK_TOKENS))
     for start, n in source.chunks(case.context):
         k, v = source.draw_kv(layer, start, n)
@@ -39,12 +39,12 @@ def fill_layer(engine: Engine, case: Case, source: KVSource, layer: int) -> None
 
 
 class InfiniGenRunner:
-    """The engine as the door drives it: append, speculate where it wants to, attend."""
+    """The engine, driven as `hf` drives it: append, speculate if the method does, attend."""
 
     def __init__(self, name: str, case: Case, source: KVSource, *, kernels: Native | None, quant: str | None = None):
         self.name, self.case, self.n_layers = name, case, case.fast_layers
         config = InfiniGen(fraction=case.fraction)
-        # A round has its share of what happens once in a window.
+        # A whole window per round, so that each round includes the work done once per window.
         self.least_tokens = config.cap.window or 1
         self.account, self.grown = Account(), 0
         limits = StoreLimits(reserve_tokens=case.context + MOST_GROWTH + 2 * self.least_tokens, quant=quant)
@@ -64,14 +64,14 @@ class InfiniGenRunner:
         return Step(query, k, v, None)
 
     def step(self, layer: int) -> None:
-        """Append a token's record and attend to the chosen ones."""
+        """Append a token's record and attend to the selected records."""
         self.attend(layer)
 
     def attend(self, layer: int) -> Tensor:
         """Return one step's output, [B, Hq, 1, D]."""
         step = self.steps[layer][self.grown % QUERIES]
         if self.engine.wants_estimate(layer):
-            # Random weights have no layer before this one: the estimate is the query itself.
+            # There is no previous layer to estimate from: the true query is used.
             self.engine.speculate(layer, step.query)
         self.engine.append(layer, step.k, step.v)
         out = self.engine.attend(layer, step, self.attention)
@@ -80,7 +80,7 @@ class InfiniGenRunner:
         return out
 
     def restore(self) -> None:
-        """Forget the tokens of the rounds before, once they are many."""
+        """Remove the tokens of earlier rounds once there are MOST_GROWTH of them."""
         if self.grown >= MOST_GROWTH:
             for layer in range(self.n_layers):
                 self.engine.crop(layer, self.grown)
@@ -88,7 +88,7 @@ class InfiniGenRunner:
 
     @property
     def traffic(self) -> Traffic:
-        """Return the mean of all steps so far, as the receipt counts them."""
+        """Return the mean traffic of all steps so far, as counted for the receipt."""
         read, kv_bytes = self.account.read_fraction(), self.case.layer_bytes
         store = self.engine.store
         row_bytes = store.stored_bytes(store.shape(0))
@@ -97,17 +97,17 @@ class InfiniGenRunner:
 
     @property
     def index_fraction(self) -> float:
-        """Return the index bytes over the KV bytes of a step."""
+        """Return the index bytes scored per step over the KV bytes."""
         return self.account.index_fraction()
 
     @property
     def kernel_name(self) -> str:
-        """Return what ran."""
+        """Return the names of the kernels that ran."""
         return "+".join(sorted(self.account.kernels)) or "torch"
 
 
 class DenseNativeRunner:
-    """The dense twin of the selective kernel: reads every record, as fast as this machine's native kernel can."""
+    """The dense counterpart of selective attention: the native kernel reads every record."""
 
     name = "dense-native"
     least_tokens = 1
@@ -126,11 +126,11 @@ class DenseNativeRunner:
         self.queries = [source.draw_q(layer, case.context, 1) for layer in range(self.n_layers)]
 
     def step(self, layer: int) -> None:
-        """Write a token's record and attend to all."""
+        """Write a token's record and attend to all records."""
         self.attend(layer)
 
     def write(self, layer: int) -> None:
-        """Write a token's record behind the others."""
+        """Write a token's record after the others."""
         rows, dim, n = self.rows[layer], self.case.shape.head_dim, self.case.context
         rows[:, :, n:, :dim], rows[:, :, n:, dim:] = self.new[layer]
 
@@ -142,9 +142,9 @@ class DenseNativeRunner:
         return self.native.attend(self.queries[layer], Rows(rows, dim, dim), logits, positions=None, n=n + 1)
 
     def restore(self) -> None:
-        """Nothing: every step writes the same record."""
+        """Do nothing: every step writes the same record."""
 
     @property
     def traffic(self) -> Traffic:
-        """Return all records."""
+        """Return the traffic of reading all records."""
         return Traffic(1.0, self.case.layer_bytes)

@@ -1,6 +1,6 @@
-"""The baselines: plain torch matmuls over a preallocated cache, and Hugging Face's cache and attention.
+"""The baselines: torch matmuls over a preallocated cache, and Hugging Face's cache and attention.
 
-In: a case, a source of records. Out: runners. Methods of one dtype share keys and values.
+In: a case, a source of records. Out: runners. Baselines of one dtype share keys and values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class KeyValues:
-    """K and V of some layers side by side with room for one token more, [B, Hkv, S + 1, D] each."""
+    """K and V of each layer with room for one more token, [B, Hkv, S + 1, D] each."""
 
     def __init__(self, case: Case, source: KVSource, dtype: torch.dtype):
         self.case, self.dtype, self.n_layers = case, dtype, case.slow_layers
@@ -35,13 +35,13 @@ class KeyValues:
         self.queries = [source.draw_q(layer, case.context, 1, dtype) for layer in range(self.n_layers)]
 
     def old(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return what is cached, in place."""
+        """Return views of the cached K and V, without the new token."""
         n = self.case.context
         return self.k[layer][:, :, :n], self.v[layer][:, :, :n]
 
     @property
     def traffic(self) -> Traffic:
-        """Return all records."""
+        """Return the traffic of reading all records."""
         case = self.case
         return Traffic(1.0, case.shape.layer_bytes(case.context, case.batch, self.dtype.itemsize))
 
@@ -49,8 +49,8 @@ class KeyValues:
 class MatmulRunner:
     """Three operations per layer, all KV heads at once: K qT, softmax, pT V.
 
-    K stands on the left because torch's bfloat16 matmul on a CPU is fastest so: with q on the left the second product
-    takes up to twenty times as long.
+    K is the left operand because torch's bfloat16 matmul on a CPU is fastest that way: with q on the left the second
+    product takes up to twenty times as long.
     """
 
     least_tokens = 1
@@ -59,7 +59,7 @@ class MatmulRunner:
         self.name, self.held, self.n_layers = name, held, held.n_layers
 
     def step(self, layer: int) -> None:
-        """Write a token's K and V and attend to all."""
+        """Write a token's K and V and attend to all records."""
         self.attend(layer)
 
     def attend(self, layer: int) -> Tensor:
@@ -74,16 +74,16 @@ class MatmulRunner:
         return torch.bmm(weights.mT, v.view(-1, n, dim)).view(batch, -1, 1, dim)
 
     def restore(self) -> None:
-        """Nothing: every step writes the same record."""
+        """Do nothing: every step writes the same record."""
 
     @property
     def traffic(self) -> Traffic:
-        """Return all records."""
+        """Return the traffic of reading all records."""
         return self.held.traffic
 
 
 class HuggingFaceRunner:
-    """What a decode step of a Hugging Face model does: the cache's update, a torch.cat of all of it, and attention."""
+    """A decode step as in Hugging Face: the cache's update, which is a torch.cat of everything, and attention."""
 
     least_tokens = 1
 
@@ -100,8 +100,8 @@ class HuggingFaceRunner:
         layers[layer].keys, layers[layer].values = self.held.old(layer)
 
     def step(self, layer: int) -> None:
-        """Update the cache with a token's K and V and attend to all."""
-        # The grown copies go at once: a cache drops its old tensors too, and this one's are shared.
+        """Update the cache with a token's K and V and attend to all records."""
+        # The copies are dropped at once, as a cache drops its old tensors; the originals are shared with other runners.
         self.attend(layer)
         self._reset(layer)
 
@@ -111,9 +111,9 @@ class HuggingFaceRunner:
         return self.attention(self.held.queries[layer], k, v, None)
 
     def restore(self) -> None:
-        """Nothing: every step leaves the cache as it was."""
+        """Do nothing: every step restores the cache itself."""
 
     @property
     def traffic(self) -> Traffic:
-        """Return all records, without the copy: the floor is that of a method that makes none."""
+        """Return the traffic of reading all records, without the copy: the floor is that of a method without one."""
         return self.held.traffic

@@ -1,4 +1,4 @@
-"""Draw milliseconds per layer over the context. Needs the `plot` extra."""
+"""Plot milliseconds per layer against the context. Needs the `plot` extra."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ COLOURS = {
     "llama.cpp": "#7b5ea7",
 }
 GREYS = ("#4d4d4d", "#808080", "#a6a6a6", "#c0c0c0")
-# Labels at the right edge stand at least this far apart, in points.
+# Minimum distance between labels at the right edge, in points.
 LABEL_POINTS = 11
 
 
 def plot_rows(report: Report, path: str | Path) -> None:
-    """Draw one line per method with its name at its end, and the floor of farkv's method dashed.
+    """Plot one line per method, labelled at its end, and farkv's floor as a dashed line.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
@@ -58,7 +58,7 @@ def plot_rows(report: Report, path: str | Path) -> None:
 
 
 def draw_method(axes: Any, rows: list[Row], colour: str) -> None:
-    """Draw a method's medians, and its quartiles as a band."""
+    """Plot a method's medians as a line and its quartiles as a band."""
     x = [row.context for row in rows]
     width = 2.4 if rows[0].method == OURS else 1.5
     axes.plot(x, [row.ms_per_layer for row in rows], "o-", color=colour, linewidth=width, markersize=4)
@@ -89,7 +89,7 @@ def dress_axes(axes: Any, report: Report) -> None:
 
 
 def label_ends(axes: Any, ends: list[tuple[str, float, str]], x: float) -> None:
-    """Write every line's name at its right end, pushed apart where they would touch."""
+    """Label every line at its right end, moving labels apart where they would overlap."""
     ends = sorted(ends, key=lambda end: end[1])
     points = 72 / axes.figure.dpi
     heights = [axes.transData.transform((x, y))[1] * points for _, y, _ in ends]
@@ -101,8 +101,8 @@ def label_ends(axes: Any, ends: list[tuple[str, float, str]], x: float) -> None:
 
 
 def spread_out(heights: list[float], least: float) -> list[float]:
-    """Return places at least `least` apart, in the same order, as near to ascending `heights` as that allows."""
-    # What would touch becomes one group, which stands around the mean of its members' wishes.
+    """Return positions at least `least` apart, in the same order, as close as possible to the ascending `heights`."""
+    # Labels that would overlap form a group, which is centred on the mean of its members' heights.
     groups: list[tuple[float, int]] = []
     for i, height in enumerate(heights):
         groups.append((height - i * least, 1))

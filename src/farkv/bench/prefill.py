@@ -1,6 +1,6 @@
-"""`farkv bench prefill`: seconds per 1 K tokens of a prompt, farkv attached against the plain model.
+"""`farkv bench prefill`: seconds per 1 K prompt tokens, with and without farkv.
 
-In: a shape, contexts. Out: a report. Both read the same chunks in turn, so that noise meets both alike.
+In: a shape, contexts. Out: a report. Both models alternate on the same chunks, so that noise affects both equally.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class PrefillSettings:
-    """What a user asked for. `fraction` None: the default method's own."""
+    """The user's settings. `fraction` None: the method's default."""
 
     shape: ModelShape
     contexts: tuple[int, ...] = (4096,)
@@ -49,11 +49,11 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
     """Measure every context.
 
     Raises:
-        CapacityError: memory cannot hold the model and both caches.
+        CapacityError: the model and both caches do not fit in memory.
     """
     shape, dtype = settings.shape, getattr(torch, settings.dtype)
     longest = max(settings.contexts)
-    # Both caches, and the copy that the plain one makes of a layer.
+    # Both caches, and the copy of a layer that the plain cache's torch.cat makes.
     kv_bytes = (2 * settings.layers + 2) * shape.layer_bytes(longest, settings.batch, dtype.itemsize)
     weights = count_weight_bytes(shape, settings.layers, dtype.itemsize)
     require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
@@ -82,13 +82,13 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
 def read_prompts(
     settings: PrefillSettings, context: int, plain: PreTrainedModel, far: Any, i: int, advance: Callable[[], None]
 ) -> tuple[float, float]:
-    """Read one prompt with both models, chunk by chunk in turn; return the seconds of farkv and of the plain one."""
+    """Prefill one prompt with both models, alternating chunk by chunk; return the seconds of farkv and plain model."""
     ids = torch.randint(VOCABULARY, (settings.batch, context), generator=torch.Generator().manual_seed(i))
     ours: Any = far.new_cache(tokens=context, batch=settings.batch, chunk_tokens=settings.chunk_tokens)
     theirs, seconds = DynamicCache(config=plain.config), [0.0, 0.0]
     for n, chunk in enumerate(ids.split(settings.chunk_tokens, dim=1)):
         pair = ((0, far.model, ours), (1, plain, theirs))
-        # Each goes first every other time.
+        # The order alternates.
         for which, model, cache in pair if (i + n) % 2 else pair[::-1]:
             start = time.perf_counter()
             model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -98,7 +98,7 @@ def read_prompts(
 
 
 def make_rows(settings: PrefillSettings, context: int, passes: list[tuple[float, float]]) -> list[Row]:
-    """Return a row of each, and the median of the rounds' ratios."""
+    """Return a row for each model, with the median of the per-round time ratios."""
     names = (OURS, f"hf-sdpa-{DTYPES[settings.dtype]}")
     ratio = summarize([ours / theirs for ours, theirs in passes]).median_s
     rows = []

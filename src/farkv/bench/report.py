@@ -1,4 +1,4 @@
-"""What a measurement says: rows for `--json`, and tables for people that fit into 80 columns."""
+"""Results of a measurement: rows for `--json`, and tables that fit 80 columns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS = "infinigen"
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one context; fields of `--json`. None: makes no sense for this method, or was not measured."""
+    """One method at one context; fields of `--json`. None: not applicable to this method, or not measured."""
 
     method: str
     context: int
@@ -32,7 +32,7 @@ class Row:
     read_fraction: float | None
     floor_percent: float | None = None
     floor_ms: float | None = None
-    # What only some measurements know: index fraction, layers, tokens per second, ...
+    # Values that only some measurements have: index fraction, layers, tokens per second, ...
     more: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows of one run, the machine and the settings; `more` holds what only one command has."""
+    """All rows of one run, the machine and the settings; `more` holds command-specific keys."""
 
     title: str
     rows: list[Row]
@@ -59,7 +59,7 @@ class Report:
 
 
 def make_row(method: str, context: int, batch: int, spread: Spread, **more: Any) -> Row:
-    """Return a row from seconds per layer; what is no field of a row goes into `more`."""
+    """Return a row from seconds per layer; keywords that are not fields of `Row` go into `more`."""
     known = {name: more.pop(name) for name in ("read_fraction", "floor_percent", "floor_ms") if name in more}
     known.setdefault("read_fraction", None)
     seconds = (spread.median_s, spread.low_s, spread.high_s, spread.least_s)
@@ -68,23 +68,23 @@ def make_row(method: str, context: int, batch: int, spread: Spread, **more: Any)
 
 
 def format_ms(ms: float) -> str:
-    """Write milliseconds with three digits."""
+    """Format milliseconds with three significant digits."""
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
 
 
-def format_share(share: float | None) -> str:
-    """Write a share as a percentage, a dash for none."""
-    return "-" if share is None else "all" if share == 1 else f"{share:.1%}"
+def format_fraction(fraction: float | None) -> str:
+    """Format a fraction as a percentage, None as a dash."""
+    return "-" if fraction is None else "all" if fraction == 1 else f"{fraction:.1%}"
 
 
 def compare(row: Row, rows: list[Row]) -> str:
-    """Return how many times as long as farkv's method this one takes at the same context."""
+    """Return the ratio of this method's time to farkv's at the same context, as text."""
     ours = [r for r in rows if r.method == OURS and (r.context, r.batch) == (row.context, row.batch)]
     return f"{row.ms_per_layer / ours[0].ms_per_layer:.1f}×" if ours and row is not ours[0] else ""
 
 
 def draw_rows(report: Report) -> RenderableType:
-    """Return a table of contexts and methods; a floor only where one was measured."""
+    """Return a table of methods and contexts; it has a floor column only if a floor was measured."""
     has_floor = any(row.floor_percent is not None for row in report.rows)
     columns = ["context", "ms/layer", "25..75 %", "reads", *(["of floor"] if has_floor else []), f"× {OURS}"]
     table = make_table(report.title, columns)
@@ -93,7 +93,7 @@ def draw_rows(report: Report) -> RenderableType:
         if last is not None and row.context != last:
             table.add_row()
         cells = [row.method, format_tokens(row.context) if row.context != last else "", format_ms(row.ms_per_layer)]
-        cells += [f"{format_ms(row.ms_low)}..{format_ms(row.ms_high)}", format_share(row.read_fraction)]
+        cells += [f"{format_ms(row.ms_low)}..{format_ms(row.ms_high)}", format_fraction(row.read_fraction)]
         if has_floor:
             cells.append("-" if row.floor_percent is None else f"{row.floor_percent:.0f} %")
         table.add_row(*cells, compare(row, report.rows))
@@ -102,7 +102,7 @@ def draw_rows(report: Report) -> RenderableType:
 
 
 def make_table(title: str, columns: Sequence[str], first: str = "method") -> Table:
-    """Return an empty table: a name, then numbers."""
+    """Return an empty table: a name column, then right-aligned number columns."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column(first, no_wrap=True)
     for name in columns:
@@ -111,12 +111,12 @@ def make_table(title: str, columns: Sequence[str], first: str = "method") -> Tab
 
 
 def draw_notes(report: Report) -> list[RenderableType]:
-    """Return the machine, and the notes."""
+    """Return a line about the machine, and the notes."""
     return [draw_machine(report.machine), *(Text(f"- {note}", style="dim") for note in report.notes)]
 
 
 def draw_machine(machine: dict[str, Any]) -> RenderableType:
-    """Return the machine in a line."""
+    """Describe the machine in one line."""
     words = [machine["cpu"], f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"]
     words.append(f"kernel {machine['kernel']}")
     if machine["read_gb_per_s"] is not None:

@@ -1,4 +1,4 @@
-"""The shapes that are measured: real models' layers, without their weights. Pure arithmetic."""
+"""Shapes of real models' layers, without their weights. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Family = Literal["llama", "qwen3", "opt"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a model decides the bytes and operations of a decode step.
+    """The dimensions of a model that determine the bytes and operations of a decode step.
 
     Args:
-        family: whose model file runs it, where a whole model is measured.
+        family: the architecture that implements it where a whole model is measured.
     """
 
     name: str
@@ -30,7 +30,7 @@ class ModelShape:
 
     @property
     def scaling(self) -> float:
-        """Return what logits are multiplied by."""
+        """Return the factor applied to the logits."""
         return self.head_dim**-0.5
 
     def record_bytes(self, itemsize: int = 2) -> int:
@@ -54,10 +54,10 @@ SHAPES: dict[str, ModelShape] = {
 
 
 def find_shape(name: str) -> ModelShape:
-    """Return the shape of this name.
+    """Return the shape with this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the name is unknown.
     """
     if name not in SHAPES:
         raise ConfigError(f"--shape: expected one of {', '.join(SHAPES)}, got {name!r}")
@@ -65,10 +65,10 @@ def find_shape(name: str) -> ModelShape:
 
 
 def parse_contexts(text: str, option: str = "--contexts") -> list[int]:
-    """Turn `8192,32K` into tokens, ascending; K is 1024.
+    """Parse `8192,32K` into token counts, ascending and without duplicates; K is 1024.
 
     Raises:
-        ConfigError: a part is no number of at least 64 tokens.
+        ConfigError: an item is not a number of at least 64 tokens.
     """
     found = []
     for part in text.split(","):
@@ -81,5 +81,5 @@ def parse_contexts(text: str, option: str = "--contexts") -> list[int]:
 
 
 def format_tokens(tokens: int) -> str:
-    """Write a token count for people: `32 K`, or `1000`."""
+    """Format a token count for display: `32 K`, or `1000`."""
     return f"{tokens // 1024} K" if tokens % 1024 == 0 else str(tokens)

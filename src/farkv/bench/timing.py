@@ -1,4 +1,4 @@
-"""Time several methods in one run, round by round, so that what else the machine does meets all of them alike.
+"""Time several methods in one run, interleaved round by round, so that other load affects all of them equally.
 
 In: runners. Out: seconds per layer and token of every round, their median and spread.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-# A round of a quick method is made about this long by several tokens, of a slow one it is left out now and then.
+# Target length of a round: a fast method runs several tokens per round, a slow one skips some rounds.
 ROUND_S = 0.1
 MOST_TOKENS = 16
 SLOW_ROUND_S = 0.25
@@ -24,22 +24,22 @@ class Runner(Protocol):
     """One method over a filled cache."""
 
     name: str
-    # Layers it holds; they are visited in turn, so that no cache of the processor holds them.
+    # Number of layers; a round visits all of them in turn, so that none stays in a processor cache.
     n_layers: int
-    # Tokens of one round at least.
+    # Minimum number of tokens per round.
     least_tokens: int
 
     def step(self, layer: int) -> None:
-        """Append one token's record to a layer and attend: what is timed."""
+        """Append one token's record to a layer and attend; this is timed."""
         ...
 
     def restore(self) -> None:
-        """Undo what a round changed: not timed."""
+        """Undo the changes of a round; not timed."""
         ...
 
 
 class Spread(NamedTuple):
-    """Seconds: median, quartiles and least of the rounds."""
+    """Seconds: median, quartiles and minimum over the rounds."""
 
     median_s: float
     low_s: float
@@ -49,13 +49,13 @@ class Spread(NamedTuple):
 
 
 def summarize(seconds: Sequence[float]) -> Spread:
-    """Return median and 25th and 75th percentile."""
+    """Return median, quartiles and minimum."""
     quartiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
     return Spread(median(seconds), float(quartiles[0]), float(quartiles[1]), min(seconds), len(seconds))
 
 
 def divide(spread: Spread, n: int) -> Spread:
-    """Return the spread of an `n`-th of what was timed."""
+    """Return the spread divided by `n`."""
     return Spread(spread.median_s / n, spread.low_s / n, spread.high_s / n, spread.least_s / n, spread.rounds)
 
 
@@ -76,18 +76,18 @@ def measure_interleaved(
     *,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Return seconds per layer and token of every round by method name; each method's first round is not counted.
+    """Return every round's seconds per layer and token, by method name; each method's warm-up round is not counted.
 
-    A method whose round takes longer than SLOW_ROUND_S takes part in fewer rounds, spread over the run.
+    A method whose round takes longer than SLOW_ROUND_S runs fewer rounds, spread over the run.
 
     Args:
-        advance: told after every round of one method.
+        advance: called after every round of one method.
     """
     tokens, every = {}, {}
     for runner in runners:
         first = run_round(runner, 1) * runner.n_layers
         if first < SLOW_ROUND_S:
-            # Once more: the first pass over fresh memory pays for its pages.
+            # Run once more: the first pass over fresh memory causes page faults.
             first = min(first, run_round(runner, 1) * runner.n_layers)
         tokens[runner.name] = max(runner.least_tokens, min(MOST_TOKENS, int(ROUND_S / first)))
         least = max(1, rounds // LEAST_ROUNDS)
@@ -95,7 +95,7 @@ def measure_interleaved(
         advance()
     seconds: dict[str, list[float]] = {runner.name: [] for runner in runners}
     for i in range(rounds):
-        # Another one begins each time: none always runs behind the same neighbour.
+        # The order rotates, so that no method always runs first.
         for runner in (*runners[i % len(runners) :], *runners[: i % len(runners)]):
             if i % every[runner.name] == 0:
                 seconds[runner.name].append(run_round(runner, tokens[runner.name]))

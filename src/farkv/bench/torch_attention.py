@@ -1,4 +1,4 @@
-"""Hugging Face's attention outside of a model: what its functions ask of a module, and farkv's `Kernel` over it."""
+"""Hugging Face's attention outside a model: the module its functions expect, and farkv's attention function over it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from farkv.bench.shapes import ModelShape
 
 
 class AttentionModule(nn.Module):
-    """What Hugging Face's attention functions read of the module that calls them."""
+    """The attributes that Hugging Face's attention functions read from the calling module."""
 
     def __init__(self, shape: ModelShape):
         super().__init__()
@@ -23,7 +23,7 @@ class AttentionModule(nn.Module):
 
 
 class Attention:
-    """One layer's sdpa or eager attention as a decode step calls it: farkv's `Kernel`, and the peers' own."""
+    """One layer's sdpa or eager attention: an `AttentionFunction` for farkv, also called directly by the baselines."""
 
     sinks = None
 
@@ -36,5 +36,5 @@ class Attention:
         return self.function(self.module, q, k, v, mask, scaling=self.scaling, dropout=0.0)[0].transpose(1, 2)
 
     def wrap(self, out: Float[Tensor, "B Hq T Dv"]) -> Tensor:
-        """Return an output that was computed elsewhere."""
+        """Return an output that a kernel computed."""
         return out

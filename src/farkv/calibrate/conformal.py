@@ -1,6 +1,6 @@
-"""Allocate once for prompts that are not seen yet: the paper's mean of allocations, and one that keeps its promise.
+"""Allocations for unseen prompts: the paper's mean of allocations, and one with a conformal retention guarantee.
 
-In: gain curves of sample prompts [n, L, N], on one grid. Out: tokens per layer. Numpy only, keeps nothing.
+In: gain curves of sample prompts [n, L, N], on one grid. Out: tokens per layer. NumPy only, stateless.
 
 Source: split conformal prediction (Papadopoulos et al. 2002; Vovk, Gammerman, Shafer 2005; Lei et al. 2018).
 """
@@ -29,7 +29,7 @@ from farkv.math.allocate import (
 class Promise(NamedTuple):
     """An allocation whose retention holds for unseen prompts with the given confidence.
 
-    `tokens` is int64 [L], `budget` the tokens it was allocated from, `n_calibration` the samples it was checked on.
+    `tokens` is int64 [L], `budget` the tokens that `allocate` was given, `n_calibration` the calibration samples.
     """
 
     tokens: Int64[np.ndarray, " L"]
@@ -39,11 +39,11 @@ class Promise(NamedTuple):
 
 
 def average_allocations(samples: Any, **budget: Any) -> Int64[np.ndarray, " L"]:
-    """Return the mean of what each sample alone would be allocated, rounded: the paper's rule for unseen prompts.
+    """Return the rounded mean of the samples' own allocations: the paper's rule for unseen prompts.
 
-    It is not the optimum of anything, and its retention promise does not transfer: with retention=0.9 most unseen
-    prompts may keep less. Averaging the curves and allocating once is optimal for the samples' mean retention;
-    `allocate_promise` holds a promise.
+    It optimises no objective, and a retention target does not transfer: with retention=0.9 most unseen prompts may
+    retain less. Averaging the curves and allocating once is optimal for the samples' mean retention; `allocate_promise`
+    gives a guarantee.
 
     Args:
         samples: [n, L, N], each as `allocate` takes it.
@@ -53,7 +53,7 @@ def average_allocations(samples: Any, **budget: Any) -> Int64[np.ndarray, " L"]:
         int64 [L]; rounded half to even, so the sum may differ from the budget.
 
     Raises:
-        ConfigError: there is no sample, or as in `allocate`.
+        ConfigError: there are no samples, or as in `allocate`.
 
     Source: XKV's released code.
     """
@@ -72,7 +72,7 @@ def allocate_promise(
     cap: Any = None,
     unit: int = 1,
 ) -> Promise:
-    """Return the least allocation, of one nested family, that keeps the retention of an unseen prompt.
+    """Return the smallest allocation of a nested family that reaches the retention on an unseen prompt.
 
     The family is c(b) = allocate(mean of fit, tokens=b). A calibration sample's score is the least b with
     R(c(b)) >= retention; the budget is the k-th smallest score, k = ceil((n + 1) confidence) of n samples.
@@ -81,21 +81,21 @@ def allocate_promise(
 
         confidence <= P[R_unseen(c(budget)) >= retention] <= confidence + 1 / (n + 1)
 
-    where the right side needs scores without ties. It is marginal: over the draw of the calibration prompts as well,
-    not for each calibration set, nor for each kind of prompt.
+    where the upper bound requires scores without ties. The guarantee is marginal: it also averages over the draw of the
+    calibration prompts, and does not hold for each calibration set or each kind of prompt.
 
     Args:
-        fit: [n1, L, N] gain curves, rows non-increasing; each row counts by its share, so that loud prompts do not.
-        calibration: [n2, L, N] gain curves, none of them in fit.
-        retention: in (0, 1], the weighted mean over layers of the shares kept.
+        fit: [n1, L, N] gain curves, rows non-increasing; rows are normalised, so that no prompt dominates by scale.
+        calibration: [n2, L, N] gain curves, disjoint from fit.
+        retention: in (0, 1], the weighted mean over layers of the fraction of mass kept.
         confidence: in (0, 1).
         weights: as in `allocate`; floor, cap and unit too.
 
     Raises:
-        ConfigError: too few calibration samples for the confidence, shapes differ, caps put the retention out of
-            reach, or as in `allocate`.
+        ConfigError: too few calibration samples for the confidence, shapes differ, the caps make the retention
+            unreachable, or as in `allocate`.
 
-    Cost: log2(L N / unit) allocations and look-ups in [n2, L, N] cumulative sums, which are held in float64.
+    Cost: log2(L N / unit) allocations and look-ups in [n2, L, N] cumulative sums in float64.
 
     Source: Lei et al., Distribution-Free Predictive Inference for Regression, JASA 2018, theorem 2.2.
     """
@@ -119,8 +119,8 @@ def allocate_promise(
     elif not enough(spend(high)):
         shares = np.sort(weigh(look_up(cumulative, spend(high)), weight))
         raise ConfigError(
-            f"retention: the caps allow {shares[-rank]:.6g} with that confidence, got {retention!r}; "
-            "raise the cap or ask for less"
+            f"retention: the caps allow at most {shares[-rank]:.6g} at this confidence, got {retention!r}; "
+            "raise the caps or lower the retention"
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -129,21 +129,21 @@ def allocate_promise(
 
 
 def _average_curves(fit: np.ndarray) -> tuple[np.ndarray, Float64[np.ndarray, " L"]]:
-    """Return the mean of the samples' normalised rows, and each layer's mass in it: below 1 if rows are all zero."""
+    """Return the mean of the samples' normalised rows, and each layer's mass: below 1 where some rows are all zero."""
     whole = fit.sum(-1, keepdims=True, dtype=np.float64)
     mass = (whole[..., 0] > 0).mean(0)
     return (fit / np.where(whole > 0, whole, 1)).mean(0), np.where(mass > 0, mass, 1)
 
 
 def _find_rank(n: int, confidence: float) -> int:
-    """Return ceil((n + 1) confidence), or raise ConfigError where n is less."""
+    """Return ceil((n + 1) confidence); raise ConfigError if that exceeds n."""
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
-    # Decimal fractions are not exact: 30 * 0.9 must not become 28.
+    # Tolerance for decimal fractions in binary: 30 * 0.9 must not become 28.
     rank = math.ceil((n + 1) * confidence - 1e-9)
     if rank > n:
         needed = math.ceil(confidence / (1 - confidence) - 1e-9)
         raise ConfigError(
-            f"calibration: confidence {confidence} needs {needed} samples, got {n}; add some or ask for less"
+            f"calibration: confidence {confidence} needs {needed} samples, got {n}; add samples or lower the confidence"
         )
     return rank

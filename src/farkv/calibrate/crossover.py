@@ -1,6 +1,7 @@
-"""What was measured of this machine once: from which context on choosing records beats reading all of them.
+"""The crossover: the context length from which selecting records is faster than reading all, measured once per machine.
 
-In: `farkv bench --calibrate`. Out: a small JSON file in the user's cache folder, one entry per processor and kernel.
+In: the result of `farkv bench --calibrate`. Out: a small JSON file in the user's cache folder, with one entry per
+processor and kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def find_calibration_path() -> Path:
-    """Return the file's place: in FARKV_CACHE_DIR, or in the user's cache folder."""
+    """Return the file's path: in FARKV_CACHE_DIR, or else in the user's cache folder."""
     folder = os.environ.get("FARKV_CACHE_DIR")
     return (Path(folder) if folder else user_cache_path("farkv")) / "calibration.json"
 
@@ -31,7 +32,7 @@ def read_cpu_model() -> str:
     lines = CPU_INFO.read_text(errors="replace").splitlines() if CPU_INFO.is_file() else []
     fields = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
     if fields.get("model name"):
-        # A virtual machine often hides the name, but not the family.
+        # Virtual machines often hide the name, but not the family.
         numbers = [fields[name] for name in ("cpu family", "model") if fields.get(name)]
         return " ".join([fields["model name"], *(["/".join(numbers)] if numbers else [])])
     arm = [fields[name] for name in ("CPU implementer", "CPU part") if fields.get(name)]
@@ -39,10 +40,10 @@ def read_cpu_model() -> str:
 
 
 def load_crossover(kernel: str) -> int | None:
-    """Return the context from which choosing records is faster on this processor, None where it was never measured.
+    """Return the context from which selecting records is faster on this processor; None if not measured.
 
     Args:
-        kernel: the name of the kernels in use.
+        kernel: name of the kernel in use.
 
     Raises:
         ConfigError: the file is damaged.
@@ -52,13 +53,13 @@ def load_crossover(kernel: str) -> int | None:
 
 
 def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
-    """Write this processor's crossover beside those of others; a reader sees the old file or the whole new one.
+    """Add or replace this processor's entry; the file is replaced atomically.
 
     Args:
-        details: what else was measured, plain JSON types.
+        details: further measurements, plain JSON types.
 
     Raises:
-        ConfigError: the file cannot be written, or what is there is damaged.
+        ConfigError: the file cannot be written, or the existing one is damaged.
     """
     path = find_calibration_path()
     entries = read_entries() | {make_key(kernel): {"tokens": tokens, **details}}
@@ -67,18 +68,18 @@ def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
         write_file(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1).encode())
     except OSError as error:
         raise ConfigError(
-            f"calibration file {path}: cannot be written ({error.strerror}); set FARKV_CACHE_DIR to a folder that can"
+            f"calibration file {path}: cannot be written ({error.strerror}); set FARKV_CACHE_DIR to a writable folder"
         ) from error
     return path
 
 
 def make_key(kernel: str) -> str:
-    """Return the name of an entry."""
+    """Return the key of this processor's entry."""
     return f"{read_cpu_model()} | {kernel}"
 
 
 def read_entries() -> dict[str, dict[str, Any]]:
-    """Return all entries; none where there is no file.
+    """Return all entries; empty if there is no file.
 
     Raises:
         ConfigError: the file is damaged.
@@ -88,16 +89,16 @@ def read_entries() -> dict[str, dict[str, Any]]:
         row = json.loads(path.read_text())
         entries = {str(key): dict(entry) for key, entry in row["entries"].items()}
         if row["format"] != FORMAT or not all(is_count(entry["tokens"]) for entry in entries.values()):
-            raise ValueError("not of this form")
+            raise ValueError("unknown format")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"calibration file {path}: cannot be read ({error!r}); remove it and measure again: farkv bench --calibrate"
+            f"calibration file {path}: cannot be read ({error!r}); delete it and measure again: farkv bench --calibrate"
         ) from error
     return entries
 
 
 def is_count(value: object) -> bool:
-    """Say whether a value from JSON is a number of tokens."""
+    """Return whether a value from JSON is a token count."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,7 +1,7 @@
-"""Measured losses: what it costs the model's output when one layer alone is limited to a share of its records.
+"""Measured losses: the effect on the model's output of limiting a single layer to a share of its records.
 
-In: per prompt and layer, KL at a few shares. Out: `Losses`, which a profile carries; curves between the shares. Unlike
-gains these need not be concave, so budgets are shared by an exact knapsack (`math.knapsack`), not greedily.
+In: per prompt and layer, the KL at a few shares. Out: `Losses`, part of a profile, interpolated between the shares.
+Unlike gains they need not be concave, so budgets are divided by an exact knapsack (`math.knapsack`), not greedily.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int64
 from farkv._axes import Float32, Tensor
 from farkv.errors import ProfileError
 
-# Shares of the context that a layer is limited to while its loss is measured; at 1 there is none.
+# The shares of the context at which a layer's loss is measured; at 1 the loss is 0.
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
 LossKind = Literal["keep", "fetch"]
 
@@ -26,7 +26,7 @@ LossKind = Literal["keep", "fetch"]
 class Losses:
     """Mean KL to the full model, in nats per token, with one layer limited to each of `shares`.
 
-    `keep`: to one choice for all steps, scored by the prompt's last queries. `fetch`: to the best choice of each step.
+    `keep`: a fixed selection for all steps, scored by the prompt's last queries. `fetch`: each step's best selection.
     """
 
     keep: Float32[Tensor, "L K"] = field(repr=False)
@@ -38,7 +38,7 @@ class Losses:
     def interpolate(self, kind: LossKind, cells: Int64[np.ndarray, " M"], grid: int) -> Float64[np.ndarray, "L M"]:
         """Return every layer's loss at cells / grid of the context.
 
-        Linear in the logarithm of the share; a larger share never loses more, which the measurement's noise may break.
+        Linear in the logarithm of the share, and made non-increasing in the share, which noisy measurements may not be.
         """
         rows = (self.keep if kind == "keep" else self.fetch).double().numpy()
         falling = np.minimum.accumulate(np.maximum(rows, 0.0), axis=1)
@@ -47,7 +47,7 @@ class Losses:
         return np.stack([np.interp(at, x, np.append(row, 0.0)) for row in falling])
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return what a profile file holds; `notes` belongs beside it."""
+        """Return the tensors for a profile file; `notes` is stored with them."""
         return {"losses.keep": self.keep.contiguous(), "losses.fetch": self.fetch.contiguous()}
 
     @property
@@ -57,10 +57,10 @@ class Losses:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], notes: str) -> Losses:
-        """Read what `to_tensors` and `notes` gave.
+        """Restore losses from `to_tensors` and `notes`.
 
         Raises:
-            ProfileError: they do not fit together.
+            ProfileError: they are inconsistent.
         """
         try:
             about = json.loads(notes)
@@ -68,11 +68,11 @@ class Losses:
             keep, fetch = tensors["losses.keep"].float(), tensors["losses.fetch"].float()
             prompts = int(about["prompts"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ProfileError(f"losses: cannot be read ({error!r}); make the profile anew: farkv profile") from error
+            raise ProfileError(f"losses: cannot be read ({error!r}); create a new profile: farkv profile") from error
         for rows in (keep, fetch):
             if tuple(rows.shape) != (len(layers), len(shares)) or not bool(torch.isfinite(rows).all()):
                 raise ProfileError(
                     f"losses: expected finite numbers of shape {(len(layers), len(shares))}, got {tuple(rows.shape)}; "
-                    "make the profile anew: farkv profile"
+                    "create a new profile: farkv profile"
                 )
         return cls(keep, fetch, shares, layers, prompts)

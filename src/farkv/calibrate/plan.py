@@ -24,13 +24,13 @@ class Allocation:
 
     Args:
         shares: per layer, in the order of the plan's layers.
-        base: records besides the share: the window, where a budget does not include it.
-        rule: `xkv`, `maxmin`, `pyramid`, `uniform`, or `paper` (the mean of the samples' own allocations).
-        budget: what was asked: {"ratio": 0.3}, {"retention": 0.9, "confidence": 0.9}, ...
-        retention: the attention mass that the shares hold in the profile, per layer.
-        uniform: what equal shares of the same sum hold, per layer.
+        base: records in addition to the share: the window, where the budget does not include it.
+        rule: `xkv`, `loss`, `maxmin`, `pyramid`, `uniform`, or `paper` (the mean of the samples' own allocations).
+        budget: the requested budget: {"ratio": 0.3}, {"retention": 0.9, "confidence": 0.9}, ...
+        retention: per layer, the attention mass that the shares hold in the profile.
+        uniform: per layer, the mass that equal shares of the same sum hold.
         losses: measured losses, summed over layers, in nats: of these shares (`planned`), of equal ones (`uniform`) and
-            of the rule `loss` (`least`); empty where the profile has none.
+            of the rule `loss` (`least`); empty if the profile has none.
     """
 
     shares: tuple[float, ...]
@@ -49,7 +49,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Shares of a context for every managed layer, for one lever or several."""
+    """Every managed layer's share of a context, for one or more levers."""
 
     identity: dict[str, str]
     layers: tuple[int, ...]
@@ -63,48 +63,50 @@ class Plan:
             if len(allocation.shares) != len(self.layers):
                 raise PlanError(
                     f"plan {self.path or ''}: lever {lever}: expected {len(self.layers)} shares, one per layer, "
-                    f"got {len(allocation.shares)}; make it anew: farkv plan"
+                    f"got {len(allocation.shares)}; create a new plan: farkv plan"
                 )
             if not len(allocation.retention) == len(allocation.uniform) == len(self.layers):
                 raise PlanError(
                     f"plan {self.path or ''}: lever {lever}: expected {len(self.layers)} numbers in retention and "
-                    "uniform, one per layer; make it anew: farkv plan"
+                    "uniform, one per layer; create a new plan: farkv plan"
                 )
             if not all(0 <= share <= 1 for share in allocation.shares) or allocation.base < 0:
                 raise PlanError(
                     f"plan {self.path or ''}: lever {lever}: expected shares in [0, 1] and a base of 0 or more"
                 )
         if not self.levers:
-            raise PlanError(f"plan {self.path or ''}: expected at least one lever, got none; make it anew: farkv plan")
+            raise PlanError(
+                f"plan {self.path or ''}: expected at least one lever, got none; create a new plan: farkv plan"
+            )
 
     def get(self, lever: Lever) -> Allocation:
         """Return a lever's allocation.
 
         Raises:
-            PlanError: the plan does not drive it.
+            PlanError: the plan does not have it.
         """
         if lever not in self.levers:
             raise PlanError(
-                f"plan {self.path or ''}: drives {', '.join(self.levers)}, not {lever}; make one that does: "
+                f"plan {self.path or ''}: has lever {', '.join(self.levers)}, not {lever}; create one that has it: "
                 f"farkv plan --lever {lever}"
             )
         return self.levers[lever]
 
     def check(self, identity: dict[str, str], layers: list[int]) -> None:
-        """Raise PlanError unless the plan was made for the model with this identity and these managed layers."""
+        """Raise PlanError unless the plan was made for a model with this identity and these managed layers."""
         for key, expected in identity.items():
             if self.identity.get(key) != expected:
                 raise PlanError(
-                    f"plan {self.path or ''}: {key} is {self.identity.get(key)!r}, the model's is {expected!r}; make "
-                    "one for this model: farkv profile, then farkv plan"
+                    f"plan {self.path or ''}: {key} is {self.identity.get(key)!r}, the model's is {expected!r}; "
+                    "create one for this model: farkv profile, then farkv plan"
                 )
         if list(self.layers) != list(layers):
             raise PlanError(f"plan {self.path or ''}: is for layers {list(self.layers)}, the model's are {layers}")
 
     def to_kvpress(self) -> list[float]:
-        """Return what kvpress's PerLayerCompressionPress takes: per layer the share of the cache that is removed.
+        """Return the compression ratios for kvpress's PerLayerCompressionPress: the fraction removed from each layer.
 
-        A layer that the plan does not manage is not compressed; a window besides the shares is not counted.
+        Layers outside the plan are not compressed; a window in addition to the shares is not counted.
         """
         removed = [0.0] * max(int(self.identity.get("layers", 0)), max(self.layers) + 1)
         for layer, share in zip(self.layers, self.get("keep").shares, strict=True):
@@ -129,7 +131,7 @@ class Plan:
         """Read a plan.
 
         Raises:
-            PlanError: there is no such file, or it is damaged or not a plan.
+            PlanError: the file does not exist, is damaged, or is not a plan.
         """
         try:
             row = json.loads(Path(path).read_text())
@@ -140,11 +142,11 @@ class Plan:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
-            raise PlanError(f"plan {path}: cannot be read ({error!r}); make it anew: farkv plan") from error
+            raise PlanError(f"plan {path}: cannot be read ({error!r}); create a new plan: farkv plan") from error
 
 
 def read_allocation(row: dict[str, Any]) -> Allocation:
-    """Return an allocation from its JSON object."""
+    """Parse an allocation from its JSON object."""
     numbers = {name: tuple(float(x) for x in row[name]) for name in ("shares", "retention", "uniform")}
     losses = {str(name): float(nats) for name, nats in row.get("losses", {}).items()}
     return Allocation(

@@ -1,8 +1,8 @@
-"""The profile file: what was measured once per model, in one safetensors file.
+"""The profile file: the once-per-model measurements, in one safetensors file.
 
-In: Gram sums per layer, gain curves. Out: `Profile`, which `save`s and `load`s. Holds, per managed layer, the
+In: Gram sums per layer, gain curves. Out: `Profile`, which can be saved and loaded. It holds, per managed layer, the
 bilinear skew's leading columns, the keys' mean and the paper's orthogonal skew; the gain curves of every prompt; in
-the metadata the model's identity. Either half may be missing. No pickle.
+the metadata the model's identity. Skews or curves may be missing. No pickle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from farkv.files import write_file
 from farkv.math.skew import Gram, solve_bilinear, solve_svd
 
 FORMAT = "farkv-profile-1"
-# More columns than this never pay; storing all D of both bases would be most of the file.
+# More columns than this never help; storing all D of both bases would make up most of the file.
 MAX_COLUMNS = 64
 
 
@@ -31,8 +31,8 @@ MAX_COLUMNS = 64
 class Profile:
     """Skews of every profiled layer, float32 on the CPU, batch axis 1, and gain curves.
 
-    `identity` names the model it was measured on: family, shape and a digest of some weights. `measured` are the
-    curves, `limited` the losses of limited layers, where there are any.
+    `identity` identifies the measured model: family, shape and a digest of some weights. `measured` are the curves,
+    `limited` the losses of limited layers; each may be None.
     """
 
     identity: dict[str, str]
@@ -43,31 +43,31 @@ class Profile:
 
     @property
     def has_skew(self) -> bool:
-        """Say whether there are skews; a light profile has curves alone."""
+        """Return whether the profile has skews; a light profile only has curves."""
         return bool(self.tensors)
 
     def curves(self) -> Curves:
-        """Return the gain curves of the prompts it was measured on.
+        """Return the gain curves of the calibration prompts.
 
         Raises:
-            ProfileError: there are none: an older file, or every prompt was too short.
+            ProfileError: there are none: the file is older, or every prompt was too short.
         """
         if self.measured is None:
             raise ProfileError(
-                f"profile {self.path or ''}: expected gain curves, has none; make it anew, with prompts longer than "
-                "the observation window: farkv profile"
+                f"profile {self.path or ''}: has no gain curves; create a new one, with prompts longer than the "
+                "observation window: farkv profile"
             )
         return self.measured
 
     def losses(self) -> Losses:
-        """Return what limiting each layer costs.
+        """Return the measured loss of limiting each layer.
 
         Raises:
-            ProfileError: it was not measured.
+            ProfileError: losses were not measured.
         """
         if self.limited is None:
             raise ProfileError(
-                f"profile {self.path or ''}: expected measured losses, has none; make it anew: farkv profile --losses 8"
+                f"profile {self.path or ''}: has no measured losses; create a new one: farkv profile --losses 8"
             )
         return self.limited
 
@@ -82,16 +82,16 @@ class Profile:
     def _get(self, layer: int, name: str) -> Tensor:
         tensor = self.tensors.get(f"layer.{layer}.{name}")
         if tensor is None:
-            raise ProfileError(f"profile {self.path or ''}: has nothing for layer {layer}; make it anew: farkv profile")
+            raise ProfileError(f"profile {self.path or ''}: lacks layer {layer}; create a new one: farkv profile")
         return tensor
 
     def check(self, identity: dict[str, str]) -> None:
-        """Raise ProfileError unless the profile was measured on the model with this identity."""
+        """Raise ProfileError unless the profile was measured on a model with this identity."""
         for key, expected in identity.items():
             if self.identity.get(key) != expected:
                 raise ProfileError(
                     f"profile {self.path or ''}: {key} is {self.identity.get(key)!r}, the model's is {expected!r}; "
-                    "make one for this model: farkv profile"
+                    "create one for this model: farkv profile"
                 )
 
     def save(self, path: str | Path) -> None:
@@ -110,7 +110,7 @@ class Profile:
         """Read a profile.
 
         Raises:
-            ProfileError: there is no such file, or it is damaged or not a profile.
+            ProfileError: the file does not exist, is damaged, or is not a profile.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -120,7 +120,7 @@ class Profile:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 identity = json.loads(metadata["identity"])
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ProfileError(f"profile {path}: cannot be read ({error}); make it anew: farkv profile") from error
+            raise ProfileError(f"profile {path}: cannot be read ({error}); create a new one: farkv profile") from error
         skews = {name: tensor for name, tensor in tensors.items() if not name.startswith(("curves.", "losses."))}
         try:
             has_curves, has_losses = ("curves.keep" in tensors, "losses.keep" in tensors)
@@ -132,9 +132,9 @@ class Profile:
 
 
 def make_profile(grams: dict[int, Gram], identity: dict[str, str], curves: Curves | None = None) -> Profile:
-    """Solve the skews of every layer from its summed moments; curves are taken as they are.
+    """Solve for the skews of every layer from its summed moments; curves are stored unchanged.
 
-    Cost: per KV head two Cholesky factorisations, an SVD and an eigenproblem of D x D.
+    Cost: per KV head two Cholesky factorisations, an SVD and an eigenproblem, all D x D.
     """
     tensors: dict[str, Tensor] = {}
     for layer, gram in grams.items():
@@ -143,6 +143,6 @@ def make_profile(grams: dict[int, Gram], identity: dict[str, str], curves: Curve
         parts = {"query": query[..., columns], "key": key[..., columns], "mean": mean, "svd": solve_svd(gram)}
         for name, tensor in parts.items():
             if not bool(torch.isfinite(tensor).all()):
-                raise ProfileError(f"layer {layer}: the skew is not finite; give longer or more varied prompts")
+                raise ProfileError(f"layer {layer}: the skew is not finite; use longer or more varied prompts")
             tensors[f"layer.{layer}.{name}"] = tensor.contiguous()
     return Profile(identity, tensors, measured=curves)

@@ -1,7 +1,7 @@
-"""The command line: `farkv run`, `farkv profile`, `farkv plan`, `farkv demo`, `farkv bench`; one file per command.
+"""The command line: `farkv run`, `profile`, `plan`, `demo`, `eval`, `report`, `bench`; one file per command.
 
-In: arguments. Out: the answer (or one JSON object) on stdout, all else on stderr. A mistake of the caller's is one
-line and exit code 2.
+In: arguments. Out: the answer (or one JSON object) on stdout, everything else on stderr. A user error prints one line
+and exits with code 2.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def root(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Take the options before the command."""
+    """Accept the options that precede the command."""
 
 
 def main() -> None:
@@ -63,5 +63,5 @@ def main() -> None:
         sys.stderr.write(f"farkv: {error}\n")
         sys.exit(2)
     except BrokenPipeError:
-        # The reader of our output went away, for example `| head`.
+        # The process reading our output has exited, for example `| head`.
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""`farkv bench`: how fast this machine decodes from a long context, and how near that is to what its memory allows."""
+"""`farkv bench`: decode speed over a long context on this machine, compared with its memory bandwidth."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Measure speed: farkv beside its baselines, in one run, on random records of real models' shapes.",
+    help="Measure speed: farkv and its baselines in one run, on random records with the shapes of real models.",
 )
 
 ShapeOption = Annotated[str, typer.Option(help="llama3-8b, llama3.2-1b, qwen3-8b or opt-6.7b.")]
-ContextsOption = Annotated[str, typer.Option(help="Tokens, with commas: 8192,32K.")]
+ContextsOption = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated: 8192,32K.")]
 LayersOption = Annotated[
-    int | None, typer.Option(min=1, help="Layers. Default: as many as no cache of the processor holds.")
+    int | None, typer.Option(min=1, help="Layers. Default: enough to exceed the processor's caches.")
 ]
-BatchOption = Annotated[int, typer.Option(min=1, max=256, help="Sequences.")]
+BatchOption = Annotated[int, typer.Option(min=1, max=256, help="Batch size, in sequences.")]
 CapOption = Annotated[float, typer.Option(min=0.001, max=1.0, help="Hard cap on the KV bytes read per step.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's own setting.")]
-MethodsOption = Annotated[str | None, typer.Option(help="Names, with commas. Default: all but the optional ones.")]
-PlotOption = Annotated[Path | None, typer.Option(help="Draw ms per layer over the context, e.g. bench.png.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's setting.")]
+MethodsOption = Annotated[str | None, typer.Option(help="Names, comma-separated. Default: all but the optional ones.")]
+PlotOption = Annotated[Path | None, typer.Option(help="Plot ms per layer against context, e.g. bench.png.")]
 
 
 @app.callback(invoke_without_command=True)
 def bench(
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure from which context on choosing records is faster; keep it.")
+        bool, typer.Option("--calibrate", help="Measure the context from which selecting is faster, and save it.")
     ] = False,
 ) -> None:
-    r"""Measure speed: farkv beside its baselines, in one run, on random records of real models' shapes.
+    r"""Measure speed: farkv and its baselines in one run, on random records with the shapes of real models.
 
     [bold]Examples[/bold]
 
@@ -66,28 +66,28 @@ def decode(
     fraction: CapOption = 0.05,
     threads: ThreadsOption = None,
     methods: MethodsOption = None,
-    peer: Annotated[list[str] | None, typer.Option(help="Another program beside them: llama.cpp.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help="Also measure another program: llama.cpp.")] = None,
     quant: Annotated[bool, typer.Option("--quant", help="Add infinigen over int8 and int4 records.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods take part in fewer.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods run fewer.")] = 12,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="As farkv bench --calibrate, with --threads and --json.")
     ] = False,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Time attention of one layer and token: appending its record, choosing, reading.
+    r"""Time the attention of one layer and token: append its record, select, read.
 
     [bold]Methods[/bold]
 
       infinigen
 
-      dense-native: every record, by the native kernel: the honest baseline
+      dense-native: reads every record, native kernel: the strongest baseline
 
       matmul-bf16, matmul-fp32: torch, over a preallocated cache
 
       hf-sdpa-bf16, hf-sdpa-fp32: Hugging Face's cache and attention
 
-      only if named: hf-eager-bf16, hf-eager-fp32, infinigen-int8, infinigen-int4
+      optional: hf-eager-bf16, hf-eager-fp32, infinigen-int8, infinigen-int4
 
     [bold]Examples[/bold]
 
@@ -120,7 +120,7 @@ def decode(
 
 @app.command()
 def gather(threads: ThreadsOption = None, as_json: JsonOption = False) -> None:
-    r"""Measure the floor: bytes per second read in sequence, and in sorted, prefetched rows.
+    r"""Measure memory bandwidth: sequential reads, and sorted, prefetched row reads.
 
     [bold]Examples[/bold]
 
@@ -142,15 +142,15 @@ def prefill(
     contexts: ContextsOption = "4K",
     layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
     batch: BatchOption = 1,
-    fraction: Annotated[float | None, typer.Option(help="As of the method; default: its own.")] = None,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens that are read at once.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 where the processor multiplies it.")] = "float32",
+    fraction: Annotated[float | None, typer.Option(help="Default: the method's own.")] = None,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on processors that support it.")] = "float32",
     threads: ThreadsOption = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Prompts that each reads.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Prompts per model.")] = 3,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Time reading a prompt: a random-weight model with farkv attached, and the same without, chunk by chunk in turn.
+    r"""Time prefill: a random-weight model with and without farkv, alternating chunk by chunk.
 
     [bold]Examples[/bold]
 
@@ -178,19 +178,21 @@ def prefill(
 def e2e(
     shape: ShapeOption = "llama3.2-1b",
     contexts: ContextsOption = "8K,32K",
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model. Default: all of the shape.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model. Default: the shape's.")] = None,
     batch: BatchOption = 1,
     fraction: CapOption = 0.05,
     own: Annotated[
-        bool, typer.Option("--own-fraction", help="As without a fraction: short contexts are read whole.")
+        bool, typer.Option("--own-fraction", help="Use the method's default: short contexts are read in full.")
     ] = False,
     threads: ThreadsOption = None,
     methods: Annotated[str | None, typer.Option(help="infinigen, hf-sdpa-bf16, hf-eager-bf16.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods take part in fewer.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods run fewer.")] = 5,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Time whole tokens of a random-weight model in bfloat16, caches filled directly, and how that grows with context.
+    r"""Time whole decode steps of a random-weight bfloat16 model, and how the time grows with context.
+
+    Caches are filled directly, without a prefill.
 
     [bold]Examples[/bold]
 
@@ -213,7 +215,7 @@ def e2e(
 
 
 def calibrate_machine(threads: int | None, *, as_json: bool) -> None:
-    """Measure where choosing becomes faster than reading all, and keep it."""
+    """Measure the context from which selecting records is faster than reading all, and save it."""
     set_threads(threads)
     from farkv.bench.calibrate import calibrate, draw_calibration
 
@@ -225,7 +227,7 @@ def calibrate_machine(threads: int | None, *, as_json: bool) -> None:
 
 
 def set_threads(threads: int | None) -> None:
-    """Set torch's threads, which farkv's kernels follow."""
+    """Set torch's thread count, which farkv's kernels also use."""
     if threads is not None:
         import torch
 
@@ -233,12 +235,12 @@ def set_threads(threads: int | None) -> None:
 
 
 def split_names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the names of a list with commas."""
+    """Split a comma-separated list of names."""
     return default if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def finish(report: Report, table: Any, plot: Path | None, *, as_json: bool) -> None:
-    """Print the table on stderr, draw the picture, and print the object as stdout's last line."""
+    """Print the table on stderr, write the plot, and print the JSON object on stdout."""
     err.print(table)
     if plot is not None:
         from farkv.bench.plot import plot_rows

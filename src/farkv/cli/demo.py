@@ -14,15 +14,15 @@ from farkv.cli.run import run
 
 def demo(
     tokens: Annotated[int, typer.Option(min=300, max=8000, help="Length of the text, in tokens.")] = 4000,
-    facts: Annotated[int, typer.Option(min=1, help="Facts scattered in it.")] = 30,
-    seed: Annotated[int, typer.Option(help="Which text.")] = 0,
+    facts: Annotated[int, typer.Option(min=1, help="Number of facts hidden in it.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of the text.")] = 0,
     fraction: FractionOption = 0.1,
     near: NearOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Hide facts in code that the demo model never saw, and ask for one of them.
+    r"""Hide facts in code that the demo model has not seen, and ask for one of them.
 
-    Writes the text to a temporary file, prints the command and runs it.
+    Writes the text to a temporary file, then prints and runs the command.
 
     [bold]Examples[/bold]
 

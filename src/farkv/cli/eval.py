@@ -1,4 +1,4 @@
-"""`farkv eval`: how good a method's answers are, on your model, by one command."""
+"""`farkv eval`: compare the quality of methods on your model."""
 
 from __future__ import annotations
 
@@ -25,45 +25,47 @@ METHODS = "infinigen,oracle,window,random"
 def evaluate(
     model: ModelOption = "demo",
     tasks: Annotated[
-        str, typer.Option(help=f"With commas, of {TASKS.replace(',', ', ')}; or a file: ruler:PATH.")
+        str, typer.Option(help=f"Comma-separated: {TASKS.replace(',', ', ')}; or a file: ruler:PATH.")
     ] = SOME,
-    methods: Annotated[str, typer.Option(help="With commas; see above. The full cache always takes part.")] = METHODS,
-    fractions: Annotated[str, typer.Option(help="Caps, with commas: 0.02,0.1.")] = "0.05,0.1",
-    lengths: Annotated[str, typer.Option(help="Tokens of text, question and answer, with commas: 2048,8K.")] = "2048",
+    methods: Annotated[str, typer.Option(help="Comma-separated; see above. The full cache is always run.")] = METHODS,
+    fractions: Annotated[str, typer.Option(help="Caps, comma-separated: 0.02,0.1.")] = "0.05,0.1",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of text, question and answer together, comma-separated: 2048,8K.")
+    ] = "2048",
     limit: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first sample; the others follow.")] = 0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of results; a run in it goes on.")] = Path("eval"),
-    filler: Annotated[str, typer.Option(help="Between a task's lines: code or english.")] = "code",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up from it.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Results folder; resumes a run found there.")] = Path("eval"),
+    filler: Annotated[str, typer.Option(help="Filler text of the tasks: code or english.")] = "code",
     form: Annotated[
-        str, typer.Option(help="How questions are put: completion, chat, or auto: chat if there is a template.")
+        str, typer.Option(help="Prompt format: completion, chat, or auto: chat if the tokenizer has a template.")
     ] = "auto",
-    trace: Annotated[int, typer.Option(min=0, help="Samples per task and length whose reads are mapped.")] = 1,
+    trace: Annotated[int, typer.Option(min=0, help="Samples per task and length whose reads are traced.")] = 1,
     skip_gated: Annotated[
-        bool, typer.Option("--skip-gated", help="Run no method on tasks that the full cache itself fails.")
+        bool, typer.Option("--skip-gated", help="Skip the methods on tasks that the full cache itself fails.")
     ] = False,
     save_prompts: Annotated[
-        bool, typer.Option("--save-prompts", help="Also write the prompts, for another program to answer.")
+        bool, typer.Option("--save-prompts", help="Also write the prompts, so that other programs can answer them.")
     ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes, each with the model.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process. Default: torch's own.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each loads the model.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per process. Default: torch's setting.")] = None,
     profile: ProfileOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    r"""Compare methods on tasks that need the context, on the real decode path.
+    r"""Compare methods on long-context tasks, using the real decode path.
 
-    The text is read once; every method then answers from those keys and
-    values, the question fed token by token. A method that reads more than it
-    says, or as much as the full cache, stops the run. Results are JSON lines;
-    a run that was stopped goes on. Draw them with: farkv report DIR
+    The text is prefilled once; every method then answers from the same keys
+    and values, with the question fed token by token. The run stops if a
+    method reads more than its fraction, or as much as the full cache. Results
+    are JSON lines; an interrupted run can be resumed. Report: farkv report DIR
 
     [bold]Methods[/bold]
 
-      choosing anew at every step: infinigen, infinigen-far, infinigen-plan,
+      select records at every step: infinigen, infinigen-far, infinigen-plan,
       infinigen-paper, pages (Quest), lowbit, window, random, oracle
 
-      keeping a part after the text: xkv, xkv-plan, xkv-paper, snapkv,
+      evict records after the text: xkv, xkv-plan, xkv-paper, snapkv,
       pyramidkv, h2o
 
     [bold]Examples[/bold]
@@ -83,7 +85,7 @@ def evaluate(
         tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, check_form(form), trace, workers, threads,
         dtype, device, profile, skip_gated, save_prompts,
     )  # fmt: skip
-    # One line per process would be drawn over the bar.
+    # Otherwise each worker's tokenizer prints a warning over the progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with show_progress(err, "eval", quiet=False) as tell:
         summary = run_eval(plan, out, tell)
@@ -93,7 +95,7 @@ def evaluate(
 
 
 def describe(summary: Summary, out: Path) -> dict[str, Any]:
-    """Return what `--json` prints."""
+    """Return the object that `--json` prints."""
     from farkv.evals.tables import make_table
 
     gated = [{"task": t, "length": n, "full_score": s} for t, n, s in summary.gated]
@@ -105,47 +107,47 @@ def describe(summary: Summary, out: Path) -> dict[str, Any]:
 
 
 def show_summary(summary: Summary, out: Path) -> None:
-    """Draw the table, and say what is not in it."""
+    """Print the table, and list what was gated or skipped."""
     from farkv.evals.show import draw_table
     from farkv.evals.tables import make_table
 
     err.print(draw_table(make_table(summary.rows)))
     for task, length, score in summary.gated:
-        err.print(f"gated: {task} at {length}: the full cache itself scores {score:.0%}", highlight=False)
+        err.print(f"gated: {task} at {length}: the full cache itself scores only {score:.0%}", highlight=False)
     for skipped in summary.skipped:
         err.print(f"skipped: {skipped['method']} at {skipped['fraction']}: {skipped['why']}", highlight=False)
     err.print(f"{summary.written} rows written, {len(summary.rows)} in {out}; farkv report {out}", highlight=False)
 
 
 def split(text: str, option: str) -> tuple[str, ...]:
-    """Return the parts of a list with commas.
+    """Split a comma-separated list, without duplicates.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the list is empty.
     """
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
-        raise ConfigError(f"{option}: expected names with commas between them, got {text!r}")
+        raise ConfigError(f"{option}: expected comma-separated names, got {text!r}")
     return parts
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
-    """Return caps.
+    """Parse a comma-separated list of caps.
 
     Raises:
-        ConfigError: they are no numbers in (0, 1].
+        ConfigError: one is not a number in (0, 1].
     """
     try:
         found = tuple(float(part) for part in split(text, "--fractions"))
     except ValueError as error:
-        raise ConfigError(f"--fractions: expected numbers with commas between them, got {text!r}") from error
+        raise ConfigError(f"--fractions: expected comma-separated numbers, got {text!r}") from error
     for fraction in found:
         check_fraction(fraction)
     return found
 
 
 def check_form(form: str) -> str:
-    """Return the form.
+    """Return the prompt format unchanged.
 
     Raises:
         ConfigError: it is unknown.

@@ -1,4 +1,4 @@
-"""What the commands share: options, reading text, printing a receipt."""
+"""Code common to the commands: options, reading text, printing a receipt."""
 
 from __future__ import annotations
 
@@ -19,48 +19,49 @@ if TYPE_CHECKING:
 
 err = Console(stderr=True)
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a hub id.")]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a Hugging Face hub id.")]
 FractionOption = Annotated[
     float | None, typer.Option(help="Hard cap on the KV bytes read per step, over all layers (default 0.1).")
 ]
 NearOption = Annotated[
-    str | None, typer.Option(help="Limit of near memory, e.g. 2GiB: a GPU's, or on a CPU a counted allocation.")
+    str | None, typer.Option(help="Limit of near memory, e.g. 2GiB: GPU memory, or on a CPU a counted allocation.")
 ]
 HostOption = Annotated[str | None, typer.Option(help="Limit of the host pool, e.g. 24GiB.")]
 DiskOption = Annotated[
-    str | None, typer.Option(help="Folder and limit, e.g. /data/kv:100GiB: records go there, host memory holds copies.")
+    str | None,
+    typer.Option(help="Folder and limit, e.g. /data/kv:100GiB: stores records there, host memory caches pages."),
 ]
 EvictOption = Annotated[
     str,
-    typer.Option(help="What goes when the host pool is full: " + ", ".join(EVICT) + ". With --disk only a copy goes."),
+    typer.Option(
+        help="Eviction policy of a full host pool: " + ", ".join(EVICT) + ". With --disk it only drops cached copies."
+    ),
 ]
 QuantOption = Annotated[
     str | None, typer.Option(help="Store records as " + " or ".join(QUANT) + " in host memory and on disk.")
 ]
 KernelOption = Annotated[
     str,
-    typer.Option(
-        help=" or ".join(KERNELS) + ": fast kernels where a choice of records is read, also where all are, nowhere."
-    ),
+    typer.Option(help=" or ".join(KERNELS) + ": fast kernels for selected records only, for all reads, or for none."),
 ]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of the answer.")]
 VerifyOption = Annotated[int, typer.Option(min=0, help="Compare this many decode steps with full attention.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ProfileOption = Annotated[
-    str | None, typer.Option(help="Profile file, or none. Default: profile.safetensors beside the model, if any.")
+    str | None, typer.Option(help="Profile file, or none. Default: the model folder's profile.safetensors, if any.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
 def read_text(file: Path | None) -> str:
-    """Read the text from a file, from standard input for `-`, or nothing.
+    """Read the text from a file, or from standard input for `-` or a pipe; else it is empty.
 
     Raises:
         InputError: the file is missing, unreadable, or not UTF-8 text.
     """
     if file is None:
-        # Text that is piped in needs no flag; a terminal has none to give.
+        # Piped input needs no flag; a terminal is not read.
         data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
         name = "stdin"
     elif str(file) == "-":
@@ -76,7 +77,7 @@ def read_text(file: Path | None) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"file {name}: not UTF-8 text (byte {error.start}); expected a text file") from error
     if "\0" in text:
-        raise InputError(f"file {name}: holds NUL bytes, so it is not text; expected a text file")
+        raise InputError(f"file {name}: contains NUL bytes; expected a text file")
     return text
 
 

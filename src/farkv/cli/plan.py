@@ -1,4 +1,4 @@
-"""`farkv plan`: share a budget over the layers."""
+"""`farkv plan`: divide a budget among the layers."""
 
 from __future__ import annotations
 
@@ -20,37 +20,40 @@ RULES = ("xkv", "loss", "maxmin", "pyramid", "uniform", "paper")
 
 def plan_layers(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the plan.")] = Path("plan.json"),
-    profile: Annotated[str | None, typer.Option(help="Profile with curves. Default: the one beside the model.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Profile with curves. Default: the model folder's.")] = None,
     model: ModelOption = "demo",
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Records per KV head, summed over layers, besides the window.")
+        int | None, typer.Option(min=1, help="Records per KV head, summed over layers, not counting the window.")
     ] = None,
-    ratio: Annotated[float | None, typer.Option(help="Share of the whole KV, e.g. 0.3.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Fraction of the whole KV cache, e.g. 0.3.")] = None,
     size: Annotated[str | None, typer.Option("--bytes", help="KV bytes of one sequence, e.g. 512MiB.")] = None,
-    retention: Annotated[float | None, typer.Option(help="Attention mass to hold, mean over layers, e.g. 0.9.")] = None,
+    retention: Annotated[
+        float | None, typer.Option(help="Attention mass to retain, mean over layers, e.g. 0.9.")
+    ] = None,
     confidence: Annotated[
-        float, typer.Option(min=0.0, max=0.999, help="On how many unseen prompts the retention holds; 0: on the mean.")
+        float,
+        typer.Option(min=0.0, max=0.999, help="Fraction of unseen prompts that reach --retention; 0: on average."),
     ] = 0.9,
     context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that --tokens or --bytes is meant for (default: the profile's).")
+        int | None, typer.Option(min=1, help="Context length that --tokens or --bytes is for (default: the profile's).")
     ] = None,
     lever: Annotated[
         list[str] | None,
-        typer.Option(help="What this drives: keep, near, fetch; may be repeated. Default: all."),
+        typer.Option(help="Lever to plan: keep, near, fetch; may be repeated. Default: all."),
     ] = None,
     rule: Annotated[str, typer.Option(help=", ".join(RULES) + ".")] = "xkv",
-    floor: Annotated[float, typer.Option(min=0.0, help="Least share of every layer.")] = 0.0,
+    floor: Annotated[float, typer.Option(min=0.0, help="Minimum share of each layer.")] = 0.0,
     weights: Annotated[
-        str | None, typer.Option(help="Weight of every layer's retention, e.g. 1,1,4,1 (rule xkv).")
+        str | None, typer.Option(help="Weight of each layer's retention, e.g. 1,1,4,1 (rule xkv).")
     ] = None,
-    base: Annotated[Path | None, typer.Option(help="A plan whose other levers are taken over.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw curves and shares, e.g. plan.png.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Existing plan to copy the other levers from.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot curves and shares, e.g. plan.png.")] = None,
     kvpress: Annotated[
-        Path | None, typer.Option(help="Write the keep lever as kvpress's PerLayerCompressionPress takes it.")
+        Path | None, typer.Option(help="Also write the keep lever for kvpress's PerLayerCompressionPress.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Share a budget over the layers, from the curves that `farkv profile` measured.
+    r"""Divide a budget among the layers, using the curves that `farkv profile` measured.
 
     [bold]Examples[/bold]
 
@@ -69,7 +72,7 @@ def plan_layers(
     if rule not in RULES:
         raise ConfigError(f"--rule: expected one of {', '.join(RULES)}, got {rule!r}")
     if kvpress is not None and "keep" not in levers and base is None:
-        raise ConfigError("--kvpress: writes the keep lever, which this plan does not drive; add --lever keep")
+        raise ConfigError("--kvpress: writes the keep lever, which this plan does not have; add --lever keep")
     n_bytes = parse_bytes(size, "--bytes")
     from farkv.calibrate.plan import Plan
     from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
@@ -99,10 +102,10 @@ def plan_layers(
 
 @contextmanager
 def naming_files(path: Path) -> Iterator[None]:
-    """Turn a file that cannot be written into an error of one line.
+    """Turn a failed write into a one-line error that names the file.
 
     Raises:
-        InputError: there is no such folder, or it cannot be written to.
+        InputError: the folder does not exist or is not writable.
     """
     try:
         yield
@@ -111,23 +114,23 @@ def naming_files(path: Path) -> Iterator[None]:
 
 
 def parse_weights(text: str | None, rule: str) -> tuple[float, ...] | None:
-    """Return the layers' weights.
+    """Parse the layers' weights.
 
     Raises:
-        ConfigError: they are no numbers, or the rule takes none.
+        ConfigError: one is not a number, or the rule does not use weights.
     """
     if text is None:
         return None
     if rule != "xkv":
-        raise ConfigError(f"--weights: belongs to --rule xkv, got --rule {rule}")
+        raise ConfigError(f"--weights: requires --rule xkv, got --rule {rule}")
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"--weights: expected numbers with commas between them, got {text!r}") from error
+        raise ConfigError(f"--weights: expected comma-separated numbers, got {text!r}") from error
 
 
 def find_profile_of(model: str) -> Path:
-    """Return the profile beside a model's weights.
+    """Return the path of the profile in the model's folder.
 
     Raises:
         ConfigError: there is none.
@@ -136,5 +139,5 @@ def find_profile_of(model: str) -> Path:
 
     path = (MODEL_PATH if model == "demo" else Path(model)) / "profile.safetensors"
     if not path.is_file():
-        raise ConfigError(f"--profile: there is none beside {model}; make one: farkv profile --model {model}")
+        raise ConfigError(f"--profile: none found beside {model}; make one: farkv profile --model {model}")
     return path

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from farkv.calibrate.profile import Profile
     from farkv.math.importance import Scorer
 
-# Tokenised prompts come from here: a text, or a text and the question about it.
+# Tokenises a prompt: a text, or a text and a question about it.
 Encode = Callable[[str, str | None], list[int]]
 EXPECTED = 'expected an object with "prompt", or with "text" and "question"'
 
@@ -28,18 +28,18 @@ EXPECTED = 'expected an object with "prompt", or with "text" and "question"'
 def profile_model(
     prompts: Annotated[
         list[Path] | None,
-        typer.Option("--prompts", "-p", help="Text file, or .jsonl with one prompt a line; may be repeated."),
+        typer.Option("--prompts", "-p", help="Text file, or .jsonl with one prompt per line; may be repeated."),
     ] = None,
     model: ModelOption = "demo",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write.")] = Path("profile.safetensors"),
-    tokens: Annotated[int, typer.Option(min=16, help="Texts are cut in runs of so many tokens.")] = 2048,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts at most, taken from all over.")] = 16,
-    seed: Annotated[int, typer.Option(help="Which prompts are taken where there are more.")] = 0,
-    scorer: Annotated[str, typer.Option(help="Of the curves: window, expected or value.")] = "window",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the profile.")] = Path("profile.safetensors"),
+    tokens: Annotated[int, typer.Option(min=16, help="Split texts into prompts of this many tokens.")] = 2048,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of prompts, spread over all the input.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of prompts when there are more than --limit.")] = 0,
+    scorer: Annotated[str, typer.Option(help="Scorer of the curves: window, expected or value.")] = "window",
     light: Annotated[bool, typer.Option("--light", help="Run half of the tokens: curves, no skew.")] = False,
     losses: Annotated[
         int,
-        typer.Option(min=0, help="Prompts to measure on what limiting each layer costs (slow; for plan --rule loss)."),
+        typer.Option(min=0, help="Also measure the loss of limiting each layer, on this many prompts (slow)."),
     ] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -47,12 +47,13 @@ def profile_model(
 ) -> None:
     r"""Measure a model once: every layer's skew and gain curves, in one file.
 
-    The curves say how unevenly layers depend on their cache. Calibrate on
-    prompts like those you will ask, and unlike those you test on. An
-    interrupted run leaves OUT.part; the same command goes on from there.
+    The curves show how unevenly layers depend on their cache. Calibrate on
+    prompts like those you will use, but not those you test on. An interrupted
+    run leaves OUT.part; the same command resumes from it.
 
-    A .jsonl file holds {"prompt": ...}, or {"text": ..., "question": ...},
-    on every line; such prompts are used whole.
+    Each line of a .jsonl file is {"prompt": ...} or {"text": ...,
+    "question": ...}; these prompts are not split. --losses is needed for
+    farkv plan --rule loss.
 
     [bold]Examples[/bold]
 
@@ -72,10 +73,10 @@ def profile_model(
     if scorer not in SCORERS:
         raise ConfigError(f"--scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+        raise InputError(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
     files = [(path, read_prompts(path)) for path in prompts or []]
     if not any(found for _, found in files):
-        raise InputError("--prompts: expected at least one text file with text in it, got none")
+        raise InputError("--prompts: expected at least one file that contains text, got none")
     quiet_libraries()
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     encode = partial(encode_prompt, tokenizer)
@@ -96,13 +97,13 @@ def profile_model(
 
 
 def tell_once(part: Path, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """Return `show`, saying at its first call that an unfinished measurement goes on."""
+    """Return `show`, which on its first call also prints that an unfinished measurement is resumed."""
     told = False
 
     def on_prompt(done: int, total: int) -> None:
         nonlocal told
         if not told:
-            err.print(f"going on from {part}: {done} of {total} prompts are done", soft_wrap=True)
+            err.print(f"resuming from {part}: {done} of {total} prompts are done", soft_wrap=True)
         told = True
         show(done, total)
 
@@ -110,7 +111,7 @@ def tell_once(part: Path, show: Callable[[int, int], None]) -> Callable[[int, in
 
 
 def report(measured: Profile, out: Path, counts: dict[str, int], started: float, *, as_json: bool) -> None:
-    """Print what was written: JSON on stdout, or a line on stderr."""
+    """Print a summary of the profile: JSON on stdout, or a line on stderr."""
     n_curves = 0 if measured.measured is None else len(measured.measured)
     summary = {
         "out": str(out),
@@ -125,26 +126,28 @@ def report(measured: Profile, out: Path, counts: dict[str, int], started: float,
     if as_json:
         typer.echo(json.dumps(summary))
         return
-    what = "skew and curves" if measured.has_skew else "curves and no skew, which each prompt then gives itself:"
-    err.print(f"wrote {out} ({summary['bytes']:,} bytes): {what} of {n_curves} prompts", soft_wrap=True)
+    what = f"skew and curves of {n_curves} prompts"
+    if not measured.has_skew:
+        what = f"curves of {n_curves} prompts, no skew (it will be fitted to each prompt)"
+    err.print(f"wrote {out} ({summary['bytes']:,} bytes): {what}", soft_wrap=True)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str | None]]:
     """Read a file's prompts: (text, None), or (text, question).
 
     Raises:
-        InputError: the file cannot be read, or a line of a .jsonl file is no prompt.
+        InputError: the file cannot be read, or a line of a .jsonl file is not a prompt.
     """
     text = read_text(path)
     if path.suffix != ".jsonl":
         return [(text, None)] if text.strip() else []
-    # Not splitlines: a JSON string may hold the other line ends as they are.
+    # Not splitlines: a JSON string may contain other line separators unescaped.
     lines = enumerate(text.split("\n"), start=1)
     return [read_line(f"{path}:{number}", line) for number, line in lines if line.strip()]
 
 
 def read_line(where: str, line: str) -> tuple[str, str | None]:
-    """Read one line of a .jsonl file; `where` is its file and number."""
+    """Parse one line of a .jsonl file; `where` is its file and line number."""
     try:
         found: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -155,13 +158,13 @@ def read_line(where: str, line: str) -> tuple[str, str | None]:
     values: list[Any] = [found.get(name) for name in names]
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str) or not value.strip():
-            got = "none" if value is None else "an empty one" if value == "" else repr(value)[:40]
-            raise InputError(f"{where}: {EXPECTED}, each a text; {name!r} is {got}")
+            got = "missing" if value is None else "empty" if value == "" else repr(value)[:40]
+            raise InputError(f"{where}: {EXPECTED}, each a non-empty string; {name!r} is {got}")
     return values[0], values[1] if len(values) > 1 else None
 
 
 def encode_prompt(tokenizer: Any, text: str, question: str | None) -> list[int]:
-    """Tokenise a prompt; with a question, as `farkv run` does."""
+    """Tokenise a prompt; one with a question is formatted as in `farkv run`."""
     from farkv.hf.ask import build_prompt
 
     if question is None:
@@ -171,7 +174,7 @@ def encode_prompt(tokenizer: Any, text: str, question: str | None) -> list[int]:
 
 
 def cut_rows(path: Path, found: list[tuple[str, str | None]], encode: Encode, size: int) -> list[list[int]]:
-    """Tokenise a file's prompts; a text is cut in runs, and a short rest of it is left out."""
+    """Tokenise a file's prompts; a plain text is split into runs of `size` tokens, dropping a short last one."""
     rows = [encode(text, question) for text, question in found]
     if path.suffix == ".jsonl" or not rows:
         return rows
@@ -180,7 +183,7 @@ def cut_rows(path: Path, found: list[tuple[str, str | None]], encode: Encode, si
 
 
 def draw_rows(rows: list[list[int]], limit: int, seed: int) -> list[list[int]]:
-    """Take `limit` prompts at random, one from each of as many equal stretches, in order."""
+    """Sample `limit` prompts in order: one at random from each of `limit` equal intervals."""
     if len(rows) <= limit:
         return rows
     rng, n = random.Random(seed), len(rows)

@@ -1,4 +1,4 @@
-"""`farkv report`: the page and the table of what `farkv eval` wrote."""
+"""`farkv report`: an HTML page and a table of the results of `farkv eval`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from farkv.cli.options import JsonOption, err
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What farkv eval --out DIR wrote.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Results folder of farkv eval --out DIR.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the page.")] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Of the page. Default: the model's name.")] = None,
+    title: Annotated[str | None, typer.Option(help="Page title. Default: the model's name.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Draw what an evaluation found: one page, nothing outside it, readable offline.
+    r"""Write the report of an evaluation: one self-contained page, readable offline.
 
     [bold]Examples[/bold]
 
@@ -25,7 +25,7 @@ def report(
 
       farkv report results --title "Demo model, 32 K" --json
     """
-    # numpy and all tables: not before they are needed.
+    # Imports numpy and the tables only when needed.
     from farkv.evals.report import describe_report, write_report
     from farkv.evals.show import draw_table
 

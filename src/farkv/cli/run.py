@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Ask(NamedTuple):
-    """What the command line says about the method."""
+    """The command-line options that choose the method."""
 
     name: str
     fraction: float | None = None
@@ -54,16 +54,16 @@ class Ask(NamedTuple):
 
 
 def make_methods(asked: Ask) -> list[Method]:
-    """Return the methods' configs from their name on the command line: a selector, XKV, or XKV beside a selector."""
+    """Return the configs of the named method: a selector, XKV, or a selector with XKV for the plan's levers."""
     name, fraction = asked.name, asked.fraction
     if name not in METHODS:
         raise ConfigError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
     if asked.paper and name not in ("infinigen", "xkv"):
-        raise ConfigError(f"--paper: belongs to --method infinigen or xkv, got --method {name}")
+        raise ConfigError(f"--paper: requires --method infinigen or xkv, got --method {name}")
     if asked.retention is not None and name != "xkv":
-        raise ConfigError(f"--retention: belongs to --method xkv, got --method {name}")
+        raise ConfigError(f"--retention: requires --method xkv, got --method {name}")
     if asked.levers and asked.plan is None:
-        raise ConfigError("--lever: says what a plan drives; give one with --plan")
+        raise ConfigError("--lever: selects levers of a plan, and there is no plan; add --plan")
     for lever in asked.levers:
         if lever not in LEVERS:
             raise ConfigError(f"--lever: expected one of {', '.join(LEVERS)}, got {lever!r}")
@@ -79,25 +79,25 @@ def make_methods(asked: Ask) -> list[Method]:
 
 
 def run(
-    question: Annotated[str, typer.Argument(help="Asked about the text; left out, the text is continued.")] = "",
+    question: Annotated[str, typer.Argument(help="Question about the text; without one, the text is continued.")] = "",
     model: ModelOption = "demo",
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="The text; - or a pipe is stdin.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text file; - or a pipe reads stdin.")] = None,
     session: Annotated[
-        Path | None, typer.Option(help="Session file: written with the text's records if missing, else asked.")
+        Path | None, typer.Option(help="Session file: created from the text if it does not exist, else reused.")
     ] = None,
     method: Annotated[str, typer.Option(help=", ".join(METHODS) + ".")] = "infinigen",
     fraction: FractionOption = None,
     paper: Annotated[bool, typer.Option("--paper", help="infinigen or xkv as published.")] = False,
     retention: Annotated[
-        float | None, typer.Option(help="xkv: keep as little as holds this share of the attention mass.")
+        float | None, typer.Option(help="xkv: keep the fewest records that retain this fraction of attention mass.")
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file: what each layer may keep, hold near, fetch.")] = None,
     lever: Annotated[
         list[str] | None,
-        typer.Option(help="What of the plan is used; may be repeated (default: keep for xkv, else fetch)."),
+        typer.Option(help="Lever of the plan to use; may be repeated (default: keep for xkv, else fetch)."),
     ] = None,
     query_aware: Annotated[
-        bool, typer.Option("--query-aware", help="Read the question with the text, so that eviction knows it.")
+        bool, typer.Option("--query-aware", help="Prefill the question with the text, so that eviction sees it.")
     ] = False,
     near: NearOption = None,
     host: HostOption = None,
@@ -106,19 +106,19 @@ def run(
     quant: QuantOption = None,
     kernel: KernelOption = "auto",
     chunk_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the text read at once (default: 2048, or what fits).")
+        int | None, typer.Option(min=1, help="Prefill chunk size in tokens (default: 2048, or what fits).")
     ] = None,
     profile: ProfileOption = None,
     max_new_tokens: TokensOption = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop after this text; may be repeated.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     verify: VerifyOption = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    r"""Answer a question about a long text from a far KV cache.
+    r"""Answer a question about a long text, with a KV cache in far memory.
 
     [bold]Examples[/bold]
 
@@ -136,19 +136,19 @@ def run(
 
       cat notes.txt | farkv run -m ./my-model --verify 8 --json "What was decided?"
     """
-    # What can be checked without a model is checked before one is loaded.
+    # Check everything that needs no model before loading one.
     configs = make_methods(Ask(method, fraction, paper, retention, plan, tuple(lever or ())))
     limits = parse_bytes(near, "--near"), parse_bytes(host, "--host")
     parse_disk(disk, "--disk")
     check_storage(evict, quant, host=limits[1])
     check_name("kernel", kernel, KERNELS)
     if query_aware and session is not None:
-        raise ConfigError("--query-aware: a session holds the text only; leave one of them out")
+        raise ConfigError("--query-aware: cannot be combined with --session, which stores the text only; drop one")
     text = read_text(file)
     if session is not None:
-        check_session(session, text, configs, spills=evict != "refuse" and disk is None)
+        check_session(session, text, configs, evicts_pool=evict != "refuse" and disk is None)
     elif not (text + question).strip():
-        raise InputError("prompt: text and question are both empty; give --file with text, or a question")
+        raise InputError("prompt: text and question are both empty; give --file, a question, or both")
     import torch
 
     from farkv.hf.ask import Decoding, Listener, answer, prefill
@@ -163,43 +163,48 @@ def run(
     measured = False if profile == "none" else profile
     decoding = Decoding(max_new_tokens, temperature, tuple(stop or ()), chunk_tokens)
     with attach(loaded, *configs, **storage, kernel=kernel, profile=measured, plan=plan) as far:
-        job = Job(far, tokenizer, text, question, decoding, verify)
+        request = Request(far, tokenizer, text, question, decoding, verify)
         with show_progress(err, "reading", quiet=as_json) as on_prefill:
             listener = Listener(on_prefill, (lambda piece: None) if as_json else _write)
-            prompt, cache = open_session(job, session, listener) if session else open_text(job, query_aware=query_aware)
+            if session:
+                prompt, cache = open_session(request, session, listener)
+            else:
+                prompt, cache = open_text(request, query_aware=query_aware)
             prefill(far, cache, prompt.text[cache.get_seq_length() :], chunk_tokens, listener)
-        # The bar is gone: while it lives it takes stdout for itself, and breaks the line after every piece.
-        said = answer(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
-        receipt = dataclasses.replace(far.receipt(cache), model=model, answer=said)
+        # Only after the progress bar has stopped: while active it redirects stdout and ends the line after every write.
+        text_out = answer(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
+        receipt = dataclasses.replace(far.receipt(cache), model=model, answer=text_out)
     if not as_json:
         typer.echo()
     print_receipt(receipt, as_json=as_json)
 
 
-def check_session(path: Path, text: str, methods: list[Method], *, spills: bool) -> None:
-    """Refuse a session that can be neither asked nor written, before anything is loaded."""
+def check_session(path: Path, text: str, methods: list[Method], *, evicts_pool: bool) -> None:
+    """Refuse a session that can be neither read nor written, before the model is loaded.
+
+    Args:
+        evicts_pool: a full host pool loses records.
+    """
     if any(evicts(method) and not isinstance(method, XKV) for method in methods):
-        raise ConfigError("--session: holds the whole text, and this method evicts some of it; leave one of them out")
+        raise ConfigError("--session: stores the whole text, but this method evicts part of it; drop one of them")
     if any(isinstance(method, XKV) and {"keep", "near"} & set(method.levers) for method in methods):
-        raise ConfigError(
-            "--session: holds the whole text, and XKV's levers keep and near do not; leave one of them out"
-        )
+        raise ConfigError("--session: stores the whole text, but XKV's levers keep and near do not; drop one of them")
     try:
         if path.exists():
             return
         is_writable = path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)
     except OSError as error:
-        raise InputError(f"--session {path}: cannot be reached ({error.strerror}); choose another folder") from error
+        raise InputError(f"--session {path}: cannot be accessed ({error.strerror}); choose another folder") from error
     if not text.strip():
-        raise InputError(f"--session {path}: there is no such file; give --file with the text to write it")
+        raise InputError(f"--session {path}: there is no such file; to create it, give the text with --file")
     if not is_writable:
-        raise InputError(f"--session {path}: expected a folder that can be written; make it, or choose another one")
-    if spills:
-        raise ConfigError("--evict: what is evicted cannot be saved in a session; give --disk, or leave evict out")
+        raise InputError(f"--session {path}: the folder is missing or not writable; create it, or choose another one")
+    if evicts_pool:
+        raise ConfigError("--evict: evicted records cannot be saved in a session; add --disk, or drop --evict")
 
 
-class Job(NamedTuple):
-    """A text, a question, and what answers it."""
+class Request(NamedTuple):
+    """A text, a question, and the handle and options to answer it with."""
 
     far: Handle
     tokenizer: Any
@@ -209,34 +214,34 @@ class Job(NamedTuple):
     verify: int
 
 
-def open_text(job: Job, *, query_aware: bool) -> tuple[Any, FarCache]:
-    """Return the prompt and an empty cache that has room for it."""
+def open_text(request: Request, *, query_aware: bool) -> tuple[Any, FarCache]:
+    """Return the prompt and an empty cache with room for it."""
     from farkv.hf.ask import build_prompt
     from farkv.hf.handle import CHUNK_TOKENS
 
-    prompt = build_prompt(job.tokenizer, job.text, job.question)
+    prompt = build_prompt(request.tokenizer, request.text, request.question)
     if query_aware:
         prompt = prompt.read_question()
-    tokens = prompt.n_tokens + job.decoding.max_new_tokens
-    chunk = job.decoding.chunk_tokens or CHUNK_TOKENS
-    return prompt, job.far.new_cache(tokens=tokens, verify=job.verify, chunk_tokens=chunk)
+    tokens = prompt.n_tokens + request.decoding.max_new_tokens
+    chunk = request.decoding.chunk_tokens or CHUNK_TOKENS
+    return prompt, request.far.new_cache(tokens=tokens, verify=request.verify, chunk_tokens=chunk)
 
 
-def open_session(job: Job, path: Path, listener: Any) -> tuple[Any, FarCache]:
-    """Return the prompt and a cache over the session's file, which is written first if it is not there."""
+def open_session(request: Request, path: Path, listener: Any) -> tuple[Any, FarCache]:
+    """Return the prompt and a cache over the session file, which is created first if it does not exist."""
     from farkv.hf.ask import build_prompt, prefill
     from farkv.hf.session import load_cache, read_session_text, resume
 
     if not path.exists():
-        prompt, cache = open_text(job._replace(verify=0), query_aware=False)
-        prefill(job.far, cache, prompt.text, job.decoding.chunk_tokens, listener)
-        cache.save(path, tokenizer=job.tokenizer, text=job.text)
+        prompt, cache = open_text(request._replace(verify=0), query_aware=False)
+        prefill(request.far, cache, prompt.text, request.decoding.chunk_tokens, listener)
+        cache.save(path, tokenizer=request.tokenizer, text=request.text)
         err.print(f"session {path}: {format_bytes(path.stat().st_size)} for {len(prompt.text)} tokens")
         cache.reset()
-    # The first question takes the same way as all later ones: from the file.
-    prompt = build_prompt(job.tokenizer, read_session_text(path, job.text), job.question)
-    tokens = prompt.n_tokens + job.decoding.max_new_tokens
-    cache = load_cache(path, job.far.model, tokens=tokens, verify=job.verify, tokenizer=job.tokenizer)
+    # The first question also reads from the file, like all later ones.
+    prompt = build_prompt(request.tokenizer, read_session_text(path, request.text), request.question)
+    tokens = prompt.n_tokens + request.decoding.max_new_tokens
+    cache = load_cache(path, request.far.model, tokens=tokens, verify=request.verify, tokenizer=request.tokenizer)
     resume(cache, prompt.text)
     return prompt, cache
 

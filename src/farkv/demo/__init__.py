@@ -1,4 +1,4 @@
-"""The demo model inside the package, and prompts for it: no download is needed for a first run."""
+"""The demo model that ships with the package, and prompts for it, so that a first run needs no download."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Filler for demo prompts: standard-library files that the demo model never saw in training.
+"""Filler for demo prompts: standard-library files that the demo model was not trained on.
 
-In: the running interpreter's library. Out: lines of code. A file is held out when a hash of its path says so;
-`pydoc_data` (English text) is held out as a whole.
+In: the running interpreter's library. Out: lines of code. A hash of a file's path decides whether it is held out;
+`pydoc_data` (English text) is always held out.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ HELD_OUT_PERCENT = 8
 
 
 def is_held_out(path: str) -> bool:
-    """Say whether the file with this path, relative to the library, is never trained on."""
+    """Return whether the file with this path, relative to the library, is excluded from training."""
     if path.startswith("pydoc_data"):
         return True
     return int(hashlib.sha256(path.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 
 
 def read_sources(root: Path, *, held_out: bool | None) -> dict[str, str]:
-    """Read the Python sources below `root`; `held_out` chooses the side of the split, None takes all."""
+    """Read the Python sources below `root`; `held_out` selects one side of the split, None reads all files."""
     files: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
@@ -41,13 +41,13 @@ def read_sources(root: Path, *, held_out: bool | None) -> dict[str, str]:
 
 
 def draw_filler(files: dict[str, str], size: int, seed: int, measure: Callable[[str], int] = len) -> list[str]:
-    """Take consecutive lines, from random places of random files, until they measure about `size`.
+    """Return runs of consecutive lines from random positions in random files, about `size` in total.
 
     Args:
-        files: from `read_sources`; English text is left out.
-        size: in characters, or in what `measure` counts: the last line that would pass it is not taken.
+        files: from `read_sources`; English text is skipped.
+        size: maximum total, in characters or in the unit of `measure`.
         seed: makes the text reproducible.
-        measure: the size of one line, for example its tokens.
+        measure: returns the size of one line, for example in tokens.
     """
     rng = random.Random(seed)
     names = sorted(n for n in files if not n.startswith("pydoc_data"))

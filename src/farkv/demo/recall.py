@@ -1,7 +1,7 @@
-"""Make recall prompts in the demo model's form: facts scattered through code, asked for at the end.
+"""Recall prompts in the format that the demo model was trained on: facts scattered through code, a question at the end.
 
-In: lines of filler (code), a seed. Out: the text, the question, the answer. Names are made from
-`TEST_WORDS`, which training never used in a name, unless others are given.
+In: lines of filler (code), a seed. Out: the text, the question, the answer. By default names are made from
+`TEST_WORDS`, which no name in the training data contains.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def fact_line(name: str, value: str) -> str:
 
 
 def question_line(name: str) -> str:
-    """Return the question that the demo model continues with the value."""
+    """Return the question; the demo model completes it with the value."""
     return f"print({name})  # "
 
 
@@ -56,10 +56,10 @@ def make_recall_prompt(
     """Scatter `n_facts` facts between the lines of `filler` and ask for one of them.
 
     Args:
-        filler: lines of code, each with its line end.
-        n_facts: how many facts, all names different.
+        filler: lines of code, each with its line ending.
+        n_facts: number of facts, all with different names.
         seed: makes the prompt reproducible.
-        words: names are two of these, joined by an underscore.
+        words: a name is two of these, joined by an underscore.
 
     Returns:
         A prompt whose text is the filler plus `n_facts` lines.
@@ -98,17 +98,17 @@ def make_chain_prompt(
     hops: int = 1,
     words: Sequence[str] = TEST_WORDS,
 ) -> RecallPrompt:
-    """Scatter facts and a chain of names that repeat one, and ask for the chain's last name.
+    """Scatter facts and a chain of assignments that lead to one of them, and ask for the chain's last name.
 
     Args:
-        filler: lines of code, each with its line end.
-        n_facts: how many plain facts, before the chain.
+        filler: lines of code, each with its line ending.
+        n_facts: number of plain facts, not counting the chain.
         seed: makes the prompt reproducible.
-        hops: how many lines like `stone_cloud = apple_river` lead to the fact, in order.
-        words: names are two of these, joined by an underscore.
+        hops: number of lines like `stone_cloud = apple_river` between the question and the fact, in text order.
+        words: a name is two of these, joined by an underscore.
 
     Returns:
-        A prompt; its text is the filler plus `n_facts + hops` lines, `fact_line` the plain fact's.
+        A prompt; its text is the filler plus `n_facts + hops` lines, `fact_line` is the plain fact's line.
     """
     base = make_recall_prompt(filler, n_facts, seed, words)
     rng = random.Random(seed + 1_000_003)

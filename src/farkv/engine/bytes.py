@@ -134,16 +134,17 @@ def _fit_pool(
     """
     assert limits.home is not None
     n_layers, capacity = len(need.layers), pool.capacity
+    row_bytes = pool.row_bytes * need.shape.batch * need.shape.kv_heads
+    # While a layer grows, its old rows are still there; what was announced is allocated at once.
+    growing, whole = ((n * row_bytes + near_token_bytes) for n in (n_layers + 1, n_layers))
     if capacity == 0:
-        row_bytes = pool.row_bytes * need.shape.batch * need.shape.kv_heads
-        # While a layer grows, its old rows are still there; what was announced is allocated at once.
-        growing, whole = (limits.home // (n * row_bytes + near_token_bytes) for n in (n_layers + 1, n_layers))
-        capacity = max(growing, min(need.reserve_tokens, whole))
+        capacity = max(limits.home // growing, min(need.reserve_tokens, limits.home // whole))
     pinned = pool.sinks + pool.recent
     least = max(at_once + min(pool.length, pinned), min(need.tokens, 1 + pinned))
     if least > capacity:
         purpose = f"{at_once} tokens read at once (fewer: generate(prefill_chunk_size=...))"
-        raise refuse(limits.home_name, limits.home, limits.home * least // max(1, capacity), purpose)
+        enough = least * (whole if need.reserve_tokens >= least else growing)
+        raise refuse(limits.home_name, limits.home, enough, purpose)
     rows = min(need.tokens, capacity)
     if grow_capacity(0, rows) > capacity:
         # A layer that grows with room to spare must not take what the others will need.

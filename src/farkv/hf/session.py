@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from farkv.errors import CacheStateError, SessionError
@@ -16,7 +17,9 @@ from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, find_handle
 from farkv.hf.identity import identify_tokenizer
 from farkv.hf.unmanaged import take_unmanaged
-from farkv.session.load import check_levers, fill_engine, open_text, read_text
+from farkv.session.file import Saved
+from farkv.session.load import check_levers, fill_engine, open_text
+from farkv.store.far.page_reader import bytes_of
 
 # Tokens at a text's end that may come out otherwise when something follows it.
 MOST_SHARED = 16
@@ -46,7 +49,7 @@ def load_cache(
         check_levers(handle.choice, handle.setting.levers)
         text = open_text(Path(path), handle.setting.limits.quant)
         n_tokens, (shape, dtype) = len(text.ids), handle.measure_shape()
-        cache = handle.make_cache(max(tokens, n_tokens + 1), verify, text.list_pages(), text.quant)
+        cache = handle.make_cache(max(tokens, n_tokens + 1), verify, text.pages, text.quant)
         mine = {"identity": handle.identity, "tokenizer": identify_tokenizer(tokenizer)}
         fill_engine(cache.engine, text, shape, dtype, mine, CHUNK_TOKENS)
         take_unmanaged(cache.layers, text.saved.tensors("unmanaged/"), handle.unmanaged, n_tokens)
@@ -62,7 +65,17 @@ def read_session_text(path: str | Path, longer: str = "") -> str:
     Raises:
         SessionError: the session holds no text, or another one.
     """
-    text = read_text(Path(path))
+    saved = Saved.open(Path(path))
+    try:
+        data = saved.tensor("text")
+    finally:
+        saved.close()
+    if data.dtype != torch.uint8:
+        raise SessionError(f"session {path}: its text is {data.dtype}, expected bytes; make it anew")
+    try:
+        text = bytes(bytes_of(data)).decode()
+    except UnicodeDecodeError as error:
+        raise SessionError(f"session {path}: its text is not UTF-8 (byte {error.start}); make it anew") from error
     if not text and not longer:
         raise SessionError(f"session {path}: it was saved without its text; give --file")
     if longer and not longer.startswith(text):

@@ -1,7 +1,7 @@
-"""Measure what it costs to limit one layer: decode on, then decode the same tokens again with that layer limited.
+"""Measure the loss of limiting a single layer: decode some tokens, then decode them again with that layer limited.
 
-In: a model, prompts. Out: `Losses`, KL per layer and share. Nothing is evicted: records are hidden by the mask of the
-model's own attention, so one prefill per prompt serves all layers and shares.
+In: a model, prompts. Out: `Losses`, the KL per layer and share. Nothing is evicted: the attention mask hides records,
+so one prefill per prompt serves all layers and shares.
 """
 
 from __future__ import annotations
@@ -27,51 +27,53 @@ from farkv.math.step import AttentionFunction, Step
 # Decode steps that are compared per prompt.
 STEPS = 16
 WINDOW = 8
-# A prompt of fewer tokens has too little to leave out.
+# Shorter prompts have too few records to leave out.
 LEAST_TOKENS = 64
 
 
 class Limit(NamedTuple):
-    """What a layer may see while its loss is measured."""
+    """How a layer is limited while its loss is measured."""
 
     kind: LossKind
     share: float
 
 
 class HidingAttention:
-    """The model's own attention with records hidden from it: all but those that `allow` lets it see."""
+    """The model's own attention function, masked to the records that `allow` returns."""
 
     def __init__(self, attention: AttentionFunction, allow: Callable[[Tensor, Tensor], Bool[Tensor, "B Hkv S"]]):
         self.attention, self.allow = attention, allow
 
     @property
     def sinks(self) -> Tensor | None:
-        """Return the model's own."""
+        """Return the model's own sink logits."""
         return self.attention.sinks
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> object:
-        """Attend to what is allowed."""
+        """Attend to the allowed records."""
         seen = self.allow(k, v).repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None]
         return self.attention(q, k, v, seen if mask is None else seen & mask)
 
     def wrap(self, out: Tensor) -> object:
-        """Refuse: an output that was computed elsewhere has seen what is to be hidden."""
-        raise CacheStateError("a limited layer attends to all its records at once; measure losses without a near limit")
+        """Raise CacheStateError: an output that a kernel computed has read the hidden records too."""
+        raise CacheStateError(
+            "losses: a limited layer needs one masked attention call over all its records; measure without a near limit"
+        )
 
 
 class LimitedLayer(FarLayer):
-    """A fully attended layer that can be limited at decode steps."""
+    """A layer with full attention that can be limited at decode steps."""
 
     def __init__(self, layer: int, engine: Engine):
         super().__init__(layer, engine)
         self.limit: Limit | None = None
         self.observed: Observed | None = None
-        # Tokens of the prompt, set when it has been read, and their scores.
+        # Prompt length, set after prefill, and the scores of the prompt's records.
         self.prompt_tokens = 0
         self.scores: Tensor | None = None
 
     def attend(self, step: Step, attention: AttentionFunction) -> object:
-        """Attend through a kernel that hides what the limit leaves out; the prompt is only watched."""
+        """Attend with the records outside the limit masked; during prefill only observe the queries."""
         if step.query.q.shape[2] > 1:
             self.observed = observe_queries(step.query.q, WINDOW, "window", self.observed)
             return super().attend(step, attention)
@@ -82,12 +84,12 @@ class LimitedLayer(FarLayer):
         return super().attend(step, HidingAttention(attention, lambda k, v: allow(step, k, v, limit.share)))
 
     def keep(self, step: Step, k: Tensor, v: Tensor, share: float) -> Bool[Tensor, "B Hkv S"]:
-        """Allow one choice for all steps: the prompt's best by its last queries, and all tokens after it."""
+        """Allow a fixed selection: the prompt's best records by its last queries, and all later tokens."""
         assert self.observed is not None
         n = self.prompt_tokens
         if self.scores is None:
-            form = step.query.logits
-            self.scores = score_records("window", self.observed, k[:, :, :n], v[:, :, :n], None, form)
+            logits = step.query.logits
+            self.scores = score_records("window", self.observed, k[:, :, :n], v[:, :, :n], None, logits)
         positions, _ = choose_kept(self.scores, n, max(WINDOW, int(share * n)), WINDOW)
         seen = torch.ones(*k.shape[:3], dtype=torch.bool, device=k.device)
         seen[:, :, :n] = False
@@ -105,13 +107,13 @@ class LimitedLayer(FarLayer):
 def measure_losses(
     handle: Handle, prompts: list[Int[Tensor, " T"]], on_prompt: Callable[[int, int], None] = lambda done, total: None
 ) -> Losses:
-    """Measure every managed layer's loss at every share, mean over prompts.
+    """Measure every managed layer's loss at every share, averaged over prompts.
 
         loss[l, k] = mean over steps of KL(full model || layer l sees a share s_k)
 
     Args:
         handle: attached with `Full()`.
-        prompts: a few, of more than 64 tokens each; what the model says after each is decoded greedily and compared.
+        prompts: a few, of more than 64 tokens each; each is continued greedily, and those steps are compared.
 
     Cost: per prompt one prefill and (2 L K + 1) STEPS decode steps.
     Source: none; XKV argues with retention alone (docs/papers/xkv.md, "Does retention predict the loss?").
@@ -125,7 +127,7 @@ def measure_losses(
 
 
 def measure_prompt(handle: Handle, ids: Int[Tensor, " T"]) -> Tensor:
-    """Return KL of one prompt, [2 kinds, L, shares], in float64."""
+    """Return the KL of one prompt, float64 [2 kinds, L, shares]."""
     cache = handle.new_cache(tokens=ids.shape[0] + STEPS)
     for i in handle.managed:
         cache.layers[i] = LimitedLayer(i, cache.engine)
@@ -147,7 +149,7 @@ def measure_prompt(handle: Handle, ids: Int[Tensor, " T"]) -> Tensor:
 
 
 def decode_greedily(handle: Handle, cache: FarCache, token: int) -> tuple[list[int], Tensor]:
-    """Decode STEPS tokens, take them back, and return them with the log-probabilities after each."""
+    """Decode STEPS tokens, crop them again, and return them with the log-probabilities after each."""
     tokens, logs = [token], []
     for _ in range(STEPS):
         logits = feed(handle, cache, tokens[-1:])
@@ -159,7 +161,7 @@ def decode_greedily(handle: Handle, cache: FarCache, token: int) -> tuple[list[i
 
 
 def decode_again(handle: Handle, cache: FarCache, tokens: list[int]) -> Tensor:
-    """Feed the same tokens again, take them back, and return the log-probabilities after each."""
+    """Feed the same tokens, crop them again, and return the log-probabilities after each."""
     logs = []
     for token in tokens:
         logits = feed(handle, cache, [token])

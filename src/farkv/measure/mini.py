@@ -1,9 +1,9 @@
-"""The mini-inference: one pass over a prompt that only looks, stores nothing and ends at the last managed layer.
+"""The mini-inference: one forward pass over a prompt that observes attention, caches nothing and exits early.
 
-In: an attached model, token ids. Out: a `Sample`, the Gram matrices and gain curves of every layer. Attention is the
-model's own; there is no LM head, and the last layer's attention, MLP and the final norm never run.
+In: an attached model, token ids. Out: a `PromptSample`: Gram matrices and gain curves of every layer. Attention is the
+model's own; the LM head and the last layer's attention, MLP and final norm do not run.
 
-Source: XKV §3.1, as released: the same model, no KV cache, an early exit. `Light` runs less of it; that variant is
+Source: XKV §3.1, as released: the same model, no KV cache, an early exit. `Light` runs a part of it; that variant is
 ours.
 """
 
@@ -27,16 +27,16 @@ from farkv.math.importance import Scorer, measure_spread, observe_queries, score
 from farkv.math.skew import Gram, measure_gram
 from farkv.math.step import AttentionFunction, Step
 
-# Light: tokens of one run. Long enough that most attention between neighbours stays inside.
+# Tokens per run of a light pass. Long enough that most local attention stays within a run.
 RUN = 64
 
 
 class Light(NamedTuple):
     """How much of the model and of the prompt is run.
 
-    `tokens` is the share of the prompt's tokens: runs of 64 from all over the prompt, and always its end. Of the
-    blocks every `layers`-th is run, and always the first and the last. On the demo model fewer tokens cost little, but
-    with fewer blocks the curves lead to no better plan than an equal split (benchmarks/results/xkv_light.jsonl).
+    `tokens` is the fraction of the prompt's tokens: runs of 64 spread over the prompt, always including its end. Every
+    `layers`-th block is run, always including the first and the last. On the demo model fewer tokens lose little, but
+    with fewer blocks the curves give no better plan than an equal split (benchmarks/results/xkv_light.jsonl).
     """
 
     tokens: float = 0.5
@@ -44,7 +44,7 @@ class Light(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What is measured: curves by this scorer, window and pooling, and (or) the Gram matrices of the skew."""
+    """What is measured: curves, with this scorer, window and pooling, and the Gram matrices for the skew."""
 
     scorer: Scorer
     window: int
@@ -53,8 +53,8 @@ class Look(NamedTuple):
     grams: bool
 
 
-class Sample(NamedTuple):
-    """What one prompt left, by layer, on the CPU; the curves are on the grid, `token_bytes` is K and V of one token."""
+class PromptSample(NamedTuple):
+    """One prompt's measurements by layer, on the CPU; curves are on the grid, `token_bytes` is K and V of one token."""
 
     grams: dict[int, Gram]
     keep: dict[int, Tensor]
@@ -63,30 +63,30 @@ class Sample(NamedTuple):
 
 
 class PassEnded(Exception):
-    """Ends a pass whose rest nobody needs."""
+    """Raised to end a forward pass early."""
 
 
 class MiniLayer(FarLayer):
-    """Counts tokens, looks at queries, keys and values as they pass, and stores none of them."""
+    """Observes queries, keys and values as they pass, and counts tokens; stores none of them."""
 
-    def __init__(self, layer: int, engine: Engine, look: Look, sample: Sample, *, ends: bool):
+    def __init__(self, layer: int, engine: Engine, look: Look, sample: PromptSample, *, ends: bool):
         super().__init__(layer, engine)
         self.look, self.sample, self.ends = look, sample, ends
         self.n_seen = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new tokens and hand them back."""
+        """Count the new tokens and return them unchanged."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.n_seen += key_states.shape[2]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        """Return the tokens seen."""
+        """Return the number of tokens seen."""
         return self.n_seen
 
     def attend(self, step: Step, attention: AttentionFunction) -> object:
-        """Look, then attend to the whole prompt; the last layer ends the pass instead."""
+        """Measure, then attend to the whole prompt; the last layer ends the pass instead."""
         width = step.k.shape[1] * (step.k.shape[-1] + step.v.shape[-1])
         self.sample.token_bytes[self.layer] = width * step.k.element_size()
         if self.look.grams:
@@ -101,27 +101,27 @@ class MiniLayer(FarLayer):
         return attention(step.query.q, step.k, step.v, step.mask)
 
     def _measure_curves(self, step: Step) -> None:
-        look, form = self.look, step.query.logits
+        look, logits = self.look, step.query.logits
         observed = observe_queries(step.query.q, look.window, look.scorer, None)
-        scores = score_records(look.scorer, observed, step.k, step.v, None, form, pool=look.pool)
-        spread = measure_spread(observed, step.k, None, form)
+        scores = score_records(look.scorer, observed, step.k, step.v, None, logits, pool=look.pool)
+        spread = measure_spread(observed, step.k, None, logits)
         self.sample.keep[self.layer] = to_grid(sort_gains(scores)[0]).to("cpu")
         self.sample.spread[self.layer] = to_grid(spread[0]).to("cpu")
 
 
 @torch.no_grad()
-def run_mini(handle: Handle, ids: Int[Tensor, " T"], look: Look, layers: list[int]) -> Sample:
-    """Run one prompt up to the last of `layers` and return what they showed.
+def run_mini(handle: Handle, ids: Int[Tensor, " T"], look: Look, layers: list[int]) -> PromptSample:
+    """Run one prompt up to the last of `layers` and return the measurements.
 
     Args:
-        ids: the prompt, in one pass.
-        layers: the managed layers that are run, ascending; one at least.
+        ids: the prompt, run in one pass.
+        layers: the managed layers that are run, ascending; at least one.
 
-    Cost: the prefill of all layers but the last one's attention and MLP; one layer's K, V and scores. Per layer w
-    queries against all keys, three times, and a sort of the tokens per KV head.
+    Cost: a prefill without the last layer's attention and MLP; memory for one layer's K, V and scores. Per layer, w
+    queries against all keys three times, and a sort of the tokens per KV head.
     """
     cache = handle.new_cache()
-    sample = Sample({}, {}, {}, {})
+    sample = PromptSample({}, {}, {}, {})
     for i in layers:
         cache.layers[i] = MiniLayer(i, cache.engine, look, sample, ends=i == layers[-1])
     with suppress(PassEnded):
@@ -131,12 +131,12 @@ def run_mini(handle: Handle, ids: Int[Tensor, " T"], look: Look, layers: list[in
 
 @contextmanager
 def thin_blocks(handle: Handle, every: int) -> Iterator[list[int]]:
-    """Leave the decoder only every `every`-th block, the first and the last always, and restore it at the end.
+    """Reduce the decoder to every `every`-th block plus the first and the last; restore it on exit.
 
-    Yields the layers that are left.
+    Yields the remaining layers.
 
     Raises:
-        ConfigError: not all layers are full attention, so what a block reads depends on blocks that would be left out.
+        ConfigError: not all layers have full attention; such models cannot run with blocks removed.
     """
     n = len(handle.blocks)
     if every == 1:
@@ -144,8 +144,8 @@ def thin_blocks(handle: Handle, every: int) -> Iterator[list[int]]:
         return
     if len(handle.managed) < n:
         raise ConfigError(
-            f"light: a model with layers of other kinds ({', '.join(sorted(set(handle.layer_types)))}) cannot run "
-            "without some of them; give layers=1, or leave light out"
+            f"light: expected full attention in all layers, got {', '.join(sorted(set(handle.layer_types)))}; "
+            "blocks cannot be skipped: use layers=1, or drop light"
         )
     chosen = sorted({*range(0, n, every), n - 1})
     name = next(name for name, child in handle.decoder.named_children() if child is handle.blocks)
@@ -156,16 +156,16 @@ def thin_blocks(handle: Handle, every: int) -> Iterator[list[int]]:
         setattr(handle.decoder, name, handle.blocks)
 
 
-def draw_runs(n_tokens: int, share: float, seed: int) -> Int[Tensor, " T"]:
-    """Choose which tokens of a prompt are run: whole runs, one from each of as many equal stretches, and the last.
+def draw_runs(n_tokens: int, fraction: float, seed: int) -> Int[Tensor, " T"]:
+    """Choose the tokens of a prompt that a light pass runs: the last run, and one from each of several equal intervals.
 
     Returns:
-        ascending positions, about `share` of them; at least the last run.
+        ascending positions, about `fraction` of all; at least the last run.
     """
     n_runs = -(-n_tokens // RUN)
-    others, wanted = n_runs - 1, max(1, round(share * n_runs)) - 1
+    others, wanted = n_runs - 1, max(1, round(fraction * n_runs)) - 1
     rng = random.Random(seed)
-    # Counted from the prompt's end, so that only its first run can be shorter.
+    # Runs are counted from the prompt's end, so that only its first run can be shorter.
     chosen = [0] + [1 + rng.randrange(j * others // wanted, (j + 1) * others // wanted) for j in range(wanted)]
     ends = [n_tokens - RUN * run for run in sorted(chosen, reverse=True)]
     return torch.cat([torch.arange(max(end - RUN, 0), end) for end in ends])

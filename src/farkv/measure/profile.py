@@ -1,7 +1,7 @@
-"""Measure a model once: run it over calibration prompts and sum what its queries and keys look like.
+"""Profile a model: run it over calibration prompts and accumulate the moments of its queries and keys.
 
-In: a model, tokenised prompts. Out: a `Profile`. Runs the model's own attention (`hf.mini`); keeps one Gram matrix
-pair per KV head and layer and two gain curves per prompt and layer, nothing per token. Can be interrupted.
+In: a model, tokenised prompts. Out: a `Profile`. Runs the model's own attention (`measure.mini`); keeps a pair of Gram
+matrices per KV head and layer and two gain curves per prompt and layer, nothing per token. Can be resumed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from farkv.hf.identity import identify_model
 from farkv.math.importance import SCORERS, Scorer
 from farkv.math.skew import Gram
 from farkv.measure.losses import LEAST_TOKENS, measure_losses
-from farkv.measure.mini import Light, Look, Sample, draw_runs, run_mini, thin_blocks
+from farkv.measure.mini import Light, Look, PromptSample, draw_runs, run_mini, thin_blocks
 from farkv.methods import Full
 
 PART_FORMAT = "farkv-profile-part-1"
-# An unfinished measurement is written at most so often.
+# Minimum interval between writes of an unfinished measurement.
 SECONDS_BETWEEN_WRITES = 5.0
 GRAM_PARTS = ("queries", "keys", "key_sum", "n_keys")
 
@@ -58,29 +58,29 @@ def profile(
 
     Args:
         model: on its device, not attached.
-        prompts: token ids, one sequence each; a few thousand tokens in all are enough for the skew. For the curves
-            they should end as the prompts end that will be asked, and be 20 or more. Calibrate on text that no test
-            uses.
-        on_prompt: is told how many prompts are done, of how many; also at the start, if some were done before.
-        scorer, window, pool: how the records of a curve are scored, by how many of the last queries, and the width
-            of the average along tokens. A prompt of `window` tokens or fewer has no curve.
-        curves: False leaves them out.
-        resume: where an unfinished measurement is kept; a later call with the same prompts and settings goes on from
-            there, to the same result bit for bit. Deleted at the end.
-        light: run less of the model and of the prompts. The profile then has curves and no skew.
-        losses: measure on so many of the prompts what limiting each layer costs (`hf.losses`); not with `light`.
+        prompts: token ids, one sequence each; a few thousand tokens in total are enough for the skew. For the curves
+            use at least 20, which end like the prompts that will be used later. Do not calibrate on test data.
+        on_prompt: progress callback (prompts done, total); also called at the start when resuming.
+        scorer, window, pool: how the records of a curve are scored, the number of last queries used, and the width of
+            the moving average along tokens. A prompt of `window` tokens or fewer has no curve.
+        curves: False skips them.
+        resume: file for an unfinished measurement; a later call with the same prompts and settings resumes from it,
+            with a bit-identical result. Deleted on completion.
+        light: run a part of the model and of the prompts. The profile then has curves but no skew.
+        losses: number of prompts on which to measure the loss of limiting each layer (`measure.losses`); not with
+            `light`.
 
     Raises:
         InputError: there is no prompt of at least two tokens.
-        ConfigError: a setting cannot be used.
-        UnsupportedModelError: the model cannot be managed.
-        ProfileError: `resume` is of other prompts, settings or another model, or damaged.
+        ConfigError: a setting is invalid.
+        UnsupportedModelError: the model is not supported.
+        ProfileError: `resume` is damaged, or belongs to other prompts, settings or another model.
 
     Cost: one pass per prompt (`run_mini`), and 2 (Hq + Hkv) D^2 operations per token and layer for the skew.
     """
     look = check_settings(Look(scorer, window, pool, curves, light is None), light)
     if losses < 0 or (losses and light is not None):
-        raise ConfigError(f"losses: expected 0 or more prompts, and none with light, got {losses}")
+        raise ConfigError(f"losses: expected 0 or more prompts, and 0 with light, got {losses}")
     rows = [torch.as_tensor(p, dtype=torch.long).reshape(-1).to("cpu") for p in prompts]
     rows = [r for r in rows if r.shape[0] > 1]
     if not rows:
@@ -88,7 +88,7 @@ def profile(
     identity, total = identify_model(model), len(rows) + (len(pick_long(rows, losses)) if losses else 0)
     with attach(model, Full(), profile=False) as handle:
         if not handle.managed:
-            raise UnsupportedModelError(f"{type(model).__name__}: has no full-attention layer, so nothing to measure")
+            raise UnsupportedModelError(f"{type(model).__name__}: expected a full-attention layer to measure, got none")
         part = Part(resume, digest_task(rows, look, light, {**identity, "dtype": str(model.dtype)}))
         sums = sum_prompts(handle, rows, part, look, light, on_prompt=lambda done, _: on_prompt(done, total))
         curves_made = make_curves(sums, handle, look, light)
@@ -110,7 +110,7 @@ def sum_prompts(
     *,
     on_prompt: Callable[[int, int], None],
 ) -> Sums:
-    """Run every prompt that is not in the unfinished measurement yet, and add what it showed."""
+    """Run every prompt that the unfinished measurement does not include yet, and add its measurements."""
     with thin_blocks(handle, light.layers if light else 1) as layers:
         sums = part.load()
         if sums.n_done:
@@ -128,7 +128,7 @@ def sum_prompts(
 
 
 def pick_long(rows: list[Tensor], n: int) -> list[Tensor]:
-    """Return `n` of the prompts that losses can be measured on, from all over.
+    """Return `n` prompts that are long enough to measure losses on, evenly spaced.
 
     Raises:
         InputError: none is long enough.
@@ -140,10 +140,10 @@ def pick_long(rows: list[Tensor], n: int) -> list[Tensor]:
 
 
 def check_settings(look: Look, light: Light | None) -> Look:
-    """Return the settings.
+    """Return the settings unchanged.
 
     Raises:
-        ConfigError: one cannot be used, or they leave nothing to measure.
+        ConfigError: a setting is invalid, or there is nothing to measure.
     """
     if look.scorer not in SCORERS:
         raise ConfigError(f"scorer: expected one of {', '.join(SCORERS)}, got {look.scorer!r}")
@@ -152,12 +152,12 @@ def check_settings(look: Look, light: Light | None) -> Look:
     if light is not None and not (0 < light.tokens <= 1 and light.layers >= 1):
         raise ConfigError(f"light: expected 0 < tokens <= 1 and layers >= 1, got {light.tokens} and {light.layers}")
     if light is not None and not look.curves:
-        raise ConfigError("light: measures curves alone, and curves=False leaves them out; give only one of both")
+        raise ConfigError("light: measures curves only, which curves=False disables; drop one of them")
     return look
 
 
 class Sums(NamedTuple):
-    """What the prompts so far left: summed moments by layer, and one row of curves ([L, GRID]) per prompt."""
+    """The measurements of the prompts so far: summed moments by layer, and one row of curves ([L, GRID]) per prompt."""
 
     n_done: int
     grams: dict[int, Gram]
@@ -167,12 +167,12 @@ class Sums(NamedTuple):
     token_bytes: dict[int, int]
 
 
-def add_sample(sums: Sums, sample: Sample, n_tokens: int, layers: list[int]) -> Sums:
-    """Return new sums, so that an interruption never sees half of a prompt.
+def add_sample(sums: Sums, sample: PromptSample, n_tokens: int, layers: list[int]) -> Sums:
+    """Return new sums; the old ones stay intact, so that an interruption never leaves half a prompt.
 
     Args:
         n_tokens: the prompt's length.
-        layers: all managed layers; curves of those that were not run are filled in.
+        layers: all managed layers; curves of layers that were not run are interpolated.
     """
     old = sums.grams
     grams = {i: old[i].add(gram) if i in old else gram for i, gram in sample.grams.items()}
@@ -188,11 +188,11 @@ def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> 
     """Return the curves of all prompts, or None if there are none.
 
     Raises:
-        InputError: nothing else was to be measured.
+        InputError: there are none, and `light` measures nothing else.
     """
     if not sums.keep:
         if light is not None:
-            raise InputError(f"light: expected a prompt of more than {look.window} tokens, got none; give longer ones")
+            raise InputError(f"light: expected a prompt of more than {look.window} tokens, got none; use longer ones")
         return None
     settings: dict[str, Any] = {"scorer": look.scorer, "window": look.window, "pool": look.pool}
     if all(i in sums.token_bytes for i in handle.managed):
@@ -204,7 +204,7 @@ def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> 
 
 
 def digest_task(rows: list[Tensor], look: Look, light: Light | None, identity: dict[str, str]) -> str:
-    """Return a digest of all that decides the result: prompts, settings, model."""
+    """Return a digest of everything that determines the result: prompts, settings, model."""
     digest = hashlib.sha256(json.dumps([look, light, identity], sort_keys=True).encode())
     for row in rows:
         digest.update(save({"ids": row.contiguous()}))
@@ -212,7 +212,7 @@ def digest_task(rows: list[Tensor], look: Look, light: Light | None, identity: d
 
 
 class Part:
-    """The file of an unfinished measurement; without a path it does nothing."""
+    """The file of an unfinished measurement; does nothing without a path."""
 
     def __init__(self, path: str | Path | None, digest: str):
         self.path = None if path is None else Path(path)
@@ -223,7 +223,7 @@ class Part:
         """Return the sums so far.
 
         Raises:
-            ProfileError: the file is of another measurement, or damaged.
+            ProfileError: the file is damaged or belongs to another measurement.
         """
         if self.path is None or not self.path.exists():
             return Sums(0, {}, [], [], [], {})
@@ -234,14 +234,14 @@ class Part:
             if about.get("format") == PART_FORMAT and about.get("digest") == self.digest:
                 return unpack_sums(tensors, json.loads(about["sums"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ProfileError(f"resume {self.path}: cannot be read ({error}); delete it to start anew") from error
+            raise ProfileError(f"resume {self.path}: cannot be read ({error}); delete it to start over") from error
         raise ProfileError(
             f"resume {self.path}: expected an unfinished profile of these prompts, settings and model, got another; "
-            "delete it to start anew, or repeat the call that began it"
+            "delete it to start over, or repeat the original call"
         )
 
     def write(self, sums: Sums, pause: float = 0.0) -> None:
-        """Write the sums, unless the last write is less than `pause` seconds old; old file or whole new one."""
+        """Write the sums unless the last write was less than `pause` seconds ago; the file is replaced atomically."""
         if self.path is None or sums.n_done == 0 or time.monotonic() - self._written < pause:
             return
         tensors, about = pack_sums(sums)
@@ -257,7 +257,7 @@ class Part:
 
 
 def pack_sums(sums: Sums) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the sums as tensors by name, and what is no tensor."""
+    """Return the sums as named tensors and a dict of the rest."""
     tensors = {f"{i}.{name}": getattr(gram, name) for i, gram in sums.grams.items() for name in GRAM_PARTS}
     if sums.keep:
         tensors |= {"keep": torch.stack(sums.keep), "spread": torch.stack(sums.spread)}
@@ -271,7 +271,7 @@ def pack_sums(sums: Sums) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_sums(tensors: dict[str, Tensor], about: dict[str, Any]) -> Sums:
-    """Return what `pack_sums` was given."""
+    """Restore the sums from `pack_sums`."""
     grams = {i: Gram(*(tensors[f"{i}.{name}"] for name in GRAM_PARTS)) for i in about["layers"]}
     n_curves = len(about["tokens"])
     keep, spread = (list(tensors[name]) if n_curves else [] for name in ("keep", "spread"))

@@ -24,11 +24,11 @@ from farkv.config import format_bytes
 from farkv.errors import FarKVError, SessionError, StoreError
 from farkv.files import InUseError, replace_file, write_all
 from farkv.session.header import (
+    MAX_HEADER_BYTES,
     PAGE_CRC,
     PAGES,
     Header,
     TensorForm,
-    check_length,
     hash_bytes,
     make_header,
     parse_header,
@@ -158,11 +158,7 @@ class Saved:
                 info = os.fstat(fd)
                 if not stat.S_ISREG(info.st_mode):
                     raise SessionError("expected a file, got something else")
-                n_bytes = check_length(os.pread(fd, 8, 0), info.st_size)
-                raw = os.pread(fd, n_bytes, 0)
-                if len(raw) != n_bytes:
-                    raise SessionError(f"expected a header of {n_bytes:,} bytes, got {len(raw):,}: the file was cut")
-                return cls(path, fd, parse_header(raw, info.st_size))
+                return cls(path, fd, parse_header(os.pread(fd, 8 + MAX_HEADER_BYTES, 0), info.st_size))
             except BaseException:
                 os.close(fd)
                 raise

@@ -68,11 +68,7 @@ def hash_bytes(data: bytes | memoryview) -> str:
 
 
 def make_header(notes: dict[str, Any], forms: dict[str, TensorForm], checks: dict[str, str]) -> bytes:
-    """Return length and header; its size does not depend on the hashes in `checks`.
-
-    Raises:
-        SessionError: a name, dtype or note cannot be written.
-    """
+    """Return length and header, whose size does not depend on `checks`, or raise SessionError where one cannot be."""
     at, entries = 0, {}
     for name, form in forms.items():
         if not _NAME.fullmatch(name) or form.dtype not in _LETTERS or len(form.shape) > _MAX_DIMS:
@@ -99,28 +95,16 @@ def seal_header(raw: bytes) -> bytes:
     return blank[: _DIGEST.start] + hash_bytes(blank).encode("ascii") + blank[_DIGEST.stop :]
 
 
-def check_length(first: bytes, file_bytes: int) -> int:
-    """Return the bytes of length and header from a file's first 8 bytes.
-
-    Raises:
-        SessionError: they do not fit the file, or what a header may take.
-    """
-    n_bytes, least = int.from_bytes(first, "little"), _DIGEST.stop - 8
-    most = min(MAX_HEADER_BYTES, file_bytes - 8)
-    if len(first) < 8 or not least <= n_bytes <= most:
-        raise SessionError(f"expected a header of {least} to {most:,} bytes, got {n_bytes:,} in {file_bytes:,}")
-    return 8 + n_bytes
-
-
-def parse_header(raw: bytes, file_bytes: int) -> Header:
-    """Check length and header of a file of `file_bytes` bytes and return what they say.
+def parse_header(begin: bytes, file_bytes: int) -> Header:
+    """Check length and header of a file of `file_bytes` bytes, of which `begin` is as much as they may take.
 
     A header is taken only if `make_header` writes the same bytes from what was read in it. So whatever parsers differ
     on is refused (a key twice, NaN, -0, half a letter), and every offset, order and space is checked.
-
-    Raises:
-        SessionError: it is no session, of another version, damaged or contradicts itself.
     """
+    n_bytes, least, most = int.from_bytes(begin[:8], "little"), _DIGEST.stop - 8, min(MAX_HEADER_BYTES, len(begin) - 8)
+    if not least <= n_bytes <= most:
+        raise SessionError(f"expected a header of {least} to {most:,} bytes, got {n_bytes:,} in {file_bytes:,}")
+    raw = begin[: 8 + n_bytes]
     seen = _FORMAT_SEEN.search(raw[:ALIGN_BYTES])
     found = seen[1].decode("ascii", "replace") if seen else "another file"
     if raw[8 : _DIGEST.start] != _PREFIX or found != FORMAT:

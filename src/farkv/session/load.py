@@ -20,7 +20,6 @@ from farkv.methods import XKV
 from farkv.session.file import Saved
 from farkv.session.pages import take_text
 from farkv.session.save import describe_text
-from farkv.store.far.page_reader import bytes_of
 from farkv.store.far.pages import MOST_TOKENS
 from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
@@ -30,16 +29,12 @@ _WORDS = {"identity": "model", "record": "records"}
 
 
 class Text(NamedTuple):
-    """A saved text: its file, its tokens, how its records are coded, how many tokens a page has."""
+    """A saved text: its file, its tokens, how its records are coded, its pages."""
 
     saved: Saved
     ids: Int[Tensor, " N"]
     quant: str | None
-    page_tokens: int
-
-    def list_pages(self) -> SavedText:
-        """Return the pages in the file."""
-        return SavedText(self.saved.reader, self.saved.n_pages, self.page_tokens)
+    pages: SavedText
 
 
 def check_levers(choice: Choice, levers: Levers) -> None:
@@ -72,7 +67,7 @@ def open_text(path: Path, quant: str | None) -> Text:
     ids = saved.tensor("tokens")
     if ids.dim() != 1 or ids.dtype != torch.int64 or len(ids) == 0:
         raise SessionError(f"its tokens are {list(ids.shape)}, {ids.dtype}, expected a row of int64; make it anew")
-    return Text(saved, ids, coding, tokens)
+    return Text(saved, ids, coding, SavedText(saved.reader, saved.n_pages, tokens))
 
 
 def fill_engine(
@@ -91,7 +86,7 @@ def fill_engine(
     """
     saved, store = text.saved, engine.store
     check_notes(saved.notes, model | describe_text(engine, shape, dtype))
-    form, (n_pages, n_open) = store.page_form(shape, dtype), divmod(len(text.ids), text.page_tokens)
+    form, (n_pages, n_open) = store.page_form(shape, dtype), divmod(len(text.ids), text.pages.page_tokens)
     if (saved.page_bytes, saved.n_pages) != (form.n_bytes, n_pages * shape.kv_heads * len(engine.layers)):
         raise SessionError("its pages are not those of its text; make it anew")
     made, wanted = saved.notes.get("index"), engine.selector.describe()
@@ -120,22 +115,3 @@ def check_notes(notes: dict[str, Any], expected: dict[str, Any]) -> None:
             raise SessionError(
                 f"its {_WORDS.get(key, key)}: {said}, expected {wanted}; use what it was made with, or make another"
             )
-
-
-def read_text(path: Path) -> str:
-    """Return a session's text, empty where it was saved without.
-
-    Raises:
-        SessionError, StoreError: it cannot be read.
-    """
-    saved = Saved.open(path)
-    try:
-        data = saved.tensor("text")
-    finally:
-        saved.close()
-    if data.dtype != torch.uint8:
-        raise SessionError(f"session {path}: its text is {data.dtype}, expected bytes; make it anew")
-    try:
-        return bytes(bytes_of(data)).decode()
-    except UnicodeDecodeError as error:
-        raise SessionError(f"session {path}: its text is not UTF-8 (byte {error.start}); make it anew") from error
