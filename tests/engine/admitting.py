@@ -8,6 +8,7 @@ from farkv.engine.admit import Admission
 from farkv.engine.budget import Budgets
 from farkv.engine.bytes_near import plan_near
 from farkv.engine.bytes_need import Limits, Need
+from farkv.engine.mode import Mode
 from farkv.engine.padding import Padding
 from farkv.methods.base import Cap, Place, Selector
 from farkv.methods.oracle import Oracle
@@ -36,7 +37,7 @@ class Gate(Admission):
         selector = Sized(Oracle(fraction=1e-9), place)
         selector.index_token_bytes, self.spare = index_token_bytes, spare
         budgets = Budgets(Cap(1e-9, least=most), None, store, Padding())
-        super().__init__(selector, budgets, shares=None, pins=None, policy=None, verifies=False)
+        super().__init__(selector, budgets, Mode(), shares=None, pins=None, policy=None, verifies=False)
 
     def _count_need(self, shape: LayerShape, *numbers: Any) -> Need:
         need = super()._count_need(shape, *numbers)
