@@ -52,7 +52,7 @@ class RecentWindow:
     def push(self, *parts: Tensor) -> None:
         """Add new rows, made of `parts` side by side; only the last `n` are kept."""
         if parts[0].shape[2] > self.n:
-            # Rows are left out before those that are kept: after a crop, older ones must not stand for them.
+            # The rows before these are not kept here: older rows must not take their place after a crop.
             self.length = 0
         parts = tuple(part[:, :, -self.n :] for part in parts)
         batch, heads, n_new, _ = parts[0].shape
