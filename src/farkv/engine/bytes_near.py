@@ -74,5 +74,5 @@ def count_near(need: Need, n_rows: int, n_new: int, dense: int) -> NearNeed:
         # Two buffers; and what one is decoded to.
         decode=(n_read * (2 * stored + (need.shape.token_bytes if need.is_coded else 0)) if n_sparse else 0)
         + (dense if need.verifies or n_sparse < n_layers else 0),
-        pinned=uses + need.pinned_bytes(n_rows),
+        held=uses + need.pinned_bytes(n_rows),
     )

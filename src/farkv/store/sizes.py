@@ -94,18 +94,18 @@ def fetched_bytes(shape: LayerShape, rows: int) -> int:
 
 
 class NearNeed(NamedTuple):
-    """Near bytes by purpose; `pinned` includes usage values. Prefill passes and decode steps never overlap."""
+    """Near bytes by purpose (held: pinned records and usage values). Prefill and decode steps never overlap."""
 
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     window: int
     prefill: int
     decode: int
-    pinned: int = 0
+    held: int = 0
 
     @property
     def total(self) -> int:
         """Return the peak bytes."""
-        return self.index + self.window + self.pinned + max(self.prefill, self.decode)
+        return self.index + self.window + self.held + max(self.prefill, self.decode)
 
 
 def grow_capacity(capacity: int, need: int) -> int:
