@@ -146,7 +146,7 @@ def test_a_plan_drives_run(file: str, profile: str, plan: str) -> None:
     held = run(*common, "--lever", "near", "--lever", "fetch", QUESTION)
     assert held["method"] == "infinigen+xkv(near,fetch)"
     assert held["answer"] == fetched["answer"] == "4821"
-    # What is read and held need not cross the link; without the lever a hot set may spare even more.
+    # What is read and held need not cross the link; without the lever a recently used set may spare even more.
     read_bytes = held["read_fraction"] * held["kv_bytes"]["total"]
     assert 0 < held["fetched_bytes_per_token"] < read_bytes
     assert 0 < fetched["fetched_bytes_per_token"] < read_bytes

@@ -1,4 +1,4 @@
-"""Copies of records in near memory, as the GPU kernels find them. No Triton: making one needs none."""
+"""Near copies of records, as the GPU kernels find them. In a file of its own, so that it can be made without Triton."""
 
 from __future__ import annotations
 

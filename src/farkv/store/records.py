@@ -24,7 +24,7 @@ class StoreLimits(NamedTuple):
     near: int | None = None
     host: int | None = None
     reserve_tokens: int = 0
-    # Where full pages go, under a limit of its own.
+    # Where full pages are written, under its own limit.
     disk: DiskSpace | None = None
     # What a full pool does: "refuse" more records, or evict by the policy of this name.
     evict: str = "refuse"

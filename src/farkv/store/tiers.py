@@ -45,19 +45,19 @@ class Store(FarStore):
         # Whether dense reads go block by block; set by admission.
         self.streams = False
         self.block_tokens = BLOCK_TOKENS
-        # Told the bytes of every fetch.
+        # Called with the bytes of every fetch.
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
 
     def listen(self, on_fetch: Callable[[int], None], on_disk: Callable[[int], None]) -> None:
-        """Tell these the bytes of every fetch, and of every read from disk."""
+        """Call these with the bytes of every fetch, and of every read from disk."""
         self.on_fetch, self.on_disk = on_fetch, on_disk
 
     def read_in_blocks(self, block_tokens: int, *, only: bool) -> None:
-        """Let dense reads come in blocks of so many tokens where they must; `only`: always."""
+        """Set the tokens per block of dense reads, and whether these go `only` by blocks, never by whole layers."""
         self.streams, self.block_tokens = only, block_tokens
 
     def let_grow(self, *, home: bool, near: bool, index: bool) -> None:
-        """Say whether rows that grow may take more than they need in each tier."""
+        """Set, per tier, whether growing rows may take more than they need."""
         self.home.roomy = home
         if self.is_far:
             self.near.roomy, self.index.roomy = near, index

@@ -195,7 +195,7 @@ def _end_space(fd: int, owner: int) -> None:
 
 
 def _lock_folder(folder: Path) -> int:
-    """Lock a folder for this process; the system lets go of it when the process ends, however it ends."""
+    """Lock a folder for this process; the system releases the lock when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):

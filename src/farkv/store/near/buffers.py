@@ -82,7 +82,7 @@ class RecentWindow:
         self.length = max(0, self.length - now.n_tokens)
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Nothing: an eviction leaves the newest rows."""
+        """Do nothing: an eviction never removes the newest rows."""
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Drop the rows: the pool has them."""
