@@ -42,10 +42,10 @@ def test_it_compares_and_prints_one_object(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (("--fractions", "0"), "fraction: expected a number in"),
-        (("--fractions", "x"), "--fractions: expected numbers"),
+        (("--fractions", "x"), "--fractions: expected comma-separated numbers"),
         (("--lengths", "12"), "--lengths: expected numbers of at least 64"),
         (("--form", "poem"), "--form: expected auto, completion or chat"),
-        (("--tasks", ","), "--tasks: expected names"),
+        (("--tasks", ","), "--tasks: expected comma-separated names"),
         (("--tasks", "ruler:/nowhere.jsonl"), "/nowhere.jsonl"),
         (("--methods", "h3o"), "expected some of full, infinigen"),
     ],
