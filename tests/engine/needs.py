@@ -43,10 +43,13 @@ class Case(NamedTuple):
 
     def allow(self, **limits: int | None) -> Case:
         """Return the case under other limits; where records live in a tier, it has that tier's limit."""
-        new, pool = self.limits._replace(**limits), self.need.pool
-        # Who raises a limit begins anew: how many rows it has room for is not known yet.
-        need = self.need._replace(pool=None if pool is None else pool._replace(capacity=0))
-        return self._replace(need=need, limits=new._replace(home=new.near if new.home_name == "near" else new.host))
+        new, need, held = self.limits._replace(**limits), self.need, self.held
+        if need.pool is not None:
+            # Who raises a limit begins anew: how many rows it has room for is not known yet.
+            need = need._replace(pool=need.pool._replace(capacity=0, length=0))
+            held = hold_nothing(need, new)
+        new = new._replace(home=new.near if new.home_name == "near" else new.host)
+        return self._replace(need=need, held=held, limits=new)
 
     def raise_limits(self) -> tuple[Case, BytePlan]:
         """Raise every limit to what refusals ask for, until there is a plan: limits are then tight."""
@@ -79,8 +82,7 @@ def needs(draw: st.DrawFn, place: str) -> Need:
     if kind == "keep":
         keep = Keep({i: draw(st.integers(1, tokens)) for i in layers}, draw(st.integers(0, 10**5)))
     if kind == "pool":
-        capacity = draw(st.sampled_from([0, rows]))
-        pool = Pool(draw(st.integers(0, 4)), draw(st.integers(1, 17)), stored + 10, 0, capacity)
+        pool = Pool(draw(st.integers(0, 4)), draw(st.integers(1, 17)), stored + 10, 0, 0)
     return Need(
         shape=shape,
         layers=layers,
@@ -127,20 +129,28 @@ def cases(draw: st.DrawFn, place: str) -> Case:
         near, host, home, "near" if place == "near" else "host", far, shares, need.pinned_bytes(1000) > 0, page,
         limit() if page else None,
     )  # fmt: skip
-    return Case(place, need, draw(held(need, limits)), limits)
+    if need.keep is None and draw(st.booleans()):
+        return begin(need, limits, place)
+    return Case(place, need, hold_nothing(need, limits), limits)
 
 
-@st.composite
-def held(draw: st.DrawFn, need: Need, limits: Limits) -> Held:
-    """Draw what is allocated: nothing, or as much as an earlier plan of a shorter context took."""
-    empty = Held(dict.fromkeys(need.layers, 0), dict.fromkeys(need.layers, 0), pages=no_pages(limits))
+def begin(need: Need, limits: Limits, place: str) -> Case:
+    """Return the case of a pass where an earlier plan, of a context half as long, was used to the full."""
+    empty = hold_nothing(need, limits)
     before = need._replace(tokens=max(1, need.tokens // 2), n_rows=max(1, need.n_rows // 2), n_new=1, chunk=0)
-    if draw(st.booleans()) or need.keep is not None or need.pool is not None:
-        return empty
     try:
-        return hold(before, limits, plan_bytes(before, empty, limits))
+        plan = plan_bytes(before, empty, limits)
     except CapacityError:
-        return empty
+        return Case(place, need, empty, limits)
+    if need.pool is not None:
+        length = min(before.tokens, max(plan.rows.values()))
+        need = need._replace(pool=need.pool._replace(capacity=plan.pool_rows, length=length))
+    return Case(place, need, hold(before, limits, plan), limits)
+
+
+def hold_nothing(need: Need, limits: Limits) -> Held:
+    """Return what an empty cache holds."""
+    return Held(dict.fromkeys(need.layers, 0), dict.fromkeys(need.layers, 0), pages=no_pages(limits))
 
 
 def no_pages(limits: Limits) -> Pages | None:

@@ -95,7 +95,7 @@ def test_a_plan_passes_no_limit(place: str, data: st.DataObject) -> None:
 @MANY
 @given(data=st.data())
 def test_what_fits_fits_under_larger_limits_and_is_no_smaller(place: str, data: st.DataObject) -> None:
-    case, plan = data.draw(cases(place)).raise_limits()
+    case, plan = data.draw(cases(place)).allow().raise_limits()
     tiers = [t for t in ("near", "host", "disk") if getattr(case.limits, t) is not None]
     assume(tiers)
     tier = data.draw(st.sampled_from(tiers))
@@ -106,8 +106,13 @@ def test_what_fits_fits_under_larger_limits_and_is_no_smaller(place: str, data: 
     assert wider.pool_rows >= plan.pool_rows
     # A pool that evicts takes all rows at once where it could not grow.
     assert all(wider.rows[i] >= min(n, case.need.tokens) for i, n in plan.rows.items())
-    assert wider.near.block_tokens >= plan.near.block_tokens
-    assert plan.cache is None or (wider.cache is not None and wider.cache.room >= plan.cache.room)
+    # Over a disk near memory is filled through host memory: what one tier takes more, the other may have less.
+    if tier != "near" and plan.cache is not None and plan.near.block_tokens == wider.near.block_tokens:
+        assert wider.cache is not None
+        assert wider.cache.room >= plan.cache.room
+    # So are a block and a pass, of which the pass is tried first.
+    if wider.chunk_tokens == plan.chunk_tokens and (plan.cache is None or case.limits.host is None):
+        assert wider.near.block_tokens >= plan.near.block_tokens
 
 
 @every_place

@@ -173,7 +173,6 @@ def run(way: str, limits: dict[str, int], *, reserve: bool, verify: int = 0, n: 
     return done
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reserve", [True, False])
 @pytest.mark.parametrize(
     ("way", "tier"),
@@ -197,7 +196,6 @@ def test_limits_are_never_passed_and_refusals_come_first(way: str, tier: str, re
     assert all(run(way, {tier: high + step * 61, **other}, reserve=reserve) for step in range(4))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["xkv", "planned", "infinigen+plan"])
 def test_what_is_remembered_to_verify_is_admitted_too(way: str) -> None:
     for reserve in (True, False):

@@ -21,13 +21,14 @@ class Near(NamedTuple):
     block_tokens: int
 
 
-def plan_near(need: Need, limits: Limits, n_rows: int) -> Near:
+def plan_near(need: Need, limits: Limits, n_rows: int, most: int = BLOCK_TOKENS) -> Near:
     """Return the near bytes at the widest moments of a pass and of the steps after it.
 
     A dense read has the whole layer near where that fits, else two blocks of it in turn.
 
     Args:
         n_rows: rows at the widest.
+        most: tokens of a block, at most.
     """
     # A coded record and its decoded copy exist side by side.
     coded = need.stored_bytes * need.shape.batch * need.shape.kv_heads if need.is_coded else 0
@@ -37,7 +38,7 @@ def plan_near(need: Need, limits: Limits, n_rows: int) -> Near:
         return Near(whole, False, BLOCK_TOKENS)
     n_at_once = need.n_at_once
     # Where host memory is near memory too, blocks are no larger than the passes.
-    block = min(BLOCK_TOKENS, max(LEAST_BLOCK, n_at_once)) if limits.near_shares_host else BLOCK_TOKENS
+    block = min(most, max(LEAST_BLOCK, n_at_once)) if limits.near_shares_host else most
     own = n_at_once * need.shape.token_bytes if need.n_new > 1 else 0
     if limits.near is not None:
         room = limits.near - count_near(need, n_rows, 0, 0).total - own
