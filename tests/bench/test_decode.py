@@ -71,8 +71,10 @@ def test_rows_of_all_methods(native: PlainNative) -> None:
     for row in report["rows"]:
         assert (row["context"], row["batch"]) == (256, 1)
         assert 0 < row["ms_low"] <= row["ms_per_layer"] <= row["ms_high"]
-        assert 0 <= row["floor_percent"] < 100
         assert row["floor_ms"] > 0
+        # Not below 100: the bandwidths are invented, and a machine may be faster than they.
+        expected = 100 * row["floor_ms"] / row["ms_per_layer"]
+        assert row["floor_percent"] == pytest.approx(expected, rel=0.02, abs=0.1)
         assert row["read_fraction"] <= 0.05 if row["method"].startswith("infinigen") else row["read_fraction"] == 1
     dense, ours = report["rows"][1], report["rows"][0]
     # 2 heads * 256 tokens * 64 bytes at 2 GB/s.

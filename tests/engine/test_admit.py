@@ -76,7 +76,7 @@ def test_copies_take_only_what_the_host_limit_leaves(tmp_path: Path, monkeypatch
 
 def test_it_takes_what_is_left_and_no_more() -> None:
     store, _, _ = fill(20, layers=(0, 1))
-    assert {hot.size.slots for hot in store.recently_used.values()} == {20}
+    assert {each.size.slots for each in store.recently_used.values()} == {20}
     assert store.near.used == count_near(store)
     assert store.host.used == count_host(store)
     store.clear(0)

@@ -22,7 +22,7 @@ from farkv.evals.report.heat import bin_scores, find_known
 from farkv.evals.report.looks import choose_looks
 from farkv.evals.report.page import Page, make_page
 from farkv.evals.report.reads import load_reads, write_png
-from farkv.evals.report.words import say
+from farkv.evals.report.words import summarize
 from farkv.evals.row import READS, RUN
 from farkv.evals.tables import make_table
 from tests.evals.results import QUALITY, make_reads, make_row, make_rows, make_run, write_folder
@@ -105,14 +105,18 @@ def test_page_says_everything_that_was_run(page: Page):
         assert expected in said
     assert "its index alone reads more than this fraction" in said
     assert "The full cache itself is near the floor here" in said
-    headings = [part for part in ("What was read when", "Where it is found", "How to read this") if part in said]
+    headings = [
+        part
+        for part in ("Reads by position and decode step", "Retrieval by depth and length", "How to read this")
+        if part in said
+    ]
     assert len(headings) == 3
 
 
 def test_headline_is_made_from_the_numbers(page: Page):
     line = page.table.find("infinigen", 0.1)
     assert line is not None
-    assert page.said.headline.startswith(f"infinigen at 10 % scores {100 * line.score.mean:.1f} %, the full cache")
+    assert page.findings.headline.startswith(f"infinigen at 10 % scores {100 * line.score.mean:.1f} %, the full cache")
 
 
 def test_where_ours_is_not_best_is_said():
@@ -120,10 +124,10 @@ def test_where_ours_is_not_best_is_said():
     rows += [replace(make_row("vt", "infinigen", 0.1, 2048, i), score=float(i % 3 > 0)) for i in range(30)]
     rows += [replace(make_row("vt", "pages", 0.1, 2048, i), score=1.0) for i in range(30)]
     study = study_rows(rows)
-    said = " ".join(say(study, make_table(study)).more)
+    said = " ".join(summarize(study, make_table(study)).more)
     assert "Not best on average: at 10 % pages has 100.0 %, +33.3 points" in said
-    assert "more than chance" in said
-    assert "better by more than chance on 1 of 1 cells: vt at 2 K (pages +33.3)" in said
+    assert "], significant." in said
+    assert "significantly better on 1 of 1 cells: vt at 2 K (pages +33.3)" in said
     assert "Within one point of the full cache at 10 %: no, −33.3 points" in said
 
 
@@ -153,7 +157,7 @@ def test_small_and_odd_runs_make_a_page(methods, fractions, tasks, lengths, limi
     rows = make_rows(methods, fractions, tasks, lengths, limit)
     made = make_page(rows, [], {}, "title")
     check_page(made.html)
-    assert "What was read when" not in made.html
+    assert "Reads by position and decode step" not in made.html
 
 
 def test_missing_numbers_make_a_page():

@@ -14,8 +14,8 @@ import torch
 
 import farkv
 from farkv.errors import CacheStateError, ConfigError, InputError
-from farkv.evals.ask import Speaker, ask_turns
-from farkv.evals.describe import Plan, Variant
+from farkv.evals.ask import Prompter, ask_turns
+from farkv.evals.describe import EvalPlan, Variant
 from farkv.evals.judge import Judge, check_reads
 from farkv.evals.methods import list_methods
 from farkv.evals.prefill import fill_cache, prefill_once
@@ -31,7 +31,7 @@ KEYS = (
     "task", "method", "fraction", "length", "seed", "answer", "expected", "score", "read_fraction", "index_fraction",
     "prompt_sha", "gated",
 )  # fmt: skip
-PLAN = Plan("demo", ("niah_multikey",), ("full", "infinigen", "window"), (0.1,), (512,), limit=2, threads=1)
+PLAN = EvalPlan("demo", ("niah_multikey",), ("full", "infinigen", "window"), (0.1,), (512,), limit=2, threads=1)
 
 
 @cache
@@ -126,7 +126,7 @@ def test_tasks_that_the_full_cache_fails_are_gated(tmp_path: Path) -> None:
     assert [row["method"] for row in skipping] == ["full", "full"]
 
 
-def read_lines_of(plan: Plan, out: Path) -> list[dict[str, Any]]:
+def read_lines_of(plan: EvalPlan, out: Path) -> list[dict[str, Any]]:
     run_eval(plan, out)
     return read_lines(out)
 
@@ -146,7 +146,7 @@ def test_several_processes_write_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plan", [PLAN._replace(methods=("magic",)), PLAN._replace(tasks=("magic",)),
                                   PLAN._replace(lengths=(10**6,)), PLAN._replace(filler="latin")])  # fmt: skip
-def test_unknown_names_are_refused(plan: Plan, tmp_path: Path) -> None:
+def test_unknown_names_are_refused(plan: EvalPlan, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected|positions"):
         run_eval(plan, tmp_path)
 
@@ -157,7 +157,7 @@ def test_a_method_that_reads_too_much_stops_the_run() -> None:
     check_reads(row)
     with pytest.raises(CacheStateError, match="expected at most"):
         check_reads(replace(row, read_fraction=0.5))
-    with pytest.raises(CacheStateError, match="nothing was proven"):
+    with pytest.raises(CacheStateError, match="no saving is proven"):
         check_reads(replace(row, bytes_per_step=row.full_bytes_per_step))
 
 
@@ -166,7 +166,7 @@ def test_a_shared_prefill_answers_as_an_own_one(name: str) -> None:
     """The same predictions, bit for bit, as a cache whose method read the text itself, in chunks."""
     model, tokenizer = demo()
     sample = make("niah_multikey")
-    prompt = Speaker(tokenizer).build(sample)
+    prompt = Prompter(tokenizer).build(sample)
     prefilled = prefill_once(model, prompt.text, chunk=200)
     logits = []
     for shared in (True, False):
@@ -184,11 +184,11 @@ def test_a_shared_prefill_answers_as_an_own_one(name: str) -> None:
 def test_full_answers_as_plain_transformers_do() -> None:
     model, tokenizer = demo()
     sample = make("multiturn", 700)
-    prompt = Speaker(tokenizer).build(sample)
+    prompt = Prompter(tokenizer).build(sample)
     prefilled = prefill_once(model, prompt.text)
     with farkv.attach(model, farkv.Full()) as far:
         cache = fill_cache(far, prefilled, 200)
-        said = ask_turns(far, cache, Speaker(tokenizer), sample, list(prompt.question))
+        said = ask_turns(far, cache, Prompter(tokenizer), sample, list(prompt.question))
     context = sample.text
     for turn, told in zip(sample.turns, said.turns, strict=True):
         context += turn.completion
@@ -205,13 +205,13 @@ def test_chat_models_are_asked_in_their_template() -> None:
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    speaker = Speaker(tokenizer)
+    prompter = Prompter(tokenizer)
     turns = (Turn("q(1)  # ", "Say one.", "1", ("1",)), Turn("q(2)  # ", "Say two.", "2", ("2",)))
-    prompt = speaker.build(Sample("t", 64, 0, "some text\n", turns))
+    prompt = prompter.build(Sample("t", 64, 0, "some text\n", turns))
     assert tokenizer.decode(prompt.text + prompt.question) == "<user>some text\nSay one.</user><assistant>"
-    assert tokenizer.decode(speaker.follow(turns[1])) == "</assistant><user>Say two.</user><assistant>"
+    assert tokenizer.decode(prompter.follow(turns[1])) == "</assistant><user>Say two.</user><assistant>"
     with pytest.raises(InputError, match="no chat template"):
-        Speaker(demo()[1], "chat")
+        Prompter(demo()[1], "chat")
 
 
 def test_rows_survive_being_written(done: Path) -> None:

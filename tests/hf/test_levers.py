@@ -15,11 +15,11 @@ from farkv.errors import CapacityError, ConfigError, PlanError
 from farkv.hf.identity import identify_model
 from farkv.methods import XKV, Full, InfiniGen, Oracle, Window
 from farkv.store.far.kept import ROW_BYTES
+from tests.engine.kept import IDS, KeptTape, make_shares, steps
 from tests.hf.tape import check_replay, replay
 from tests.hf.test_attach import describe as describe_model
 from tests.hf.test_attach import settle
 from tests.hf.test_limits import NEW, PROMPT, TOKENS, WHOLE, count_storages, near_tensors, tiny
-from tests.engine.kept import IDS, KeptTape, make_shares, steps
 from tests.models import assert_same, forward, generate, make_model, make_prompt, plain_cache
 
 SHARES = (0.2, 0.5, 0.3, 0.4)
@@ -173,7 +173,6 @@ def run(way: str, limits: dict[str, int], *, reserve: bool, verify: int = 0, n: 
     return done
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reserve", [True, False])
 @pytest.mark.parametrize(
     ("way", "tier"),
@@ -197,7 +196,6 @@ def test_limits_are_never_passed_and_refusals_come_first(way: str, tier: str, re
     assert all(run(way, {tier: high + step * 61, **other}, reserve=reserve) for step in range(4))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["xkv", "planned", "infinigen+plan"])
 def test_what_is_remembered_to_verify_is_admitted_too(way: str) -> None:
     for reserve in (True, False):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import farkv
@@ -86,29 +88,59 @@ def size(low: int, high: int) -> st.SearchStrategy[int | None]:
     return st.none() | st.integers(low, high)
 
 
-@settings(max_examples=200, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-@given(
-    method=st.sampled_from(sorted(METHODS)), near=size(4, 48), host=size(4, 48), disk=size(8, 24),
-    evict=st.sampled_from(["refuse", *POLICIES]), quant=st.sampled_from([None, None, "int8", "int4"]),
-    chunk=st.sampled_from([8, 17, 40, 200]), batch=st.integers(1, 2), n_tokens=st.integers(NEW + 2, 60),
-    reserve=st.booleans(),
-)  # fmt: skip
-def test_no_limit_is_ever_passed(
-    method: str, near: int | None, host: int | None, disk: int | None, evict: str, quant: str | None,
-    chunk: int, batch: int, n_tokens: int, reserve: bool,
-) -> None:  # fmt: skip
-    whole = batch * (n_tokens + 16) * TOKEN
-    options: dict[str, Any] = {"quant": quant}
+CASES = {
+    "method": st.sampled_from(sorted(METHODS)),
+    "near": size(4, 48),
+    "host": size(4, 48),
+    "disk": size(8, 24),
+    "evict": st.sampled_from(["refuse", *POLICIES]),
+    "quant": st.sampled_from([None, None, "int8", "int4"]),
+    "chunk": st.sampled_from([8, 17, 40, 200]),
+    "batch": st.integers(1, 2),
+    "n_tokens": st.integers(NEW + 2, 60),
+    "reserve": st.booleans(),
+}
+
+
+def check_case(case: dict[str, Any]) -> bool:
+    """Attempt what a case says, on pages of a few tokens."""
+    near, host, disk, n_tokens = (case[name] for name in ("near", "host", "disk", "n_tokens"))
+    whole = case["batch"] * (n_tokens + 16) * TOKEN
+    options: dict[str, Any] = {"quant": case["quant"]}
     options |= {name: whole * n // 16 for name, n in (("near", near), ("host", host)) if n is not None}
     if host is not None:
-        options["evict"] = evict
-    ids = torch.randint(1, VOCAB, (batch, n_tokens))
-    held = (pages_module.PAGE_BYTES, pages_module.MOST_TOKENS)
-    pages_module.PAGE_BYTES, pages_module.MOST_TOKENS = 1 << 20, PAGE_TOKENS
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            if disk is not None:
-                options["disk"] = f"{folder}:{whole * disk // 16}"
-            attempt(method, ids, options, chunk, reserve=reserve)
-    finally:
-        pages_module.PAGE_BYTES, pages_module.MOST_TOKENS = held
+        options["evict"] = case["evict"]
+    ids = torch.randint(1, VOCAB, (case["batch"], n_tokens))
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(pages_module, "PAGE_BYTES", 1 << 20)
+        patch.setattr(pages_module, "MOST_TOKENS", PAGE_TOKENS)
+        if disk is not None:
+            options["disk"] = f"{folder}:{whole * disk // 16}"
+        return attempt(case["method"], ids, options, case["chunk"], reserve=case["reserve"])
+
+
+def sweep(number: int, examples: int) -> list[bool]:
+    """Check as many cases as that, drawn by a seed; return which were done, and not refused."""
+    done: list[bool] = []
+
+    @seed(number)
+    @settings(max_examples=examples, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @given(case=st.fixed_dictionaries(CASES))
+    def check(case: dict[str, Any]) -> None:
+        done.append(check_case(case))
+
+    check()
+    return done
+
+
+@pytest.mark.parametrize("shard", range(8))
+def test_no_limit_is_ever_passed(shard: int) -> None:
+    assert set(sweep(shard, examples=16)) == {True, False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", range(16))
+def test_no_limit_is_ever_passed_by_other_cases_every_time(shard: int) -> None:
+    number = random.SystemRandom().getrandbits(32)
+    print(f"seed {number}")  # Shown where it fails.
+    sweep(number, examples=25)

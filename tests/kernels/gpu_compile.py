@@ -17,8 +17,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from farkv.kernels.gpu import Gpu
-from farkv.kernels.held import Held
 from farkv.kernels.native import IndexView, Rows
+from farkv.kernels.near_copies import NearCopies
 from farkv.math.logits import Logits
 
 HEADS, GROUP, DIM, TOKENS = 2, 4, 64, 2048
@@ -70,8 +70,8 @@ def compile_attend(kernels: Any, q: torch.Tensor, n: torch.Tensor, positions: to
         kernels.attend(q, rows, Logits(0.1, 30.0), positions=positions, n=TOKENS, tail=5, counts=counts)
     pool, out = zeros(HEADS, TOKENS, 2 * DIM, dtype=torch.bfloat16), zeros(HEADS, 60, 2 * DIM, dtype=torch.bfloat16)
     kernels.gather(pool, positions.view(-1), positions.view(-1), out.view(-1, 2 * DIM))
-    near = Held(out, zeros(HEADS, TOKENS, dtype=torch.int32))
-    kernels.fetch(pool, positions, out, torch.zeros(1, dtype=torch.int64), counts=counts, held=near)
+    copies = NearCopies(out, zeros(HEADS, TOKENS, dtype=torch.int32))
+    kernels.fetch(pool, positions, out, torch.zeros(1, dtype=torch.int64), counts=counts, copies=copies)
 
 
 def main(part: str) -> None:

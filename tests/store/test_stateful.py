@@ -55,10 +55,10 @@ CASES = {
     "near": Case(near=1 << 20),
     "near, evicting, pinning": Case(near=1 << 20, evicts=True, pins=True),
     "near, host": Case(near=60_000, host=40_000),
-    "near, small hot set": Case(near=30_000),
-    "near, small hot set, evicting": Case(near=30_000, evicts=True),
-    "near, small hot set, disk, tight host": Case(near=30_000, disk=True, host=40_000, evict="lru"),
-    "near, small hot set, int8": Case(near=30_000, quant="int8"),
+    "near, small recently used set": Case(near=30_000),
+    "near, small recently used set, evicting": Case(near=30_000, evicts=True),
+    "near, small recently used set, disk, tight host": Case(near=30_000, disk=True, host=40_000, evict="lru"),
+    "near, small recently used set, int8": Case(near=30_000, quant="int8"),
     "disk": Case(disk=True),
     "disk, tight host": Case(disk=True, host=40_000, evict="lru"),
     "disk, tight host, clock": Case(disk=True, host=32_000, evict="clock"),
@@ -356,7 +356,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.store.seen(layer) == self.model.seen
 
     @invariant()
-    def books_are_right(self) -> None:
+    def ledgers_are_right(self) -> None:
         for store in [self.store, *([self.twin[0]] if self.twin else [])]:
             near = count_near(store)
             assert store.near.used == near
@@ -368,7 +368,7 @@ class StoreMachine(RuleBasedStateMachine):
     def copies_are_right(self) -> None:
         stores = [self.store, *([self.twin[0]] if self.twin else [])]
         for store in stores:
-            check_hot(store)
+            check_recently_used(store)
             if store.page_cache is not None:
                 check_copies(store.page_cache)
         if self.space is not None:
@@ -388,7 +388,7 @@ def count_near(store: Store) -> int:
 
 
 def count_host(store: Store) -> int:
-    """Return the bytes of the pool and its books, by the tensors themselves."""
+    """Return the bytes of the pool and its metadata, by the tensors themselves."""
     pool: list[Any] = [part.data for rows in store.pool.values() for part in parts_of(rows)]
     pool += [rows.data for kept in store.kept.values() for rows in (kept.places, kept.scores)]
     pool += [held.slots.data for held in store.pinned.values()]
@@ -398,15 +398,15 @@ def count_host(store: Store) -> int:
     return count_bytes([*pool, store.page_cache.scratch]) + store.page_cache.used * store.page_cache.pages.form.n_bytes
 
 
-def check_hot(store: Store) -> None:
-    """Every copy in a hot set that can be found is its record's."""
-    for layer, hot in store.recently_used.items():
-        head, slot = (hot.owner >= 0).nonzero(as_tuple=True)
-        at = hot.owner[head, slot].long()
+def check_recently_used(store: Store) -> None:
+    """Every copy in a recently used set that can be found is its record's."""
+    for layer, recent in store.recently_used.items():
+        head, slot = (recent.owner >= 0).nonzero(as_tuple=True)
+        at = recent.owner[head, slot].long()
         assert (at < store.length(layer)).all()
         if len(at):
             stored = store.pool[layer].read(0, store.length(layer)).flatten(0, 1)
-            assert torch.equal(hot.rows.view().flatten(0, 1)[head, slot], stored[head, at])
+            assert torch.equal(recent.rows.view().flatten(0, 1)[head, slot], stored[head, at])
 
 
 def parts_of(rows: Any) -> list[Any]:

@@ -29,7 +29,7 @@ from farkv.math.allocate import (
 class Promise(NamedTuple):
     """An allocation whose retention holds for unseen prompts with the given confidence.
 
-    `tokens` is int64 [L], `budget` the tokens that `allocate` was given, `n_calibration` the number of calibration samples.
+    `tokens` is int64 [L], `budget` the tokens that `allocate` was given, `n_calibration` the calibration samples.
     """
 
     tokens: Int64[np.ndarray, " L"]
@@ -117,9 +117,9 @@ def allocate_promise(
     if enough(spend(low)):
         high = low
     elif not enough(spend(high)):
-        shares = np.sort(weigh(look_up(cumulative, spend(high)), weight))
+        retained = np.sort(weigh(look_up(cumulative, spend(high)), weight))
         raise ConfigError(
-            f"retention: the caps allow at most {shares[-rank]:.6g} at this confidence, got {retention!r}; "
+            f"retention: the caps allow at most {retained[-rank]:.6g} at this confidence, got {retention!r}; "
             "raise the caps or lower the retention"
         )
     while high - low > 1:

@@ -77,10 +77,10 @@ def evaluate(
       farkv eval -m ./my-model --tasks ruler:validation.jsonl --lengths 32K
     """
     from farkv.bench.shapes import parse_contexts
-    from farkv.evals.describe import Plan
+    from farkv.evals.describe import EvalPlan
     from farkv.evals.run import run_eval
 
-    plan = Plan(
+    plan = EvalPlan(
         model, split(tasks, "--tasks"), split(methods, "--methods"), parse_fractions(fractions),
         tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, check_form(form), trace, workers, threads,
         dtype, device, profile, skip_gated, save_prompts,
@@ -127,7 +127,7 @@ def split(text: str, option: str) -> tuple[str, ...]:
     """
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
-        raise ConfigError(f"{option}: expected comma-separated names, got {text!r}")
+        raise ConfigError(f"{option}: expected names separated by commas, got {text!r}")
     return parts
 
 
@@ -140,7 +140,7 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in split(text, "--fractions"))
     except ValueError as error:
-        raise ConfigError(f"--fractions: expected comma-separated numbers, got {text!r}") from error
+        raise ConfigError(f"--fractions: expected numbers separated by commas, got {text!r}") from error
     for fraction in found:
         check_fraction(fraction)
     return found

@@ -34,5 +34,5 @@ def report(
         typer.echo(json.dumps(describe_report(page, out), allow_nan=False))
         return
     err.print(draw_table(page.table))
-    err.print(page.said.headline, highlight=False)
+    err.print(page.findings.headline, highlight=False)
     err.print(f"wrote {out}", highlight=False)

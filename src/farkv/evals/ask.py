@@ -1,7 +1,7 @@
-"""Ask one sample's questions of one cache: questions and answers go through the method token by token.
+"""Ask one sample's questions over one cache; questions and answers pass through the method token by token.
 
-In: a filled cache, turns. Out: what was said, in how many steps and seconds. Stops at the line's end where a base model
-is asked, at the end of its turn where a chat model is.
+In: a filled cache, turns. Out: the answers and the seconds they took. A base model's answer ends with the line, a chat
+model's with its turn.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from farkv.hf.ask import Prompt, build_prompt, feed
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 
-# Stands for what was said before while a chat template is rendered.
-_SAID = "farkv-said-7c3e"
+# Placeholder for the previous answer when a chat template is rendered.
+_ANSWER = "farkv-answer-7c3e"
 
 
-class Said(NamedTuple):
+class Answer(NamedTuple):
     """One turn's answer: its text and tokens."""
 
     text: str
     ids: list[int]
 
 
-class Spoken(NamedTuple):
-    """All turns, and the seconds they took."""
+class Answers(NamedTuple):
+    """The answers of all turns, and the seconds they took."""
 
-    turns: list[Said]
+    turns: list[Answer]
     seconds: float
 
 
-class Speaker:
-    """How questions are put to one model: as completions, or in its chat template."""
+class Prompter:
+    """Formats questions for one model: as completions, or with its chat template."""
 
     def __init__(self, tokenizer: Any, form: str = "auto"):
         chats = bool(getattr(tokenizer, "chat_template", None))
@@ -47,7 +47,7 @@ class Speaker:
         self._newlines: dict[int, bool] = {}
 
     def build(self, sample: Sample) -> Prompt:
-        """Return the tokens of the text and of the first question (of `ppl`: of what follows the text)."""
+        """Return the tokens of the text and of the first question (for `ppl`, of the continuation)."""
         if sample.continuation:
             whole = self.tokenizer(sample.text + sample.continuation, return_offsets_mapping=True)
             ids, ends = whole["input_ids"], whole["offset_mapping"]
@@ -56,33 +56,32 @@ class Speaker:
         question = sample.turns[0]
         if self.chats:
             return build_prompt(self.tokenizer, sample.text, question.instruction)
-        # What a tokenizer puts before a text belongs there alone.
+        # Special tokens at the beginning belong to the text only, not to the question.
         return Prompt(list(self.tokenizer(sample.text)["input_ids"]), self.encode(question.completion))
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of what goes on after something else."""
+        """Tokenise text that follows other text."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def follow(self, turn: Turn) -> list[int]:
-        """Return the tokens between an answer, its last token included, and the next one's first."""
+        """Return the tokens that follow an answer's last token, up to and including the next question."""
         if not self.chats:
             return self.encode(turn.completion)
         asked = [
             {"role": "user", "content": "-"},
-            {"role": "assistant", "content": _SAID},
+            {"role": "assistant", "content": _ANSWER},
             {"role": "user", "content": turn.instruction},
         ]
         frame = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        rest = frame[frame.index(_SAID) + len(_SAID) :]
-        return self.encode(rest)
+        return self.encode(frame[frame.index(_ANSWER) + len(_ANSWER) :])
 
     def limit(self, turn: Turn) -> int:
-        """Return how many tokens an answer may take: a third more than the right one's, and a few."""
+        """Return the token limit of an answer: a third more than the correct one's length, plus a few."""
         n = len(self.encode(turn.answer))
         return n + n // 3 + (32 if self.chats else 4)
 
     def ends(self, token: int, stops: set[int]) -> bool:
-        """Say whether an answer ends with this token."""
+        """Return whether this token ends an answer."""
         if token in stops:
             return True
         if self.chats:
@@ -93,36 +92,36 @@ class Speaker:
 
 
 @torch.no_grad()
-def ask_turns(far: Handle, cache: FarCache, speaker: Speaker, sample: Sample, first: list[int]) -> Spoken:
-    """Feed every question and decode its answer greedily; answers become part of the context of later turns."""
+def ask_turns(far: Handle, cache: FarCache, prompter: Prompter, sample: Sample, first: list[int]) -> Answers:
+    """Feed every question and decode its answer greedily; answers are part of the context of later turns."""
     stops = find_stops(far.model)
     started = time.perf_counter()
-    said: list[Said] = []
+    answers: list[Answer] = []
     pending: list[int] = first
     for n, turn in enumerate(sample.turns):
         if n:
-            pending += speaker.follow(turn)
+            pending += prompter.follow(turn)
         logits = feed(far, cache, pending)
         assert logits is not None
-        ids, pending = _answer(far, cache, logits, speaker, (speaker.limit(turn), stops))
-        said.append(Said(speaker.tokenizer.decode(ids, skip_special_tokens=True), ids))
-    return Spoken(said, time.perf_counter() - started)
+        ids, pending = _answer(far, cache, logits, prompter, (prompter.limit(turn), stops))
+        answers.append(Answer(prompter.tokenizer.decode(ids, skip_special_tokens=True), ids))
+    return Answers(answers, time.perf_counter() - started)
 
 
 def _answer(
-    far: Handle, cache: FarCache, logits: Tensor, speaker: Speaker, limits: tuple[int, set[int]]
+    far: Handle, cache: FarCache, logits: Tensor, prompter: Prompter, limits: tuple[int, set[int]]
 ) -> tuple[list[int], list[int]]:
-    """Return an answer's tokens, and what the cache has not seen yet: the last of them, or what ends the line.
+    """Return an answer's tokens, and the tokens still to be fed before the next question: its last one, a line end.
 
-    A chat template writes the end of an answer itself.
+    With a chat template the template itself ends the answer.
     """
     most, stops = limits
-    line_end = [] if speaker.chats else speaker.encode("\n")
+    line_end = [] if prompter.chats else prompter.encode("\n")
     ids: list[int] = []
     while True:
         token = int(logits.argmax(-1))
-        if speaker.ends(token, stops):
-            return ids, line_end if token in stops or speaker.chats else [token]
+        if prompter.ends(token, stops):
+            return ids, line_end if token in stops or prompter.chats else [token]
         ids.append(token)
         if len(ids) == most:
             return ids, [token, *line_end]
@@ -136,7 +135,7 @@ def force_tokens(far: Handle, cache: FarCache, tokens: list[int]) -> tuple[Tenso
     """Feed known tokens as decode steps; return the log-probabilities after each but the last, and the seconds.
 
     Returns:
-        float32 [n - 1, vocabulary], in host memory.
+        float32 [n - 1, vocabulary] on the CPU, and the seconds.
     """
     started, rows = time.perf_counter(), []
     for token in tokens[:-1]:
@@ -147,6 +146,6 @@ def force_tokens(far: Handle, cache: FarCache, tokens: list[int]) -> tuple[Tenso
 
 
 def find_stops(model: Any) -> set[int]:
-    """Return the tokens that end a text, as the model's generation settings have them."""
+    """Return the end-of-text tokens of the model's generation config."""
     found = getattr(model.generation_config, "eos_token_id", None)
     return set(found) if isinstance(found, list) else set() if found is None else {found}

@@ -1,6 +1,6 @@
-"""Rows sorted into cells: one task at one length, the samples that all methods answered, their resampled means.
+"""Group rows into cells: one task at one length, the samples that all methods answered, their resampled means.
 
-In: rows of `results.jsonl`. Out: cells that can be compared, cells that are gated, and how many rows were left out.
+In: rows of `results.jsonl`. Out: comparable cells, gated cells, and the number of rows left out.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from farkv.evals.row import Row
 from farkv.evals.stats import DRAWS, Floats, column_means, draw_means
 
 FULL, OURS = "full", "infinigen"
-# The proof of methods that read all keys to choose: upper bounds, not baselines.
+# The proof of methods that read all keys to select: upper bounds, not baselines.
 BOUND_PROOF = "every key"
-# What is averaged beside the score; None and NaN count as not measured.
+# Averaged in addition to the score; None and NaN mean not measured.
 MEASURES = (
     "agrees", "kl", "nll", "read_fraction", "index_fraction", "resident_fraction", "kept_fraction", "tokens_per_s",
 )  # fmt: skip
-# A method that answered a smaller share of a cell's samples, or of the cells, is not compared there. Otherwise one that
-# was stopped early, or that ran at one length only, would take the samples away from all others.
+# A method that answered a smaller fraction of a cell's samples, or of the cells, is not compared there. Otherwise one
+# that was stopped early, or that ran at one length only, would remove the samples from the comparison of all others.
 LEAST_SAMPLES, LEAST_CELLS = 0.8, 0.9
 
 
 class Setting(NamedTuple):
-    """What is compared: a method at a fraction."""
+    """The unit of comparison: a method at a fraction."""
 
     method: str
     fraction: float
 
     @property
     def is_full(self) -> bool:
-        """Return whether it is the full cache."""
+        """Whether it is the full cache."""
         return self.method == FULL
 
 
@@ -45,9 +45,9 @@ class Setting(NamedTuple):
 class Cell:
     """One task at one length.
 
-    settings: that answered it, with their columns in all arrays.  seeds: samples that all of them answered, the rows.
-    scores: `[n, m]`.  means: `[m]`.  drawn: `[draws, m]`, means of the same resamples for every column.
-    measured: `[m, measures]`, means of `MEASURES`, NaN where nothing was measured.  depths: `[n]`, NaN for none.
+    settings: those compared here, with their column in all arrays.  seeds: the samples all of them answered, in row
+    order.  scores: `[n, m]`.  means: `[m]`.  drawn: `[draws, m]`, bootstrap means; all columns use the same resamples.
+    measured: `[m, measures]`, means of `MEASURES`, NaN where not measured.  depths: `[n]`, NaN where unknown.
     """
 
     task: str
@@ -62,7 +62,7 @@ class Cell:
 
 
 class Gated(NamedTuple):
-    """A cell that is kept out of comparisons: the full cache itself is near the floor there."""
+    """A cell excluded from comparisons because the full cache itself is near the floor there."""
 
     task: str
     length: int
@@ -74,8 +74,8 @@ class Gated(NamedTuple):
 class Study:
     """All cells of one run.
 
-    proofs: how often each proof stands in a setting's rows.  aware: settings whose choice sees the query.
-    dropped: rows whose prompt is not the one that the full cache answered, or that have no score.
+    proofs: counts of each proof in a setting's rows.  aware: settings whose selection sees the query.
+    dropped: rows left out: without a score, or with another prompt than the full cache answered.
     """
 
     cells: list[Cell]
@@ -86,21 +86,21 @@ class Study:
 
     @property
     def settings(self) -> list[Setting]:
-        """Return all settings: the full cache first, then ours, then by name and fraction."""
+        """All settings: the full cache first, then ours, then by name and fraction."""
         return sorted(self.proofs, key=lambda s: (not s.is_full, s.method != OURS, s.method, s.fraction))
 
     @property
     def fractions(self) -> list[float]:
-        """Return the fractions of all methods but the full cache, ascending."""
+        """The fractions of all methods but the full cache, ascending."""
         return sorted({s.fraction for s in self.proofs if not s.is_full})
 
     @property
     def methods(self) -> list[str]:
-        """Return the methods' names in the order of `settings`."""
+        """The methods' names in the order of `settings`."""
         return list(dict.fromkeys(s.method for s in self.settings))
 
     def is_bound(self, setting: Setting) -> bool:
-        """Return whether a setting read all keys to choose: an upper bound that saves nothing."""
+        """Return whether a setting read all keys to select: an upper bound that saves nothing."""
         return set(self.proofs[setting]) == {BOUND_PROOF} or setting.method == "oracle"
 
     def can_be_best(self, setting: Setting) -> bool:
@@ -109,22 +109,18 @@ class Study:
 
 
 def study_rows(rows: Iterable[Row], draws: int = DRAWS) -> Study:
-    """Sort rows into cells and resample each.
-
-    Args:
-        rows: of one run; of rows with the same key the last one counts.
-        draws: resamples per cell.
+    """Group the rows of one run into cells and resample each; of rows with the same key the last one counts.
 
     Raises:
         InputError: there are no rows, or none of the full cache.
 
-    Cost: draws times the samples of a method in random numbers, whatever the number of methods.
+    Cost: draws random numbers per sample, independent of the number of methods.
     """
     last = {row.key: row for row in rows}
     if not last:
         raise InputError("results: there are no rows; run farkv eval first, with the same folder as --out")
     if not any(key.method == FULL for key in last):
-        raise InputError("results: no row is of the full cache, which all are compared with; run farkv eval again")
+        raise InputError("results: there is no row of the full cache to compare with; run farkv eval again")
     kept = keep_comparable(last.values())
     groups: dict[tuple[str, int], dict[Setting, dict[int, Row]]] = {}
     study = Study([], [], {}, set(), len(last) - len(kept))
@@ -145,7 +141,7 @@ def study_rows(rows: Iterable[Row], draws: int = DRAWS) -> Study:
 
 
 def keep_comparable(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows that have a score and the full cache's prompt, of cells in which the full cache has a score."""
+    """Return the rows with a score and the full cache's prompt, from cells in which the full cache has a score."""
     rows = list(rows)
     prompts = {(r.task, r.length, r.seed): r.prompt_sha for r in rows if r.method == FULL}
     scored = [r for r in rows if not math.isnan(as_float(r.score))]
@@ -160,33 +156,30 @@ def keep_comparable(rows: Iterable[Row]) -> list[Row]:
 def make_cell(
     place: tuple[str, int], group: Mapping[Setting, Mapping[int, Row]], seed: Sequence[int], draws: int
 ) -> Cell:
-    """Return one cell over the samples that all its settings answered.
+    """Return the cell of a (task, length) over the samples that all its settings answered.
 
     Args:
-        place: task and length.
-        group: rows by setting and sample.
-        seed: of the resamples.
-        draws: how many resamples.
+        group: rows by setting and sample seed.
+        seed, draws: seed and number of the resamples.
     """
-    seeds = sorted(set.intersection(*map(set, group.values())))
-    # Settings that were stopped at different places may share nothing: then the full cache and the longest ones.
-    if not seeds:
+    # Settings that were stopped at different samples may have none in common: then keep the full cache and the longest.
+    if not set.intersection(*map(set, group.values())):
         most = max(map(len, group.values()))
         group = {s: rows for s, rows in group.items() if s.is_full or len(rows) == most}
-        seeds = sorted(set.intersection(*map(set, group.values())))
-    settings = {setting: column for column, setting in enumerate(group)}
+    seeds = sorted(set.intersection(*map(set, group.values())))
     scores = np.array([[float(group[s][i].score) for s in group] for i in seeds])
     values = np.array([[[as_float(getattr(group[s][i], name)) for name in MEASURES] for s in group] for i in seeds])
     depths = np.array([as_float(next(iter(group.values()))[i].depth) for i in seeds])
+    columns = {setting: column for column, setting in enumerate(group)}
     drawn = draw_means(scores, seed, draws)
-    return Cell(*place, settings, seeds, scores, column_means(scores), drawn, average_known(values), depths)
+    return Cell(*place, columns, seeds, scores, column_means(scores), drawn, average_known(values), depths)
 
 
 def average_known(values: Floats) -> Floats:
-    """Return the means over the first axis of the numbers that are known, NaN where there is none."""
+    """Return the means over the first axis, ignoring NaN; NaN where all are NaN."""
     return np.ma.masked_invalid(values).mean(axis=0).filled(np.nan)
 
 
 def as_float(value: object) -> float:
-    """Return a finite number, or NaN for anything else."""
+    """Return a finite number as it is, NaN for anything else."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else math.nan

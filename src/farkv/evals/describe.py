@@ -1,4 +1,4 @@
-"""What is run, and on what: the plan of an evaluation and the record that lies beside its results."""
+"""The settings of an evaluation, and the record of the run that is stored with its results."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import platform
 import shlex
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from farkv.calibrate.crossover import read_cpu_model
 from farkv.hf.identity import digest_weights
 
 
@@ -20,11 +20,11 @@ class Variant(NamedTuple):
     fraction: float
 
 
-class Plan(NamedTuple):
-    """What to run.
+class EvalPlan(NamedTuple):
+    """The settings of a run.
 
-    limit: samples per task and length; seed: of the first, the others follow.  form: auto, completion or chat.
-    trace: samples per task and length whose reads are recorded.  workers: processes; threads: of each.
+    limit: samples per task and length.  seed: of the first sample; the others count up from it.  form: auto, completion
+    or chat.  trace: samples per task and length whose reads are traced.  workers: processes.  threads: per process.
     """
 
     model: str
@@ -46,8 +46,8 @@ class Plan(NamedTuple):
     save_prompts: bool = False
 
 
-def describe_run(plan: Plan, model: Any, skipped: dict[Variant, str]) -> dict[str, Any]:
-    """Return `run.json`: enough to run it again, and to know what differs if it comes out otherwise."""
+def describe_run(plan: EvalPlan, model: Any, skipped: dict[Variant, str]) -> dict[str, Any]:
+    """Return the content of `run.json`: enough to repeat the run, and to explain different results."""
     names = ("farkv", "torch", "transformers", "tokenizers")
     return {
         "model": plan.model,
@@ -71,11 +71,6 @@ def describe_run(plan: Plan, model: Any, skipped: dict[Variant, str]) -> dict[st
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a reader must know of the machine to make sense of its times."""
-    processor = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":", 1)[1].strip() if names else processor
+    """Return the facts about the machine that are needed to interpret times."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {"processor": processor, "cores": os.cpu_count(), "memory_bytes": memory}
+    return {"processor": read_cpu_model(), "cores": os.cpu_count(), "memory_bytes": memory}

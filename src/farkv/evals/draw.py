@@ -1,7 +1,7 @@
-"""What a task draws from: one seeded generator, names that no training name contained, values.
+"""The random source of a task: one seeded generator, names that the training data does not contain, values.
 
-In: a seed, words. Out: names of two words (`apple_river`), four-digit values. The demo model's training passes its own
-words through the same tasks, so that the forms are known to it and the names are not.
+In: a seed, words. Out: names of two words (`apple_river`), four-digit values. The demo model is trained on the same
+tasks with other words, so that it knows the formats but not the names.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 from farkv.demo.recall import TEST_WORDS
 
-# More fewer: a base model must find one line among others; more than that costs filler.
+# Enough distractors that a model must find one line among many; more would displace filler.
 MOST_LINES = 40
 
 
 class Draw:
-    """Seeded choices of one sample, and how many lines of its own a text of `length` tokens holds."""
+    """The random choices of one sample whose text has `length` tokens."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Draw:
         return "_".join(rng.sample(list(self.words), 2))
 
     def names(self, n: int) -> list[str]:
-        """Return `n` names, different from each other and from all drawn before."""
+        """Return `n` distinct names, none of which was drawn before."""
         found: list[str] = []
         while len(found) < n:
             name = self._name(self.rng)
@@ -49,9 +49,9 @@ class Draw:
         return str(self.rng.randint(1000, 9999))
 
     def values(self, n: int) -> list[str]:
-        """Return `n` different values."""
+        """Return `n` distinct values."""
         return [str(v) for v in self.rng.sample(range(1000, 10_000), n)]
 
     def count_lines(self) -> int:
-        """Return how many facts a text of this length holds: one in a hundred tokens, 4 to 40."""
+        """Return how many facts a text of this length contains: one per hundred tokens, 4 to 40."""
         return max(4, min(self.length // 100, MOST_LINES))

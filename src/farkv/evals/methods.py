@@ -1,6 +1,6 @@
-"""The methods that can be compared, by name: a config per fraction, and what else `attach` is told.
+"""The methods that can be compared, by name: a config per fraction, and further options of `attach`.
 
-They are the table's (`farkv.methods.table`), and variants of some.
+They are those of the table (`farkv.methods.table`), and variants of some.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ FULL = "full"
 
 
 class Known(NamedTuple):
-    """One method: its config for a fraction, and how it may be read.
+    """One method: how to make its config for a fraction, and its properties.
 
-    evicts: what the text's end leaves is all there is for later questions.  reads_keys: its choice reads every key, so
-    it is a bound and saves nothing.  far: near memory is a tier of its own, so records are chosen one layer ahead.
-    plan: the lever for which each layer's share comes from the model's own profile.  grows: as published, what is
-    decoded is kept besides, so the fraction is the text's alone.
+    evicts: the records kept after the text are all that later questions can read.  reads_keys: selection reads every
+    key, so it is an upper bound that saves nothing.  far: near memory is a separate tier, so records are selected one
+    layer ahead.  plan: the lever whose per-layer shares come from the model's profile.  grows: as published, decoded
+    tokens are kept in addition, so the fraction applies to the text only.
     """
 
     make: Callable[[float], Method]
@@ -34,7 +34,7 @@ class Known(NamedTuple):
     grows: bool = False
 
 
-# What of the table's methods is compared besides, as it stands there.
+# Further variants of the table's methods.
 VARIANTS: dict[str, dict[str, Known]] = {
     "infinigen": {
         "infinigen-far": Known(lambda f: InfiniGen(fraction=f), far=True),
@@ -46,12 +46,12 @@ VARIANTS: dict[str, dict[str, Known]] = {
         "xkv-paper": Known(lambda f: XKV(fraction=f, paper=True), evicts=True, grows=True),
     },
 }
-# In the order in which results are shown: ours, other selectors, then what evicts.
+# Display order: ours, other selectors, then evictors.
 ORDER = ("full", "infinigen", "pages", "lowbit", "oracle", "window", "random", "xkv", "snapkv", "pyramidkv", "h2o")
 
 
 def list_methods() -> dict[str, Known]:
-    """Return every method of the table with its variants; what was added to the table comes last."""
+    """Return every method of the table, followed by its variants; methods not in ORDER come last."""
     found: dict[str, Known] = {}
     for name in sorted(TABLE, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         row = TABLE[name]
@@ -67,15 +67,15 @@ def make_config(config: type[Any], fraction: float) -> Method:
 
 
 def make_full(config: type[Any], fraction: float) -> Method:
-    """Make the reference's config: it reads all, whatever the fraction of the methods beside it."""
+    """Make the reference's config: it reads everything, whatever the fraction."""
     return config()
 
 
 def find_method(name: str) -> Known:
-    """Return a method by its name.
+    """Return a method by name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: the name is unknown.
     """
     methods = list_methods()
     if name not in methods:
@@ -84,21 +84,21 @@ def find_method(name: str) -> Known:
 
 
 def make_method(name: str, fraction: float) -> Method:
-    """Return a method's config for a fraction; methods whose shares a plan gives have none of their own.
+    """Return a method's config for a fraction; a planned method's config ignores it.
 
     Raises:
-        ConfigError: there is no such method, or it cannot keep to this fraction.
+        ConfigError: the method is unknown, or does not support this fraction.
     """
     check_fraction(fraction)
     return find_method(name).make(fraction)
 
 
 def attach_options(known: Known, profile: Any, fraction: float, n_bytes: int) -> dict[str, Any]:
-    """Return what `attach` is told besides the method.
+    """Return the options of `attach` in addition to the method.
 
     Args:
-        profile: the model's, with curves and losses where the method needs a plan.
-        n_bytes: of the full cache: a near limit above it never refuses.
+        profile: the model's profile, with curves and losses where the method needs a plan.
+        n_bytes: size of the full cache; the near limit is set well above it.
 
     Raises:
         ConfigError, ProfileError: the method needs a plan, and there is no profile with measured losses.
@@ -109,10 +109,10 @@ def attach_options(known: Known, profile: Any, fraction: float, n_bytes: int) ->
     if known.plan is not None:
         if profile is None:
             raise ConfigError(
-                "plan: this method takes each layer's share from a profile, and the model has none beside its weights; "
-                "make it: farkv profile --losses 8, or leave the method out"
+                "plan: this method needs a profile for the layers' shares, and the model's folder has none; create one "
+                "with farkv profile --losses 8, or drop the method"
             )
-        # Planning reads the profile's curves; methods without a plan need not load it.
+        # Imported here because methods without a plan do not need it.
         from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
 
         lever: Any = known.plan

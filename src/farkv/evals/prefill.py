@@ -1,14 +1,13 @@
-"""Read a text once, for every method that is to answer from it.
+"""Prefill a text once, for every method that answers questions about it.
 
-In: a model, a text's tokens. Out: every managed layer's queries, keys and values, pass by pass, and fresh caches filled
-with those very tensors: methods then differ in nothing but what they do with them, and each still runs its own steps on
-them (scoring, skewing, evicting, indexing), pass by pass, as if it had read the text itself.
+In: a model, a text's tokens. Out: every managed layer's queries, keys and values, pass by pass, and new caches filled
+with exactly those tensors. Methods then differ only in what they do with them, and each still runs its own prefill work
+(scoring, skewing, eviction, indexing), pass by pass, as if it had prefilled the text itself.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from typing import Any, NamedTuple
 
 import torch
@@ -22,41 +21,39 @@ from farkv.methods import Full
 
 
 class Prefilled(NamedTuple):
-    """What one reading of a text leaves behind.
+    """The result of one prefill.
 
-    passes: of every pass, each managed layer's step.  unmanaged: the layers left to Hugging Face.
+    passes: for every forward pass, each managed layer's step.  unmanaged: the layers left to Hugging Face.
     """
 
     passes: list[dict[int, Step]]
     unmanaged: dict[int, Any]
     n_tokens: int
-    seconds: float
 
 
 @torch.no_grad()
 def prefill_once(model: Any, tokens: list[int], chunk: int = CHUNK_TOKENS) -> Prefilled:
-    """Run the text densely, `chunk` tokens at a time, and keep what each layer saw.
+    """Run the text with full attention, `chunk` tokens at a time, and record each layer's steps.
 
     Cost: the KV cache and the queries of all managed layers stay in the model's memory: 1 + Hq / (2 Hkv) times the
     cache's bytes.
     """
     passes: list[dict[int, Step]] = []
-    started = time.perf_counter()
     with attach(model, Full()) as far:
         cache = far.new_cache()
         for layer in cache.layers:
             if isinstance(layer, FarLayer):
-                _listen(layer, passes)
+                _record(layer, passes)
         for start in range(0, len(tokens), chunk):
             passes.append({})
             part = torch.tensor([tokens[start : start + chunk]], device=far.device)
             far.decoder(input_ids=part, past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
         unmanaged = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
-    return Prefilled(passes, unmanaged, len(tokens), time.perf_counter() - started)
+    return Prefilled(passes, unmanaged, len(tokens))
 
 
-def _listen(layer: Any, passes: list[dict[int, Step]]) -> None:
+def _record(layer: Any, passes: list[dict[int, Step]]) -> None:
     attend = layer.attend
 
     def keep(step: Step, attention: AttentionFunction) -> object:
@@ -68,10 +65,10 @@ def _listen(layer: Any, passes: list[dict[int, Step]]) -> None:
 
 @torch.no_grad()
 def fill_cache(far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int = 0) -> FarCache:
-    """Make a cache that holds a prefilled text, as if this method had read it.
+    """Make a cache that holds a prefilled text, as if this method had prefilled it.
 
     Args:
-        extra_tokens: of questions and answers to come: room for them is taken at once.
+        extra_tokens: room to reserve for questions and answers.
     """
     cache = far.new_cache(tokens=prefilled.n_tokens + extra_tokens, verify=verify)
     cache.engine.announce_prompt(prefilled.n_tokens, CHUNK_TOKENS)
@@ -79,7 +76,7 @@ def fill_cache(far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int
     for steps in prefilled.passes:
         for i, step in steps.items():
             layers[i].update(step.k, step.v)
-            # The text's own attention outputs are not needed: only what follows is asked for.
+            # The text's attention outputs are not needed: the pass was already run.
             cache.engine.attend(i, step, _attend_nothing)
     for i, layer in prefilled.unmanaged.items():
         layers[i] = copy.deepcopy(layer)
@@ -87,7 +84,7 @@ def fill_cache(far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int
 
 
 class _Nothing:
-    """Stands for the model's attention where its output is not needed."""
+    """An attention function whose output is not needed."""
 
     sinks = None
 

@@ -1,4 +1,4 @@
-"""One line of `results.jsonl`: what one method answered to one sample, and what it read for it."""
+"""One line of `results.jsonl`: one method's answer to one sample, and what it read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS, RUN, READS, PROMPTS = "results.jsonl", "run.json", "reads.jsonl", "prom
 
 
 class Key(NamedTuple):
-    """Which line it is."""
+    """Identifies a row."""
 
     task: str
     method: str
@@ -27,10 +27,10 @@ class Key(NamedTuple):
 class Row:
     """One answer.
 
-    proof: `sparse`, fewer bytes than the full cache's were read at decode steps, counted and asserted; `everything`,
-    the full cache; `every key`, a bound that reads all keys to choose; `unproven`, nothing was decoded.
-    bytes_per_step: KV and index bytes read per decode step, mean; full_bytes_per_step: of a full cache.
-    agrees: the answer is the full cache's. nll, kl: per token of a continuation, nats.
+    proof: `sparse`: decode steps read fewer bytes than the full cache holds, counted and checked; `everything`: the
+    full cache; `every key`: an upper bound that reads all keys to select; `unproven`: nothing was decoded.
+    bytes_per_step: mean KV and index bytes read per decode step; full_bytes_per_step: the same of a full cache.
+    agrees: the answer equals the full cache's.  nll, kl: nats per token of a continuation.
     """
 
     task: str
@@ -63,15 +63,15 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """Which line it is."""
+        """The row's key."""
         return Key(self.task, self.method, self.fraction, self.length, self.seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the line as plain JSON types."""
+        """Return plain JSON types."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """Return the line."""
+        """Return the JSON line."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
@@ -79,10 +79,10 @@ def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
     """Read a results file.
 
     Args:
-        mend: a last line that was cut off by a kill is dropped from the file; otherwise it is an error.
+        mend: remove a truncated last line from the file, as an interrupted run leaves it; else it is an error.
 
     Raises:
-        InputError: a line is no row.
+        InputError: a line is not a row.
     """
     rows: list[Row] = []
     try:
@@ -98,6 +98,6 @@ def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
                 break
             raise InputError(
                 f"file {path}, line {n}: expected a row of farkv eval, got {line[:60]!r} ({error}); "
-                "remove the line, or use another --out"
+                "delete the line, or use another --out"
             ) from error
     return rows

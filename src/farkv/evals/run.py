@@ -1,7 +1,7 @@
 """A whole evaluation: tasks, lengths, samples, methods, fractions; written line by line, so that it can be resumed.
 
-In: what to run, a folder. Out: `results.jsonl`, `run.json`, `prompts.jsonl`, `reads.jsonl` in it. Per task and length
-the full cache answers all samples first: where it is near the floor itself, the task says nothing about methods, and
+In: the settings, a folder. Out: `results.jsonl`, `run.json`, `prompts.jsonl`, `reads.jsonl` in it. Per task and length
+the full cache answers all samples first: where it is near the floor itself, the task cannot distinguish methods, and
 its rows are gated. Then every method answers from the same prefill.
 """
 
@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from farkv.errors import ConfigError, InputError
-from farkv.evals.describe import Plan, Variant, describe_run
+from farkv.evals.describe import EvalPlan, Variant, describe_run
 from farkv.evals.methods import FULL, list_methods
 from farkv.evals.row import PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
 from farkv.evals.sample import Sample
-from farkv.evals.work import Cell, Job, Loaded, do_job, start_worker
+from farkv.evals.work import CellSamples, Loaded, WorkItem, run_item, start_worker
 from farkv.files import write_file
 
-# A task where the full cache scores less is gated: guessing one of four letters, or saying one of four values, is no
-# answer. Continuations have no floor.
+# Cells where the full cache scores less are gated: such scores can come from guessing one of four letters, or from one
+# of four values. Continuations have no floor.
 FLOOR = 1 / 3
 
 
 class Summary(NamedTuple):
-    """What a run did: rows now in the folder, those written by this call, gated cells, skipped variants."""
+    """The result of a run: all rows in the folder, the number written now, gated cells, skipped variants."""
 
     rows: list[Row]
     written: int
@@ -39,12 +39,12 @@ class Summary(NamedTuple):
     skipped: list[dict[str, Any]]
 
 
-def run_eval(plan: Plan, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Summary:
-    """Run what is not in the folder yet.
+def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Summary:
+    """Run everything that is not in the folder yet.
 
     Raises:
-        ConfigError: the folder holds a run of another model, filler or seed. CacheStateError: a method read more than
-        it may.
+        ConfigError: the folder has a run with another model, filler or seed.
+        CacheStateError: a method read more than its fraction allows.
     """
     out.mkdir(parents=True, exist_ok=True)
     loaded = Loaded(plan)
@@ -59,8 +59,8 @@ def run_eval(plan: Plan, out: Path, on_progress: Callable[[int, int], None] = la
         return Runner(plan, out, variants, work).run(loaded.cells(plan), on_progress, record["skipped"])
 
 
-def find_variants(plan: Plan) -> list[Variant]:
-    """Return every method at every fraction; the full cache has one, and is not among them."""
+def find_variants(plan: EvalPlan) -> list[Variant]:
+    """Return every method at every fraction, without the full cache."""
     names = [m for m in plan.methods if m != FULL]
     for name in names:
         if name not in list_methods():
@@ -69,10 +69,11 @@ def find_variants(plan: Plan) -> list[Variant]:
 
 
 def check_folder(out: Path, record: dict[str, Any]) -> None:
-    """Refuse to mix two runs in one folder.
+    """Check that the folder's run, if any, can be continued, and merge its settings into the record.
 
     Raises:
-        ConfigError: the folder's run differs in what changes its prompts or answers.
+        ConfigError: the folder's run differs in a setting that changes prompts or answers.
+        InputError: its run.json is damaged.
     """
     path = out / RUN
     if not path.exists():
@@ -85,7 +86,7 @@ def check_folder(out: Path, record: dict[str, Any]) -> None:
         if old.get(name) != record[name]:
             raise ConfigError(
                 f"--out {out}: holds a run with {name} {old.get(name)!r}, this one has {record[name]!r}; "
-                "use another folder, or the same options to go on"
+                "use another folder, or the same options to resume it"
             )
     for name in ("tasks", "methods", "fractions", "lengths"):
         record[name] = list(dict.fromkeys([*old.get(name, []), *record[name]]))
@@ -94,23 +95,25 @@ def check_folder(out: Path, record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def open_workers(plan: Plan, loaded: Loaded) -> Iterator[Callable[[list[Job]], Iterator[Any]]]:
-    """Yield a function that does jobs, in this process or in several, in order."""
+def open_workers(plan: EvalPlan, loaded: Loaded) -> Iterator[Callable[[list[WorkItem]], Iterator[Any]]]:
+    """Yield a function that runs work items, in this process or in several, and returns results in order."""
     if plan.workers == 1:
-        yield lambda jobs: (do_job(job, loaded) for job in jobs)
+        yield lambda items: (run_item(item, loaded) for item in items)
         return
-    # Spawned, not forked: a fork of a process with torch's threads may hang.
+    # Spawned, not forked: forking a process with torch threads may hang.
     pool = ProcessPoolExecutor(plan.workers, get_context("spawn"), initializer=start_worker, initargs=(plan,))
     try:
-        yield lambda jobs: pool.map(do_job, jobs)
+        yield lambda items: pool.map(run_item, items)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 class Runner:
-    """Goes through the cells, writes what comes."""
+    """Runs all cells and writes the rows."""
 
-    def __init__(self, plan: Plan, out: Path, variants: list[Variant], work: Callable[[list[Job]], Iterator[Any]]):
+    def __init__(
+        self, plan: EvalPlan, out: Path, variants: list[Variant], work: Callable[[list[WorkItem]], Iterator[Any]]
+    ):
         self.plan, self.out, self.variants, self.work = plan, out, variants, work
         path = out / RESULTS
         self.rows = read_rows(path, mend=True) if path.exists() else []
@@ -118,8 +121,10 @@ class Runner:
         self.written = 0
         self.gated: list[tuple[str, int, float]] = []
 
-    def run(self, cells: Iterable[Cell], tell: Callable[[int, int], None], skipped: list[dict[str, Any]]) -> Summary:
-        """Go through all cells."""
+    def run(
+        self, cells: Iterable[CellSamples], tell: Callable[[int, int], None], skipped: list[dict[str, Any]]
+    ) -> Summary:
+        """Run all cells."""
         each, at = 1 + len(self.variants), 0
         total = len(self.plan.tasks) * len(self.plan.lengths) * self.plan.limit * each
         for cell in cells:
@@ -132,12 +137,12 @@ class Runner:
             tell(at, total)
         return Summary(self.rows, self.written, self.gated, skipped)
 
-    def _run_full(self, cell: Cell, tell: Callable[[int], None]) -> bool:
-        """Let the full cache answer all samples; its rows are written when the gate is known. Return the gate."""
+    def _run_full(self, cell: CellSamples, tell: Callable[[int], None]) -> bool:
+        """Run the full cache on all samples, write its rows, and return whether the cell is gated."""
         have = {s.seed: self._find(Variant(FULL, 1.0), s) for s in cell.samples}
         missing = [s for s in cell.samples if have[s.seed] is None]
         found: list[Row] = []
-        for row in self.work([Job(s, (), None, traced=False) for s in missing]):
+        for row in self.work([WorkItem(s, (), None, traced=False) for s in missing]):
             found.append(row[0][0])
             tell(len(cell.samples) - len(missing) + len(found))
         old = [row for row in have.values() if row is not None]
@@ -149,15 +154,15 @@ class Runner:
             self._write(replace(row, gated=gated))
         return gated
 
-    def _run_others(self, cell: Cell, gated: bool, tell: Callable[[int], None]) -> None:
-        jobs: list[Job] = []
+    def _run_others(self, cell: CellSamples, gated: bool, tell: Callable[[int], None]) -> None:
+        items: list[WorkItem] = []
         for n, sample in enumerate(cell.samples):
             missing = tuple(v for v in self.variants if self._find(v, sample) is None)
             if missing:
                 full = self._find(Variant(FULL, 1.0), sample)
-                jobs.append(Job(sample, missing, full, traced=n < self.plan.trace))
-        done = len(cell.samples) * len(self.variants) - sum(len(j.variants) for j in jobs)
-        for found in self.work(jobs):
+                items.append(WorkItem(sample, missing, full, traced=n < self.plan.trace))
+        done = len(cell.samples) * len(self.variants) - sum(len(item.variants) for item in items)
+        for found in self.work(items):
             for row, trace in found:
                 self._write(replace(row, gated=gated))
                 if trace is not None:
@@ -166,16 +171,16 @@ class Runner:
             tell(done)
 
     def _find(self, variant: Variant, sample: Sample) -> Row | None:
-        """Return a row that is there already.
+        """Return the existing row of a variant and sample, if any.
 
         Raises:
-            ConfigError: it is of another prompt.
+            ConfigError: the row has another prompt.
         """
         row = self.done.get(Key(sample.task, variant.method, variant.fraction, sample.length, sample.seed))
         if row is not None and row.prompt_sha != sample.prompt_sha:
             raise ConfigError(
-                f"--out {self.out}: sample {sample.task}/{sample.length}/{sample.seed} was made from another text "
-                "(another Python's library?); use another folder"
+                f"--out {self.out}: sample {sample.task}/{sample.length}/{sample.seed} has another prompt than before "
+                "(another Python version's library?); use another folder"
             )
         return row
 
@@ -189,14 +194,14 @@ class Runner:
         with (self.out / name).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def _write_prompts(self, cell: Cell) -> None:
-        """Keep the prompts, so that another program can answer the same ones."""
+    def _write_prompts(self, cell: CellSamples) -> None:
+        """Write the prompts, if requested, so that other programs can answer them."""
         if not self.plan.save_prompts:
             return
         path = self.out / PROMPTS
-        there = {json.loads(line)["prompt_sha"] for line in path.open(encoding="utf-8")} if path.exists() else set()
+        known = {json.loads(line)["prompt_sha"] for line in path.open(encoding="utf-8")} if path.exists() else set()
         for s in cell.samples:
-            if s.prompt_sha not in there:
+            if s.prompt_sha not in known:
                 turns = [t._asdict() for t in s.turns]
                 row = {"prompt_sha": s.prompt_sha, **{k: v for k, v in asdict(s).items() if k not in ("turns", "meta")}}
                 self._append(PROMPTS, json.dumps({**row, "turns": turns}, ensure_ascii=False))

@@ -1,14 +1,14 @@
-"""One sample of a task: the text, the questions asked of it, the answers expected.
+"""One sample of a task: the text, the questions about it, the expected answers.
 
-A task makes `Made`: its own lines and its turns. `lay` puts filler between the lines, so that the sample has the
-wanted number of tokens whatever the tokenizer.
+A task returns `Made`: its own lines and its turns. `lay` puts filler between the lines, so that the sample has the
+desired number of tokens with any tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from typing import NamedTuple
 class Turn(NamedTuple):
     """One question.
 
-    completion: how a base model is asked; it goes on with `answer`.  instruction: the same for a model that was taught
-    to follow instructions.  expected: what is looked for in the answer.  score: a name of `farkv.evals.score`.
+    completion: the prompt for a base model, which continues it with `answer`.  instruction: the prompt for an
+    instruction-tuned model.  expected: the strings to find in the answer.  score: a name in `farkv.evals.score`.
     """
 
     completion: str
@@ -28,10 +28,10 @@ class Turn(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a task draws: its lines, in order, and its turns.
+    """The output of a task: its lines, in order, and its turns.
 
-    places: where each line goes in the text, 0 to 1, ascending; None: at random.  filled: False where the lines are
-    the whole text and filler only stands before them.
+    places: position of each line in the text, 0 to 1, ascending; None: random.  filled: False if the lines stay
+    together, with filler only before them.
     """
 
     lines: list[str]
@@ -42,7 +42,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One text and its turns; `depths` says where in the text, 0 to 1, the lines that the answers need stand."""
+    """One text and its turns; `depths` are the positions in the text, 0 to 1, of the lines that the answers need."""
 
     task: str
     length: int
@@ -50,13 +50,13 @@ class Sample:
     text: str
     turns: tuple[Turn, ...]
     depths: tuple[float, ...] = ()
-    # Of `ppl`: what follows the text, fed token by token.
+    # For `ppl`: the text that follows, fed token by token.
     continuation: str = ""
     meta: dict[str, str] = field(default_factory=dict)
 
     @property
     def prompt_sha(self) -> str:
-        """Return 16 hex digits of the SHA-256 of everything a model is given."""
+        """16 hex digits of the SHA-256 of the model's whole input."""
         parts = [self.text, *(t.completion for t in self.turns), self.continuation]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -65,12 +65,12 @@ def lay(made: Made, filler: Sequence[str], rng: random.Random) -> tuple[list[str
     """Put a task's lines between lines of filler.
 
     Args:
-        made: the task's own lines.
-        filler: lines, each with its line end.
-        rng: decides the places where the task does not.
+        made: the task's lines.
+        filler: lines, each with its line ending.
+        rng: draws the positions if the task does not set them.
 
     Returns:
-        All lines, and which of them are the task's.
+        All lines, and the indices of the task's lines.
     """
     n = len(made.lines)
     if not made.filled:
@@ -86,16 +86,3 @@ def lay(made: Made, filler: Sequence[str], rng: random.Random) -> tuple[list[str
         lines.append(line)
         start = cut
     return [*lines, *filler[start:]], own
-
-
-def fit_filler(draw: Callable[[int], Sequence[str]], made: Made, length: int, count: Callable[[str], int]) -> list[str]:
-    """Draw filler so that text and longest question are at most `length` tokens together.
-
-    Args:
-        draw: returns consecutive lines of about so many tokens.
-        made: the task's lines and turns.
-        length: tokens wanted.
-        count: tokens of a text.
-    """
-    own = count("".join(made.lines)) + sum(count(t.completion + t.answer) + 2 for t in made.turns)
-    return list(draw(max(0, length - own - 8)))

@@ -1,6 +1,6 @@
-"""How right an answer is, 0 to 1; pure text, so that any program's answers can be scored alike.
+"""Scores of answers, 0 to 1; they use text only, so that any program's answers can be scored.
 
-RULER's rules where RULER has the task: the share of the expected strings that the answer contains, or whether it
+They follow RULER for RULER's tasks: the fraction of the expected strings that the answer contains, or whether it
 contains one of them.
 """
 
@@ -13,53 +13,54 @@ from typing import Any
 
 
 def score_all(answer: str, expected: tuple[str, ...]) -> float:
-    """Return the share of the expected strings that the answer contains, in any order."""
-    told = answer.lower()
-    return sum(e.lower() in told for e in expected) / len(expected)
+    """Return the fraction of the expected strings that the answer contains, in any order."""
+    lowered = answer.lower()
+    return sum(e.lower() in lowered for e in expected) / len(expected)
 
 
 def score_any(answer: str, expected: tuple[str, ...]) -> float:
-    """Return 1 where the answer contains one of the expected strings."""
-    told = answer.lower()
-    return float(any(e.lower() in told for e in expected))
+    """Return 1 if the answer contains one of the expected strings."""
+    lowered = answer.lower()
+    return float(any(e.lower() in lowered for e in expected))
 
 
 def score_prefix(answer: str, expected: tuple[str, ...]) -> float:
-    """Return the share of the expected words that the answer says in order before its first mistake."""
-    right = 0
-    for said, wanted in zip(answer.split(), expected, strict=False):
-        if said.strip(",;") != wanted:
+    """Return the fraction of the expected words that the answer gives in order before its first mistake."""
+    correct = 0
+    for word, wanted in zip(answer.split(), expected, strict=False):
+        if word.strip(",;") != wanted:
             break
-        right += 1
-    return right / len(expected)
+        correct += 1
+    return correct / len(expected)
 
 
 def score_letter(answer: str, expected: tuple[str, ...]) -> float:
-    """Return 1 where the answer names the expected choice: "B", "(B)", "B. oak", "The answer is B"."""
+    """Return 1 if the answer names the expected choice: "B", "(B)", "B. oak", "The answer is B"."""
     found = re.match(r"\W*([A-H])\b", answer) or re.search(r"\(([A-H])\)|[Aa]nswer(?: is)?:? *([A-H])\b", answer)
     return float(found is not None and expected[0] in found.groups())
 
 
 def score_number(answer: str, expected: tuple[str, ...]) -> float:
-    """Return 1 where the answer's first number is the expected one."""
+    """Return 1 if the answer's first number is the expected one."""
     found = re.search(r"-?\d+(?:\.\d+)?", answer)
     return float(found is not None and float(found[0]) == float(expected[0]))
 
 
 def score_json(answer: str, expected: tuple[str, ...]) -> float:
-    """Return the F1 of fields: a field is right where the object of that name holds that value.
+    """Return the F1 over fields: a field is correct if the object with the same name has that value.
 
-    The object's first key names it. Objects are read one by one, so that one damaged object costs its own fields.
+    An object is named by its first value. Objects are parsed one by one, so that a malformed one only loses its own
+    fields.
     """
     wanted = collect_fields(json.loads(expected[0]))
-    said = collect_fields(list(read_objects(answer)))
-    if not wanted or not said:
-        return float(wanted == said)
-    return 2 * len(wanted & said) / (len(wanted) + len(said))
+    found = collect_fields(list(read_objects(answer)))
+    if not wanted or not found:
+        return float(wanted == found)
+    return 2 * len(wanted & found) / (len(wanted) + len(found))
 
 
 def read_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yield every JSON object in a text, whatever stands around it."""
+    """Yield every JSON object in a text, ignoring the text around it."""
     decoder, at = json.JSONDecoder(), text.find("{")
     while at >= 0:
         try:
@@ -72,7 +73,7 @@ def read_objects(text: str) -> Iterator[dict[str, Any]]:
 
 
 def collect_fields(objects: list[Any]) -> set[tuple[str, str, str]]:
-    """Return (name of the object, key, value) of every field."""
+    """Return (object's name, key, value) of every field."""
     fields: set[tuple[str, str, str]] = set()
     for item in objects:
         if isinstance(item, dict) and item:

@@ -1,8 +1,8 @@
-"""How sure a mean is: percentile bootstrap over the samples of a cell, one task at one length.
+"""Confidence intervals of means: percentile bootstrap over the samples of a cell (one task at one length).
 
-In: scores of samples. Out: means with intervals. All methods of a cell share the resamples, so the difference of two is
-paired. Samples are resampled inside their cell and every cell weighs the same, so no task hides another. All draws come
-from a seed: the same scores give the same interval.
+In: scores of samples. Out: means with intervals. All methods of a cell use the same resamples, so differences are
+paired. Samples are resampled within their cell and cells have equal weights, so that no task dominates. All draws are
+seeded: the same scores give the same interval.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 LEVEL, DRAWS = 0.95, 2000
-# Numbers in one block of draws: 32 MB, whatever the number of samples.
+# Numbers per block of draws: 32 MB, independent of the number of samples.
 MOST_DRAWN = 4_000_000
 
 Floats = NDArray[np.float64]
@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """The mean of a_i - b_i with its interval, and how many samples a won, tied and lost."""
+    """The mean of a_i - b_i with its interval, and the number of samples that a won, tied and lost."""
 
     delta: Interval
     wins: int
@@ -43,11 +43,11 @@ def draw_means(values: ArrayLike, seed: Sequence[int] | int = 0, draws: int = DR
 
     Args:
         values: `[n, m]`, one row per sample, one column per method.
-        seed: of the resamples; each cell needs its own, otherwise the means of cells are correlated.
-        draws: how many resamples.
+        seed: of the resamples; it must differ between cells, or their means would be correlated.
+        draws: number of resamples.
 
     Returns:
-        `[draws, m]`, float64.
+        float64 `[draws, m]`.
 
     Cost: draws * n random numbers and one matrix product, in blocks of 32 MB.
     """
@@ -55,7 +55,7 @@ def draw_means(values: ArrayLike, seed: Sequence[int] | int = 0, draws: int = DR
     n = len(table)
     rng = np.random.default_rng(seed)
     block = max(1, min(draws, MOST_DRAWN // max(n, 1)))
-    # Means of deviations: equal values give exactly their own mean, without a rounding error.
+    # Means of deviations from the first row: equal values give their mean exactly, without rounding errors.
     centre = table[0]
     means = np.empty((draws, table.shape[1]))
     for start in range(0, draws, block):
@@ -67,14 +67,14 @@ def draw_means(values: ArrayLike, seed: Sequence[int] | int = 0, draws: int = DR
 
 
 def column_means(table: Floats) -> Floats:
-    """Return the mean of each column of `[n, m]`, exact where all its values are equal."""
+    """Return the mean of each column of `[n, m]`, exact if all its values are equal."""
     return table[0] + (table - table[0]).mean(axis=0)
 
 
 def interval(mean: float, drawn: ArrayLike, n: int) -> Interval:
     """Return a mean of n samples with the percentile interval of its bootstrap means, widened to contain the mean.
 
-    One sample, or equal ones, give an interval of no width: n says how little that proves.
+    A single sample, or equal samples, give an interval of zero width; judge it by n.
     """
     low, high = np.quantile(np.asarray(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(mean, min(float(low), mean), max(float(high), mean), n)

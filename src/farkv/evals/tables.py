@@ -1,4 +1,4 @@
-"""The results of a run: one line per method and fraction, means with intervals, differences to the full cache.
+"""The results of a run as tables: a line per method and fraction, means with intervals, differences to the full cache.
 
 In: `DIR/results.jsonl`, or its rows. Out: tables for the README, the terminal (`evals.show`) and the report.
 """
@@ -17,16 +17,16 @@ from farkv.evals.cells import LEAST_CELLS, MEASURES, Cell, Gated, Setting, Study
 from farkv.evals.row import RESULTS, Row, read_rows
 from farkv.evals.stats import Interval, Paired, interval
 
-# A difference below this is a rounding of sums, not a difference of scores.
+# Smaller differences are rounding errors of sums.
 TINY = 1e-9
 
 
 class Line(NamedTuple):
     """One method at one fraction, over the cells of a table.
 
-    delta: to the full cache, None for itself.  mark: `best` at this fraction, upper bounds aside; `same` where the
-    paired interval of its difference to the best has zero in it; or nothing.  measured: means of `cells.MEASURES`, NaN
-    where nothing was measured.
+    delta: difference to the full cache, None for the full cache.  mark: `best` at this fraction, except upper bounds;
+    `same` if the paired interval of its difference to the best contains zero; else empty.  measured: means of
+    `cells.MEASURES`, NaN where not measured.
     """
 
     setting: Setting
@@ -50,7 +50,7 @@ class Line(NamedTuple):
 class Table(NamedTuple):
     """Lines over the same cells and samples.
 
-    cells: task and length of each.  absent: settings that answered too little to be compared.
+    cells: task and length of each.  absent: settings that answered too few cells to be compared.
     """
 
     title: str
@@ -61,12 +61,12 @@ class Table(NamedTuple):
     gated: list[Gated]
 
     def find(self, method: str, fraction: float | None = None) -> Line | None:
-        """Return a method's line at a fraction; None where there is none."""
+        """Return a method's line at a fraction; None if there is none."""
         found = (x for x in self.lines if x.setting.method == method and fraction in {None, x.setting.fraction})
         return next(found, None)
 
     def at(self, fraction: float) -> list[Line]:
-        """Return the lines of one fraction, the best score first; the full cache is not among them."""
+        """Return the lines of one fraction without the full cache, the best score first."""
         found = [line for line in self.lines if not line.setting.is_full and line.setting.fraction == fraction]
         return sorted(found, key=lambda line: -line.score.mean)
 
@@ -82,13 +82,11 @@ def read_results(folder: Path) -> list[Row]:
     """Read the rows of a folder that `farkv eval` wrote.
 
     Raises:
-        InputError: there is no such file, it has no rows, or a line is damaged.
+        InputError: the file does not exist, is empty, or has a damaged line.
     """
     path = folder / RESULTS
     if not path.is_file():
-        raise InputError(
-            f"folder {folder}: expected {RESULTS}, which farkv eval --out {folder} writes; it is not there"
-        )
+        raise InputError(f"folder {folder}: expected {RESULTS}, found none; write it with: farkv eval --out {folder}")
     rows = read_rows(path)
     for n, row in enumerate(rows, start=1):
         check_row(row, f"file {path}, line {n}")
@@ -98,25 +96,24 @@ def read_results(folder: Path) -> list[Row]:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Raise InputError unless the fields that rows are sorted by are of their type."""
+    """Raise InputError unless the fields that identify a row have the right types."""
     kinds: dict[str, Any] = {"task": str, "method": str, "fraction": (int, float), "length": int, "seed": int}
     for name, kind in kinds.items():
         if not isinstance(getattr(row, name), kind):
-            raise InputError(f"{where}: {name}: got {getattr(row, name)!r}; remove the line and run farkv eval again")
+            raise InputError(f"{where}: {name}: got {getattr(row, name)!r}; delete the line and run farkv eval again")
 
 
 def make_table(
     source: Study | Iterable[Row], title: str = "all tasks", tasks: Sequence[str] = (), lengths: Sequence[int] = ()
 ) -> Table:
-    """Average settings over the cells that all of them answered, every cell with the same weight.
+    """Average settings over the cells that all of them answered, with equal weights.
 
-    A setting that answered less than nine in ten cells is left out and named, so that it takes no cell away.
+    A setting that answered fewer than LEAST_CELLS of the cells is listed as absent, so that no cell is lost for it.
 
     Args:
         source: a study, or rows.
         title: of the table.
-        tasks: which ones; none named means all.
-        lengths: the same for lengths.
+        tasks, lengths: restrict the cells; empty: all.
     """
     study = source if isinstance(source, Study) else study_rows(source)
 
@@ -142,10 +139,10 @@ def make_line(study: Study, cells: Sequence[Cell], setting: Setting) -> Line:
     proof = ", ".join(f"{name} {100 * n / proofs.total():.0f} %" for name, n in proofs.most_common())
     if len(proofs) == 1:
         proof = next(iter(proofs))
-    columns = [cell.settings[setting] for cell in cells]
-    measured = average_known(np.array([cell.measured[i] for cell, i in zip(cells, columns, strict=True)]))
-    mean = float(np.mean([cell.means[i] for cell, i in zip(cells, columns, strict=True)]))
-    drawn = np.mean([cell.drawn[:, i] for cell, i in zip(cells, columns, strict=True)], axis=0)
+    columns = [(cell, cell.settings[setting]) for cell in cells]
+    measured = average_known(np.array([cell.measured[i] for cell, i in columns]))
+    mean = float(np.mean([cell.means[i] for cell, i in columns]))
+    drawn = np.mean([cell.drawn[:, i] for cell, i in columns], axis=0)
     score = interval(mean, drawn, sum(len(cell.seeds) for cell in cells))
     delta = None if setting.is_full else compare(cells, setting, next(s for s in cells[0].settings if s.is_full))
     named: dict[str, float] = dict(zip(MEASURES, measured.tolist(), strict=True))
@@ -154,6 +151,7 @@ def make_line(study: Study, cells: Sequence[Cell], setting: Setting) -> Line:
 
 def compare(cells: Sequence[Cell], a: Setting, b: Setting) -> Paired:
     """Return the mean of a_i - b_i over the samples of cells that both answered, with its paired interval."""
+    # The same resamples are used for both columns of a cell.
     pairs = [(cell, cell.settings[a], cell.settings[b]) for cell in cells]
     every = np.concatenate([cell.scores[:, i] - cell.scores[:, j] for cell, i, j in pairs])
     mean = float(np.mean([cell.means[i] - cell.means[j] for cell, i, j in pairs]))
@@ -163,7 +161,7 @@ def compare(cells: Sequence[Cell], a: Setting, b: Setting) -> Paired:
 
 
 def mark_best(study: Study, cells: Sequence[Cell], lines: Sequence[Line]) -> list[Line]:
-    """Mark, at every fraction, the best setting and those whose difference to it has zero in its interval."""
+    """Mark, at every fraction, the best setting and those whose difference to it is not significant."""
     marked = []
     for line in lines:
         mark = ""

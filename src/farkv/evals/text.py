@@ -1,7 +1,7 @@
-"""From a task to a sample of a wanted length: filler around the task's lines, counted in the model's own tokens.
+"""Turn a task into a sample of a given length: filler around the task's lines, counted in the model's own tokens.
 
-In: a task's name, a length, a seed, a tokenizer. Out: a `Sample`. Filler is code that the demo model never saw in
-training, or English prose (`pydoc_data.topics`), both from the running interpreter's own library.
+In: a task's name, a length, a seed, a tokenizer. Out: a `Sample`. Filler is code that the demo model was not trained
+on, or English prose (`pydoc_data.topics`), both from the running interpreter's own library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from farkv.evals.sample import Made, Sample, Turn, lay
 from farkv.evals.tasks import TASKS
 
 FILLERS = ("code", "english")
-# Tokens of a continuation, and of a text that cannot be shorter.
+# Length of a continuation, and minimum length of a text, in tokens.
 CONTINUATION = 64
 LEAST_TOKENS = 256
 PPL = "ppl"
@@ -28,13 +28,13 @@ PPL = "ppl"
 
 @cache
 def read_prose() -> dict[str, str]:
-    """Return the interpreter's help texts: English about Python."""
+    """Return the interpreter's help texts: English prose about Python."""
     topics = import_module("pydoc_data.topics").topics
     return {name: text for name, text in sorted(topics.items()) if len(text) > 500}
 
 
 class Maker:
-    """Makes the samples of one model: its tokenizer counts, one kind of filler goes between the lines."""
+    """Makes samples for one model's tokenizer, with one kind of filler."""
 
     def __init__(self, tokenizer: Any, filler: str = "code"):
         if filler not in FILLERS:
@@ -43,18 +43,18 @@ class Maker:
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """The texts that filler is taken from."""
+        """The texts from which filler is drawn."""
         return read_sources(STDLIB, held_out=True) if self.filler == "code" else read_prose()
 
     def count(self, text: str) -> int:
-        """Return the tokens of a text."""
+        """Return the number of tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def make(self, task: str, length: int, seed: int) -> Sample:
-        """Make one sample whose text, longest question and answer take at most `length` tokens together.
+        """Make a sample whose text, questions and answers have at most `length` tokens together.
 
         Raises:
-            ConfigError: there is no such task, or the length is too short for it.
+            ConfigError: the task is unknown, or the length is too short for it.
         """
         if length < LEAST_TOKENS:
             raise ConfigError(f"length: expected at least {LEAST_TOKENS} tokens, got {length}")
@@ -70,7 +70,7 @@ class Maker:
         return Sample(task, length, seed, text, tuple(made.turns), find_depths(laid, own, made.turns))
 
     def fit(self, task: Callable[[Draw], Made], length: int, seed: int) -> tuple[Made, int]:
-        """Draw a task's lines, fewer until they fit; return them and the tokens left for filler."""
+        """Draw a task's lines, fewer and fewer until they fit; return them and the tokens left for filler."""
         size = length
         while size >= LEAST_TOKENS // 4:
             made = task(Draw(seed, size))
@@ -78,10 +78,10 @@ class Maker:
             if own <= length - 8:
                 return made, length - 8 - own
             size = int(size * min(0.95, (length - 8) / own))
-        raise ConfigError(f"length: {length} tokens do not hold the task; give more: --lengths 2048")
+        raise ConfigError(f"length: the task does not fit in {length} tokens; use more: --lengths 2048")
 
     def continue_text(self, length: int, seed: int) -> Sample:
-        """Take `length` tokens of text and what follows them."""
+        """Make a `ppl` sample: `length` tokens of text and the continuation."""
         wanted = length + CONTINUATION
         mixed = mix_seed(PPL, length, seed)
         text = "".join(draw_filler(self.files, wanted + 200, mixed, self.count))
@@ -91,12 +91,12 @@ class Maker:
 
 
 def mix_seed(task: str, length: int, seed: int) -> int:
-    """Return a seed of this task, length and sample alone."""
+    """Return a seed that is unique to this task, length and sample."""
     return int.from_bytes(hashlib.sha256(f"{task}/{length}/{seed}".encode()).digest()[:6], "big")
 
 
 def find_depths(lines: list[str], own: list[int], turns: list[Turn]) -> tuple[float, ...]:
-    """Return where each turn's (first) answer stands in the text, 0 to 1; -1 where no line holds it as it is."""
+    """Return the position of each turn's (first) answer in the text, 0 to 1; -1 if no line contains it literally."""
     starts = [0]
     for line in lines:
         starts.append(starts[-1] + len(line))

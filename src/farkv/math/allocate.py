@@ -79,8 +79,7 @@ def allocate(
         cap: most tokens of a layer, one number or one per layer, default N; rounded down to pages.
         unit: tokens of a page. A page costs `unit` tokens of the budget even where the row ends inside it.
         rule: `xkv`; `knapsack`, the same problems for gains in any order; `maxmin`, the largest smallest R_l (P2:
-            every R_l reaches the retention); `pyramid`, linear decay with depth from 2B - B/20 to B/20 around the mean
-            B; `uniform`.
+            every R_l reaches the retention); `pyramid`, linear decay with depth from 2B - B/20 to B/20; `uniform`.
 
     Returns:
         int64 [L], min(pages * unit, N).

@@ -11,7 +11,7 @@ from farkv._axes import Float, Float32, Int, Tensor
 
 
 def join_scores(scores: Float32[Tensor, "B Hkv N"], old: Float[Tensor, "B Hkv S"]) -> Float32[Tensor, "B Hkv N"]:
-    """Return the larger of a record's new and old score, so that what was important once does not go at once."""
+    """Return the larger of a record's new and old score, so that one that was important once is not evicted at once."""
     return torch.maximum(scores, old[..., : scores.shape[-1]].float())
 
 

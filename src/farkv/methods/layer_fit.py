@@ -33,7 +33,7 @@ class Phase(NamedTuple):
     samples, strides: queries of every sequence, one of `strides` tokens each.  fitted: tokens that each sequence's
     projection was fitted to; None: nothing was.  grown: passes of several tokens have added records since the layer was
     last scored; its rows after the last of them, 0: they have not.  unscored: the first pass was fitted to as if it
-    were the whole prompt, and may not have been.  final: no sequence's projection will be fitted again.
+    were the whole prompt, and may not have been.
     """
 
     samples: Tensor | None = None
@@ -41,7 +41,6 @@ class Phase(NamedTuple):
     fitted: list[int] | None = None
     grown: int = 0
     unscored: bool = False
-    final: bool = False
 
 
 class LayerFit:
@@ -51,6 +50,8 @@ class LayerFit:
         self.place, self.coder, self.layer = place, coder, layer
         self.index = LayerIndex(place.ledger, place.device, place.reserve_tokens)
         self.phase = Phase()
+        # The counts of `phase.fitted` that were found to be final.
+        self._final: list[int] | None = None
 
     # --- when -----------------------------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ class LayerFit:
             if self.phase.unscored or total == n_new:
                 # The earlier fit did not cover the whole prompt.
                 self.index.clear()
-                self.phase = self.phase._replace(unscored=False, fitted=None, final=False)
+                self.phase = self.phase._replace(unscored=False, fitted=None)
             self.phase = self.phase._replace(grown=total)
         if grows or not self.is_final(records):
             self.sample_queries(records, q)
@@ -93,10 +94,12 @@ class LayerFit:
 
     def is_final(self, records: Records) -> bool:
         """Say whether no sequence's projection will be fitted again."""
-        phase = self.phase
-        if not phase.final and phase.fitted is not None and min(phase.fitted) >= self.count_final(records):
-            phase = self.phase = phase._replace(final=True)
-        return phase.final
+        fitted = self.phase.fitted
+        if fitted is None or (fitted is not self._final and min(fitted) < self.count_final(records)):
+            return False
+        # Asked at every step: these counts need not be looked at again.
+        self._final = fitted
+        return True
 
     def find_due(self, records: Records, n_rows: int) -> list[int]:
         """Return the sequences to be fitted now, by their own tokens and those they were fitted to before."""

@@ -290,7 +290,7 @@ def test_one_head_does_not_decide_for_another(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_marks_may_be_a_view_of_growing_rows(name: str) -> None:
+def test_usage_may_be_a_view_of_growing_rows(name: str) -> None:
     policy = policy_of(name)
     plain = policy.start((2, 6), 0, CPU)
     wide = torch.zeros(2, 9, 1, dtype=policy.dtype)

@@ -35,9 +35,9 @@ def space(tmp_path: Path) -> Iterator[DiskSpace]:
 
 def make(space: DiskSpace, room: int = 6, policy: str = "lru", host: int | None = None) -> PagedRows:
     ledger = Ledger("host", host)
-    frames = PageCache(ledger, make_policy(policy), NumberedPages(FORM, space.open_file(FORM.n_bytes)))
-    frames.resize(room, 4)
-    return PagedRows(ledger, frames)
+    cache = PageCache(ledger, make_policy(policy), NumberedPages(FORM, space.open_file(FORM.n_bytes)))
+    cache.resize(room, 4)
+    return PagedRows(ledger, cache)
 
 
 def some(n: int, batch: int = B) -> torch.Tensor:

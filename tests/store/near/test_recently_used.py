@@ -1,4 +1,4 @@
-"""The hot set: what crosses the link is what was chosen less what is near, and what is read is what was stored."""
+"""The recently used set: the link carries what was chosen less what is near, and what is read is what was stored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
 from tests.engine.admitting import Gate
-from tests.store.test_stateful import check_hot
+from tests.store.test_stateful import check_recently_used
 
 HKV, D, DV, TOKENS = 2, 4, 3, 60
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ ROOM = TOKENS + 4
 def fill(
     slots: int, *, batch: int = 1, host: int | None = None, evicts: bool = False, layers: tuple[int, ...] = (0,)
 ) -> tuple[Store, dict[int, torch.Tensor], list[int]]:
-    """Return a store whose near limit leaves room for `slots` hot rows of every head, its rows, and what it moves."""
+    """Return a store whose near limit leaves room for `slots` copies of every head, its rows, and what it moves."""
     shape = SHAPE._replace(batch=batch)
     store = Store(list(layers), StoreLimits(0, host, reserve_tokens=ROOM), CPU, Needs(2, evicts=evicts))
     need = Gate(store, 16).count_near(shape, ROOM)
@@ -79,7 +79,7 @@ def test_only_what_is_not_near_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
         moved.clear()
         read(store, rows[0], positions)
         assert sum(moved) == n_missing * ROW
-        check_hot(store)
+        check_recently_used(store)
 
 
 def test_the_longest_unread_goes_first() -> None:
@@ -93,7 +93,7 @@ def test_the_longest_unread_goes_first() -> None:
     assert sum(moved) == HKV * 8 * ROW
 
 
-def test_a_hot_set_smaller_than_a_fetch_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recently_used_set_smaller_than_a_fetch_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", 1)
     store, rows, moved = fill(5)
     positions = torch.arange(12).expand(1, HKV, 12)
@@ -139,19 +139,19 @@ def test_records_that_come_after_a_crop_are_others() -> None:
     assert sum(moved) == 6 * ROW
 
 
-def test_hot_records_are_followed_through_an_eviction() -> None:
+def test_recently_used_records_are_followed_through_an_eviction() -> None:
     store, rows, moved = fill(16, evicts=True)
     read(store, rows[0], pick([1, 30, 31, 32], [2, 30, 31, 33]))
     kept = torch.arange(20, TOKENS).expand(1, HKV, -1)
     store.evict(0, Keep(kept, torch.zeros(kept.shape), 10))
     rows[0] = rows[0][:, :, 20:]
-    check_hot(store)
+    check_recently_used(store)
     moved.clear()
     read(store, rows[0], pick([10, 11, 12, 1], [10, 11, 13, 2]))
     assert sum(moved) == 2 * ROW
 
 
-def test_beams_take_their_hot_records_along() -> None:
+def test_beams_take_their_recently_used_records_along() -> None:
     store, rows, moved = fill(16, batch=3)
     positions = torch.stack([torch.arange(8 * i, 8 * i + 8).expand(HKV, 8) for i in range(3)])
     read(store, rows[0], positions)
@@ -160,19 +160,19 @@ def test_beams_take_their_hot_records_along() -> None:
     rows[0] = rows[0][order]
     moved.clear()
     read(store, rows[0], positions[order])
-    check_hot(store)
+    check_recently_used(store)
     # The newest two records come from the pool after a reordering.
     assert sum(moved) == 3 * HKV * 2 * ROW
     store.select(0, torch.tensor([0, 1]))
     assert store.recently_used == {}
 
 
-def test_a_copy_of_a_cache_has_a_hot_set_of_its_own() -> None:
+def test_a_copy_of_a_cache_has_a_recently_used_set_of_its_own() -> None:
     store, rows, moved = fill(16)
     read(store, rows[0], pick([1, 2], [3, 4]))
     twin = copy.deepcopy(store)
     read(twin, rows[0], torch.arange(10, 26).expand(1, HKV, 16))
-    check_hot(twin)
+    check_recently_used(twin)
     moved.clear()
     read(store, rows[0], pick([1, 2], [3, 4]))
     assert moved == []
@@ -205,7 +205,7 @@ def test_a_fetch_that_fails_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch)
         assert fetch.ticket is not None
         with pytest.raises(StoreError, match="page 7"):
             fetch.ticket.wait()
-    check_hot(store)
+    check_recently_used(store)
     read(store, rows[0], pick([1, 9], [3, 9]))
 
 
@@ -219,19 +219,19 @@ def make(slots: int, records: int = 50) -> RecentlyUsed:
 def test_it_follows_the_plain_twin() -> None:
     """A list of records by when they were read last is all there is to it."""
     draw = torch.Generator().manual_seed(3)
-    hot, pool = make(9), torch.randn(1, 50, 2)
+    recent, pool = make(9), torch.randn(1, 50, 2)
     ages: dict[int, int] = {}
     for now in range(200):
         n = int(torch.randint(1, 9, (1,), generator=draw))
         positions = torch.rand(1, 50, generator=draw).mul(torch.linspace(1, 2, 50)).argsort(-1)[:, :n]
-        wanted = hot.find(positions, None)
+        wanted = recent.find(positions, None)
         missing, asked = positions[wanted.missing].tolist(), positions[0].tolist()
         assert set(missing) == set(asked) - set(ages)
-        hot.take_in(wanted, pool[0, missing])
+        recent.take_in(wanted, pool[0, missing])
         out = torch.zeros(1, 1, n, 2)
-        hot.read(wanted, out)
+        recent.read(wanted, out)
         assert torch.equal(out[0, 0], pool[0, asked])
-        owners = set(hot.owner[0][hot.owner[0] >= 0].tolist())
+        owners = set(recent.owner[0][recent.owner[0] >= 0].tolist())
         assert set(asked) <= owners
         assert len(owners) == min(9, len(set(asked) | set(ages)))
         # Those that were read together are of one age: which of them goes is the set's own choice.
@@ -241,9 +241,9 @@ def test_it_follows_the_plain_twin() -> None:
 
 
 def test_its_bytes_are_those_of_the_formula() -> None:
-    hot = make(9)
-    near, home = hot.rows.ledger, hot.home
-    assert near.used == hot.size.near_bytes == 9 * 2 * 4
-    assert home.used == hot.size.metadata_bytes == sum(t.numel() * t.element_size() for t in hot.metadata)
-    hot.clear()
+    recent = make(9)
+    near, home = recent.rows.ledger, recent.home
+    assert near.used == recent.size.near_bytes == 9 * 2 * 4
+    assert home.used == recent.size.metadata_bytes == sum(t.numel() * t.element_size() for t in recent.metadata)
+    recent.clear()
     assert near.used == home.used == 0

@@ -1,7 +1,7 @@
 """lm-evaluation-harness with a far KV cache: `lm_eval --model farkv --model_args pretrained=...,method=...`.
 
-Importing this registers the model. A harness that knows plug-ins does so by itself (entry point `lm_eval.models`);
-`python -m farkv.evals.lm_eval` is the harness's own command line for those that do not.
+Importing this package registers the model. Harness versions with plug-in support do so themselves (entry point
+`lm_eval.models`); for older ones `python -m farkv.evals.lm_eval` runs the harness's own command line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What `--model_args` may say. In: the harness's keyword arguments. Out: checked values, and a model with a method.
+"""The options in `--model_args`. In: the harness's keyword arguments. Out: checked values, and a model with a method.
 
-The harness has turned numbers, `true`, `false` and `none` into what they mean.
+The harness has already converted numbers, `true`, `false` and `none` to Python values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from farkv.hf.load import load_model
 from farkv.methods import XKV, InfiniGen, Method
 
 FRACTION = 0.1
-# What `lm_eval` says where the user does not; farkv's own `auto` is the same where there is a GPU.
+# The harness's default device; with a GPU, farkv's `auto` means the same.
 HARNESS_DEVICE = "cuda:0"
 
 
@@ -28,18 +28,18 @@ class Arguments:
 
     Args:
         pretrained: demo, a folder, or a hub id.
-        method: a name of `farkv eval --methods`.
-        fraction: hard cap on the KV bytes read per step; 0.1 where it is left out, and 1 for `full`.
-        near, host, disk, evict, quant, kernel: as for `farkv.attach`.
-        profile: a file; left out, the one beside the model; false: none.
-        plan: a file, with method infinigen or xkv; it says what `fraction` would say.
+        method: a name as in `farkv eval --methods`.
+        fraction: hard cap on the KV bytes read per step; default 0.1, and 1 for `full`.
+        near, host, disk, evict, quant, kernel: as in `farkv.attach`.
+        profile: a file; default: the one in the model's folder; false: none.
+        plan: a file, for method infinigen or xkv; replaces `fraction`.
         dtype, device: as on the command line.
-        max_length: longest context and answer together; left out, the model's.
-        max_gen_toks: longest answer where the task does not say.
-        add_bos_token: whether texts begin with the tokenizer's special tokens; left out, as the tokenizer does it.
-        rolling_prefill: share of a perplexity window that is read at once, and scored without the cache.
+        max_length: maximum tokens of context and answer together; default: the model's.
+        max_gen_toks: maximum answer length if the task sets none.
+        add_bos_token: whether texts begin with special tokens; default: the tokenizer's behaviour.
+        rolling_prefill: fraction of a perplexity window that is prefilled, and so scored without the cache.
         batch_size: 1 or auto, which is 1.
-        max_batch_size: what the harness says beside auto.
+        max_batch_size: ignored; the harness passes it with auto.
     """
 
     pretrained: str
@@ -65,12 +65,12 @@ class Arguments:
     def __post_init__(self) -> None:
         if str(self.batch_size) not in ("1", "auto"):
             raise ConfigError(
-                f"batch_size: each text has a cache of its own, expected 1 or auto, got {self.batch_size!r}"
+                f"batch_size: expected 1 or auto, because each text has its own cache, got {self.batch_size!r}"
             )
         if self.fraction is not None:
             check_fraction(self.fraction)
         if not 0 <= self.rolling_prefill < 1:
-            raise ConfigError(f"rolling_prefill: expected a share in [0, 1), got {self.rolling_prefill!r}")
+            raise ConfigError(f"rolling_prefill: expected a fraction in [0, 1), got {self.rolling_prefill!r}")
         for name in ("max_length", "max_gen_toks"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -79,22 +79,22 @@ class Arguments:
         if self.plan is not None and (self.method not in PLANNED or self.fraction is not None):
             raise ConfigError(f"plan: expected it with method {' or '.join(PLANNED)} and without fraction")
         if known.far and self.near is None:
-            raise ConfigError(f"method {self.method}: near memory is a tier of its own; give its limit: near=2GiB")
+            raise ConfigError(f"method {self.method}: needs a near memory limit, got none; add near=2GiB")
 
     @property
     def need_fraction(self) -> float:
-        """The cap, after the default is filled in."""
+        """The cap, with the default applied."""
         default = 1.0 if self.method == FULL else FRACTION
         return default if self.fraction is None else self.fraction
 
     @property
     def is_sparse(self) -> bool:
-        """Say whether decode steps must read less than a full cache."""
+        """Whether decode steps must read less than a full cache."""
         return self.plan is not None or (self.method != FULL and self.need_fraction < 1)
 
     @property
     def copies(self) -> bool:
-        """Say whether a read text may stand in memory twice: not where its bytes are limited."""
+        """Whether a prefilled text may be in memory twice: not if its bytes are limited."""
         return self.near is None and self.host is None and self.disk is None
 
     def make_config(self) -> Method:
@@ -107,17 +107,17 @@ KNOWN = tuple(field.name for field in fields(Arguments))
 
 
 def parse_arguments(given: Mapping[str, Any]) -> Arguments:
-    """Check what the harness was told.
+    """Check the harness's arguments.
 
     Raises:
-        ConfigError: an argument is unknown or cannot be used, or there is no model.
+        ConfigError: an argument is unknown or invalid, or there is no model.
     """
     unknown = sorted(set(given) - set(KNOWN))
     if unknown:
         raise ConfigError(f"model_args: unknown {', '.join(unknown)}; expected some of {', '.join(KNOWN)}")
     if not given.get("pretrained"):
         raise ConfigError("model_args: expected pretrained=MODEL, got none; give demo, a folder or a hub id")
-    # `none` leaves an argument as it is by default, and the harness's own default device is for machines with a GPU.
+    # `none` means the default; the harness's default device is dropped because it requires a GPU.
     settled = {n: v for n, v in given.items() if v is not None and (n, v) != ("device", HARNESS_DEVICE)}
     return Arguments(**settled)
 

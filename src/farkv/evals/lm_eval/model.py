@@ -1,6 +1,6 @@
-"""The harness's model: every request has a cache of its own, and what is scored or generated reads it.
+"""The harness's model: every request has its own cache, which all scored and generated tokens read.
 
-In: the harness's requests. Out: what its own Hugging Face model returns, at `fraction=1` to rounding.
+In: the harness's requests. Out: the same as its Hugging Face model returns; at `fraction=1`, equal up to rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ONE_SEQUENCE = ("num_beams", "num_return_sequences")
 
 @register_model("farkv")
 class FarKVLM(TemplateLM):
-    """`--model farkv`: see `Arguments` for `--model_args`."""
+    """The model of `--model farkv`; `--model_args` are those of `Arguments`."""
 
     backend = "causal"
 
@@ -45,10 +45,10 @@ class FarKVLM(TemplateLM):
         self.model = self.far.model
         self._device = self.far.device
         self.tally = Tally(self.arguments.is_sparse)
-        # The harness closes nothing; a disk store must be left to the next run.
+        # The harness never closes the model, but a disk store must be released.
         weakref.finalize(self, self.far.detach)
 
-    # --- what the harness asks about ------------------------------------------------------------------------
+    # --- properties that the harness reads ------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -57,13 +57,13 @@ class FarKVLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the token that stands before a text without context."""
+        """Return the token that precedes a text without context."""
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
     @property
     def max_length(self) -> int:
-        """Return the most tokens that the model reads."""
+        """Return the maximum number of tokens of a request."""
         return self.arguments.max_length or resolve_max_length(self.model.config, self.tokenizer)
 
     @property
@@ -73,11 +73,11 @@ class FarKVLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Return the name under which the harness keeps its requests."""
+        """Return the name under which the harness caches its requests."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness writes into its results: the method, and what was read."""
+        """Return the entries for the harness's results: the method, and what was read."""
         config = {"method": self.arguments.method, "config": repr(self.far.method), **self.tally.to_dict()}
         parameters = self.model.num_parameters()
         return {"model_num_parameters": parameters, "model_dtype": str(self.model.dtype), "farkv": config}
@@ -85,7 +85,7 @@ class FarKVLM(TemplateLM):
     # --- text and tokens ------------------------------------------------------------------------------------
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return a text's tokens; one that begins with the prefix token's text gets no second one."""
+        """Tokenise a text; no prefix token is added if the text already begins with it."""
         return self._encode(string, add_special_tokens, self.tokenizer.decode([self.prefix_token_id]))
 
     def _encode(self, string: str, special: bool | None, prefix: str | None) -> list[int]:
@@ -96,7 +96,7 @@ class FarKVLM(TemplateLM):
         return self.tokenizer.encode(string, **({} if special is None else {"add_special_tokens": special}))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as the model's template has it; without the system's part where it knows none."""
+        """Render a conversation with the chat template; system messages are dropped if it does not support them."""
         options = {
             "tokenize": False,
             "add_generation_prompt": add_generation_prompt,
@@ -113,7 +113,7 @@ class FarKVLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations; those of one context go on from one reading of it."""
+        """Score continuations; those with the same context use one prefill."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for n, (_, context, continuation) in enumerate(requests):
             groups.setdefault(tuple(self._cut(context, continuation)), []).append(n)
@@ -132,17 +132,17 @@ class FarKVLM(TemplateLM):
         return answers
 
     def _cut(self, context: list[int], continuation: list[int]) -> list[int]:
-        """Return the context that fits before a continuation; what is too much goes at its beginning."""
+        """Return the end of the context that fits together with a continuation."""
         room = self.max_length + 1 - len(continuation)
         if not context or not continuation or room < 1:
             raise InputError(
                 f"loglikelihood: expected a context and a continuation of 1 to {self.max_length} tokens, got "
-                f"{len(context)} and {len(continuation)}; use a longer max_length, or another task"
+                f"{len(context)} and {len(continuation)}; raise max_length, or use another task"
             )
         return context[-room:]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Score whole texts, in windows as the harness cuts them; each window has a cache of its own."""
+        """Score whole texts, in the harness's windows; each window has its own cache."""
         totals: list[float] = []
         for request in tqdm(requests, disable=disable_tqdm, desc="farkv rolling"):
             (text,) = request.args
@@ -167,7 +167,7 @@ class FarKVLM(TemplateLM):
     # --- generation -----------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answer contexts, greedily unless the task samples, up to a stop string."""
+        """Continue contexts up to a stop string, greedily unless the task samples."""
         answers: list[str] = []
         for request in tqdm(requests, disable=disable_tqdm, desc="farkv generate"):
             context, options = request.args
@@ -218,14 +218,14 @@ class FarKVLM(TemplateLM):
 
 
 def settle_sampling(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of one sequence's generation; a greedy one has no temperature.
+    """Return the generation options of a single sequence; greedy decoding has no temperature.
 
     Raises:
-        ConfigError: several sequences are asked for.
+        ConfigError: more than one sequence is requested.
     """
     for name in ONE_SEQUENCE:
         if options.get(name, 1) != 1:
-            raise ConfigError(f"gen_kwargs: {name} expected 1, got {options[name]!r}; each text has one cache")
+            raise ConfigError(f"gen_kwargs: {name} expected 1, got {options[name]!r}; a cache holds one sequence")
     if not options.get("do_sample"):
         return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return options

@@ -1,7 +1,7 @@
-"""Log-likelihoods that read the cache: a prompt read at once, and what follows it token by token.
+"""Log-likelihoods that read the cache: the prompt is prefilled, what follows is fed token by token.
 
-In: an attached model, tokens. Out: the sum of log-probabilities, whether greedy decoding says the same, and what was
-read for it.
+In: an attached model, tokens. Out: the sum of log-probabilities, whether greedy decoding gives the same tokens, and
+what was read.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.receipt import Account
 
-# Tokens whose logits are held at once, where a prompt's own tokens are scored.
+# Tokens per chunk, and so logits in memory, where a prompt's own tokens are scored.
 SCORED_TOKENS = 256
 
 
 class Scored(NamedTuple):
     """One continuation.
 
-    logprob: sum over its tokens, in nats.  is_greedy: every token was the likeliest.  n_dense: tokens that were scored
-    while the prompt was read, without the cache.
+    logprob: sum over its tokens, in nats.  is_greedy: every token was the most likely.  n_dense: tokens that were
+    scored during prefill, without the cache.
     """
 
     logprob: float
@@ -38,17 +38,16 @@ class Scored(NamedTuple):
 def score_continuations(
     far: Handle, prompt: list[int], continuations: list[list[int]], *, copies: bool
 ) -> Iterator[Scored]:
-    """Score what may follow a prompt.
+    """Score the continuations of a prompt.
 
-    All but the prompt's last token are read at once; that one and the continuation's are decode steps, so each
-    log-probability comes from an attention that reads the cache.
+    The prompt without its last token is prefilled; that token and the continuation's are decode steps, so every
+    log-probability comes from attention that reads the cache.
 
     Args:
         prompt: at least one token.
         continuations: of at least one token each.
-        copies: the prompt is read once, and every continuation but the last goes on from a copy of the cache: exact for
-            every method, also for those that evict while they decode, which cannot step back. False: it is read
-            anew each time, and its bytes are in memory once.
+        copies: prefill once and continue from copies of the cache; exact for every method, including those that evict
+            during decoding and cannot be cropped. False: prefill for each continuation, with one cache in memory.
     """
     longest, cache = max(map(len, continuations)), None
     for n, tokens in enumerate(continuations):
@@ -62,10 +61,9 @@ def score_continuations(
 
 
 def score_window(far: Handle, prompt: list[int], tokens: list[int], n_prefill: int) -> Scored:
-    """Score a window of a longer text, of which the first `n_prefill` tokens are read at once.
+    """Score a window of a longer text, of which the first `n_prefill` tokens are prefilled.
 
-    Tokens are scored once each: those that follow what was read at once by that reading's own logits, the others by
-    decode steps.
+    Every token is scored once: within the prefill by its own logits, the others by decode steps.
     """
     given = [*prompt, *tokens[:-1]]
     cache = far.new_cache(tokens=len(given))
@@ -80,7 +78,7 @@ def score_window(far: Handle, prompt: list[int], tokens: list[int], n_prefill: i
 
 
 def score_steps(far: Handle, cache: FarCache, given: list[int], tokens: list[int]) -> Scored:
-    """Feed tokens one by one and score what follows each of them."""
+    """Feed tokens one by one and score the token that follows each."""
     logs, greedy = [], True
     for token, goal in zip(given, tokens, strict=True):
         logits = feed(far, cache, [token])
@@ -93,9 +91,9 @@ def score_steps(far: Handle, cache: FarCache, given: list[int], tokens: list[int
 
 @torch.no_grad()
 def read_scored(far: Handle, cache: FarCache, tokens: list[int], goals: list[int]) -> tuple[float, bool]:
-    """Read a prompt densely and score the last of what follows its tokens."""
+    """Prefill a prompt and score its last tokens, `goals`, by the logits of the tokens before them."""
     logs, greedy = [], True
-    # What evicts waits for the end of the prompt.
+    # Announced, so that eviction waits for the end of the prompt.
     chunk = cache.engine.announce_prompt(len(tokens), SCORED_TOKENS)
     first = len(tokens) - len(goals)
     for start in range(0, len(tokens), chunk):
@@ -111,7 +109,7 @@ def read_scored(far: Handle, cache: FarCache, tokens: list[int], goals: list[int
 
 
 def _look_up(logits: Float[Tensor, "n V"], goals: list[int]) -> tuple[Tensor, bool]:
-    """Return the log-probabilities of the goals, in float32, and whether each is its row's likeliest token."""
+    """Return the goals' log-probabilities in float32, and whether each is the most likely token of its row."""
     at = torch.tensor(goals, device=logits.device)
     logs = logits.float().log_softmax(-1).gather(-1, at[:, None])[:, 0]
     return logs, bool((logits.argmax(-1) == at).all())

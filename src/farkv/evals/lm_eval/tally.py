@@ -1,6 +1,6 @@
-"""What all requests of a run have read, and the proof that it was less than a full cache.
+"""The reads of all requests of a run, and a check that they were fewer than a full cache's.
 
-In: one account per request. Out: means over decode steps, and an error where a cache was not touched.
+In: one account per request. Out: means over decode steps, and an error if a request read the whole cache.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from farkv.errors import CacheStateError
 from farkv.receipt import Account
 
-# Shorter contexts may be read whole: the newest records and the sinks are all they have.
+# Shorter contexts may be read in full: they consist of recent window and sinks only.
 SHORT_TOKENS = 64
 
 
@@ -18,8 +18,8 @@ SHORT_TOKENS = 64
 class Tally:
     """Sums over requests.
 
-    requests: answered.  unproven: of them, those whose context was too short for less than all of it to be read, or
-    that needed no decode step.  steps: decode steps.  dense_tokens: scored while a prompt was read, without the cache.
+    requests: answered.  unproven: those among them that read everything because the context was short, or had no decode
+    step.  steps: decode steps.  dense_tokens: scored during prefill, without the cache.
     """
 
     is_sparse: bool
@@ -34,14 +34,14 @@ class Tally:
         """Add one request.
 
         Raises:
-            CacheStateError: the method was to read less than the cache holds, the context is long, and all was read.
+            CacheStateError: a sparse method read all records of a long context.
         """
         read, steps = account.read_fraction(), account.decode_steps
         if self.is_sparse and steps and read >= 1 and account.context_tokens >= SHORT_TOKENS:
             raise CacheStateError(
                 f"lm_eval: expected decode steps to read less than the cache holds, got all of its "
-                f"{account.context_tokens} tokens in {steps} steps: the result would be the full cache's; lower "
-                "fraction, or use method=full"
+                f"{account.context_tokens} tokens in {steps} steps, so the result is the full cache's; lower fraction, "
+                "or use method=full"
             )
         self.requests += 1
         self.unproven += self.is_sparse and (not steps or read >= 1)
@@ -63,7 +63,7 @@ class Tally:
         }
 
     def __str__(self) -> str:
-        """Return the line that ends a run."""
+        """Return the summary line of a run."""
         means = self.to_dict()
         return (
             f"read fraction {means['read_fraction']:.4f} + index fraction {means['index_fraction']:.4f} over "

@@ -1,7 +1,7 @@
-"""Public sets from files: RULER, LongBench v2, SCBench, PG-19; each becomes `Sample`s of the wanted lengths.
+"""Public data sets from files: RULER, LongBench v2, SCBench, PG-19, as `Sample`s of given lengths.
 
-In: `SET:PATH`, a tokenizer, lengths in tokens. Out: samples, chosen by a seed. `longbench-v2:hub` and
-`scbench:hub/NAME.jsonl` fetch the set's own file where a hub can be reached. A new set is one file and a line here.
+In: `SET:PATH`, a tokenizer, lengths in tokens. Out: samples, selected by a seed. `longbench-v2:hub` and
+`scbench:hub/NAME.jsonl` download the set's file from the Hugging Face hub. A new set is one file and a line here.
 """
 
 from __future__ import annotations
@@ -17,29 +17,24 @@ from farkv.evals.sample import Sample
 SETS = {"ruler": ruler.load, "longbench-v2": longbench.load, "scbench": scbench.load, "pg19": pg19.load}
 
 
-def is_public(task: str) -> bool:
-    """Return whether a task string names a public set, `SET:PATH`."""
-    return task.partition(":")[0] in SETS
-
-
 def load_public(
     spec: str, tokenizer: Any, lengths: Sequence[int], limit: int | None = None, seed: int = 0
 ) -> Iterator[Sample]:
-    """Read the samples of a public set that fill more than half of a wanted length and fit it.
+    """Read the samples of a public set that are longer than half of a given length and fit in it.
 
-    Texts that are too long are refused; LongBench v2's are cut in their middle, as its own code does, and a book of
-    PG-19 gives as much as is wanted. A sample's `seed` is its place among its task's records.
+    Texts that are too long are skipped, except that LongBench v2's lose their middle, as in its own code, and a PG-19
+    book gives a passage of the given length. A sample's `seed` is its index among its task's records.
 
     Args:
         spec: `ruler:PATH`, `longbench-v2:PATH`, `scbench:PATH` or `pg19:PATH`; a file, or a folder of them.
         tokenizer: the model's own, with offsets (a fast one).
         lengths: tokens of text, longest question and answer together.
-        limit: samples of each task and length; None: all.
-        seed: decides which; a higher limit adds samples and keeps those of a lower one.
+        limit: samples per task and length; None: all.
+        seed: selects the samples; those of a lower limit are a subset of those of a higher one.
 
     Raises:
-        ConfigError: there is no such set.
-        InputError: a file is missing or not in the set's format, or none of a task's samples has a wanted length.
+        ConfigError: the set is unknown.
+        InputError: a file is missing or not in the set's format, or none of a task's samples fits a given length.
     """
     name, _, path = spec.partition(":")
     if name not in SETS or not path:

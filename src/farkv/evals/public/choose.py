@@ -1,4 +1,4 @@
-"""Which of a set's samples are used: those of a wanted length, so many, in an order that a seed decides.
+"""Select a data set's samples by length, up to a limit, in an order given by a seed.
 
 In: items, each a text and its turns. Out: samples.
 """
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from farkv.errors import InputError
 from farkv.evals.sample import Sample, Turn
 
-# A few tokens for the seam between text and question.
+# Allowance for tokens at the boundary between text and question.
 SPARE = 8
 
 
 class Item(NamedTuple):
-    """One record of a set; `number` is its place among its task's records."""
+    """One record of a set; `number` is its index among its task's records."""
 
     task: str
     number: int
@@ -28,7 +28,7 @@ class Item(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What is wanted of a set."""
+    """The requested samples of a set."""
 
     tokenizer: Any
     lengths: tuple[int, ...]
@@ -36,15 +36,15 @@ class Wanted(NamedTuple):
     seed: int
 
     def count(self, text: str) -> int:
-        """Return the tokens of a text."""
+        """Return the number of tokens of a text."""
         return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def ask(self, turns: tuple[Turn, ...]) -> int:
-        """Return the tokens that the longest question and its answer take."""
+        """Return the tokens of the longest question with its answer."""
         return SPARE + max(self.count(t.completion + t.answer) for t in turns)
 
     def shuffle(self, items: Iterable[Item]) -> list[Item]:
-        """Return a task's items in this seed's order."""
+        """Return a task's items in an order given by the seed."""
         ordered = list(items)
         random.Random(self.seed).shuffle(ordered)
         return ordered
@@ -58,11 +58,11 @@ def choose(
     Args:
         items: of all tasks.
         wanted: tokenizer, lengths, limit, seed.
-        cut: shortens a text, given the wanted length and the tokens of question and answer; None: texts that are too
-            long are refused.
+        cut: shortens a text, given the target length and the tokens of question and answer; None: texts that are too
+            long are skipped.
 
     Raises:
-        InputError: a task has no sample of any wanted length.
+        InputError: no sample of a task fits any of the lengths.
     """
     tasks: dict[str, list[Item]] = {}
     for item in items:
@@ -71,11 +71,11 @@ def choose(
         sizes: dict[int, int] = {}
         chosen = [s for length in wanted.lengths for s in pick(wanted.shuffle(group), length, wanted, sizes, cut)]
         if not chosen:
-            told = f"between {min(sizes.values())} and {max(sizes.values())} tokens"
+            found = f"{len(group)} between {min(sizes.values())} and {max(sizes.values())} tokens"
             lengths = ", ".join(map(str, wanted.lengths))
             raise InputError(
-                f"{task}: expected samples that fill more than half of {lengths} tokens and fit; got {len(group)} "
-                f"{told}. Give other lengths: --lengths {max(sizes.values())}"
+                f"{task}: expected samples that fit in {lengths} tokens and are longer than half of that; got {found}. "
+                f"Use other lengths: --lengths {max(sizes.values())}"
             )
         yield from chosen
 
@@ -87,7 +87,7 @@ def pick(
     sizes: dict[int, int],
     cut: Callable[[str, int, int], str] | None,
 ) -> list[Sample]:
-    """Return a task's samples of one length; `sizes` remembers what was counted."""
+    """Return a task's samples of one length; `sizes` caches token counts."""
     found: list[Sample] = []
     refused = 0
     for item in group:

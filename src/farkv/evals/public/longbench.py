@@ -1,8 +1,8 @@
-"""LongBench v2: one question with four choices about one long text; guessing scores 25 %.
+"""LongBench v2: a multiple-choice question with four options about a long text; guessing scores 25 %.
 
 In: its `data.json`, or rows as JSON lines. Out: items `longbench-v2`. A text that is too long loses its middle, as in
-its own code: the first and the last half of the wanted length stay. The words around text and question are ours, so
-scores compare methods with each other, not with a published table.
+its own code: the first and the last half of the target length are kept. The prompt wording is ours, so scores are
+comparable between methods, not with published tables.
 
 Source of the format: github.com/THUDM/LongBench, README.md and pred.py (fields _id, domain, sub_domain, difficulty,
 length, question, choice_A to choice_D, answer, context); its file on the hub: THUDM/LongBench-v2, data.json.
@@ -22,7 +22,7 @@ CHANCE = 1 / len(CHOICES)
 
 
 def load(path: str, wanted: Wanted) -> Iterator[Sample]:
-    """Read LongBench v2's samples; `hub` fetches its file."""
+    """Read LongBench v2's samples; `hub` downloads its file."""
 
     def cut(text: str, length: int, asked: int) -> str:
         return cut_middle(text, length, asked, wanted)
@@ -49,13 +49,13 @@ def read_items(files: list[Path]) -> Iterator[Item]:
 
 
 def cut_middle(text: str, length: int, asked: int, wanted: Wanted) -> str:
-    """Return the first `length / 2` tokens of a text and its last `length / 2 - asked`; nothing where none would stay.
+    """Return the first `length / 2` and the last `length / 2 - asked` tokens of a text; empty if the latter is < 1.
 
     Args:
         text: longer than that.
         length: tokens of text, question and answer together.
         asked: tokens of question and answer, which follow the text.
-        wanted: its tokenizer tells where tokens begin and end.
+        wanted: provides the tokenizer.
     """
     ends = wanted.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     first, last = length // 2, length // 2 - asked

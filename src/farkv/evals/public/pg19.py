@@ -1,7 +1,7 @@
-"""PG-19: books as they are; a model reads a stretch of one and is then fed what follows, token by token.
+"""PG-19: whole books; a model prefills a passage of one and is then fed what follows, token by token.
 
 In: a folder of .txt books, or JSON lines with a field text. Out: samples `pg19` with a continuation and no turns. A
-stretch begins at a paragraph that the seed draws; books shorter than text and continuation together are left out.
+passage begins at a random paragraph; books shorter than text and continuation together are skipped.
 
 Source of the format: github.com/google-deepmind/pg19 (one .txt per book in train, validation and test); the hub's
 emozilla/pg19-test has the fields short_book_title, publication_date, url, text, in parquet files that we do not read.
@@ -20,12 +20,12 @@ from farkv.evals.public.read import find_files, read_records, read_text
 from farkv.evals.sample import Sample
 from farkv.evals.text import CONTINUATION
 
-# Characters of a token, at most, when a stretch is cut out before it is counted: a longer one is counted again.
+# Assumed maximum characters per token when a passage is cut out before tokenising; if too few, the whole book is used.
 WIDE = 8
 
 
 class Book(NamedTuple):
-    """One book and where it stands."""
+    """One book and the file it is from."""
 
     number: int
     source: str
@@ -33,7 +33,7 @@ class Book(NamedTuple):
 
 
 def load(path: str, wanted: Wanted) -> Iterator[Sample]:
-    """Read stretches of books."""
+    """Read passages of books."""
     books = list(read_books(find_files(path, ".txt", ".jsonl", ".json")))
     return make_samples(books, path, wanted)
 
@@ -50,7 +50,7 @@ def read_books(files: list[Path]) -> Iterator[Book]:
 
 
 def make_samples(books: list[Book], path: str, wanted: Wanted) -> Iterator[Sample]:
-    """Yield one stretch of each book and length, until there are enough of a length."""
+    """Yield one passage per book and length, up to the limit of each length."""
     order = list(books)
     random.Random(wanted.seed).shuffle(order)
     n_found = 0
@@ -59,19 +59,19 @@ def make_samples(books: list[Book], path: str, wanted: Wanted) -> Iterator[Sampl
         for book in order:
             if wanted.limit is not None and len(found) >= wanted.limit:
                 break
-            sample = cut_stretch(book, length, wanted)
+            sample = cut_passage(book, length, wanted)
             found += [sample] if sample else []
         n_found += len(found)
         yield from sorted(found, key=lambda s: s.seed)
     if not n_found:
         raise InputError(
             f"{path}: expected books of at least {min(wanted.lengths) + CONTINUATION} tokens; {len(books)} books are "
-            f"all shorter. Give --lengths a smaller number"
+            "all shorter. Use a smaller --lengths"
         )
 
 
-def cut_stretch(book: Book, length: int, wanted: Wanted) -> Sample | None:
-    """Return `length` tokens of a book and what follows them; None where the book is too short."""
+def cut_passage(book: Book, length: int, wanted: Wanted) -> Sample | None:
+    """Return `length` tokens of a book with the continuation; None if the book is too short."""
     total = length + CONTINUATION
     rng = random.Random(f"{wanted.seed}/{book.number}/{length}")
     drawn = max(0, book.text.find("\n\n", rng.randint(0, max(0, len(book.text) - WIDE * total))))

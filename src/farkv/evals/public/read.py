@@ -1,6 +1,6 @@
-"""A set's files as records, each with its path and line, so that a bad one is named.
+"""Read a set's files as records; each knows its path and line, for error messages.
 
-In: a path, or a file's name on the hub. Out: records, their fields checked one by one.
+In: a path, or a file's name on the hub. Out: records whose fields are checked on access.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HUB = "hub"
 
 
 class Record(NamedTuple):
-    """One JSON object: where it stands (in a list, `line` counts entries) and what it holds."""
+    """One JSON object and its position; in a JSON list, `line` counts entries."""
 
     path: Path
     line: int
@@ -28,7 +28,7 @@ class Record(NamedTuple):
         return f"{self.path}:{self.line}"
 
     def refuse(self, expected: str) -> InputError:
-        """Return the error that says what was expected here and which fields there are."""
+        """Return an error that names what was expected and which fields there are."""
         got = ", ".join(f"{name} ({type(value).__name__})" for name, value in self.fields.items())
         return InputError(f"{self.place}: expected {expected}; got {got or 'no fields'}")
 
@@ -40,7 +40,7 @@ class Record(NamedTuple):
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Return a field that must be a list of strings, not empty."""
+        """Return a field that must be a non-empty list of strings."""
         value = self.fields.get(name)
         if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
             raise self.refuse(f"the field {name} to be a list of strings, at least one")
@@ -48,7 +48,7 @@ class Record(NamedTuple):
 
 
 def find_files(path: str, *suffixes: str) -> list[Path]:
-    """Return the file, or all files below the folder that end so, in the order of their names."""
+    """Return the file, or all files below the folder with one of the suffixes, sorted by path."""
     root = Path(path).expanduser()
     if root.is_file():
         return [root]
@@ -59,7 +59,7 @@ def find_files(path: str, *suffixes: str) -> list[Path]:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield a JSON list's objects, or those of a file with one JSON object per line."""
+    """Yield the objects of a JSON list, or of a JSON lines file."""
     if path.suffix == ".json":
         entries = parse(path, 1, read_text(path))
         if not isinstance(entries, list):
@@ -72,18 +72,18 @@ def read_records(path: Path) -> Iterator[Record]:
                     yield check(path, i, parse(path, i, decode(path, i, line).rstrip()))
     else:
         raise InputError(
-            f"{path}: expected .jsonl or .json; got {path.suffix or 'no ending'}. Write a parquet file as JSON lines: "
+            f"{path}: expected .jsonl or .json; got {path.suffix or 'no suffix'}. Convert parquet to JSON lines: "
             "pandas.read_parquet(PATH).to_json(NAME, orient='records', lines=True)"
         )
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text, line ends as they are."""
+    """Return a file's text, with its line endings unchanged."""
     return decode(path, 1, path.read_bytes())
 
 
 def decode(path: Path, line: int, data: bytes) -> str:
-    """Return bytes as the text that they must be."""
+    """Decode bytes that must be UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -92,7 +92,7 @@ def decode(path: Path, line: int, data: bytes) -> str:
 
 
 def parse(path: Path, line: int, text: str) -> Any:
-    """Return a text's JSON value."""
+    """Parse JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -100,17 +100,17 @@ def parse(path: Path, line: int, text: str) -> Any:
 
 
 def check(path: Path, line: int, value: Any) -> Record:
-    """Return a JSON object as a record."""
+    """Return a value that must be a JSON object as a record."""
     if not isinstance(value, dict):
         raise InputError(f"{path}:{line}: expected a JSON object; got {type(value).__name__}")
     return Record(path, line, value)
 
 
 def fetch(repo: str, name: str, spec: str) -> Path:
-    """Return the local copy of a data set's file on the hub, fetched where it is not there yet.
+    """Return the local copy of a data set's file on the hub, downloading it if needed.
 
     Raises:
-        InputError: it can neither be reached nor found in the hub's local cache.
+        InputError: it is not in the local cache and cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -119,6 +119,6 @@ def fetch(repo: str, name: str, spec: str) -> Path:
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
     except (OSError, HfHubHTTPError) as error:
         raise InputError(
-            f"{repo}/{name}: expected the file on the hub or in its local cache; neither could be had "
-            f"({type(error).__name__}). Fetch it on a machine with a network, copy it here, and give {spec}:PATH"
+            f"{repo}/{name}: expected the file on the hub or in its local cache; found it in neither "
+            f"({type(error).__name__}). Download it on a machine with a network, copy it here, and give {spec}:PATH"
         ) from error

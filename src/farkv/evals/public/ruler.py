@@ -1,7 +1,7 @@
-"""RULER: its own generator's files (`TASK/validation.jsonl`), or rows with context and question apart.
+"""RULER: files of its own generator (`TASK/validation.jsonl`), or rows with separate context and question.
 
-In: .jsonl or .json. Out: items `ruler:TASK`. RULER's input is text and question in one; they are cut apart where the
-question begins, byte for byte, so that the question and the answer's beginning are fed through the method.
+In: .jsonl or .json. Out: items `ruler:TASK`. RULER's input contains text and question; it is split where the question
+begins, without changing any byte, so that question and answer prefix pass through the method.
 
 Source of the formats: github.com/NVIDIA/RULER, scripts/data/synthetic (fields index, input, outputs, length,
 answer_prefix; older files without answer_prefix hold it in the input); evaluation/benchmarks/ruler of
@@ -18,9 +18,9 @@ from farkv.evals.public.choose import Item, Wanted, choose
 from farkv.evals.public.read import Record, find_files, read_records
 from farkv.evals.sample import Sample, Turn
 
-# How RULER's questions begin. The last of these in an input is the question's: examples and documents stand before it.
+# How RULER's questions begin. The last match in an input is the question: examples and documents come before it.
 QUESTIONS = ("What are all the special magic", "What is the special magic", "Question:")
-# Tokens that RULER lets a model generate, by the task's first word.
+# RULER's generation limits in tokens, by the task's first word.
 TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 
 
@@ -40,7 +40,7 @@ def read_items(files: list[Path]) -> Iterator[Item]:
 
 
 def name_task(record: Record) -> str:
-    """Return the row's task; else the folder's or the file's name, whichever is a task's."""
+    """Return the row's task, or else the folder's or file's name if it is a task's."""
     if "task" in record.fields:
         return record.text("task")
     names = (record.path.parent.name, record.path.stem)
@@ -62,9 +62,9 @@ def make_item(record: Record, task: str, number: int) -> Item:
 
 
 def split_row(record: Record) -> tuple[str, str, str, str]:
-    """Return text, question, the answer's beginning, and how the question was found.
+    """Return text, question, answer prefix, and how the question was found.
 
-    text + question + beginning is what RULER feeds, byte for byte: input + answer_prefix.
+    text + question + prefix equals RULER's input + answer_prefix, byte for byte.
     """
     prefix = record.text("answer_prefix") if "answer_prefix" in record.fields else ""
     if "context" in record.fields:
@@ -72,8 +72,8 @@ def split_row(record: Record) -> tuple[str, str, str, str]:
     whole = record.text("input")
     at, how = max(whole.rfind(q) for q in QUESTIONS), "question's beginning"
     if at <= 0:
-        # A task of somebody's own: the last line that says something.
+        # A custom task: use the last non-empty line.
         at, how = whole.rstrip().rfind("\n") + 1, "last line"
     if at <= 0:
-        raise record.refuse(f"an input whose question begins with {' or '.join(QUESTIONS)}, or stands on its last line")
+        raise record.refuse(f"an input whose question begins with {' or '.join(QUESTIONS)}, or is its last line")
     return whole[:at], whole[at:], prefix, how

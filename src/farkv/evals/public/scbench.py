@@ -1,7 +1,7 @@
-"""SCBench: several questions, one after another, over one cache.
+"""SCBench: several consecutive questions over one cache.
 
-In: `scbench_NAME.jsonl`, or a folder with such files. Out: items `scbench:NAME` with one turn per question. Of its
-twelve tasks, seven are read: those that it scores by what an answer contains. The words around its questions are ours.
+In: `scbench_NAME.jsonl`, or a folder with such files. Out: items `scbench:NAME` with one turn per question. Seven of
+its twelve tasks are supported: those scored by what an answer contains. The prompt wording is ours.
 
 Source of the format: github.com/microsoft/MInference, scbench/readme.md, eval_utils.py and compute_scores.py (fields
 id, context, multi_turns: a list of input, answer and, for choices, options); the hub: microsoft/SCBench,
@@ -19,7 +19,7 @@ from farkv.evals.public.choose import Item, Wanted, choose
 from farkv.evals.public.read import HUB, Record, fetch, find_files, read_records
 from farkv.evals.sample import Sample, Turn
 
-# SCBench's own rules: the answer contains the one value; all of them; names the choice; its first number is right.
+# SCBench's rules: the answer contains one value; all of them; names the option; its first number is correct.
 SCORES = {
     "kv": "any",
     "prefix_suffix": "any",
@@ -29,7 +29,7 @@ SCORES = {
     "choice_eng": "letter",
     "mf": "number",
 }
-# What SCBench scores the other tasks by.
+# The metrics of SCBench's other tasks.
 LEFT_OUT = {
     "summary": "ROUGE",
     "summary_with_needles": "ROUGE",
@@ -41,7 +41,7 @@ LETTERS = "ABCDEFGH"
 
 
 def load(path: str, wanted: Wanted) -> Iterator[Sample]:
-    """Read SCBench's samples; `hub/scbench_NAME.jsonl` fetches one of its files."""
+    """Read SCBench's samples; `hub/scbench_NAME.jsonl` downloads one of its files."""
     if path.startswith(f"{HUB}/"):
         name = path.partition("/")[2]
         check_name(name_task(Path(name)), path)
@@ -60,12 +60,12 @@ def load(path: str, wanted: Wanted) -> Iterator[Sample]:
 
 
 def name_task(file: Path) -> str:
-    """Return `kv` of `scbench_kv.jsonl`, or of `multi_turn_kv.jsonl`, as the files were called at first."""
+    """Return `kv` for `scbench_kv.jsonl`, or for `multi_turn_kv.jsonl`, an older file name."""
     return file.stem.removeprefix("scbench_").removeprefix("multi_turn_")
 
 
 def check_name(name: str, path: str) -> None:
-    """Refuse a task that is not SCBench's or is scored by what farkv does not compute."""
+    """Raise InputError for a task that is not SCBench's, or has a metric that farkv does not compute."""
     if name not in SCORES:
         why = f"is scored by {LEFT_OUT[name]}, which farkv does not compute" if name in LEFT_OUT else "is not SCBench's"
         raise InputError(f"{path}: expected scbench_NAME.jsonl with NAME one of {', '.join(SCORES)}; {name} {why}")
@@ -100,13 +100,13 @@ def make_turn(name: str, turn: Any, record: Record) -> Turn:
         listed = "".join(f"{c}. {option}\n" for c, option in zip(LETTERS, options, strict=False))
         asked = f"Question: {asked}\n{listed}"
         return Turn(f"\n{asked}Answer:", f"{asked}Answer with one letter alone.", f" {answers[0]}", answers, score)
-    told = f"Question: {asked}\nAnswer:" if name == "qa_eng" else asked
+    prompt = f"Question: {asked}\nAnswer:" if name == "qa_eng" else asked
     joined = ", ".join(answers) if score == "all" else answers[0]
-    return Turn(f"\n{told}", asked, joined, answers, score)
+    return Turn(f"\n{prompt}", asked, joined, answers, score)
 
 
 def name_choice(answers: tuple[str, ...], options: tuple[str, ...], record: Record) -> str:
-    """Return the right choice's letter; files name it by letter or by its text."""
+    """Return the letter of the correct option; files give the letter or the option's text."""
     for answer in answers:
         if answer in options:
             return LETTERS[options.index(answer)]

@@ -1,4 +1,4 @@
-"""The report of an evaluation: `farkv report DIR -o report.html`, one page with nothing outside it.
+"""The report of an evaluation: `farkv report DIR -o report.html`, one self-contained page.
 
 In: a folder that `farkv eval` wrote. Out: an HTML file.
 """
@@ -16,17 +16,17 @@ from farkv.evals.tables import read_results
 
 
 def write_report(folder: Path, out: Path, title: str | None = None) -> Page:
-    """Write the report of a folder.
+    """Write the report of a results folder.
 
     Args:
-        folder: that `farkv eval` wrote.
+        folder: the results of `farkv eval`.
         out: the HTML file.
-        title: of the page; by default the model's name.
+        title: page title; by default the model's name.
 
     Raises:
         InputError: the folder has no results, a file in it is damaged, or the page cannot be written.
 
-    Cost: seconds for some ten thousand rows.
+    Cost: seconds for about ten thousand rows.
     """
     rows, run = read_results(folder), load_run(folder)
     page = make_page(rows, load_reads(folder), run, title or f"farkv eval: {run.get('model') or folder.name}")
@@ -38,6 +38,6 @@ def write_report(folder: Path, out: Path, title: str | None = None) -> Page:
 
 
 def describe_report(page: Page, out: Path) -> dict[str, Any]:
-    """Return what a report says, as plain JSON types."""
-    said = {"out": str(out), "headline": page.said.headline, "findings": page.said.more}
-    return {**said, "rows_left_out": page.study.dropped, **page.table.to_dict()}
+    """Return the content of a report as plain JSON types."""
+    text = {"out": str(out), "headline": page.findings.headline, "findings": page.findings.more}
+    return {**text, "rows_left_out": page.study.dropped, **page.table.to_dict()}

@@ -1,8 +1,8 @@
-"""Pareto curves: quality over what it costs, one line per method, one point per fraction.
+"""Pareto curves: quality against cost, one line per method, one point per fraction.
 
-In: tables. Out: places and texts that `parts.html` writes as SVG. The full cache is a line across. An upper bound such
-as the oracle is drawn at the bytes that it attends to: nobody would pay for all the keys that it reads to choose.
-matplotlib is an extra of the package, and its SVG has no tooltips and no classes for light, dark and hidden methods.
+In: tables. Out: coordinates and texts that `parts.html` renders as SVG. The full cache is a horizontal line. An upper
+bound such as the oracle is drawn at the bytes it attends to, without the keys it reads to select them. matplotlib is
+not used: it is an optional extra, and its SVG has no tooltips and no classes for dark mode and hidden methods.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from farkv.evals.report.looks import Look
 from farkv.evals.show import length_text, name_setting, number, percent, point_span, points, span
 from farkv.evals.tables import Line, Table, make_table
 
-# The least share on a logarithmic axis.
+# Lower end of a logarithmic axis of fractions.
 LEAST = 1e-3
-# How far below the full cache the enlarged picture reaches, and how far above it at least.
+# Range of the enlarged plot below the full cache, and its minimum range above.
 BELOW, ABOVE = 0.1, 0.01
 
 
 class Cost(NamedTuple):
-    """What the x axis shows; shares are on a logarithmic axis."""
+    """The quantity on the x axis; fractions are on a logarithmic axis."""
 
     title: str
     caption: str
     of: Callable[[Line], float]
-    share: bool = True
+    is_fraction: bool = True
 
 
 class Worth(NamedTuple):
-    """What the y axis shows: a value with the ends of its interval."""
+    """The quantity on the y axis: a value with the ends of its interval."""
 
     title: str
     of: Callable[[Line], tuple[float, float, float]]
@@ -41,25 +41,25 @@ class Worth(NamedTuple):
 
 
 def find_reads(line: Line) -> float:
-    """Return the share of the cache's bytes that a step reads: the index is included, but not of an upper bound."""
+    """Return the fraction of the cache's bytes read per step, including the index except for upper bounds."""
     return line.measured["read_fraction"] + (0.0 if line.bound else line.measured["index_fraction"])
 
 
 def find_gap(line: Line) -> tuple[float, float, float]:
-    """Return the difference to the full cache with its paired interval; nothing for the full cache itself."""
+    """Return the difference to the full cache with its paired interval; zeros for the full cache itself."""
     return (0.0, 0.0, 0.0) if line.delta is None else line.delta.delta[:3]
 
 
 def find_kl(line: Line) -> tuple[float, float, float]:
-    """Return the KL to the full cache, which has no interval."""
+    """Return the KL to the full cache; it has no interval."""
     return line.measured["kl"], line.measured["kl"], line.measured["kl"]
 
 
-READS = Cost("Bytes read per step", "read + index, share of the full cache's bytes", find_reads)
+READS = Cost("Bytes read per step", "read + index, fraction of the full cache's bytes", find_reads)
 COSTS = (
-    Cost("Bytes kept anywhere", "kept, share of the full cache's bytes", lambda x: x.measured["kept_fraction"]),
-    Cost("Bytes held near", "resident, share of the full cache's bytes", lambda x: x.measured["resident_fraction"]),
-    Cost("Speed", "tokens per second while decoding", lambda x: x.measured["tokens_per_s"], share=False),
+    Cost("Bytes kept in any tier", "kept, fraction of the full cache's bytes", lambda x: x.measured["kept_fraction"]),
+    Cost("Bytes held near", "resident, fraction of the full cache's bytes", lambda x: x.measured["resident_fraction"]),
+    Cost("Speed", "tokens per second while decoding", lambda x: x.measured["tokens_per_s"], is_fraction=False),
 )
 SCORE = Worth("score", lambda line: line.score[:3], lambda value: f"{100 * value:.3g}")
 GAP = Worth("difference to the full cache", find_gap, lambda value: points(value).removesuffix(".0"))
@@ -67,7 +67,7 @@ KL = Worth("KL to the full cache, nats per token", find_kl, "{:g}".format, log=T
 
 
 class Axis(NamedTuple):
-    """A range of values on a range of places; `log` gives equal distances to equal ratios."""
+    """Maps a range of values to a range of coordinates; `log`: on a logarithmic scale."""
 
     low: float
     high: float
@@ -76,14 +76,14 @@ class Axis(NamedTuple):
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Return the place of a value; values outside are at the edge."""
+        """Return the coordinate of a value; values outside the range are clipped."""
         value = min(max(value, self.low), self.high)
         ends = (value, self.low, self.high)
         value, low, high = map(math.log, ends) if self.log else ends
         return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
 
     def ticks(self, most: int) -> list[float]:
-        """Return round values on the axis, about `most` of them at most."""
+        """Return round values on the axis, about `most` at most."""
         low, high = self.low * (1 - 1e-9), self.high * (1 + 1e-9)
         if not self.log:
             step = find_step(self.high - self.low, most)
@@ -97,13 +97,13 @@ class Axis(NamedTuple):
 
 
 def find_step(width: float, most: int) -> float:
-    """Return the least of 1, 2, 5, 10, ... times a power of ten that fits at most `most` times into a width."""
+    """Return the smallest 1, 2, 5 or 10 times a power of ten that fits at most `most` times into a width."""
     power = 10.0 ** math.floor(math.log10(width / most))
     return next(step * power for step in (1, 2, 5, 10) if step * power * most >= width * (1 - 1e-9))
 
 
 def round_range(values: Sequence[float], most: int = 5) -> tuple[float, float]:
-    """Return a range with round ends around shares, inside 0 to 1; never empty."""
+    """Return a non-empty range with round ends that contains the values, within 0 to 1."""
     low, high = min(values), max(values)
     step = find_step(max(high - low, 0.02), most)
     low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
@@ -113,7 +113,7 @@ def round_range(values: Sequence[float], most: int = 5) -> tuple[float, float]:
 
 
 class Frame(NamedTuple):
-    """The size of a picture and the margins around its axes; only large ones have units and intervals."""
+    """The size of a plot and the margins around its axes; only large plots have units and intervals."""
 
     width: int
     height: int
@@ -128,20 +128,20 @@ LARGE, SMALL = Frame(440, 310, 52, 16, 12, 46, True), Frame(250, 172, 30, 10, 8,
 
 
 class Point(NamedTuple):
-    """One setting: its place, the places of its interval's ends, its tooltip."""
+    """One setting: its coordinates, those of its interval's ends, its tooltip."""
 
     x: float
     y: float
     low: float
     high: float
-    said: str
+    tooltip: str
 
 
 class Picture(NamedTuple):
-    """One picture. ticks: places and texts of both axes.  curves: points per look, ours last, on top of all others."""
+    """One plot. ticks: coordinates and labels of both axes.  curves: points per look, ours last and so on top."""
 
     title: str
-    said: str
+    label: str
     frame: Frame
     cost: Cost
     x_ticks: Sequence[tuple[float, str]] = ()
@@ -153,67 +153,70 @@ def draw_curves(
     table: Table, looks: Mapping[str, Look], frame: Frame, y_range: tuple[float, float],
     cost: Cost = READS, worth: Worth = SCORE, *, title: str,
 ) -> Picture:  # fmt: skip
-    """Return one picture of a table.
+    """Return one plot of a table.
 
     Args:
-        table: each of its lines with a cost, and with a worth inside the range, is a point.
+        table: each line with a known cost, and a worth inside the range, is a point.
         looks: of the methods.
-        frame: its size.
+        frame: size and margins.
         y_range: of the y axis.
         cost: on the x axis.
         worth: on the y axis.
-        title: above it.
+        title: above the plot.
     """
-    said = f"{table.title}: {worth.title} over {cost.caption}. The same numbers stand in the table."
+    label = f"{table.title}: {worth.title} over {cost.caption}. The table has the same numbers."
     known = [line for line in table.lines if math.isfinite(cost.of(line))]
     shown = [line for line in known if y_range[0] <= worth.of(line)[0] <= y_range[1]]
     if not shown:
-        return Picture(title, said, frame, cost)
+        return Picture(title, label, frame, cost)
     costs = [max(cost.of(line), LEAST) for line in known]
-    x_range = (min(0.8 * min(costs), 0.5), 1.15 * max(1.0, *costs)) if cost.share else (0.0, 1.08 * max(costs))
-    x = Axis(*x_range, frame.left, frame.width - frame.right, log=cost.share)
+    x_range = (min(0.8 * min(costs), 0.5), 1.15 * max(1.0, *costs)) if cost.is_fraction else (0.0, 1.08 * max(costs))
+    x = Axis(*x_range, frame.left, frame.width - frame.right, log=cost.is_fraction)
     y = Axis(*y_range, frame.height - frame.bottom, frame.top, log=worth.log)
     unit = " %" if frame.large else ""
-    x_ticks = [(x.place(v), f"{100 * v:.3g}{unit}" if cost.share else number(v)) for v in x.ticks(9 if unit else 7)]
+    x_ticks = [
+        (x.place(v), f"{100 * v:.3g}{unit}" if cost.is_fraction else number(v)) for v in x.ticks(9 if unit else 7)
+    ]
     y_ticks = [(y.place(v), worth.show(v) + (unit if worth is SCORE else "")) for v in y.ticks(5)]
     curves: dict[str, list[Point]] = {}
     for line in sorted(shown, key=lambda x: (x.setting.method == OURS, not x.setting.is_full, x.setting.fraction)):
         middle, low, high = map(y.place, worth.of(line))
         point = Point(x.place(max(cost.of(line), LEAST)), middle, low, high, describe(line, cost, worth))
         curves.setdefault(line.setting.method, []).append(point)
-    return Picture(title, said, frame, cost, x_ticks, y_ticks, [(looks[name], drawn) for name, drawn in curves.items()])
+    drawn = [(looks[name], points) for name, points in curves.items()]
+    return Picture(title, label, frame, cost, x_ticks, y_ticks, drawn)
 
 
 def describe(line: Line, cost: Cost, worth: Worth) -> str:
     """Return the tooltip of one point."""
-    paid = percent(cost.of(line)) if cost.share else f"{number(cost.of(line))} tokens/s"
+    paid = percent(cost.of(line)) if cost.is_fraction else f"{number(cost.of(line))} tokens/s"
     score = f"score {percent(line.score.mean)} [{span(line.score)}]"
     shown = f"{KL.title} {number(line.measured['kl'])}" if worth is KL else score
-    said = f"{name_setting(line.setting)}: {shown}, {cost.title.lower()} {paid}"
+    text = f"{name_setting(line.setting)}: {shown}, {cost.title.lower()} {paid}"
     if line.delta is not None:
-        said += f", to full {points(line.delta.delta.mean)} [{point_span(line.delta.delta)}] points"
-    return said
+        text += f", to full {points(line.delta.delta.mean)} [{point_span(line.delta.delta)}] points"
+    return text
 
 
 def draw_averages(table: Table, looks: Mapping[str, Look]) -> list[Picture]:
     """Return the averages over all cells: score and difference over bytes read, score over other costs, KL."""
     whole = round_range([end for line in table.lines for end in line.score[1:3]])
     above = min(max(ABOVE, *(find_gap(line)[2] for line in table.lines)), BELOW)
-    title = "Points to the full cache, paired; the last ten"
+    title = "Difference to the full cache in points, paired; enlarged"
     pictures = [
         draw_curves(table, looks, LARGE, whole, title=READS.title),
         draw_curves(table, looks, LARGE, (-BELOW, above), worth=GAP, title=title),
-        *(draw_curves(table, looks, LARGE, whole, c, title=c.title + " (noisy)" * (not c.share)) for c in COSTS),
+        *(draw_curves(table, looks, LARGE, whole, c, title=c.title + " (noisy)" * (not c.is_fraction)) for c in COSTS),
     ]
     losses = [kl for line in table.lines if (kl := line.measured["kl"]) > 0]
     if len(losses) > 1:
-        y_range, title = (min(losses) / 1.3, max(losses) * 1.3), f"{KL.title} (ppl); down is better"
+        y_range, title = (min(losses) / 1.3, max(losses) * 1.3), f"{KL.title} (ppl); lower is better"
         pictures.append(draw_curves(table, looks, LARGE, y_range, worth=KL, title=title))
     return pictures
 
 
 def draw_cells(study: Study, looks: Mapping[str, Look]) -> list[Picture]:
-    """Return one small picture per task and length, score over bytes read, all with the same range of scores."""
+    """Return one small plot per task and length, score over bytes read, all with the same score range."""
     named = [(f"{cell.task}, {length_text(cell.length)}", cell) for cell in study.cells]
     tables = [make_table(study, title, [cell.task], [cell.length]) for title, cell in named]
     return [draw_curves(table, looks, SMALL, (0.0, 1.0), title=table.title) for table in tables]

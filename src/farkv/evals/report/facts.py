@@ -1,4 +1,4 @@
-"""What was run, what was skipped, and the answers that were lost.
+"""The facts about a run, what was skipped, and the lost answers.
 
 In: `run.json`, rows. Out: texts for `page.html`.
 """
@@ -12,16 +12,16 @@ from typing import Any
 
 from farkv.errors import InputError
 from farkv.evals.cells import FULL, Setting, Study, as_float
-from farkv.evals.report.words import and_join, say_methods
+from farkv.evals.report.words import and_join, list_methods
 from farkv.evals.row import RUN, Row
 from farkv.evals.show import fraction_text, length_text, percent
 
-# Characters of an answer that are shown.
+# Maximum characters of an answer that are shown.
 MOST_CHARACTERS = 300
 
 
 def load_run(folder: Path) -> dict[str, Any]:
-    """Return run.json; nothing where there is no such file.
+    """Return the content of run.json; empty if there is no such file.
 
     Raises:
         InputError: it is damaged.
@@ -39,7 +39,7 @@ def load_run(folder: Path) -> dict[str, Any]:
 
 
 def list_facts(run: dict[str, Any], study: Study) -> list[tuple[str, str]]:
-    """Return what was run: model, command, versions, machine, seeds; what is not known is left out."""
+    """Return the facts about a run: model, command, versions, machine, seeds; unknown ones are left out."""
     machine, versions = (run[key] if isinstance(run.get(key), dict) else {} for key in ("machine", "versions"))
     cores, memory, threads = machine.get("cores"), machine.get("memory_bytes"), run.get("threads")
     computer = (
@@ -54,22 +54,22 @@ def list_facts(run: dict[str, Any], study: Study) -> list[tuple[str, str]]:
         ("command", join_known(run.get("command"))),
         ("tasks", ", ".join(dict.fromkeys(cell.task for cell in cells))),
         ("lengths", and_join(length_text(n) for n in sorted({cell.length for cell in cells})) + " tokens"),
-        ("methods", say_methods([s for s in study.settings if not s.is_full])),
+        ("methods", list_methods([s for s in study.settings if not s.is_full])),
         ("samples", f"{run.get('limit', '?')} per task and length, seeds from {run.get('seed', '?')}"),
         ("filler", join_known(run.get("filler"))),
         ("machine", join_known(*computer)),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    return [(name, said) for name, said in facts if said]
+    return [(name, text) for name, text in facts if text]
 
 
 def join_known(*values: object) -> str:
-    """Return the values that are known, separated by commas."""
+    """Join the known values with commas."""
     return ", ".join(str(value) for value in values if value)
 
 
 def list_skipped(run: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return method, fraction and reason of what the run skipped."""
+    """Return (method, fraction, reason) of the skipped variants."""
     skipped = run.get("skipped")
     found = []
     for item in skipped if isinstance(skipped, list) else []:
@@ -84,7 +84,7 @@ def list_lost(rows: Iterable[Row], subject: Setting) -> list[list[str]]:
     """Return the samples that the full cache answered better than a setting, the largest loss first.
 
     Returns:
-        Where, both scores, the expected answer, the full cache's answer and the setting's.
+        Sample, both scores, the expected answer, the full cache's answer and the setting's answer.
     """
     rows = list(rows)
     full = {(row.task, row.length, row.seed): row for row in rows if row.method == FULL and not row.gated}
@@ -104,5 +104,5 @@ def list_lost(rows: Iterable[Row], subject: Setting) -> list[list[str]]:
 
 def cut(answer: object) -> str:
     """Return the beginning of an answer."""
-    said = str(answer)
-    return said if len(said) <= MOST_CHARACTERS else said[:MOST_CHARACTERS] + " …"
+    text = str(answer)
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …"

@@ -1,6 +1,6 @@
 """Retrieval heat maps: the score of each method by the needle's depth and the text's length.
 
-In: cells of tasks whose samples know the depth of the asked line. Out: means and counts for `page.html`.
+In: cells whose samples have the depth of the needle. Out: means and counts for `page.html`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from farkv.evals.cells import Cell, Setting, Study
 from farkv.evals.report.looks import order_methods
 from farkv.evals.stats import Floats
 
-# Samples that a field should have on average before there are more bins of depth.
+# Mean number of samples per field required to use more depth bins.
 ENOUGH = 6
 MOST_BINS = 10
 
@@ -30,12 +30,12 @@ class Map(NamedTuple):
 
 
 def find_known(study: Study) -> list[Cell]:
-    """Return the cells of which samples have a depth."""
+    """Return the cells in which some sample has a depth."""
     return [cell for cell in study.cells if np.isfinite(cell.depths).any()]
 
 
 def count_bins(cells: Sequence[Cell]) -> int:
-    """Return the number of bins of depth: 4 to 10, so that fields have a few samples."""
+    """Return the number of depth bins: 4 to 10, so that every field has a few samples."""
     by_length: Counter[int] = Counter()
     for cell in cells:
         by_length[cell.length] += int(np.isfinite(cell.depths).sum())
@@ -47,8 +47,8 @@ def bin_scores(cells: Sequence[Cell], setting: Setting, n_bins: int) -> tuple[li
 
     Args:
         cells: with depths; those that the setting did not answer are skipped.
-        setting: whose scores.
-        n_bins: of depth.
+        setting: the setting to average.
+        n_bins: number of depth bins.
 
     Returns:
         Lengths, means `[n_bins, lengths]`, NaN where there is no sample, and the counts.

@@ -1,8 +1,8 @@
 """One look per method in all figures: colour, line, marker.
 
-In: methods, and which of them see the query. Out: looks, whose CSS is in `page.html`. The colours can be told apart
-without seeing red or green, and the markers without seeing any colour. Solid line, full marker: records are chosen anew
-for every query; dashed line, hollow marker: without seeing it.
+In: methods, and which of them see the query. Out: looks, whose CSS is in `page.html`. The colours are distinguishable
+with colour blindness, the markers without any colour. Solid line, filled marker: records are selected for each query;
+dashed line, hollow marker: they are not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKERS = {
     "down": "M0 4.6l4.6-9.2h-9.2z",
     "cross": "M-4-4l8 8m0-8l-8 8",
 }
-# In light, in dark, marker.
+# Colour in light mode, colour in dark mode, marker.
 KNOWN = {
     FULL: ("#3d4451", "#c9d1dc", "none"),
     "infinigen": ("#0b5fc0", "#62acff", "circle"),
@@ -41,7 +41,7 @@ KNOWN = {
     "window": ("#74624c", "#c2ac92", "down"),
     "random": ("#737b86", "#98a1ad", "cross"),
 }
-# Methods of others, `kvpress:NAME`, in the order of their names.
+# For other methods, such as `kvpress:NAME`, in order of name.
 OTHERS = [
     ("#4b7410", "#a8d765", "circle"),
     ("#00707f", "#57cbdc", "diamond"),
@@ -64,13 +64,13 @@ class Look(NamedTuple):
 
     @property
     def style(self) -> str:
-        """Return the CSS classes of its line and markers: an upper bound is dotted, ours is thicker."""
+        """The CSS classes of its line and markers: an upper bound is dotted, ours is thicker."""
         kind = "bound" if self.bound else "aware" if self.aware else "blind"
         return f"{self.name} {kind} ours" if self.method == OURS else f"{self.name} {kind}"
 
 
 def order_methods(methods: Iterable[str]) -> list[str]:
-    """Return methods in the order of `KNOWN`, those of others after them by name."""
+    """Return methods in the order of `KNOWN`, then the others by name."""
     places = {method: i for i, method in enumerate(KNOWN)}
     return sorted(methods, key=lambda method: (places.get(method, len(places)), method))
 
@@ -80,8 +80,8 @@ def choose_looks(methods: Iterable[str], aware: Iterable[str], bounds: Iterable[
 
     Args:
         methods: names, in any order.
-        aware: those whose choice sees the query.
-        bounds: those that read all keys to choose.
+        aware: those whose selection sees the query.
+        bounds: those that read all keys to select.
     """
     methods, aware, bounds = order_methods(methods), set(aware), set(bounds)
     others = [method for method in methods if method not in KNOWN]

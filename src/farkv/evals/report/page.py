@@ -1,6 +1,6 @@
-"""The page: one HTML file with nothing outside it, no script, readable by `file://`.
+"""The page: one self-contained HTML file without scripts, readable with `file://`.
 
-In: rows, traced reads, what was run. Out: HTML, of the template `page.html`.
+In: rows, traced reads, the record of the run. Out: HTML, from the template `page.html`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from farkv.evals.report.curves import draw_averages, draw_cells
 from farkv.evals.report.facts import list_facts, list_lost, list_skipped
 from farkv.evals.report.heat import count_samples, find_known, make_maps
 from farkv.evals.report.looks import choose_looks
-from farkv.evals.report.reads import Reads, average_share, choose_reads, write_png
-from farkv.evals.report.words import Said, choose_fraction, say
+from farkv.evals.report.reads import Reads, average_read, choose_reads, write_png
+from farkv.evals.report.words import Findings, choose_fraction, summarize
 from farkv.evals.row import Row
 from farkv.evals.tables import Line, Table, make_table
 
 
 class Page(NamedTuple):
-    """A page and what stands in it, for `--json`."""
+    """A page and its content, for `--json`."""
 
     html: str
-    said: Said
+    findings: Findings
     table: Table
     study: Study
 
@@ -43,18 +43,18 @@ def make_page(rows: Sequence[Row], reads: Sequence[Reads], run: dict[str, Any], 
         title: of the page.
 
     Raises:
-        InputError: there is nothing to compare with.
+        InputError: there are no rows, or none of the full cache.
     """
     study = study_rows(rows)
     table = make_table(study)
-    said, chosen = say(study, table), choose_fraction(study)
+    findings, chosen = summarize(study, table), choose_fraction(study)
     bounds = {s.method for s in study.proofs if study.is_bound(s)}
     looks = choose_looks(study.methods, {s.method for s in study.aware}, bounds)
     columns = show.list_columns(study) if table.lines else []
     subject = Setting(OURS, 0.1 if chosen is None else chosen)
     fractions = {show.fraction_text(fraction): fraction for fraction in study.fractions}
     html = load_template().render(
-        title=title, said=said, model=run.get("model"), looks=looks, study=study, table=table, subject=subject,
+        title=title, findings=findings, model=run.get("model"), looks=looks, study=study, table=table, subject=subject,
         averages=draw_averages(table, looks) if table.lines else [],
         cells=draw_cells(study, looks) if table.lines else [],
         columns=columns,
@@ -66,7 +66,7 @@ def make_page(rows: Sequence[Row], reads: Sequence[Reads], run: dict[str, Any], 
         gated=[(g.task, show.length_text(g.length), show.percent(g.full), g.n) for g in table.gated],
         skipped=list_skipped(run), facts=list_facts(run, study),
     )  # fmt: skip
-    return Page(html, said, table, study)
+    return Page(html, findings, table, study)
 
 
 def list_grid(study: Study, columns: Sequence[Table], fraction: float) -> list[tuple[str, list[Line | None]]]:
@@ -79,19 +79,19 @@ def list_grid(study: Study, columns: Sequence[Table], fraction: float) -> list[t
 
 @cache
 def load_template() -> Template:
-    """Return the template; whatever is put into it is escaped."""
+    """Return the template; everything inserted into it is escaped."""
     environment = Environment(
         loader=PackageLoader("farkv.evals", "report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     filters = (
         show.fraction_text, show.length_text, show.name_setting, show.number, show.percent, show.point_span,
-        show.points, show.span, average_share, keep_units, write_png,
+        show.points, show.span, average_read, keep_units, write_png,
     )  # fmt: skip
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template("page.html")
 
 
-def keep_units(said: str) -> str:
-    """Return a sentence in which numbers stay on one line with their units."""
-    return re.sub(r"(?<=\d) (?=%|K\b|points\b)", "\u00a0", said)
+def keep_units(text: str) -> str:
+    """Replace spaces between numbers and units by no-break spaces."""
+    return re.sub(r"(?<=\d) (?=%|K\b|points\b)", "\u00a0", text)

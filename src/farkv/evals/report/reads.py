@@ -1,7 +1,7 @@
-"""What was read when: one map per layer, position in the text to the right, decode steps downward.
+"""Maps of reads: one per layer, position in the text to the right, decode steps downward.
 
-In: lines of `reads.jsonl`. Out: images of one colour, whose opacity is the share that was read, so that they fit light
-and dark pages.
+In: lines of `reads.jsonl`. Out: images of one colour whose opacity shows the fraction read, so that they work in light
+and dark mode.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ BLUE = (47, 128, 225)
 
 
 class Reads(NamedTuple):
-    """One line. read: `[layers][steps][positions]`, the mean share of a bucket's records that a step and head read."""
+    """One traced sample. read: `[layers][steps][positions]`, mean fraction of a bucket's records that a step and head
+    read.
+    """
 
     task: str
     setting: Setting
@@ -39,7 +41,7 @@ class Reads(NamedTuple):
 
 
 def load_reads(folder: Path) -> list[Reads]:
-    """Return the traced samples of a folder; none where there is no such file.
+    """Return the traced samples of a folder; empty if there is no such file.
 
     Raises:
         InputError: a line is damaged.
@@ -59,7 +61,7 @@ def load_reads(folder: Path) -> list[Reads]:
 
 
 def parse_reads(line: dict[str, Any]) -> Reads:
-    """Return one line, its shares as arrays."""
+    """Parse one line."""
     read = [np.nan_to_num(np.asarray(layer, dtype=np.float64)) for layer in line["read"]]
     if not read or any(layer.ndim != 2 or not layer.size for layer in read):
         raise ValueError("read: expected layers of steps of positions")
@@ -74,7 +76,7 @@ def parse_reads(line: dict[str, Any]) -> Reads:
 
 
 def choose_reads(reads: Sequence[Reads], fraction: float) -> list[Reads]:
-    """Return one trace per method: of the sample that most methods have, the longest first, nearest to a fraction."""
+    """Return one trace per method: of the sample that most methods have, longest first, nearest to a fraction."""
     counts: dict[tuple[int, int, str], set[str]] = {}
     for line in reads:
         counts.setdefault((line.length, -line.seed, line.task), set()).add(line.setting.method)
@@ -89,13 +91,13 @@ def choose_reads(reads: Sequence[Reads], fraction: float) -> list[Reads]:
     return [chosen[method] for method in order_methods(chosen)]
 
 
-def write_png(shares: NDArray[np.float64]) -> str:
-    """Return an image of one colour as a data URL. Opacity is the square root of the share: a tenth can still be seen.
+def write_png(read: NDArray[np.float64]) -> str:
+    """Return a single-colour image as a data URL; opacity is the square root of a value, so that 0.1 is visible.
 
     Args:
-        shares: `[height, width]`, 0 to 1.
+        read: `[height, width]`, 0 to 1.
     """
-    alpha = np.round(255 * np.sqrt(np.clip(shares, 0, 1))).astype(np.uint8)
+    alpha = np.round(255 * np.sqrt(np.clip(read, 0, 1))).astype(np.uint8)
     height, width = alpha.shape
     # A palette of 256 opacities of one colour: one byte per pixel.
     lines = np.concatenate([np.zeros((height, 1), np.uint8), alpha], axis=1).tobytes()
@@ -112,10 +114,10 @@ def write_png(shares: NDArray[np.float64]) -> str:
     return "data:image/png;base64," + base64.b64encode(made).decode("ascii")
 
 
-def average_share(shares: NDArray[np.float64], steps: Sequence[float], positions: Sequence[float]) -> float:
-    """Return the mean share of a layer, each bucket weighted by its width."""
+def average_read(read: NDArray[np.float64], steps: Sequence[float], positions: Sequence[float]) -> float:
+    """Return the mean fraction that a layer read, with buckets weighted by their width."""
     for axis, edges in enumerate((steps, positions)):
         widths = np.diff(edges)
-        if len(widths) == shares.shape[axis] and widths.sum() > 0:
-            shares = np.average(shares, axis=axis, weights=widths, keepdims=True)
-    return float(shares.mean())
+        if len(widths) == read.shape[axis] and widths.sum() > 0:
+            read = np.average(read, axis=axis, weights=widths, keepdims=True)
+    return float(read.mean())

@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences that are made from them, the unflattering ones included.
+"""The findings as sentences generated from the numbers, including the unfavourable ones.
 
 In: a study and its tables. Out: sentences.
 """
@@ -13,12 +13,12 @@ from farkv.evals.report.looks import order_methods
 from farkv.evals.show import fraction_text, length_text, percent, point_span, points
 from farkv.evals.tables import Line, Table, compare
 
-PROMISED = 0.1
-# "Within one point of the full cache."
+TARGET = 0.1
+# The target: within one point of the full cache.
 ONE_POINT = 0.01
 
 
-class Said(NamedTuple):
+class Findings(NamedTuple):
     """The headline, and the sentences below it."""
 
     headline: str
@@ -26,25 +26,25 @@ class Said(NamedTuple):
 
 
 def choose_fraction(study: Study) -> float | None:
-    """Return the fraction nearest to 0.10, of ours where it was run; None where there is none."""
+    """Return the fraction nearest to 0.1, among ours if it was run; None if there is none."""
     fractions = [s.fraction for s in study.settings if s.method == OURS] or study.fractions
-    return min(fractions, key=lambda fraction: abs(fraction - PROMISED), default=None)
+    return min(fractions, key=lambda fraction: abs(fraction - TARGET), default=None)
 
 
 def list_best(study: Study, table: Table, fraction: float) -> list[Line]:
-    """Return the lines of a fraction that can be the best, the best first."""
+    """Return the lines of a fraction without upper bounds and the full cache, the best first."""
     return [line for line in table.at(fraction) if study.can_be_best(line.setting)]
 
 
-def say(study: Study, table: Table) -> Said:
-    """Return what a run says, of ours or, where it was not run, of the best method."""
+def summarize(study: Study, table: Table) -> Findings:
+    """Summarise a run, for our method or, if it was not run, for the best one."""
     full, fraction = table.find(FULL), choose_fraction(study)
     if full is None:
-        return Said("Nothing can be compared: the full cache itself is near the floor on every task.", [])
+        return Findings("Nothing can be compared: the full cache itself is near the floor on every task.", [])
     lines = [] if fraction is None else [table.find(OURS, fraction), *list_best(study, table, fraction)]
     line = next(filter(None, lines), None)
     if line is None or line.delta is None:
-        return Said(f"The full cache scores {percent(full.score.mean)}; no other method was compared.", [])
+        return Findings(f"The full cache scores {percent(full.score.mean)}; no other method was compared.", [])
     tasks = len({task for task, _ in table.cells})
     lengths = and_join(length_text(length) for length in sorted({length for _, length in table.cells}))
     name, gap = line.setting.method, line.delta.delta
@@ -56,20 +56,20 @@ def say(study: Study, table: Table) -> Said:
     )
     basis = (
         f"{tasks} task{'s' if tasks > 1 else ''} at {lengths} tokens, {table.samples} samples per method, the same "
-        "for all. In brackets: what 95 % of a paired bootstrap lies between."
+        "for all. In brackets: the 95 % interval of a paired bootstrap."
     )
     where = f"Within one point of the full cache at {fraction_text(line.setting.fraction)}"
     if gap.mean < -ONE_POINT:
-        promise = f"{where}: no, {points(gap.mean)} points."
+        verdict = f"{where}: no, {points(gap.mean)} points."
     elif gap.low < -ONE_POINT:
-        promise = f"{where}: on the mean yes ({points(gap.mean)}), but the interval reaches {points(gap.low)} points."
+        verdict = f"{where}: on average yes ({points(gap.mean)}), but the interval reaches {points(gap.low)} points."
     else:
-        promise = f"{where}: yes, the whole interval."
-    return Said(headline, [basis, promise, *say_baselines(study, table, name)])
+        verdict = f"{where}: yes, with the whole interval."
+    return Findings(headline, [basis, verdict, *compare_baselines(study, table, name)])
 
 
-def say_baselines(study: Study, table: Table, name: str) -> list[str]:
-    """Return, per fraction, which baseline is better than a method, on average and on which tasks and lengths."""
+def compare_baselines(study: Study, table: Table, name: str) -> list[str]:
+    """List, per fraction, the baselines that are better than a method, on average and per task and length."""
     best, worse = [], []
     cells = [cell for cell in study.cells if (cell.task, cell.length) in set(table.cells)]
     for fraction in study.fractions:
@@ -80,16 +80,16 @@ def say_baselines(study: Study, table: Table, name: str) -> list[str]:
         elif line is not None and lines:
             other = lines[0]
             gap = compare(cells, other.setting, line.setting).delta
-            chance = "not told apart from chance" if gap.low <= 0 else "more than chance"
+            chance = "not significant" if gap.low <= 0 else "significant"
             shown = f"{percent(other.score.mean)}, {points(gap.mean)} points [{point_span(gap)}]"
             worse.append(f"at {where} {other.setting.method} has {shown}, {chance}")
-    said = [f"Best on average of all methods but the oracle at {and_join(best)}."] if best else []
-    said += [f"Not best on average: {'; '.join(worse)}."] if worse else []
-    return said + [text for f in study.fractions if (text := say_lost_cells(study, Setting(name, f)))]
+    found = [f"Best on average of all methods except the oracle at {and_join(best)}."] if best else []
+    found += [f"Not best on average: {'; '.join(worse)}."] if worse else []
+    return found + [text for f in study.fractions if (text := list_lost_cells(study, Setting(name, f)))]
 
 
-def say_lost_cells(study: Study, ours: Setting) -> str:
-    """Return on which cells some baseline is better by more than chance; nothing where there is none."""
+def list_lost_cells(study: Study, ours: Setting) -> str:
+    """List the cells on which some baseline is significantly better; empty if there are none."""
     lost, compared = [], [cell for cell in study.cells if ours in cell.settings]
     for cell in compared:
         others = [s for s in cell.settings if study.can_be_best(s) and s.fraction == ours.fraction and s != ours]
@@ -99,12 +99,12 @@ def say_lost_cells(study: Study, ours: Setting) -> str:
         gap = compare([cell], best, ours).delta
         if gap.low > 0:
             lost.append(f"{cell.task} at {length_text(cell.length)} ({best.method} {points(gap.mean)})")
-    where = f"At {fraction_text(ours.fraction)} some method is better by more than chance"
+    where = f"At {fraction_text(ours.fraction)} some method is significantly better"
     return f"{where} on {len(lost)} of {len(compared)} cells: {', '.join(lost)}." if lost else ""
 
 
-def say_methods(settings: Sequence[Setting]) -> str:
-    """Return methods with their fractions: `h2o, pages at 2 % and 5 %; random at 10 %`."""
+def list_methods(settings: Sequence[Setting]) -> str:
+    """List methods with their fractions: `h2o, pages at 2 % and 5 %; random at 10 %`."""
     by_method: dict[str, list[str]] = {}
     for setting in settings:
         by_method.setdefault(setting.method, []).append(fraction_text(setting.fraction))
@@ -115,6 +115,6 @@ def say_methods(settings: Sequence[Setting]) -> str:
 
 
 def and_join(names: Iterable[str]) -> str:
-    """Return names as a list in a sentence: `a, b and c`."""
+    """Join names as in a sentence: `a, b and c`."""
     *first, last = [*names] or [""]
     return f"{', '.join(first)} and {last}" if first else last

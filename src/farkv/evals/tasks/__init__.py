@@ -1,4 +1,4 @@
-"""The tasks, one file each; a task draws its own lines and turns, `farkv.evals.text` puts filler around them."""
+"""The tasks, one file each; a task draws its own lines and turns, `farkv.evals.text` adds filler."""
 
 from __future__ import annotations
 

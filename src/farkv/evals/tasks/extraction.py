@@ -1,4 +1,4 @@
-"""Context-intensive extraction: tables of records in, one whole table out as exact JSON, scored field by field."""
+"""Context-intensive extraction: the text contains tables, the answer is one whole table as JSON, scored by field."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from farkv.evals.draw import Draw
 from farkv.evals.sample import Made, Turn
 
 ROWS = 10
-# Tokens of a record's line, about; records take two thirds of the text.
+# Approximate tokens per record; records make up two thirds of the text.
 ROW_TOKENS = 22
 COLOURS = "red blue green black white brown grey pink".split()
 
 
 def make(draw: Draw) -> Made:
-    """Tables of ten records each, some code between their rows; the question names one table."""
+    """Tables of ten records each, with code between their rows; the question names one table."""
     rng = draw.rng
-    # The answer takes as much again as a table.
+    # The answer is about as long as a table.
     n_rows = max(2, min(ROWS, draw.length // (4 * ROW_TOKENS)))
     n_tables = max(1, min(draw.length * 2 // 3 // (n_rows * ROW_TOKENS), 60))
     titles = draw.names(n_tables)
@@ -28,10 +28,10 @@ def make(draw: Draw) -> Made:
         tables.append(rows)
     asked = rng.randrange(n_tables)
     answer = json.dumps(tables[asked])
-    told = (
+    chat = (
         f"The text adds records to several tables, each as name, code, colour. Write the table {titles[asked]} as a "
         f'JSON list of objects with the keys "name" and "code", in the order of the text, and nothing else.'
     )
     places = [i / len(lines) for i in range(len(lines))]
-    turn = Turn(f"print(json.dumps({titles[asked]}))  # ", told, answer, (answer,), "json")
+    turn = Turn(f"print(json.dumps({titles[asked]}))  # ", chat, answer, (answer,), "json")
     return Made(lines, [turn], places)

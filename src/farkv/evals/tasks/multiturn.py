@@ -1,4 +1,4 @@
-"""Several questions over one cache, one after another: what the first question did not need, the last may."""
+"""Several consecutive questions over one cache: later ones may need records that earlier ones did not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TURNS = 5
 
 
 def make(draw: Draw) -> Made:
-    """Many facts; five of them are asked for, in any order."""
+    """Many facts; five questions about them, in random order."""
     names = draw.names(max(TURNS, draw.count_lines()))
     values = dict(zip(names, draw.values(len(names)), strict=True))
     asked = draw.rng.sample(names, TURNS)

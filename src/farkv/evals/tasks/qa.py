@@ -1,4 +1,4 @@
-"""Questions in other words than the text's: people, where they were born, what they do, what they own."""
+"""Questions that paraphrase the text: people, where they were born, what they do, what they own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THINGS = (
 
 
 class Person(NamedTuple):
-    """One document's facts."""
+    """The facts about one person."""
 
     name: str
     city: str
@@ -50,5 +50,5 @@ def make(draw: Draw) -> Made:
     asked, field = rng.choice(people), rng.choice(list(QUESTIONS))
     question = QUESTIONS[field].format(name=asked.name)
     answer = getattr(asked, field)
-    told = f"{question} Answer with one word."
-    return Made(lines, [Turn(f"# {question} Answer: ", told, answer, (answer,), "any")])
+    chat = f"{question} Answer with one word."
+    return Made(lines, [Turn(f"# {question} Answer: ", chat, answer, (answer,), "any")])

@@ -1,4 +1,4 @@
-"""Variable tracking (RULER): which names hold a value, directly or through others."""
+"""Variable tracking (RULER): which names have a value, directly or through other names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOPS = 4
 
 
 def make(draw: Draw) -> Made:
-    """One chain `a = 4821`, `b = a`, `c = b` … of four hops, among plain facts."""
+    """One chain of four hops, `a = 4821`, `b = a`, `c = b` ..., among plain facts."""
     chain = draw.names(HOPS + 1)
     others = draw.names(max(2, draw.count_lines() - len(chain)))
     value, *values = draw.values(len(others) + 1)
@@ -21,5 +21,5 @@ def make(draw: Draw) -> Made:
     places = sorted(draw.rng.sample(range(len(lines) + len(links)), len(links)))
     for place, link in zip(places, links, strict=True):
         lines.insert(place, link)
-    told = f"Which names hold the value {value}, directly or through other names? Answer with the names alone."
-    return Made(lines, [Turn(f"find({value})  # ", told, " ".join(chain), tuple(chain))])
+    chat = f"Which names hold the value {value}, directly or through other names? Answer with the names alone."
+    return Made(lines, [Turn(f"find({value})  # ", chat, " ".join(chain), tuple(chain))])

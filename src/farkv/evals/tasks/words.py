@@ -1,4 +1,4 @@
-"""Common and frequent words (RULER): which words occur most often; the whole text counts, none of it is filler."""
+"""Common and frequent words (RULER): which words occur most often; the whole text is relevant, without filler."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from farkv.evals.sample import Made, Turn
 COMMON = 10
 FREQUENT = 3
 PER_LINE = 8
-# Tokens that a name of two words and its space cost, about: texts are filled up or cut by their lines.
+# Approximate tokens of a two-word name with its space, and of a code word; `Maker.fit` adjusts to the actual length.
 NAME_TOKENS = 7
 CODE_TOKENS = 6
 
 
 def make_common(draw: Draw) -> Made:
-    """Ten words occur ten times as often as the others; answer with the ten."""
+    """Ten words occur ten times as often as the others; the answer is the ten."""
     n = max(40, draw.length // NAME_TOKENS)
     seldom = 1 if draw.length < 4096 else 3
     often = max(3, min(10 * seldom, n // (2 * COMMON)))
     common = draw.names(COMMON)
     words = common * often + draw.names(max(COMMON, (n - COMMON * often) // seldom)) * seldom
     draw.rng.shuffle(words)
-    told = f"Which {COMMON} words occur most often in the lists? Answer with the words alone."
+    chat = f"Which {COMMON} words occur most often in the lists? Answer with the words alone."
     answer = list(dict.fromkeys(w for w in words if w in common))
-    turn = Turn(f"most_common({COMMON})  # ", told, " ".join(answer), tuple(answer))
+    turn = Turn(f"most_common({COMMON})  # ", chat, " ".join(answer), tuple(answer))
     return Made(write_lines(words), [turn], filled=False)
 
 
 def make_frequent(draw: Draw) -> Made:
-    """Coded words whose counts fall with the square of their rank; answer with the first three."""
+    """Code words whose counts fall with the square of their rank; the answer is the first three."""
     rng = draw.rng
     n = max(60, draw.length // CODE_TOKENS)
     codes: list[str] = []
@@ -41,9 +41,9 @@ def make_frequent(draw: Draw) -> Made:
     total = sum(1 / (i + 1) ** 2 for i in range(len(codes)))
     words = [c for i, c in enumerate(codes) for _ in range(max(1, round(n / total / (i + 1) ** 2)))]
     rng.shuffle(words)
-    told = f"Which {FREQUENT} coded words occur most often in the lists? Answer with the words alone."
+    chat = f"Which {FREQUENT} coded words occur most often in the lists? Answer with the words alone."
     found = tuple(codes[:FREQUENT])
-    turn = Turn(f"most_common({FREQUENT})  # ", told, " ".join(found), found)
+    turn = Turn(f"most_common({FREQUENT})  # ", chat, " ".join(found), found)
     return Made(write_lines(words), [turn], filled=False)
 
 
