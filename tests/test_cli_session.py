@@ -71,15 +71,9 @@ def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
         (["--session", session, "--method", "xkv", "--fraction", "0.5"], "levers keep and near"),
         (["--session", session, "--dtype", "bfloat16"], "its records"),
         (["--session", str(tmp_path)], "expected a file"),
-<<<<<<< ours
         (["--session", str(tmp_path / "no/such/folder/a")], "with --file"),
         (["--file", str(folder / "code.py"), "--session", str(tmp_path / "no/a")], "missing or not writable"),
         (["--session", str(tmp_path / "none.farkv")], "with --file"),
-=======
-        (["--session", str(tmp_path / "no/such/folder/a")], "the text with --file"),
-        (["--file", str(folder / "code.py"), "--session", str(tmp_path / "no/a")], "missing or not writable"),
-        (["--session", str(tmp_path / "none.farkv")], "the text with --file"),
->>>>>>> theirs
         ([*new, "--host", "2MiB", "--evict", "lru"], "--evict"),
         ([*new, "--method", "xkv", "--fraction", "0.5"], "levers keep and near"),
     ]
