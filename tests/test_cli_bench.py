@@ -108,7 +108,7 @@ def test_every_command_prints_one_object(arguments: list[str], rows: int) -> Non
         (["decode", "--methods", "fast"], "--methods: expected some of"),
         (["decode", "--peer", "other"], "--peer: expected llama.cpp"),
         (["prefill", "--dtype", "int3"], "--dtype: expected"),
-        (["e2e", "--methods", "dense-native"], "--methods: of e2e"),
+        (["e2e", "--methods", "dense-native"], "--methods: e2e supports"),
         (["decode", "--shape", "tiny", "--contexts", "100000K"], "are available"),
         (["e2e", "--shape", "opt-6.7b"], "are available"),
         (["prefill", "--shape", "opt-6.7b"], "are available"),

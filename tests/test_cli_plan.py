@@ -188,7 +188,7 @@ def test_a_plan_drives_run(file: str, profile: str, plan: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--lever", "near"], "give one with --plan"),
+        (["--lever", "near"], "add --plan"),
         (["--retention", "0.8"], "--retention"),
         (["--method", "xkv", "--retention", "2"], "(0, 1]"),
         (["--method", "xkv", "--retention", "0.5", "--fraction", "0.5"], "fraction and retention"),

@@ -132,7 +132,7 @@ def test_a_bad_line_is_named(run: Command, line: str, says: str, tmp_path: Path)
         ([], "got none"),
         (["-p", "/no/such/file"], "cannot be read"),
         (["-p", __file__, "--scorer", "magic"], "expected one of window"),
-        (["-p", __file__, "--out", "/no/such/folder/p"], "make it first"),
+        (["-p", __file__, "--out", "/no/such/folder/p"], "create it first"),
     ],
 )
 def test_other_mistakes_are_one_line(run: Command, arguments: list[str], says: str) -> None:

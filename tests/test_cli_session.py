@@ -71,9 +71,9 @@ def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
         (["--session", session, "--method", "xkv", "--fraction", "0.5"], "levers keep and near"),
         (["--session", session, "--dtype", "bfloat16"], "its records"),
         (["--session", str(tmp_path)], "expected a file"),
-        (["--session", str(tmp_path / "no/such/folder/a")], "give --file"),
+        (["--session", str(tmp_path / "no/such/folder/a")], "the text with --file"),
         (["--file", str(folder / "code.py"), "--session", str(tmp_path / "no/a")], "missing or not writable"),
-        (["--session", str(tmp_path / "none.farkv")], "give --file"),
+        (["--session", str(tmp_path / "none.farkv")], "the text with --file"),
         ([*new, "--host", "2MiB", "--evict", "lru"], "--evict"),
         ([*new, "--method", "xkv", "--fraction", "0.5"], "levers keep and near"),
     ]

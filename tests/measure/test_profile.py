@@ -82,7 +82,7 @@ def test_the_same_checkpoint_in_another_dtype_is_the_same_model() -> None:
 def test_a_profile_of_another_model_is_refused() -> None:
     profile = farkv.profile(make_model("llama"), PROMPTS)
     other = make_model("qwen2")
-    with pytest.raises(ProfileError, match="make one for this model"):
+    with pytest.raises(ProfileError, match="create one for this model"):
         farkv.attach(other, profile=profile)
     assert other.config._attn_implementation == "sdpa"
     twin = copy.deepcopy(make_model("llama"))
@@ -146,7 +146,7 @@ def test_infinigen_runs_with_a_profile_that_has_no_skew(paper: bool) -> None:
         ({"pool": 4}, "odd pool"),
         ({"light": Light(0.0, 1)}, "0 < tokens"),
         ({"light": Light(0.5, 0)}, "layers >= 1"),
-        ({"light": Light(0.25, 2), "curves": False}, "only one of both"),
+        ({"light": Light(0.25, 2), "curves": False}, "drop one of them"),
     ],
 )
 def test_settings_that_cannot_be_used(settings: Any, says: str) -> None:
