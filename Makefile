@@ -7,22 +7,31 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 # A process per core; each test runs on one thread.
-IN_PARALLEL := -n auto --dist worksteal
+PYTEST := python -m pytest -n auto --dist worksteal
 # What is farkv's arithmetic alone is the same on every release of transformers.
-BOOKS := $(addprefix --ignore=tests/hf/test_,alone.py levers.py limits.py limits_tiers.py losses.py)
+ARITHMETIC := $(addprefix --ignore=tests/hf/test_,alone.py levers.py limits.py limits_tiers.py)
 INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 
 # What the package's build compiles.
 NATIVE := hatch_build.py $(wildcard src/farkv/kernels/csrc/*)
 
-.PHONY: demo test lint matrix-oldest clean
+.PHONY: demo test test-all coverage lint matrix-oldest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/farkv demo
 
 test: lint
-	$(BIN)/python -m pytest $(IN_PARALLEL)
+	$(BIN)/$(PYTEST) -m "not slow"
+
+# Every night: deep sweeps, examples that no run before has seen, every call's shapes, long series of real faults.
+test-all: lint
+	$(BIN)/$(PYTEST) --hypothesis-profile=nightly
+	$(BIN)/python benchmarks/faults.py --runs 100
+	$(BIN)/python benchmarks/fuzz_session.py --minutes 20 --seed $$(date +%j)
+
+coverage: .venv/installed-dev
+	$(BIN)/$(PYTEST) -m "not slow" -q --cov=farkv --cov-report=term:skip-covered
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -31,7 +40,7 @@ lint: .venv/installed-dev
 	$(BIN)/basedpyright
 
 matrix-oldest: .venv-oldest/installed
-	$(OLDEST)/python -m pytest -q $(IN_PARALLEL) -m "not slow" tests/hf $(BOOKS)
+	JAXTYPING_DISABLE=1 $(OLDEST)/$(PYTEST) -q -m "not slow" tests/hf $(ARITHMETIC)
 
 clean:
 	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
@@ -46,7 +55,9 @@ clean:
 	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[dev]'
 	touch $@ .venv/installed
 
+# What .venv has already is linked; without it, pip installs all.
 .venv-oldest/installed: pyproject.toml $(NATIVE) constraints-oldest.txt | .venv-oldest/bin/pip
+	test ! -f .venv/installed-dev || $(BIN)/python .ci/link_packages.py .venv-oldest constraints-oldest.txt 'farkv[test]'
 	$(OLDEST)/python $(INSTALL) -c constraints-oldest.txt -e '.[test]'
 	touch $@
 

@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 from farkv.errors import SessionError, StoreError
 from farkv.session.file import Saved, write_saved
-from farkv.session.header import DTYPES, MAX_HEADER_BYTES, seal_header
+from farkv.session.header import ALIGN_BYTES, DTYPES, MAX_HEADER_BYTES, seal_header
 
 # (notes, tensors as (name, dtype, shape, bytes), pages)
 Content = tuple[Any, list[tuple[Any, ...]], bytes]
@@ -183,6 +183,9 @@ def seal(data: bytes, rng: random.Random) -> bytes:
     else:
         text = change_text(text, rng)
     head = text.encode("utf-8", "replace")[: MAX_HEADER_BYTES + 100]
+    if rng.random() < 0.9:
+        # As a writer pads it: what is wrong is the text alone.
+        head += b" " * (-(8 + len(head)) % ALIGN_BYTES)
     tail = bytearray(data[end:])
     if rng.random() < 0.1 and tail:
         change_bytes(tail, rng)

@@ -14,8 +14,9 @@ import torch
 from runs import time_call
 
 from farkv.bench.shapes import ModelShape
-from farkv.kernels.gpu import Gpu, Held
+from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import IndexView, Rows
+from farkv.kernels.near_copies import NearCopies
 from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 
@@ -96,13 +97,13 @@ def measure_bandwidth(kernels: Gpu, layer: Layer) -> dict[str, float]:
     }
 
 
-def hold_half(positions: torch.Tensor, layer: Layer) -> Held:
-    """Return a hot set that holds every second of these positions."""
+def copy_half(positions: torch.Tensor, layer: Layer) -> NearCopies:
+    """Return near copies of every second of these positions."""
     kept = positions[..., ::2].contiguous()
     slots = torch.full(layer.near.shape[:3], -1, dtype=torch.int32, device=positions.device)
     places = torch.arange(kept.shape[-1], dtype=torch.int32, device=positions.device).expand_as(kept)
     slots.scatter_(-1, kept, places)
-    return Pinned(layer.near[:, :, : kept.shape[-1]].contiguous(), slots)
+    return NearCopies(layer.near[:, :, : kept.shape[-1]].contiguous(), slots)
 
 
 def measure_kernels(kernels: Gpu, layer: Layer) -> dict[str, Any]:
@@ -115,21 +116,21 @@ def measure_kernels(kernels: Gpu, layer: Layer) -> dict[str, Any]:
     rows = Rows(layer.near, layer.shape.head_dim, layer.shape.head_dim)
     chosen = kernels.select(q, index, logits, cap=layer.cap, n=n)
     out = torch.empty(*chosen.shape, width, dtype=layer.near.dtype, device=device)
-    crossed, held = torch.zeros(1, dtype=torch.int64, device=device), hold_half(chosen, layer)
+    crossed, copies = torch.zeros(1, dtype=torch.int64, device=device), copy_half(chosen, layer)
     # Of each head three quarters of the choice are asked for.
     counts = torch.full(chosen.shape[:2], layer.cap * 3 // 4, dtype=torch.int32, device=device)
-    kernels.fetch(layer.far, chosen, out, crossed, counts=counts, held=held)
-    missing = int((held.slots.gather(-1, chosen)[..., : layer.cap * 3 // 4] < 0).sum())
+    kernels.fetch(layer.far, chosen, out, crossed, counts=counts, copies=copies)
+    missing = int((copies.slots.gather(-1, chosen)[..., : layer.cap * 3 // 4] < 0).sum())
     link = {"predicted": missing * width * 2, "counted": int(crossed)}
     codec = Codec("int8", rows.k_dim, rows.v_dim, torch.bfloat16)
     k, v = out.normal_()[..., : rows.k_dim], out[..., rows.k_dim :]
     coded = Rows(codec.encode(k, v), rows.k_dim, rows.v_dim, "int8")
-    n_bytes, n_held = chosen.numel() * width * 2, held.rows.numel() * 2
+    n_bytes, n_near = chosen.numel() * width * 2, copies.rows.numel() * 2
     calls: dict[str, tuple[Callable[[], Any], float, str]] = {
         "select": (lambda: kernels.select(q, index, logits, cap=layer.cap, n=n), index.codes.numel(), "near"),
         "fetch from pinned": (lambda: kernels.fetch(layer.far, chosen, out, crossed), n_bytes, "link_rows"),
-        "fetch, half of it near": (lambda: kernels.fetch(layer.far, chosen, out, crossed, held=held),
-                                   n_bytes - n_held, "link_rows"),
+        "fetch, half of it near": (lambda: kernels.fetch(layer.far, chosen, out, crossed, copies=copies),
+                                   n_bytes - n_near, "link_rows"),
         "attend to chosen": (lambda: kernels.attend(q, rows, logits, positions=chosen, n=n), n_bytes, "near_rows"),
         "attend, int8 records": (lambda: kernels.attend(q, coded, logits, positions=None, n=chosen.shape[-1]),
                                  coded.data.numel(), "near"),

@@ -27,7 +27,6 @@ from farkv.bench.report import OURS
 from farkv.bench.timing import measure_interleaved, summarize
 from farkv.errors import CapacityError
 from farkv.hf.handle import Handle
-from farkv.methods import InfiniGen
 
 RESIDENT, OFFLOADED = "hf-resident", "hf-offloaded"
 # Kernels of ours that read host memory themselves.

@@ -76,7 +76,8 @@ def run_real(model: Any, method: Method, ids: list[int], n_new: int, share: floa
     asked = count_asked(trace) * next(iter(cache.account.record_bytes.values()))
     bytes_per_token = receipt.fetched_bytes_per_token
     row = dict(near_limit=limit, near_peak=receipt.kv_bytes.near_peak, resident=receipt.resident_fraction,
-               slots=max((hot.size.slots for hot in store.recently_used.values()), default=0), bytes_per_token=bytes_per_token,
+               slots=max((each.size.slots for each in store.recently_used.values()), default=0),
+               bytes_per_token=bytes_per_token,
                asked_bytes_per_token=asked / n_new, kv_bytes=receipt.kv_bytes.total,
                hits=1 - bytes_per_token * n_new / asked, decode_s=receipt.time.decode_s)  # fmt: skip
     return Run(row, trace, tokens)

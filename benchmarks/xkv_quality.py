@@ -25,8 +25,7 @@ from runs import Recorder, make_parser, read_names
 
 from farkv import XKV, Full, InfiniGen, Plan, Profile, attach
 from farkv.calibrate.plan import Allocation
-from farkv.calibrate.planning import Budget, make_plan
-from farkv.calibrate.planning import Choice as Sharing
+from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
 from farkv.demo import MODEL_PATH
 from farkv.methods import Method
 
@@ -51,7 +50,7 @@ def list_settings(part: str, profile: Profile) -> list[Setting]:
     """Return what a part runs, plans made of a profile."""
 
     def plan(lever: str, ratio: float, rule: str) -> Plan:
-        return make_plan(profile, Budget(ratio=ratio), (lever,), Sharing(rule))
+        return make_plan(profile, PlanBudget(ratio=ratio), (lever,), Sharing(rule))
 
     found: list[Setting] = []
     if part == "layers":

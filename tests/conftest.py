@@ -1,11 +1,12 @@
 """Shared set-up: one thread (two cores are often shared), fixed seeds, no gradient, GPU tests only where there is one.
 
-Shapes are executed by the `--jaxtyping-packages` option in pyproject.toml.
+Shapes are executed by `shapes.py`.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 
 # What was measured of this machine must not decide a test.
@@ -19,11 +20,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests import shapes
+
+# Before anything of farkv is imported.
+shapes.install()
 torch.set_num_threads(1)
-settings.register_profile(
-    "farkv", max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+usual = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("farkv", usual)
+settings.register_profile("nightly", usual, max_examples=300, derandomize=False, print_blob=True)
 settings.load_profile("farkv")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("hypothesis_profile") == "nightly":
+        shapes.Calls.limit = sys.maxsize
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,6 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_seed() -> Iterator[None]:
+    shapes.Calls.made.clear()
     torch.manual_seed(0)
     with torch.no_grad():
         yield

@@ -1,36 +1,25 @@
-"""The command line as a user meets it: real processes, real exit codes."""
+"""The command line: what it prints and how it ends, mostly in this process, for the rest in one of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-FACTS = "apple_river = 4821\nstone_cloud = 1973\n"
-QUESTION = "print(apple_river)  # "
-
-
-def farkv(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-    return subprocess.run(
-        [sys.executable, "-m", "farkv.cli", *arguments],
-        capture_output=True, text=True, input=text or "", timeout=120, env=environment, check=False,
-    )  # fmt: skip
+from tests.command import CODE, QUESTION, farkv, run_process
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     path = tmp_path / "code.py"
-    path.write_text(FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20)
+    path.write_text(CODE)
     return str(path)
 
 
 def test_version_and_help() -> None:
-    assert farkv("--version").stdout.startswith("farkv ")
+    assert run_process("--version").stdout.startswith("farkv ")
     for command in ("run", "profile", "demo"):
         shown = farkv(command, "--help").stdout
         assert "Examples" in shown
@@ -56,6 +45,14 @@ def test_a_mistake_is_one_line_and_code_2(arguments: list[str], says: str) -> No
     assert done.stdout == ""
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_process_ends_as_its_main_does(file: str) -> None:
+    assert farkv("run", "--no-such-option").returncode == 2
+    arguments = ("run", "--file", file, "--near", "10KiB", QUESTION)
+    done, process = farkv(*arguments), run_process(*arguments)
+    assert (process.returncode, process.stdout, process.stderr) == done
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -90,11 +87,12 @@ def test_json_is_one_object_and_the_answer_is_right(file: str) -> None:
 
 def test_answer_on_stdout_receipt_on_stderr(file: str) -> None:
     text = Path(file).read_text()
-    done = farkv("run", "--method", "full", "--near", "8MiB", "--max-new-tokens", "4", QUESTION, text=text)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "4821\n"
-    assert "receipt: full" in done.stderr
-    assert max(map(len, done.stderr.splitlines())) <= 80
+    for start in (farkv, run_process):
+        done = start("run", "--method", "full", "--near", "8MiB", "--max-new-tokens", "4", QUESTION, text=text)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "4821\n"
+        assert "receipt: full" in done.stderr
+        assert max(map(len, done.stderr.splitlines())) <= 80
 
 
 def test_profile_writes_a_file_that_run_takes(file: str, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,8 @@ import pytest
 
 from farkv.bench import calibrate, decode, fill, gather, machine
 from farkv.bench.shapes import SHAPES
-from farkv.cli.bench import app
-from farkv.errors import FarKVError
 from tests.bench.plain import TINY, PlainNative
-from tests.test_cli import farkv as run_process
+from tests.command import Done, farkv, run_process
 
 
 @pytest.fixture(autouse=True)
@@ -31,17 +27,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(calibrate, "measure_times", times)
 
 
-def run(*arguments: str) -> tuple[int, str, str]:
-    """Run a command in this process; return its exit code, stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            app(arguments)
-        except SystemExit as end:
-            return int(end.code or 0), out.getvalue(), err.getvalue()
-        except FarKVError as error:
-            return 2, out.getvalue(), f"farkv: {error}\n"
-    return 0, out.getvalue(), err.getvalue()
+def run(*arguments: str) -> Done:
+    """Run a benchmark in this process."""
+    return farkv("bench", *arguments)
 
 
 def last_line(out: str) -> dict[str, Any]:

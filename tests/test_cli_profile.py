@@ -6,21 +6,15 @@ Inside this process, where the libraries are loaded already; tests/test_cli.py s
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import typer
 from safetensors.torch import load_file
 
-import farkv
-from farkv.cli.profile import profile_model
-from farkv.errors import FarKVError
+from farkv.calibrate.profile import Profile
 from farkv.measure import profile as hf_measure
-from tests.test_cli import FACTS, QUESTION
-
-CODE = FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20
+from tests.command import CODE, QUESTION, Done, farkv
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> str:
@@ -34,48 +28,20 @@ def asked(tmp_path: Path) -> str:
     return write_jsonl(tmp_path / "asked.jsonl", rows)
 
 
-class Done(NamedTuple):
-    returncode: Any
-    stdout: str
-    stderr: str
+def run(*arguments: str) -> Done:
+    return farkv("profile", *arguments)
 
 
-class Command:
-    """`farkv profile` with what it printed; an error counts as the line that `main` makes of it."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]):
-        self.capture = capture
-        self.app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        self.app.command()(profile_model)
-        # What it quiets would stay quiet for the tests after these.
-        patch.setattr("farkv.hf.load.quiet_libraries", lambda: None)
-
-    def __call__(self, *arguments: str) -> Done:
-        self.capture.readouterr()
-        try:
-            self.app(arguments)
-        except SystemExit as end:
-            code = end.code
-        except FarKVError as error:
-            sys.stderr.write(f"farkv: {error}\n")
-            code = 2
-        return Done(code, *self.capture.readouterr())
-
-    def measure(self, *arguments: str) -> dict[str, Any]:
-        done = self("--json", *arguments)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+def measure(*arguments: str) -> dict[str, Any]:
+    done = run("--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    return Command(monkeypatch, capsys)
-
-
-def test_prompts_of_a_jsonl_file_are_used_whole(run: Command, asked: str, tmp_path: Path) -> None:
+def test_prompts_of_a_jsonl_file_are_used_whole(asked: str, tmp_path: Path) -> None:
     out = tmp_path / "p.safetensors"
-    said = run.measure("-p", asked, "-o", str(out), "--tokens", "16", "--scorer", "value")
-    curves = farkv.Profile.load(out).curves()
+    said = measure("-p", asked, "-o", str(out), "--tokens", "16", "--scorer", "value")
+    curves = Profile.load(out).curves()
     assert (said["prompts"], said["curves"], said["skew"]) == (2, 2, True)
     assert said["bytes"] == out.stat().st_size
     assert said["tensors"] == 32
@@ -86,21 +52,21 @@ def test_prompts_of_a_jsonl_file_are_used_whole(run: Command, asked: str, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["asked.jsonl", "p.safetensors"]
 
 
-def test_runs_of_a_text_are_drawn_by_seed(run: Command, tmp_path: Path) -> None:
+def test_runs_of_a_text_are_drawn_by_seed(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(CODE * 3)
     common = ("-p", str(tmp_path / "a.py"), "--tokens", "100", "--limit", "4")
     curves = []
     for seed in ("0", "1", "0"):
-        said = run.measure(*common, "--seed", seed, "-o", str(tmp_path / "p"))
+        said = measure(*common, "--seed", seed, "-o", str(tmp_path / "p"))
         assert (said["prompts"], said["tokens"], said["curves"]) == (4, 400, 4)
-        curves.append(farkv.Profile.load(tmp_path / "p").curves().keep)
+        curves.append(Profile.load(tmp_path / "p").curves().keep)
     assert curves[0].equal(curves[2])
     assert not curves[0].equal(curves[1])
 
 
-def test_light_has_no_skew_and_says_so(run: Command, asked: str, tmp_path: Path) -> None:
+def test_light_has_no_skew_and_says_so(asked: str, tmp_path: Path) -> None:
     out = str(tmp_path / "p.safetensors")
-    said = run.measure("-p", asked, "-o", out, "--light")
+    said = measure("-p", asked, "-o", out, "--light")
     assert (said["skew"], said["tensors"], said["curves"]) == (False, 0, 2)
     assert "no skew" in run("-p", asked, "-o", out, "--light").stderr
 
@@ -116,7 +82,7 @@ def test_light_has_no_skew_and_says_so(run: Command, asked: str, tmp_path: Path)
         ('{"prompt": ""}', "'prompt' is empty"),
     ],
 )
-def test_a_bad_line_is_named(run: Command, line: str, says: str, tmp_path: Path) -> None:
+def test_a_bad_line_is_named(line: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"prompt": "good"}\n\n' + line + "\n")
     done = run("-p", str(path), "-o", str(tmp_path / "p"))
@@ -135,17 +101,17 @@ def test_a_bad_line_is_named(run: Command, line: str, says: str, tmp_path: Path)
         (["-p", __file__, "--out", "/no/such/folder/p"], "create it first"),
     ],
 )
-def test_other_mistakes_are_one_line(run: Command, arguments: list[str], says: str) -> None:
+def test_other_mistakes_are_one_line(arguments: list[str], says: str) -> None:
     done = run(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_an_interrupted_run_goes_on(run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": CODE[i:] + QUESTION} for i in range(4)])
     out, part = tmp_path / "p.safetensors", tmp_path / "p.safetensors.part"
-    whole = run.measure("-p", asked, "-o", str(tmp_path / "whole"))
+    whole = measure("-p", asked, "-o", str(tmp_path / "whole"))
     run_mini, calls = hf_measure.run_mini, []
 
     def interrupt(*arguments: Any) -> Any:

@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import typer
 
-from farkv.cli.report import report
-from farkv.errors import FarKVError
+from tests.command import farkv, run_process
 from tests.evals.results import make_rows, write_folder
-from tests.test_cli import farkv as run_process
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command(name="report")(report)
-
-
-class Done(NamedTuple):
-    returncode: Any
-    stdout: str
-    stderr: str
-
-
-def farkv(*arguments: str) -> Done:
-    """Run the command; an error counts as the line that `main` makes of it."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            app(arguments)
-        except SystemExit as end:
-            code = end.code
-        except FarKVError as error:
-            err.write(f"farkv: {error}\n")
-            code = 2
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_report_writes_a_page_and_shows_a_table(folder: Path, tmp_path: Path):
     page = tmp_path / "page.html"
-    done = farkv(str(folder), "-o", str(page), "--title", "A title & more")
+    done = farkv("report", str(folder), "-o", str(page), "--title", "A title & more")
     assert done.returncode == 0
     assert done.stdout == ""
     assert "infinigen" in done.stderr
@@ -57,7 +28,7 @@ def test_report_writes_a_page_and_shows_a_table(folder: Path, tmp_path: Path):
 
 
 def test_json_is_one_object(folder: Path, tmp_path: Path):
-    done = farkv(str(folder), "-o", str(tmp_path / "page.html"), "--json")
+    done = farkv("report", str(folder), "-o", str(tmp_path / "page.html"), "--json")
     told = json.loads(done.stdout)
     assert told["headline"].startswith("infinigen at 10 %")
     assert {line["method"] for line in told["lines"]} == {"full", "infinigen", "window"}
@@ -73,7 +44,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path):
         ((str(damaged),), "line 2"),
         ((str(folder), "-o", str(tmp_path / "none" / "page.html")), "cannot be written"),
     ]:
-        done = farkv(*arguments)
+        done = farkv("report", *arguments)
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert done.stderr.startswith("farkv: ")

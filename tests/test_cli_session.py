@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from farkv.session.header import ALIGN_BYTES
-from tests.test_cli import FACTS, QUESTION, farkv
+from tests.command import CODE as TEXT
+from tests.command import QUESTION, farkv, run_process
 
-TEXT = FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20
 OTHER = "print(stone_cloud)  # "
 
 
@@ -39,7 +39,7 @@ def digest(folder: Path) -> str:
 def test_later_runs_need_no_file_and_give_the_same_answer(folder: Path) -> None:
     before, first = digest(folder), json.loads((folder / "first.json").read_text())
     assert first["answer"] == "4821"
-    again = json.loads(farkv("run", *asking(folder), QUESTION).stdout)
+    again = json.loads(run_process("run", *asking(folder), QUESTION).stdout)
     with_file = json.loads(farkv("run", "--file", str(folder / "code.py"), *asking(folder), QUESTION).stdout)
     assert json.loads(farkv("run", *asking(folder), OTHER).stdout)["answer"] == "1973"
     for later in (again, with_file):
@@ -71,9 +71,9 @@ def test_what_does_not_fit_is_one_line(folder: Path, tmp_path: Path) -> None:
         (["--session", session, "--method", "xkv", "--fraction", "0.5"], "levers keep and near"),
         (["--session", session, "--dtype", "bfloat16"], "its records"),
         (["--session", str(tmp_path)], "expected a file"),
-        (["--session", str(tmp_path / "no/such/folder/a")], "the text with --file"),
+        (["--session", str(tmp_path / "no/such/folder/a")], "with --file"),
         (["--file", str(folder / "code.py"), "--session", str(tmp_path / "no/a")], "missing or not writable"),
-        (["--session", str(tmp_path / "none.farkv")], "the text with --file"),
+        (["--session", str(tmp_path / "none.farkv")], "with --file"),
         ([*new, "--host", "2MiB", "--evict", "lru"], "--evict"),
         ([*new, "--method", "xkv", "--fraction", "0.5"], "levers keep and near"),
     ]
@@ -98,7 +98,6 @@ def test_a_damaged_page_gives_no_answer(folder: Path, tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
-@pytest.mark.slow
 def test_no_newline_at_the_end_and_no_question(tmp_path: Path) -> None:
     path = tmp_path / "code.py"
     path.write_text(TEXT + "print(apple_river)  #")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_cli import FACTS, farkv
+from tests.command import CODE, farkv
 
 QUESTION = "def g(path):\n    return"
 
@@ -34,7 +34,7 @@ def run_on_terminal(*arguments: str) -> str:
                 found += piece
         except OSError:
             pass  # Linux says so that the last writer has gone.
-        assert process.wait(timeout=60) == 0, found.decode()
+        assert process.wait(timeout=600) == 0, found.decode()
     os.close(ours)
     return found.decode()
 
@@ -42,7 +42,7 @@ def run_on_terminal(*arguments: str) -> str:
 @pytest.mark.parametrize("options", [[], ["--session"]])
 def test_words_of_an_answer_stand_on_one_line(options: list[str], tmp_path: Path) -> None:
     path = tmp_path / "code.py"
-    path.write_text(FACTS + "import os\n\n\ndef f(path):\n    return os.path.join(path, 'x')\n" * 20)
+    path.write_text(CODE)
     options = [*options, str(tmp_path / "code.farkv")] if options else []
     asked = ["run", "--model", "demo", "--file", str(path), *options, "--max-new-tokens", "12", QUESTION]
     answer = json.loads(farkv(*asked, "--json").stdout)["answer"]

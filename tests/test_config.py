@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from jaxtyping import TypeCheckError
 from farkv.config import format_bytes, parse_bytes
 from farkv.errors import ConfigError
 from farkv.methods import Full, InfiniGen, Oracle, Random, Window
+from farkv.methods.base import Cap
 
 # Of a wrong type, the checker that runs in tests speaks first; users get the ConfigError.
 REFUSED = (ConfigError, TypeCheckError)
@@ -94,8 +96,13 @@ def test_other_bad_options() -> None:
 
 def test_defaults_are_filled_in_and_frozen() -> None:
     ours, paper = InfiniGen(), InfiniGen(paper=True)
-    assert (ours.fraction, ours.source, ours.sinks, ours.window, ours.alpha) == (0.1, "post_attn", 4, 16, None)
-    assert (paper.fraction, paper.source, paper.sinks, paper.window, paper.alpha) == (0.2, "attn", 0, 0, 4.0)
-    assert InfiniGen(paper=True, alpha=5.0, sinks=2).sinks == 2
+    assert ours.cap == Cap(0.1, sinks=4, window=16, top_up=0.25, least=64)
+    assert (ours.index_rule.source, ours.index_rule.rule) == ("post_attn", None)
+    assert paper.cap == Cap(0.2, least=64)
+    assert paper.index_rule.source == "attn"
+    assert partial(paper.index_rule.rule).keywords == {"alpha": 4.0, "mean": True}
+    own = InfiniGen(paper=True, alpha=5.0, sinks=2)
+    assert own.cap.sinks == 2
+    assert partial(own.index_rule.rule).keywords["alpha"] == 5.0
     with pytest.raises(dataclasses.FrozenInstanceError):
         ours.fraction = 0.5  # type: ignore[misc]

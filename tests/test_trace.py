@@ -1,4 +1,4 @@
-"""The trace says which records were read, in buckets whose shares are those of the books."""
+"""The trace says which records were read, in buckets whose fractions are those of the account."""
 
 from __future__ import annotations
 

@@ -253,12 +253,13 @@ def test_after_one_has_left_the_others_are_as_they_were() -> None:
         for name, text in zip("abc", texts, strict=True):
             serving.read(name, text)
         serving.step()
-        recipe = serving.cache.engine
-        pool = [rows.view()[1:].clone() for rows in recipe.store.pool.values()]
-        codes = [index.codes()[1:].clone() for index in recipe.index.values()]
+        engine = serving.cache.engine
+        pool = [rows.view()[1:].clone() for rows in engine.store.pool.values()]
+        codes = [fit.index.codes()[1:].clone() for fit in engine.selector.fits.values()]
         serving.leave("a")
-        assert all(torch.equal(a, rows.view()) for a, rows in zip(pool, recipe.store.pool.values(), strict=True))
-        assert all(torch.equal(a, index.codes()) for a, index in zip(codes, recipe.index.values(), strict=True))
+        assert all(torch.equal(a, rows.view()) for a, rows in zip(pool, engine.store.pool.values(), strict=True))
+        fits = engine.selector.fits.values()
+        assert all(torch.equal(a, fit.index.codes()) for a, fit in zip(codes, fits, strict=True))
         for _ in range(4):
             serving.step()
         for name, text in zip("bc", texts[1:], strict=True):

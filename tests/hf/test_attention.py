@@ -1,4 +1,4 @@
-"""The kernel that a recipe is handed: what stands in for it gives what the model's own attention gives."""
+"""The attention function that an engine is handed: what stands in for it gives what the model's own attention gives."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import farkv
 from farkv.errors import CacheStateError
 from farkv.hf._compat import find_attention
 from farkv.hf.attention import OwnAttention
+from farkv.math.logits import Logits
+from farkv.math.step import AttentionFunction
 from farkv.math.stream import Stream
 from farkv.methods import Full
-from farkv.methods.contract import Kernel
 from tests.models import make_model
 
 B, HQ, HKV, T, S, D = 2, 4, 2, 5, 13, 8
@@ -39,19 +40,19 @@ def test_a_stream_stands_in_for_the_models_own_attention(family: str, implementa
     with farkv.attach(model, Full()):
         module = find_attention(model)[0]
         options = options_of(family, module)
-        kernel = OwnAttention(module, options)
-        assert isinstance(kernel, Kernel)
+        attention = OwnAttention(module, options)
+        assert isinstance(attention, AttentionFunction)
         eager = module.farkv_base == "eager"
         softcap = options.get("softcap") if eager else None
-        assert (kernel.sinks is not None) == (family == "gpt_oss")
+        assert (attention.sinks is not None) == (family == "gpt_oss")
         if not eager:
             options.pop("softcap", None)
-        expected = kernel(q, k, v, mask)
-        stream = Stream(q, Logits(module.scaling, softcap, kernel.sinks))
+        expected = attention(q, k, v, mask)
+        stream = Stream(q, Logits(module.scaling, softcap, attention.sinks))
         for a, b in ((0, 4), (4, S - T)):
             stream.add(k[:, :, a:b], v[:, :, a:b], mask[..., a:b])
         stream.add(k[:, :, S - T :], v[:, :, S - T :], None, causal=True)
-        got = kernel.wrap(stream.finish())
+        got = attention.wrap(stream.finish())
     assert isinstance(expected, tuple)
     assert got[0].shape == expected[0].shape
     assert got[0].is_contiguous()
@@ -63,6 +64,6 @@ def test_sinks_that_differ_between_queries_are_refused() -> None:
     model = make_model("gpt_oss")
     with farkv.attach(model, Full()):
         module = find_attention(model)[0]
-        kernel = OwnAttention(module, {"sinks": torch.zeros(B, HQ, T, 1)})
+        attention = OwnAttention(module, {"sinks": torch.zeros(B, HQ, T, 1)})
         with pytest.raises(CacheStateError, match="sinks"):
-            _ = kernel.sinks
+            _ = attention.sinks

@@ -10,16 +10,16 @@ import torch
 
 import farkv
 from farkv.calibrate.plan import Plan
+from farkv.engine import bytes_recent
 from farkv.errors import CapacityError, ConfigError, PlanError
 from farkv.hf.identity import identify_model
 from farkv.methods import XKV, Full, InfiniGen, Oracle, Window
-from farkv.store import spare
 from farkv.store.far.kept import ROW_BYTES
+from tests.engine.kept import IDS, KeptTape, make_shares, steps
 from tests.hf.tape import check_replay, replay
 from tests.hf.test_attach import describe as describe_model
 from tests.hf.test_attach import settle
 from tests.hf.test_limits import NEW, PROMPT, TOKENS, WHOLE, count_storages, near_tensors, tiny
-from tests.methods.test_keep import IDS, KeptTape, make_shares, steps
 from tests.models import assert_same, forward, generate, make_model, make_prompt, plain_cache
 
 SHARES = (0.2, 0.5, 0.3, 0.4)
@@ -117,21 +117,19 @@ def test_a_plan_may_be_a_path(tmp_path: Any) -> None:
 def home_tensors(store: Any) -> list[Any]:
     """Return every tensor that is counted where records live."""
     rows = [*store.pool.values(), *store.shadow.values()]
-    rows += [r for kept in store.kept.values() for r in (kept.places, kept.marks)]
-    books = [held.slots.data for held in store.pinned.values()] + [
-        t for hot in store.recently_used.values() for t in hot.books
-    ]
-    return [r.data for r in rows] + books
+    rows += [r for kept in store.kept.values() for r in (kept.places, kept.scores)]
+    rows += [pinned.slots for pinned in store.pinned.values()]
+    return [r.data for r in rows] + [t for each in store.recently_used.values() for t in each.metadata]
 
 
 def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
-    """After every pass: what is allocated is what the books say, and within the limit."""
+    """After every pass: what is allocated is what the ledgers say, and within the limit."""
 
     def after(*_: object) -> None:
         store = cache.engine.store
         home, other = (store.near, store.host) if store.home is store.near else (store.host, store.near)
         assert count_storages(home_tensors(store)) == home.used <= limits.get(home.tier, home.used)
-        near = near_tensors(cache.engine) + [held.rows.data for held in store.pinned.values()]
+        near = near_tensors(cache.engine) + [pinned.rows.data for pinned in store.pinned.values()]
         assert count_storages(near) == other.used <= limits.get(other.tier, other.used)
 
     return model.register_forward_hook(after)
@@ -175,7 +173,6 @@ def run(way: str, limits: dict[str, int], *, reserve: bool, verify: int = 0, n: 
     return done
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reserve", [True, False])
 @pytest.mark.parametrize(
     ("way", "tier"),
@@ -199,7 +196,6 @@ def test_limits_are_never_passed_and_refusals_come_first(way: str, tier: str, re
     assert all(run(way, {tier: high + step * 61, **other}, reserve=reserve) for step in range(4))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["xkv", "planned", "infinigen+plan"])
 def test_what_is_remembered_to_verify_is_admitted_too(way: str) -> None:
     for reserve in (True, False):
@@ -212,7 +208,7 @@ def test_what_is_remembered_to_verify_is_admitted_too(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("near", [None, "1MiB"])
-def test_what_is_allocated_is_what_the_books_say(way: str, near: Any) -> None:
+def test_what_is_allocated_is_what_the_ledgers_say(way: str, near: Any) -> None:
     assert run(way, {} if near is None else {"near": 1 << 20}, reserve=False, n=40)
 
 
@@ -287,43 +283,43 @@ PLAYS: dict[str, Any] = {
 
 @pytest.mark.parametrize("play", PLAYS)
 @pytest.mark.parametrize("keep", [False, True])
-def test_holding_near_changes_no_answer_and_fetches_less(
+def test_pinning_near_changes_no_answer_and_fetches_less(
     play: str, keep: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is held is compared with nothing near: a hot set would spare more.
-    monkeypatch.setattr(spare, "LEAST_SLOTS", math.inf)
+    # What is pinned is compared with nothing near: a recently used set would spare more.
+    monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", math.inf)
     model = make_model("llama")
     plan = everything(model, fetch=(0.3,) * 4)
     names = ("keep",) if keep else ()
     without = (XKV(levers=("keep", "fetch")),) if keep else (XKV(levers=("fetch",)),)
-    held = (XKV(levers=(*names, "near", "fetch")),)
+    pinned = (XKV(levers=(*names, "near", "fetch")),)
     expected, before, _ = run_near(plan, without, IDS, PLAYS[play])
-    found, after, cache = run_near(plan, held, IDS, PLAYS[play])
+    found, after, cache = run_near(plan, pinned, IDS, PLAYS[play])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert 0 < after.fetched_bytes_per_token < 0.8 * before.fetched_bytes_per_token
     assert after.read_fraction == before.read_fraction
     copies = len(IDS) * (2 if play == "repeat" else 1)
-    rows = sum(held.rows.n_bytes for held in cache.engine.store.pinned.values())
+    rows = sum(each.rows.n_bytes for each in cache.engine.store.pinned.values())
     most = sum(int(share * 60) for share in SHARES) * copies * 2 * 64
     assert 0.8 * most < rows <= most
     assert rows == most or keep, "what is evicted, and the window, needs no copy"
 
 
-def test_held_and_fetched_are_all_that_is_chosen() -> None:
+def test_pinned_and_fetched_are_all_that_is_chosen() -> None:
     model = make_model("llama")
     plan = everything(model, fetch=(0.3,) * 4)
     with farkv.attach(model, InfiniGen(top_up=0.0), XKV(levers=("near", "fetch")), plan=plan, near="1MiB") as far:
         cache = far.new_cache()
         with KeptTape(model, cache) as tape:
             forward(model, IDS, cache)
-            held = {i: cache.engine.store.pinned[i].slots.view()[..., 0].clone() for i in range(4)}
+            pinned = {i: cache.engine.store.pinned[i].slots.view()[..., 0].clone() for i in range(4)}
             forward(model, IDS[:, :1], cache)
         fetched = far.receipt().fetched_bytes_per_token
     missing = 0
     for layer, (positions, _) in tape.passes[1].reads.items():
-        chosen = positions[..., : -cache.engine.split(61, layer).tail]
-        missing += int((held[layer].gather(-1, chosen) < 0).sum())
-        assert int((held[layer] >= 0).sum()) == int(SHARES[layer] * 60) * 4
+        chosen = positions[..., : -cache.engine.parts.budgets.split(61, layer).tail]
+        missing += int((pinned[layer].gather(-1, chosen) < 0).sum())
+        assert int((pinned[layer] >= 0).sum()) == int(SHARES[layer] * 60) * 4
     assert missing > 0
     assert fetched == missing * 64
 

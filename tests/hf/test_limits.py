@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import farkv
+from farkv.engine import bytes_recent
 from farkv.errors import CapacityError
 from farkv.methods import Full, InfiniGen, LowBit, Method, Oracle, Pages, Random, Window
-from farkv.store import spare as spare_module
 from tests.models import generate, make_model, make_prompt
 
 TOKENS, NEW, LAYERS = 48, 4, 2
@@ -41,24 +41,29 @@ def count_storages(tensors: list[Any]) -> int:
     return sum(found.values())
 
 
-def near_tensors(recipe: Any) -> list[Any]:
-    """Return every long-lived near tensor by its place in the objects, not by the books."""
-    store = recipe.store
-    found = [tail.data for tail in store.windows.values()] + list(store.buffers._areas)
-    found += [hot.rows.data for hot in store.recently_used.values()]
-    return found + [index.rows.data for index in getattr(recipe, "index", {}).values()]
+def index_tensors(engine: Any) -> list[Any]:
+    """Return what the method keeps of every layer besides its records."""
+    return [getattr(each, "index", each).rows.data for each in engine.selector.followers.values()]
+
+
+def near_tensors(engine: Any) -> list[Any]:
+    """Return every long-lived near tensor by its place in the objects, not by the ledgers."""
+    store = engine.store
+    found = [window.data for window in store.windows.values()] + list(store.buffers._areas)
+    found += [each.rows.data for each in store.recently_used.values()]
+    return found + index_tensors(engine)
 
 
 def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
-    """After every pass: what is allocated is what the books say, and within the limit."""
+    """After every pass: what is allocated is what the ledgers say, and within the limit."""
 
     def after(*_: object) -> None:
         store = cache.engine.store
-        near = count_storages(near_tensors(cache.engine)) if store.far else 0
-        books = [t for hot in store.recently_used.values() for t in hot.books]
-        pool = count_storages([rows.data for rows in store.pool.values()] + books)
+        near = count_storages(near_tensors(cache.engine)) if store.is_far else 0
+        metadata = [t for each in store.recently_used.values() for t in each.metadata]
+        pool = count_storages([rows.data for rows in store.pool.values()] + metadata)
         assert pool == store.host.used <= limits.get("host", pool)
-        if store.far:
+        if store.is_far:
             assert near == store.near.used <= limits.get("near", near)
 
     return model.register_forward_hook(after)
@@ -143,15 +148,15 @@ def test_a_limit_changes_no_answer() -> None:
 
 
 @pytest.mark.parametrize("method", [METHODS["ours"], METHODS["paper"], Random(fraction=0.3)])
-def test_a_hot_set_changes_no_bit(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recently_used_set_changes_no_bit(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     model, runs = tiny(), []
     padded = make_prompt(2, tokens=TOKENS, pad=9)
     for least, share in ((10**9, 32), (1, 32), (1, 64)):
-        monkeypatch.setattr(spare_module, "LEAST_SLOTS", least)
+        monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", least)
         with farkv.attach(model, method, near=2 * WHOLE * share // 16) as far:
             cache = far.new_cache()
             answer = generate(model, padded, cache, n=8)
-            slots = [hot.size.slots for hot in cache.engine.store.recently_used.values()]
+            slots = [each.size.slots for each in cache.engine.store.recently_used.values()]
             runs.append((answer, slots, far.receipt(cache).fetched_bytes_per_token))
     (without, none, all_bytes), *others = runs
     assert none == []

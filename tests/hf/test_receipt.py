@@ -121,9 +121,9 @@ def test_fetched_bytes_are_predicted_by_the_sizes() -> None:
         generate(model, PROMPT, cache, n=NEW)
         receipt = far.receipt()
     shape = LayerShape(1, 2, 8, 8, 4)
-    budgets = [cache.engine.split(TOKENS + step, 0) for step in range(1, NEW)]
+    budgets = [cache.engine.parts.budgets.split(TOKENS + step, 0) for step in range(1, NEW)]
     expected = sum(4 * fetched_bytes(shape, b.early + b.late) for b in budgets) / len(budgets)
-    # What is hot need not cross again.
+    # Recently used records need not cross again.
     assert 0 < receipt.fetched_bytes_per_token <= expected
     assert run(method).fetched_bytes_per_token == 0, "the pool is near memory"
 

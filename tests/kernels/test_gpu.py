@@ -40,14 +40,14 @@ class Step(NamedTuple):
     q: torch.Tensor
     index: IndexView
     far: torch.Tensor
-    held: gpu.Held
+    copies: gpu.NearCopies
     near: torch.Tensor
     crossed: torch.Tensor
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor]:
         n, cap = self.far.shape[2], self.near.shape[2]
         chosen = GPU.select(self.q, self.index, Logits(0.3), cap=cap, n=n, sinks=2)
-        GPU.fetch(self.far, chosen, self.near, self.crossed, held=self.held)
+        GPU.fetch(self.far, chosen, self.near, self.crossed, copies=self.copies)
         out = GPU.attend(self.q, Rows(self.near, 16, 16), Logits(0.3), positions=None, n=cap)
         return chosen, out
 
@@ -59,11 +59,11 @@ def make_step(cap: int = 24) -> Step:
     index = IndexView(codes, 4, torch.randn(1, 2, 16, 8, device=DEVICE), torch.full((1, 2, 1, 8), 0.1, device=DEVICE))
     slots = torch.full((1, 2, n), -1, dtype=torch.int32, device=DEVICE)
     slots[..., : n // 2] = torch.arange(n // 2, dtype=torch.int32, device=DEVICE)
-    held = gpu.Held(far[:, :, : n // 2].to(DEVICE).contiguous(), slots)
+    copies = gpu.NearCopies(far[:, :, : n // 2].to(DEVICE).contiguous(), slots)
     near = torch.zeros(1, 2, cap, 32, dtype=torch.float16, device=DEVICE)
     q = torch.randn(1, 4, 1, 16, dtype=torch.float16, device=DEVICE)
     far = far.pin_memory() if HAS_GPU else far
-    return Step(q, index, far, held, near, torch.zeros(1, dtype=torch.int64, device=DEVICE))
+    return Step(q, index, far, copies, near, torch.zeros(1, dtype=torch.int64, device=DEVICE))
 
 
 def assert_step(step: Step, chosen: torch.Tensor, out: torch.Tensor, crossed: int) -> None:

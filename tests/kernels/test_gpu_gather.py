@@ -7,7 +7,7 @@ import torch
 
 from farkv.errors import CacheStateError
 from farkv.kernels import gpu
-from farkv.kernels.gpu import Held
+from farkv.kernels.near_copies import NearCopies
 from tests.kernels.gpu_interpreter import DEVICE, GPU, HAS_GPU, LARGER, MARKS
 
 pytestmark = MARKS
@@ -36,24 +36,24 @@ def test_gathered_rows_are_the_pools(dtype: torch.dtype, width: int) -> None:
     assert torch.equal(out.cpu(), pool.reshape(4, -1, width)[heads, positions])
 
 
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("counted", [False, True])
-def test_only_what_is_not_near_crosses(held: bool, counted: bool) -> None:
+def test_only_what_is_not_near_crosses(copied: bool, counted: bool) -> None:
     pool = make_pool()
     k = 20 * LARGER
     positions = pick(pool, k)
     counts = torch.randint(0, k + 1, (2, 2), dtype=torch.int32)
     counts[0, 1] = 0
     near, slots = None, torch.full(pool.shape[:3], -1, dtype=torch.int32)
-    if held:
+    if copied:
         kept = pick(pool, 15 * LARGER)
         slots.scatter_(-1, kept, torch.arange(kept.shape[-1], dtype=torch.int32).expand_as(kept))
         # Another value than the pool's, to tell where a row came from.
         rows = torch.full((2, 2, kept.shape[-1], 24), 77, dtype=pool.dtype)
-        near = Held(rows.to(DEVICE), slots.to(DEVICE))
+        near = NearCopies(rows.to(DEVICE), slots.to(DEVICE))
     out = torch.full((2, 2, k + 3, 24), -1, dtype=pool.dtype, device=DEVICE)
     crossed = torch.tensor([1000], device=DEVICE)
-    GPU.fetch(pool, positions.to(DEVICE), out, crossed, counts=counts.to(DEVICE) if counted else None, held=near)
+    GPU.fetch(pool, positions.to(DEVICE), out, crossed, counts=counts.to(DEVICE) if counted else None, copies=near)
     index = positions[..., None].expand(-1, -1, -1, 24)
     here = slots.gather(-1, positions) >= 0
     expected = torch.where(here[..., None], 77, pool.gather(2, index))

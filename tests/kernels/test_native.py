@@ -167,7 +167,7 @@ def test_values_that_are_no_numbers_spoil_their_own_head(kernels: Native) -> Non
 def test_positions_out_of_reach_are_refused(kernels: Native, wrong: int) -> None:
     rows, _, _ = make_rows("float32", (1, 1, 1, 8, 8, 20))
     positions = torch.tensor([[[0, 5, wrong]]])
-    with pytest.raises(CacheStateError, match="out of reach"):
+    with pytest.raises(CacheStateError, match="out of range"):
         kernels.attend(torch.randn(1, 1, 1, 8), rows, Logits(1.0), positions=positions, n=20, tail=2)
 
 
@@ -195,7 +195,7 @@ def test_gather(kernels: Native, threads: int, dtype: torch.dtype) -> None:
     assert torch.equal(out, data.view(6, 40, 13)[heads, positions])
     kernels.gather(data, heads[:0], positions[:0], out[:0])
     positions[599] = 40
-    with pytest.raises(CacheStateError, match="out of reach"):
+    with pytest.raises(CacheStateError, match="out of range"):
         kernels.gather(data, heads, positions, out)
 
 
@@ -252,7 +252,7 @@ assert os.waitpid(child, 0)[1] == 0
 assert (attend() == 1).all()
 """
     quiet = [sys.executable, "-W", "ignore", "-c", script]
-    subprocess.run(quiet, check=True, timeout=60, env={**os.environ, "FARKV_KERNEL": ""})
+    subprocess.run(quiet, check=True, timeout=600, env={**os.environ, "FARKV_KERNEL": ""})
 
 
 def test_gather_into_runs(kernels: Native) -> None:

@@ -143,8 +143,8 @@ def test_keeps_its_promise(
 
 def test_agrees_with_the_plain_twin(kernels: Native) -> None:
     case = make_case(Shape(2, 2, 4, 32, 32, 5000, 4))
-    projected = project_query(case.q, case.index.query, case.index.scale, case.logits.scaling)
-    pooled = pool_group(score_index(projected, unpack_codes(case.index.codes), None), None)
+    projected = project_query(case.q, case.index.query, case.index.scale, case.logits)
+    pooled = pool_group(score_index(projected, unpack_codes(case.index.codes), case.logits), None)
     first = select_top(force_sinks(pooled.clone(), 4, None), 250)
     chosen = kernels.select(case.q, case.index, case.logits, cap=250, n=5000, sinks=4)
     rest = select_rest(pooled.clone(), first, 50).positions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from farkv.math.attention import align_mask, measure_mass, weigh_keys
+from farkv.math.logits import Logits
 
 B, HKV, G, S, D = 2, 2, 3, 9, 4
 
@@ -14,7 +15,7 @@ def test_weights_are_a_softmax_per_query_head() -> None:
     visible = torch.rand(B, 2, S) > 0.3
     visible[..., -1] = True
     for softcap in (None, 2.0):
-        got = weigh_keys(q, k, visible, 0.5, softcap)
+        got = weigh_keys(q, k, visible, Logits(0.5, softcap))
         for b in range(B):
             for head in range(HKV * G):
                 logits = q[b, head].double() @ k[b, head // G].double().T * 0.5

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.math.bounds import bound_pages, mark_pages, rank_tokens, score_bounds
+from farkv.math.logits import Logits
+from farkv.store.follow import Cropped
 from farkv.store.ledger import Ledger
 from farkv.store.near.bounds import PageBounds
 
@@ -23,7 +25,7 @@ def test_no_logit_of_a_page_is_above_its_bound(
     k = torch.randn(B, HKV, tokens, D, generator=generator).to(dtype)
     q = torch.randn(B, HKV * G, 1, D, generator=generator).to(dtype)
     valid = torch.rand(B, 1, tokens, generator=generator) < 0.7
-    bound = score_bounds(q, bound_pages(k, valid, page), 0.3, softcap).double()
+    bound = score_bounds(q, bound_pages(k, valid, page), Logits(0.3, softcap)).double()
     logits = q.double().view(B, HKV, G, D) @ k.double().mT * 0.3
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     of_page = bound.repeat_interleave(page, -1)[..., :tokens]
@@ -46,7 +48,7 @@ def test_bounds_do_not_depend_on_how_tokens_come(seed: int, page: int, sizes: li
     assert torch.equal(index.view(start), whole)
     assert ledger.used == index.rows.n_bytes
     # The keys that a crop takes back are in the bounds of the last page: it goes too, and is made anew.
-    index.crop(1)
+    index.crop(Cropped(1, start - 1, start - 1))
     assert index.length == (start - 1) // page * page
     assert index.length == 0 or torch.equal(index.view(index.length), whole[:, :, : index.length // page])
 

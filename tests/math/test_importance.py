@@ -15,7 +15,6 @@ from farkv.math import importance
 from farkv.math.importance import (
     MOMENT_QUERIES,
     SCORERS,
-    Form,
     Observed,
     Scorer,
     measure_spread,
@@ -23,6 +22,7 @@ from farkv.math.importance import (
     score_records,
     sort_gains,
 )
+from farkv.math.logits import Logits
 
 B, HKV, S, W, D, DV = 2, 2, 41, 4, 8, 6
 FORM = Logits(D**-0.5, None)
@@ -47,7 +47,7 @@ def pad(h: int, s: int = S) -> Tensor:
     return visible
 
 
-def weigh(window: Tensor, k: Tensor, visible: Tensor | None, form: Form, dtype: torch.dtype) -> Tensor:
+def weigh(window: Tensor, k: Tensor, visible: Tensor | None, form: Logits, dtype: torch.dtype) -> Tensor:
     """Softmax weights [B, Hq, w, S] from the definition; 0 where the query is padding."""
     batch, heads, w, _ = window.shape
     s, groups = k.shape[2], heads // k.shape[1]
@@ -75,7 +75,7 @@ def twin(
     k: Tensor,
     v: Tensor,
     visible: Tensor | None,
-    form: Form,
+    form: Logits,
     dtype: torch.dtype = torch.float64,
     pool: int = 7,
 ) -> Tensor:
@@ -107,23 +107,20 @@ def twin(
     return scores
 
 
-def check(scorer: Scorer, observed: Observed, k: Tensor, v: Tensor, visible: Tensor | None, form: Form) -> Tensor:
-    """Both layouts of heads, within a few times of what the same definition in float32 is off by."""
+def check(scorer: Scorer, observed: Observed, k: Tensor, v: Tensor, visible: Tensor | None, form: Logits) -> Tensor:
+    """Within a few times the error of the same definition in float32."""
     exact = twin(scorer, observed, k, v, visible, form)
     off = (twin(scorer, observed, k, v, visible, form, torch.float32).double() - exact).abs().max()
     bound = 4 * off + 4 * torch.finfo(torch.float32).eps * exact.max()
-    wide = score_records(scorer, observed, k, v, visible, form, per_query_head=True)
-    native = score_records(scorer, observed, k, v, visible, form)
-    for got, expected in ((wide, exact), (native, exact.unflatten(1, (HKV, -1)).mean(2))):
-        assert got.dtype == torch.float32
-        assert got.shape == expected.shape
-        hidden = torch.zeros_like(got, dtype=torch.bool)
-        if visible is not None:
-            shown = visible.expand(B, HKV, -1)[..., : got.shape[2]]
-            hidden = ~shown.repeat_interleave(got.shape[1] // HKV, 1)
-        assert (got[hidden] == -1).all()
-        assert ((got.double() - expected).abs() <= bound)[~hidden].all()
-    return native
+    got, expected = score_records(scorer, observed, k, v, visible, form), exact.unflatten(1, (HKV, -1)).mean(2)
+    assert got.dtype == torch.float32
+    assert got.shape == expected.shape
+    hidden = torch.zeros_like(got, dtype=torch.bool)
+    if visible is not None:
+        hidden = ~visible.expand(B, HKV, -1)[..., : got.shape[2]]
+    assert (got[hidden] == -1).all()
+    assert ((got.double() - expected).abs() <= bound)[~hidden].all()
+    return got
 
 
 @pytest.mark.parametrize("block", [1, 5, 37, 40, 41, 4096])
@@ -196,20 +193,11 @@ def test_padding_on_the_right_says_nothing() -> None:
 def test_a_context_of_no_more_than_the_window_has_nothing_to_score(scorer: Scorer, s: int) -> None:
     observed, _, _ = make()
     k, v = torch.randn(B, HKV, s, D), torch.randn(B, HKV, s, DV)
-    for wide, heads in ((False, HKV), (True, 3 * HKV)):
-        got = score_records(scorer, observed, k, v, None, FORM, per_query_head=wide)
-        assert got.shape == (B, heads, 0)
-        assert sort_gains(got).shape == (B, 0)
+    got = score_records(scorer, observed, k, v, None, FORM)
+    assert got.shape == (B, HKV, 0)
+    assert sort_gains(got).shape == (B, 0)
     curve = measure_spread(observed, k, None, FORM)
     assert torch.allclose(curve.sum(-1), torch.ones(B))
-
-
-def test_the_mean_over_the_group_commutes_with_pooling() -> None:
-    observed, k, v = make()
-    for pool in (1, 7):
-        wide = score_records("window", observed, k, v, None, FORM, pool=pool, per_query_head=True)
-        native = score_records("window", observed, k, v, None, FORM, pool=pool)
-        assert torch.allclose(wide.unflatten(1, (HKV, -1)).mean(2), native, rtol=1e-5, atol=1e-7)
 
 
 def test_pooling_by_hand() -> None:

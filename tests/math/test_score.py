@@ -6,9 +6,11 @@ import math
 
 import torch
 
+from farkv.math.logits import Logits
 from farkv.math.score import pool_group, pool_group_by_best, project_query, score_index, score_keys
 
 B, HKV, G, S, D, R = 2, 3, 2, 11, 8, 4
+PLAIN = Logits(0.3)
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -35,7 +37,7 @@ def twin(
 
 def test_scores_are_dot_products_of_decoded_keys() -> None:
     q, query, scale, codes = make()
-    got = score_index(project_query(q, query, scale, 0.3), codes, None)
+    got = score_index(project_query(q, query, scale, PLAIN), codes, PLAIN)
     expected = twin(q, query, scale, codes, 0.3)
     # Each score sums D * R products: the bound of float32 summation over their magnitudes.
     bound = 4 * D * EPS * twin(q.abs(), query.abs(), scale, codes.abs(), 0.3)
@@ -44,9 +46,9 @@ def test_scores_are_dot_products_of_decoded_keys() -> None:
 
 def test_softcap_bends_scores() -> None:
     q, query, scale, codes = make()
-    projected = project_query(q, query, scale, 0.3)
-    expected = 5.0 * torch.tanh(score_index(projected, codes, None) / 5.0)
-    assert torch.equal(score_index(projected, codes, 5.0), expected)
+    projected = project_query(q, query, scale, PLAIN)
+    expected = 5.0 * torch.tanh(score_index(projected, codes, PLAIN) / 5.0)
+    assert torch.equal(score_index(projected, codes, Logits(0.3, 5.0)), expected)
 
 
 def test_pooling_is_the_groups_mean_weight() -> None:
@@ -78,8 +80,8 @@ def test_a_row_of_padding_alone_gives_no_nan() -> None:
 
 def test_the_oracle_scores_true_logits() -> None:
     q, k = torch.randn(B, HKV * G, 1, D), torch.randn(B, HKV, S, D)
-    got = score_keys(q, k, 0.25, None)
+    got = score_keys(q, k, Logits(0.25))
     exact = torch.einsum("bhgd,bhsd->bhgs", q.double().view(B, HKV, G, D), k.double()) * 0.25
     noise = (torch.einsum("bhgd,bhsd->bhgs", q.view(B, HKV, G, D), k) * 0.25 - exact).abs().max()
     assert (got - exact).abs().max() <= 4 * noise
-    assert torch.equal(score_keys(q, k, 0.25, 3.0), 3.0 * torch.tanh(got / 3.0))
+    assert torch.equal(score_keys(q, k, Logits(0.25, 3.0)), 3.0 * torch.tanh(got / 3.0))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from farkv.math import stream as module
+from farkv.math.logits import Logits
 from farkv.math.stream import Stream, may_fuse
 
 

@@ -10,9 +10,10 @@ import torch
 import farkv
 from farkv.calibrate.losses import SHARES, Losses
 from farkv.errors import ConfigError, InputError
+from farkv.math.logits import Logits
+from farkv.math.step import Query, Step
 from farkv.measure.losses import STEPS, Limit, LimitedLayer, decode_again, decode_greedily, measure_losses
 from farkv.methods import Full
-from farkv.methods.contract import Query, Step
 from tests.models import forward, generate, make_model, make_prompt, plain_cache
 
 IDS = make_prompt(1, tokens=100)["input_ids"][0]
@@ -55,7 +56,7 @@ def test_a_limit_hides_all_but_its_share_of_one_layer(kind: Any) -> None:
         assert torch.allclose(forward(model, IDS[None, -1:], cache), free, atol=1e-5), "a share of 1 hides nothing"
         n = IDS.shape[0]
         k, v = cache.engine.store.records(2)
-        step = Step(Query(torch.randn(1, 4, 1, 8), 8**-0.5, None), k[:, :, -1:], v[:, :, -1:], None)
+        step = Step(Query(torch.randn(1, 4, 1, 8), Logits(8**-0.5)), k[:, :, -1:], v[:, :, -1:], None)
         allowed = (layer.keep if kind == "keep" else layer.fetch)(step, k, v, 0.2)
     assert allowed[..., -1].all(), "the newest is always seen"
     expected = int(0.2 * (n - 1)) + 1 if kind == "keep" else int(0.2 * n)
@@ -92,13 +93,13 @@ def test_losses_are_kl_to_the_plain_model_with_those_records_hidden() -> None:
 
 
 def test_measured_losses_fall_to_little_and_leave_the_model_alone() -> None:
-    model = make_model("qwen3")
+    model = make_model("qwen3", num_hidden_layers=2)
     before = generate(model, make_prompt(1), n=3)
     with farkv.attach(model, Full()) as handle:
         done: list[tuple[int, int]] = []
         losses = measure_losses(handle, [IDS, IDS.flip(0)], lambda a, b: done.append((a, b)))
     assert done == [(1, 2), (2, 2)]
-    assert losses.keep.shape == losses.fetch.shape == (4, len(SHARES))
+    assert losses.keep.shape == losses.fetch.shape == (2, len(SHARES))
     assert losses.prompts == 2
     assert (losses.keep >= 0).all()
     assert (losses.fetch[:, -1] < losses.fetch[:, 0]).all()
@@ -106,7 +107,7 @@ def test_measured_losses_fall_to_little_and_leave_the_model_alone() -> None:
 
 
 def test_a_profile_carries_them(tmp_path: Any) -> None:
-    model = make_model("llama")
+    model = make_model("llama", num_hidden_layers=2)
     measured = farkv.profile(model, [IDS, IDS.flip(0)], losses=1)
     measured.save(tmp_path / "p.safetensors")
     loaded = farkv.Profile.load(tmp_path / "p.safetensors")
@@ -114,7 +115,7 @@ def test_a_profile_carries_them(tmp_path: Any) -> None:
     assert torch.equal(loaded.losses().keep, measured.losses().keep)
     assert loaded.losses().shares == SHARES
     assert torch.equal(loaded.curves().tokens, torch.tensor([100, 100]))
-    assert loaded.curves().settings["token_bytes"] == [2 * 2 * 8 * 4] * 4
+    assert loaded.curves().settings["token_bytes"] == [2 * 2 * 8 * 4] * 2
     with pytest.raises(farkv.FarKVError, match="--losses"):
         farkv.profile(model, [IDS]).losses()
     with pytest.raises(InputError, match="64"):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from tests.hf.tape import replay_attention
 
 
 def places(store: Any, layer: int) -> Tensor:
@@ -110,3 +113,72 @@ def attend_and_evict(
 
 AttentionInterface.register("evict_for_tests", attend_and_evict)
 AttentionMaskInterface.register("evict_for_tests", sdpa_mask)
+
+
+class Seen:
+    """The plain model's own post-RoPE queries and keys, by layer."""
+
+    rows: ClassVar[dict[int, tuple[Tensor, Tensor, float]]] = {}
+
+
+def see_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: Any = None, **kwargs: Any) -> Any:
+    Seen.rows[module.layer_idx] = (q, k, scaling)
+    return replay_attention(module, q, k, v, mask, scaling, **kwargs)
+
+
+AttentionInterface.register("see_for_tests", see_attention)
+AttentionMaskInterface.register("see_for_tests", sdpa_mask)
+
+
+def score_plainly(model: Any, prompt: Any, window: int = 8, pool: int = 7) -> dict[int, np.ndarray]:
+    """SnapKV's scores of every layer, [B, Hkv, T - window], in float64 numpy, one loop per number: -1 on padding."""
+    twin = copy.deepcopy(model).double()
+    twin.set_attn_implementation("see_for_tests")
+    twin(**prompt)
+    real = prompt["attention_mask"].bool().numpy()
+    scores = {}
+    for layer, (queries, keys, scaling) in Seen.rows.items():
+        q, k = queries.numpy(), keys.numpy()
+        (batch, n_heads, n), n_kv = q.shape[:3], k.shape[1]
+        sums = np.zeros((batch, n_kv, n - window))
+        for b in range(batch):
+            for head in range(n_heads):
+                kv = head // (n_heads // n_kv)
+                for i in range(n - window, n):
+                    logits = k[b, kv, : i + 1] @ q[b, head, i] * scaling
+                    logits[~real[b, : i + 1]] = -np.inf
+                    weights = np.exp(logits - logits.max())
+                    sums[b, kv] += (weights / weights.sum())[: n - window] / (n_heads // n_kv)
+            for kv in range(n_kv):
+                wide = np.pad(sums[b, kv], pool // 2)
+                sums[b, kv] = [wide[j : j + pool].sum() / pool for j in range(n - window)]
+                sums[b, kv, ~real[b, : n - window]] = -1
+        scores[layer] = sums
+    Seen.rows.clear()
+    return scores
+
+
+def curve_plainly(scores: np.ndarray) -> np.ndarray:
+    """XKV's importance distribution: rank by rank over the heads, of every sequence; their mean."""
+    ranked = -np.sort(-np.maximum(scores, 0), -1).sum(1)
+    return (ranked / ranked.sum(-1, keepdims=True)).mean(0)
+
+
+# A stored score is a bfloat16: those of two records that change places are within two of its steps.
+CLOSE = 2.0**-6
+
+
+def assert_best_are_kept(
+    kept: Tensor, scores: np.ndarray, n_tokens: int, close: float = CLOSE, recent: int = 8
+) -> None:
+    newest = list(range(n_tokens - recent, n_tokens))
+    for row, score in zip(kept.flatten(0, 1).tolist(), scores.reshape(-1, scores.shape[-1]), strict=True):
+        assert row == sorted(set(row)), "ascending, and none twice"
+        assert row[-recent:] == newest
+        old = row[:-recent]
+        left = np.setdiff1d(np.arange(n_tokens - recent), old)
+        if len(old) and len(left):
+            least = score[old].min()
+            assert score[left].max() <= least + close * abs(least), "a better record was dropped"
+            # Not merely any set that ties: where scores are apart it is the very same one.
+            assert len(set(np.argsort(-score)[: len(old)]) - set(old)) <= 1 + len(old) // 8

@@ -30,18 +30,17 @@ def record(model: Any, method: Any, prompt: dict[str, Tensor], near: str | None,
     """Generate, check attention densely, and return every choice."""
     with farkv.attach(model, method, near=near, kernel="plain") as far:
         cache = far.new_cache()
-        recipe, queries = cache.engine, []
-        choose = recipe.choose
+        chooser, queries = cache.engine.parts.chooser, []
+        choose = chooser.choose
 
-        def keep(layer: int, query: Any, budget: Any) -> Any:
-            n = recipe.store.length(layer)
-            queries.append((layer, query, recipe.store.keys(layer, 0, n).clone()))
-            return choose(layer, query, budget)
+        def keep(records: Any, query: Any, *args: Any) -> Any:
+            queries.append((records.layer, query, records.keys(0, records.length).clone()))
+            return choose(records, query, *args)
 
-        recipe.choose = keep
+        chooser.choose = keep
         with Tape(model, cache) as tape:
             generate(model, prompt, cache, n=5, **options)
-        del recipe.choose
+        del chooser.choose
     check_replay(model, tape)
     reads = [(layer, read) for p in tape.decode() for layer, read in p.reads.items()]
     assert len(reads) == len(queries) > 0
@@ -64,7 +63,9 @@ def list_choices(prompt: Any, asked: Any, positions: Tensor, valid: Tensor | Non
             row = positions[b, h] if valid is None else positions[b, h][valid[b, h]]
             read = row.tolist()
             assert len(read) == len(set(read))
-            out.append(Choice(query.scaling, grouped[b, h], keys[b, h].double(), real, set(read), (layer, b, h, n)))
+            out.append(
+                Choice(query.logits.scaling, grouped[b, h], keys[b, h].double(), real, set(read), (layer, b, h, n))
+            )
     return out
 
 

@@ -28,7 +28,7 @@ def steps(model: Any, cache: Any, ids: Tensor) -> list[Tensor]:
 
 
 def sums_of(cache: Any, layer: int) -> Tensor:
-    return cache.engine.store.kept[layer].marks.view()[..., 0]
+    return cache.engine.store.kept[layer].scores.view()[..., 0]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "gpt_oss", "qwen3_next"])
@@ -76,9 +76,9 @@ def test_decoding_evicts_step_by_step_as_plain_code_does(fraction: float) -> Non
             for i in range(4):
                 alive = Hitters.alive[i]
                 held = alive.nonzero()[:, 2].view(*alive.shape[:2], -1)
-                assert torch.equal(places(ours.recipe.store, i), held)
+                assert torch.equal(places(ours.engine.store, i), held)
         assert far.receipt().kept_fraction <= fraction
-    assert any(n < TOKENS for n in (ours.recipe.store.length(i) for i in range(4)))
+    assert any(n < TOKENS for n in (ours.engine.store.length(i) for i in range(4)))
 
 
 @pytest.mark.parametrize("chunk", [7, 30, 59])
@@ -104,19 +104,20 @@ def test_a_padded_sequence_scores_as_it_does_alone() -> None:
         model(**PADDED, past_key_values=padded)
         model(**alone, past_key_values=single)
     for i in range(4):
-        mine = dict(zip(places(padded.recipe.store, i)[0, 0].tolist(), sums_of(padded, i)[0, 0].tolist(), strict=True))
-        same = dict(zip(places(single.recipe.store, i)[0, 0].tolist(), sums_of(single, i)[0, 0].tolist(), strict=True))
+        mine = dict(zip(places(padded.engine.store, i)[0, 0].tolist(), sums_of(padded, i)[0, 0].tolist(), strict=True))
+        same = dict(zip(places(single.engine.store, i)[0, 0].tolist(), sums_of(single, i)[0, 0].tolist(), strict=True))
         assert all(mine[n] == 0.0 for n in mine if n < n_pads), "padding gets nothing"
         assert all(abs(mine[n + n_pads] - value) < 1e-3 for n, value in same.items())
 
 
+@pytest.mark.parametrize("n_new", [60, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3])
-def test_the_cap_holds_at_every_step(fraction: float) -> None:
-    model, ids = make_model("llama", num_hidden_layers=2), make_prompt(1, tokens=300)["input_ids"]
+def test_the_cap_holds_at_every_step(fraction: float, n_new: int) -> None:
+    model, ids = make_model("llama", num_hidden_layers=2), make_prompt(1, tokens=100 + n_new)["input_ids"]
     with farkv.attach(model, H2O(fraction=fraction)) as far:
         cache = far.new_cache()
         forward(model, ids[:, :100], cache)
-        for t in range(100, 300):
+        for t in range(100, 100 + n_new):
             forward(model, ids[:, t : t + 1], cache)
             assert sum(cache.engine.store.length(i) for i in (0, 1)) <= 2 * fraction * (t + 1)
         receipt = far.receipt()
@@ -155,7 +156,7 @@ def test_sums_go_with_their_sequences() -> None:
         for one in (cache, twin, fresh):
             steps(model, one, IDS[order, :20])
     for i in range(4):
-        assert torch.equal(places(cache.engine.store, i), places(fresh.recipe.store, i))
+        assert torch.equal(places(cache.engine.store, i), places(fresh.engine.store, i))
         assert torch.equal(sums_of(cache, i), sums_of(twin, i))
 
 
@@ -168,7 +169,7 @@ def test_a_pass_that_fails_adds_nothing() -> None:
     with farkv.attach(model, H2O(fraction=0.3)) as far:
         cache, fresh = far.new_cache(), far.new_cache()
         for each in (cache, fresh):
-            each.recipe.prompt_tokens = 190
+            each.engine.announce_prompt(190, 95)
             forward(model, tokens[:, :95], each)
         hook = model.model.layers[2].register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):

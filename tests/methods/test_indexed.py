@@ -10,6 +10,7 @@ import torch
 
 import farkv
 from farkv.methods import InfiniGen, LowBit
+from farkv.methods.layer_fit import Phase
 from tests.hf.tape import Tape
 from tests.models import forward, make_model
 
@@ -47,7 +48,7 @@ def read(far: Any, sizes: list[int], *, announced: bool) -> tuple[Any, list[dict
     """Read the text in passes of these sizes and three more tokens; return the cache and what those read."""
     cache, text = far.new_cache(tokens=TOKENS + 4), make_text()
     if announced:
-        cache.engine.prompt_tokens = TOKENS
+        cache.engine.announce_prompt(TOKENS, TOKENS)
     with Tape(far.model, cache) as tape:
         for part in text.split(sizes, 1):
             forward(far.model, part, cache)
@@ -68,12 +69,12 @@ def test_any_passes_give_the_index_of_one(
         whole, expected = read(far, [TOKENS], announced=False)
         other, got = read(far, PASSES[passes], announced=announced)
         assert far.receipt(other).kv_bytes.near_peak <= 192 * 1024 or not limits
-        for layer, index in whole.recipe.index.items():
-            if whole.recipe.reads_all(layer):
+        for layer, fit in whole.engine.selector.fits.items():
+            if whole.engine.selector.reads_all(layer):
                 continue
-            again = other.engine.index[layer]
-            assert other.engine.fitted_tokens[layer] == [TOKENS]
-            assert not {layer} & (other.engine.samples.keys() | other.engine.grown.keys() | other.engine.unscored)
+            index, again = fit.index, other.engine.selector.fits[layer].index
+            phase = other.engine.selector.fits[layer].phase
+            assert phase == Phase(fitted=[TOKENS]), "nothing else is left to be known"
             for name, a, b in zip(index.projection._fields, index.projection, again.projection, strict=True):
                 assert (a - b).abs().max() <= 1e-3 * a.abs().max(), f"layer {layer}: {name}"
             a, b = index.codes(), again.codes()
@@ -104,12 +105,12 @@ def test_a_later_turn_is_fitted_to_once_it_makes_the_text_longer_by_half() -> No
             forward(model, part, cache)
             lengths.append(cache.get_seq_length())
             forward(model, part[:, :1], cache)
-            fitted.append(cache.engine.fitted_tokens[1][0])
+            fitted.append(cache.engine.selector.fits[1].phase.fitted[0])
         assert fitted == [200] * 4 + [lengths[4]] * 4 + [lengths[8]]
         # An index that follows is of one projection.
-        index = cache.engine.index[1]
+        index, coder = cache.engine.selector.fits[1].index, cache.engine.selector.coder
         keys = cache.engine.store.keys(1)[:, :, : index.length]
-        codes = cache.engine.make_codes(keys, index.projection)
+        codes = coder.encode(keys, index.projection)
         assert (index.codes() != codes).float().mean() < 0.01
 
 
@@ -131,9 +132,9 @@ def test_a_stopped_pass_and_a_session_leave_the_index_of_the_whole_prompt(tmp_pa
         cache.save(tmp_path / "text")
         loaded = farkv.load_cache(tmp_path / "text", model, tokens=TOKENS + 4)
         for other in (cache, loaded):
-            assert other.engine.fitted_tokens[1] == [TOKENS]
-            for layer, index in whole.recipe.index.items():
-                again = other.engine.index[layer]
+            assert other.engine.selector.fits[1].phase.fitted == [TOKENS]
+            for layer, fit in whole.engine.selector.fits.items():
+                index, again = fit.index, other.engine.selector.fits[layer].index
                 assert index.projection is not None
                 assert again.projection is not None
                 assert (index.projection.key - again.projection.key).abs().max() <= 1e-3

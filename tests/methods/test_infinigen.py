@@ -11,7 +11,6 @@ import farkv
 from farkv.errors import ConfigError
 from farkv.math.score import unpack_codes
 from farkv.methods import InfiniGen, Oracle
-from farkv.methods.infinigen import share_beside_dense
 from tests.hf.tape import Tape
 from tests.models import forward, generate, make_model, make_prompt
 
@@ -58,17 +57,18 @@ def test_the_index_follows_every_token() -> None:
     model = make_model("llama")
     with farkv.attach(model, InfiniGen(fraction=0.3)) as far:
         cache = far.new_cache()
-        recipe = cache.engine
+        engine = cache.engine
         for piece in (IDS[:, :20], IDS[:, 20:50], *IDS[:, 50:56].split(1, 1), IDS[:, 56:90]):
             forward(model, piece, cache)
         forward(model, IDS[:, :1], cache)
         cache.crop(-5)
         forward(model, IDS[:, :1], cache)
-        for i, index in recipe.index.items():
+        for i, fit in engine.selector.fits.items():
+            index = fit.index
             # The newest tokens join when they leave the window, at the latest.
-            assert recipe.store.length(i) - 1 <= index.length <= recipe.store.length(i)
+            assert engine.store.length(i) - 1 <= index.length <= engine.store.length(i)
             projection = index.projection
-            keys = recipe.store.keys(i)[:, :, : index.length]
+            keys = engine.store.keys(i)[:, :, : index.length]
             codes = ((keys - projection.mean) @ projection.key / projection.scale).round().clamp(-7, 7)
             stored = unpack_codes(index.codes())
             assert (stored - codes).abs().max() <= 1
@@ -83,19 +83,19 @@ def test_a_short_prompts_skew_is_fitted_again() -> None:
         fitted = []
         for t in range(10, 90):
             forward(model, IDS[:, t : t + 1], cache)
-            fitted.append(min(cache.engine.fitted_tokens[1]))
+            fitted.append(min(cache.engine.selector.fits[1].phase.fitted))
         assert fitted == sorted(fitted)
         assert fitted[-1] >= 64
         assert len(set(fitted)) <= 4, "it doubles, it is not fitted at every step"
-        assert not cache.engine.samples
+        assert all(fit.phase.samples is None for fit in cache.engine.selector.fits.values())
         assert set(cache.account.fallbacks) == {"skew_from_prompt"}
 
 
 def test_the_share_beside_a_dense_layer() -> None:
-    assert share_beside_dense(1.0, 4, 1) == 1.0
-    assert share_beside_dense(0.4, 4, 1) == pytest.approx((1.6 - 1) / 3)
+    assert InfiniGen(fraction=1.0, paper=True).share_beside_dense(4) == 1.0
+    assert InfiniGen(fraction=0.4, paper=True).share_beside_dense(4) == pytest.approx((1.6 - 1) / 3)
     with pytest.raises(ConfigError, match=r"must be above 0\.250"):
-        share_beside_dense(0.25, 4, 1)
+        InfiniGen(fraction=0.25, paper=True).share_beside_dense(4)
 
 
 def test_the_paper_leaves_the_first_layer_dense() -> None:

@@ -1,4 +1,4 @@
-"""Low-bit keys: what is chosen scores best by codes that are rounded a second time, in float64; and their books."""
+"""Low-bit keys: what is chosen scores best by codes that are rounded a second time, in float64; and their bytes."""
 
 from __future__ import annotations
 
@@ -59,9 +59,11 @@ def test_what_is_counted(bits: int) -> None:
     window = min(16, cap // 4 - min(4, cap // 8))
     assert receipt.read_fraction == pytest.approx(cap / (TOKENS + 1))
     assert receipt.index_fraction == pytest.approx((TOKENS - window) * 8 * bits / 8 / ((TOKENS + 1) * 64))
-    assert store.index.used == sum(index.rows.n_bytes for index in cache.engine.index.values())
+    assert store.index.used == sum(
+        index.rows.n_bytes for index in (fit.index for fit in cache.engine.selector.fits.values())
+    )
     assert not cache.account.fallbacks, "there is no skew to fall back from"
-    assert cache.engine.query_source is None
+    assert cache.engine.selector.source is None
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -71,7 +73,7 @@ def test_a_head_dimension_that_fills_no_byte(bits: int) -> None:
         cache = far.new_cache()
         out = generate(model, make_prompt(2, tokens=50, pad=7), cache, n=4)
     assert all(logits.isfinite().all() for logits in out.logits)
-    assert cache.engine.index[0].rows.width == {2: 2, 4: 3}[bits]
+    assert cache.engine.selector.fits[0].index.rows.width == {2: 2, 4: 3}[bits]
 
 
 def test_steps_of_a_short_text_are_measured_again_as_it_grows() -> None:
@@ -82,7 +84,7 @@ def test_steps_of_a_short_text_are_measured_again_as_it_grows() -> None:
         fitted: list[int] = []
         for t in range(5, 24):
             forward(model, IDS[:, t : t + 1], cache)
-            fitted.append(min(cache.engine.fitted_tokens[1]))
+            fitted.append(min(cache.engine.selector.fits[1].phase.fitted))
     assert fitted == sorted(fitted)
     assert fitted[0] == 5
     assert fitted[-1] >= 20

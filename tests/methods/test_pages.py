@@ -1,4 +1,4 @@
-"""Pages: what is chosen is what Quest's bound, computed a second time in float64, says; and its books."""
+"""Pages: what is chosen is what Quest's bound, computed a second time in float64, says; and its bytes."""
 
 from __future__ import annotations
 
@@ -60,22 +60,23 @@ def test_what_is_counted() -> None:
         forward(model, IDS, cache)
         forward(model, IDS[:, :1], cache)
         receipt = far.receipt()
-    recipe = cache.engine
+    engine = cache.engine
     # 61 tokens: the cap is 18, its window 2 and the newest are no candidates; 58 tokens stand on 8 pages.
     assert receipt.read_fraction == pytest.approx(18 / 61)
     assert receipt.index_fraction == pytest.approx(8 * 2 * 8 / (61 * 2 * 8))
-    assert recipe.store.index.used == sum(index.rows.n_bytes for index in recipe.index.values())
+    assert engine.store.index.used == sum(bounds.rows.n_bytes for bounds in engine.selector.bounds.values())
     assert receipt.kv_bytes.index_peak >= 4 * 2 * 2 * 8 * 2 * 8 * 4
-    assert all(index.rows.dtype == torch.float32 for index in recipe.index.values())
+    assert all(bounds.rows.dtype == torch.float32 for bounds in engine.selector.bounds.values())
 
 
 def check_bounds(cache: Any) -> None:
     """The bounds are those of what is stored, all but the newest."""
-    recipe = cache.engine
-    for i, index in recipe.index.items():
-        keys = recipe.store.keys(i, 0, index.length)
-        assert recipe.store.length(i) - 1 <= index.length <= recipe.store.length(i)
-        assert torch.equal(index.view(index.length), bound_pages(keys, recipe.visible(i, index.length), PAGE))
+    engine = cache.engine
+    for i, bounds in engine.selector.bounds.items():
+        keys = engine.store.keys(i, 0, bounds.length)
+        assert engine.store.length(i) - 1 <= bounds.length <= engine.store.length(i)
+        visible = engine.records[i].visible(bounds.length)
+        assert torch.equal(bounds.view(bounds.length), bound_pages(keys, visible, PAGE))
 
 
 @pytest.mark.parametrize("near", [None, "1MiB"])
@@ -117,11 +118,12 @@ def test_bounds_of_coded_records_hold_for_what_is_read(quant: Any) -> None:
         forward(model, IDS, cache)
         for t in range(3):
             forward(model, IDS[:, t : t + 1], cache)
-    recipe = cache.engine
-    for i, index in recipe.index.items():
+    engine = cache.engine
+    for i, bounds in engine.selector.bounds.items():
         # Coded keys are read back when they are scored: the newest one at the next step.
-        assert index.length == recipe.store.length(i) - 1
-        assert torch.equal(index.view(index.length), bound_pages(recipe.store.keys(i, 0, index.length), None, PAGE))
+        assert bounds.length == engine.store.length(i) - 1
+        keys = engine.store.keys(i, 0, bounds.length)
+        assert torch.equal(bounds.view(bounds.length), bound_pages(keys, None, PAGE))
 
 
 def test_joined_batches_choose_from_pages_of_their_own_records() -> None:

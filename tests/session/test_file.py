@@ -295,7 +295,7 @@ def status(pid):
 def run_alone(code: str, *args: Any) -> None:
     command = [sys.executable, "-c", PRELUDE + code, *map(str, args)]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from farkv.errors import SessionError, StoreError
 from farkv.session.file import Saved, write_saved
-from farkv.session.header import DTYPES, FORMAT, MAX_HEADER_BYTES, Form, make_header, seal_header
+from farkv.session.header import ALIGN_BYTES, DTYPES, FORMAT, MAX_HEADER_BYTES, TensorForm, make_header, seal_header
 from tests.session.test_file import read_all, write
 
 
@@ -37,6 +37,8 @@ def forge(path: Path, old: str, new: str) -> None:
 
 def put_header(path: Path, text: str, data: bytes) -> None:
     head = text.encode()
+    # As a writer pads it: what is wrong shall be the text alone.
+    head += b" " * (-(8 + len(head)) % ALIGN_BYTES)
     path.write_bytes(seal_header(len(head).to_bytes(8, "little") + head) + data)
 
 
@@ -46,9 +48,29 @@ def header_of(path: Path) -> dict[str, Any]:
 
 
 def test_a_newer_version_is_named(tiny: Path) -> None:
-    forge(tiny, FORMAT, "farkv-session-2")
-    with pytest.raises(SessionError, match="expected format farkv-session-1, got 'farkv-session-2'"):
+    forge(tiny, FORMAT, "farkv-session-3")
+    with pytest.raises(
+        SessionError, match="expected format farkv-session-2, got farkv-session-3; save the session anew"
+    ):
         Saved.open(tiny)
+
+
+def test_an_older_version_says_who_wrote_it_and_what_to_do(tiny: Path) -> None:
+    forge(tiny, FORMAT, "farkv-session-1")
+    with pytest.raises(SessionError, match=r"got farkv-session-1, which farkv 0\.1 wrote; save the session anew"):
+        Saved.open(tiny)
+
+
+def test_a_header_that_says_the_same_is_taken_and_one_without_its_padding_is_not(tiny: Path) -> None:
+    whole, content = tiny.read_bytes(), read_all(tiny)
+    forge(tiny, IDS, IDS)
+    assert tiny.read_bytes() == whole
+    assert read_all(tiny) == content
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for head in (whole[8:end].rstrip(), whole[8:end] + b" ", whole[8:end] + b" " * ALIGN_BYTES):
+        tiny.write_bytes(seal_header(len(head).to_bytes(8, "little") + head) + whole[end:])
+        with pytest.raises(SessionError, match="as farkv writes them"):
+            Saved.open(tiny)
 
 
 IDS = '"ids":{"dtype":"I32","shape":[4],"data_offsets":[240,256]}'
@@ -166,7 +188,7 @@ def test_any_value_anywhere_in_a_sealed_header_is_refused_or_read_as_others_read
 
 
 def test_the_header_size_does_not_depend_on_hashes() -> None:
-    forms = {"a": Form(torch.int8, (3,))}
+    forms = {"a": TensorForm(torch.int8, (3,))}
     sizes = {len(make_header({}, forms, {"a": digit * 32})) for digit in "0f"}
     assert sizes == {4096}
     assert re.match(rb'.{8}\{"__metadata__":\{"digest":"[0-9a-f]{32}","format"', make_header({}, forms, {}), re.S)

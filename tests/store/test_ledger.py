@@ -15,14 +15,14 @@ from farkv.store.ledger import Ledger
     st.none() | st.integers(1, 1000),
     st.lists(st.tuples(st.sampled_from(["child", "parent"]), st.integers(0, 400), st.booleans()), max_size=40),
 )
-def test_books_balance(own: int | None, above: int | None, moves: list[tuple[str, int, bool]]) -> None:
+def test_ledgers_balance(own: int | None, above: int | None, moves: list[tuple[str, int, bool]]) -> None:
     parent = Ledger("near", above)
-    books = {"parent": parent, "child": Ledger("index", own, parent)}
+    ledgers = {"parent": parent, "child": Ledger("index", own, parent)}
     held = {"parent": 0, "child": 0}
     peak = dict(held)
     for name, size, give_back in moves:
-        ledger = books[name]
-        before = [(b.used, b.peak) for b in books.values()]
+        ledger = ledgers[name]
+        before = [(b.used, b.peak) for b in ledgers.values()]
         if give_back:
             less = min(size, held[name])
             ledger.release(less)
@@ -33,14 +33,14 @@ def test_books_balance(own: int | None, above: int | None, moves: list[tuple[str
                 ledger.charge(size)
             except CapacityError as error:
                 assert not fits
-                assert [(b.used, b.peak) for b in books.values()] == before
+                assert [(b.used, b.peak) for b in ledgers.values()] == before
                 assert "raise --" in str(error)
                 continue
             assert fits
             held[name] += size
         used = {"child": held["child"], "parent": held["child"] + held["parent"]}
         peak = {n: max(peak[n], used[n]) for n in used}
-        for n, b in books.items():
+        for n, b in ledgers.items():
             assert b.used == used[n]
             assert b.peak == peak[n]
             assert b.limit is None or b.peak <= b.limit

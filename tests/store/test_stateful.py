@@ -18,18 +18,17 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from farkv.engine import bytes_recent
 from farkv.errors import CacheStateError, CapacityError
 from farkv.session.file import Saved, write_saved
 from farkv.session.pages import list_pages, open_tail, take_text
-from farkv.store import spare as spare_module
-from farkv.store.admission import admit
 from farkv.store.far import pages as pages_module
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.far.quantize import Codec
 from farkv.store.records import Fetch, Keep, Needs, SavedText, StoreLimits
-from farkv.store.sizes import LayerShape, NearNeed
-from farkv.store.spare import Pass, admit_hot
+from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
+from tests.engine.admitting import Gate
 from tests.store.far.test_page_cache import check_copies
 
 LAYERS, HEADS, D, DV, WINDOW = (0, 1), 2, 4, 3, 2
@@ -47,19 +46,19 @@ class Case(NamedTuple):
     quant: str | None = None
     evict: str = "refuse"
     evicts: bool = False
-    holds: bool = False
+    pins: bool = False
 
 
 CASES = {
     "plain": Case(),
     "plain, evicting": Case(evicts=True),
     "near": Case(near=1 << 20),
-    "near, evicting, holding": Case(near=1 << 20, evicts=True, holds=True),
+    "near, evicting, pinning": Case(near=1 << 20, evicts=True, pins=True),
     "near, host": Case(near=60_000, host=40_000),
-    "near, small hot set": Case(near=30_000),
-    "near, small hot set, evicting": Case(near=30_000, evicts=True),
-    "near, small hot set, disk, tight host": Case(near=30_000, disk=True, host=40_000, evict="lru"),
-    "near, small hot set, int8": Case(near=30_000, quant="int8"),
+    "near, small recently used set": Case(near=30_000),
+    "near, small recently used set, evicting": Case(near=30_000, evicts=True),
+    "near, small recently used set, disk, tight host": Case(near=30_000, disk=True, host=40_000, evict="lru"),
+    "near, small recently used set, int8": Case(near=30_000, quant="int8"),
     "disk": Case(disk=True),
     "disk, tight host": Case(disk=True, host=40_000, evict="lru"),
     "disk, tight host, clock": Case(disk=True, host=32_000, evict="clock"),
@@ -112,20 +111,21 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self, batch: int, seed: int) -> None:
         self.case = type(self).case
         self.torch = torch.Generator().manual_seed(seed)
-        self.held = (pages_module.PAGE_BYTES, pages_module.MOST_TOKENS, spare_module.LEAST_SLOTS)
+        self.held = (pages_module.PAGE_BYTES, pages_module.MOST_TOKENS, bytes_recent.LEAST_SLOTS)
         pages_module.PAGE_BYTES, pages_module.MOST_TOKENS = PAGE_TOKENS * ROW, PAGE_TOKENS
-        spare_module.LEAST_SLOTS = 1
+        bytes_recent.LEAST_SLOTS = 1
         self.folder = tempfile.TemporaryDirectory()
         self.space = DiskSpace(Path(self.folder.name), None) if self.case.disk else None
         case = self.case
         limits = StoreLimits(case.near, case.host, disk=self.space, evict=case.evict, quant=case.quant)
-        self.store = Store(list(LAYERS), limits, CPU, Needs(WINDOW, evicts=case.evicts, holds=case.holds))
+        self.store = Store(list(LAYERS), limits, CPU, Needs(WINDOW, evicts=case.evicts, pins=case.pins))
+        self.gate = self.make_gate(self.store)
         self.model = Model(batch)
-        self.twin: tuple[Store, Model] | None = None
+        self.twin: tuple[Store, Model, Gate] | None = None
 
     def teardown(self) -> None:
         if hasattr(self, "held"):
-            pages_module.PAGE_BYTES, pages_module.MOST_TOKENS, spare_module.LEAST_SLOTS = self.held
+            pages_module.PAGE_BYTES, pages_module.MOST_TOKENS, bytes_recent.LEAST_SLOTS = self.held
             if self.space is not None:
                 self.space.close()
             self.folder.cleanup()
@@ -141,13 +141,11 @@ class StoreMachine(RuleBasedStateMachine):
     def shape(self) -> LayerShape:
         return LayerShape(self.model.batch, HEADS, D, DV, 4)
 
-    def need(self) -> NearNeed:
-        """Return near bytes that no rule goes beyond."""
-        token = self.shape().token_bytes * 2
-        window = len(LAYERS) * 2 * (WINDOW + 1) * token
-        buffers = 2 * (2 * MOST_CHOSEN + WINDOW + 1) * token
-        held = len(LAYERS) * MOST_CHOSEN * token if self.case.holds else 0
-        return NearNeed(0, window, 2 * max(BLOCK, 2 * PAGE_TOKENS) * token + buffers, buffers, held)
+    def make_gate(self, store: Store) -> Gate:
+        """Return a store's admission: of near bytes that no rule goes beyond."""
+        # A choice of a test has records twice, is read beside blocks, and pins what it likes.
+        n = 2 * (2 * MOST_CHOSEN + WINDOW + 1) + 2 * BLOCK + (len(LAYERS) * MOST_CHOSEN if self.case.pins else 0)
+        return Gate(store, 2 * MOST_CHOSEN + WINDOW + 1, spare=n * HEADS * 2 * ROW)
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what comes back of rows."""
@@ -162,12 +160,10 @@ class StoreMachine(RuleBasedStateMachine):
     def append(self, n: int) -> None:
         model, store, shape = self.model, self.store, self.shape()
         store.open_pages(shape, torch.float32)
-        rows = dict.fromkeys(LAYERS, model.length + n)
         try:
-            admit(store, shape, rows, self.need(), n_new=n)
+            self.gate.admit(shape, n)
         except CapacityError:
             return  # Nothing was stored: the invariants say so.
-        admit_hot(store, Pass(shape, rows, self.need(), announced=False, decodes=n == 1 and model.length > 0))
         for layer in LAYERS:
             new = torch.randn(model.batch, HEADS, n, D + DV, generator=self.torch)
             store.append(layer, new[..., :D], new[..., D:])
@@ -220,7 +216,7 @@ class StoreMachine(RuleBasedStateMachine):
         store, model = self.store, self.model
         store.block_tokens = block
         stop, at = round(share * model.length), 0
-        if not store.far:
+        if not store.is_far:
             return
         for start, k, v in store.read_blocks(layer, stop):
             assert start == at
@@ -234,7 +230,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(is_filled)
     @rule(layer=st.sampled_from(LAYERS))
     def read_all(self, layer: int) -> None:
-        if self.store.near.limit is not None or not self.store.apart:
+        if self.store.near.limit is not None or self.store.reads_in_place:
             with self.store.read_all(layer) as (k, v):
                 assert torch.equal(torch.cat([k, v], -1), self.model.rows[layer])
         k, v = self.store.records(layer)
@@ -297,7 +293,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.open_pages(self.shape(), torch.float32)
 
     def is_one_text(self) -> bool:
-        whole = self.model.length == self.model.seen and not (self.case.evicts or self.case.holds)
+        whole = self.model.length == self.model.seen and not (self.case.evicts or self.case.pins)
         return self.is_filled() and self.model.batch == 1 and whole
 
     @precondition(is_one_text)
@@ -311,38 +307,40 @@ class StoreMachine(RuleBasedStateMachine):
         tails = {str(layer): open_tail(old, layer, form) for layer in LAYERS}
         write_saved(path, {}, tails, list_pages(old, form), n_pages * HEADS * len(LAYERS), form.n_bytes)
         saved = Saved.open(path)
-        text = SavedText(saved.reader, saved.n_pages, form)
-        new = Store(list(LAYERS), old.limits._replace(saved=text), CPU, Needs(WINDOW))
+        text = SavedText(saved.reader, saved.n_pages, form.tokens)
+        new = Store(list(LAYERS), old.limits._replace(saved=text, reserve_tokens=length + 1), CPU, Needs(WINDOW))
         new.open_pages(self.shape(), torch.float32)
+        gate = self.make_gate(new)
         try:
-            admit(new, self.shape(), dict.fromkeys(LAYERS, length + 1), self.need(), n_new=1)
+            gate.admit(self.shape(), 1)
         except CapacityError:
             return  # Open pages, index and buffers are counted together where a text is on disk.
         for layer in LAYERS:
-            new.describe(layer, D, DV, torch.float32)
+            new.describe(layer, self.shape(), torch.float32)
         take_text(new, n_pages, {layer: saved.tensor(str(layer)) for layer in LAYERS})
-        self.store = new
+        self.store, self.gate = new, gate
 
     @rule()
     def copy(self) -> None:
-        self.twin = (self.store, self.model)
-        self.store, self.model = copy.deepcopy(self.twin)
+        self.twin = (self.store, self.model, self.gate)
+        self.store, self.model, self.gate = copy.deepcopy(self.twin)
 
     @precondition(lambda self: self.twin is not None)
     @rule()
     def swap(self) -> None:
         assert self.twin is not None
-        self.twin, (self.store, self.model) = (self.store, self.model), self.twin
+        now = self.store, self.model, self.gate
+        (self.store, self.model, self.gate), self.twin = self.twin, now
 
     @precondition(lambda self: self.store.page_cache is not None)
     @rule(room=st.integers(0, 20), piece=st.integers(1, 8))
     def resize(self, room: int, piece: int) -> None:
-        frames = self.store.page_cache
-        assert frames is not None
+        pages = self.store.page_cache
+        assert pages is not None
         # Under a limit there is never more room than was admitted.
-        frames.resize(min(room, frames.room) if self.case.host else room, min(piece, frames.piece))
+        pages.resize(min(room, pages.room) if self.case.host else room, min(piece, pages.piece))
 
-    @precondition(lambda self: self.case.holds and self.model.length > 0)
+    @precondition(lambda self: self.case.pins and self.model.length > 0)
     @rule(layer=st.sampled_from(LAYERS), n=st.integers(1, MOST_CHOSEN))
     def pin(self, layer: int, n: int) -> None:
         n = min(n, self.model.length)
@@ -358,7 +356,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.store.seen(layer) == self.model.seen
 
     @invariant()
-    def books_are_right(self) -> None:
+    def ledgers_are_right(self) -> None:
         for store in [self.store, *([self.twin[0]] if self.twin else [])]:
             near = count_near(store)
             assert store.near.used == near
@@ -370,11 +368,12 @@ class StoreMachine(RuleBasedStateMachine):
     def copies_are_right(self) -> None:
         stores = [self.store, *([self.twin[0]] if self.twin else [])]
         for store in stores:
-            check_hot(store)
+            check_recently_used(store)
             if store.page_cache is not None:
                 check_copies(store.page_cache)
         if self.space is not None:
-            files = {id(s.frames.pages.file): s.frames.pages.file for s in stores if s.frames is not None}
+            opened = [s.page_cache.pages.file for s in stores if s.page_cache is not None]
+            files = {id(file): file for file in opened}
             assert self.space.ledger.used == sum(f.n_pages * f.page_bytes for f in files.values() if f is not None)
 
 
@@ -389,25 +388,25 @@ def count_near(store: Store) -> int:
 
 
 def count_host(store: Store) -> int:
-    """Return the bytes of the pool and its books, by the tensors themselves."""
+    """Return the bytes of the pool and its metadata, by the tensors themselves."""
     pool: list[Any] = [part.data for rows in store.pool.values() for part in parts_of(rows)]
-    pool += [rows.data for kept in store.kept.values() for rows in (kept.places, kept.marks)]
+    pool += [rows.data for kept in store.kept.values() for rows in (kept.places, kept.scores)]
     pool += [held.slots.data for held in store.pinned.values()]
-    pool += [books for hot in store.recently_used.values() for books in hot.books]
+    pool += [table for each in store.recently_used.values() for table in each.metadata]
     if store.page_cache is None:
         return count_bytes(pool)
     return count_bytes([*pool, store.page_cache.scratch]) + store.page_cache.used * store.page_cache.pages.form.n_bytes
 
 
-def check_hot(store: Store) -> None:
-    """Every copy in a hot set that can be found is its record's."""
-    for layer, hot in store.recently_used.items():
-        head, slot = (hot.owner >= 0).nonzero(as_tuple=True)
-        at = hot.owner[head, slot].long()
+def check_recently_used(store: Store) -> None:
+    """Every copy in a recently used set that can be found is its record's."""
+    for layer, recent in store.recently_used.items():
+        head, slot = (recent.owner >= 0).nonzero(as_tuple=True)
+        at = recent.owner[head, slot].long()
         assert (at < store.length(layer)).all()
         if len(at):
             stored = store.pool[layer].read(0, store.length(layer)).flatten(0, 1)
-            assert torch.equal(hot.rows.view().flatten(0, 1)[head, slot], stored[head, at])
+            assert torch.equal(recent.rows.view().flatten(0, 1)[head, slot], stored[head, at])
 
 
 def parts_of(rows: Any) -> list[Any]:

@@ -6,24 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from farkv.errors import CapacityError
 from farkv.kernels.native import load_native
-from farkv.store.admission import admit
-from farkv.store.far.rows import gather_rows
-from farkv.store.ledger import Ledger
-from farkv.store.near.buffers import RecentWindow
 from farkv.store.records import Needs, StoreLimits
-from farkv.store.sizes import (
-    LayerShape,
-    NearNeed,
-    count_cap,
-    count_forced,
-    fetched_bytes,
-    grow_capacity,
-)
+from farkv.store.sizes import LayerShape, fetched_bytes
 from farkv.store.tiers import Store
 
 B, HKV, D, DV = 2, 2, 4, 3
@@ -137,56 +123,3 @@ def test_crop_select_and_clear_keep_reads_right() -> None:
     for layer in (0, 1):
         store.clear(layer)
     assert store.near.used == store.host.used == 0
-
-
-@given(st.integers(1, 5), st.lists(st.tuples(st.booleans(), st.integers(1, 14)), max_size=12))
-def test_the_tail_holds_the_newest(n: int, moves: list[tuple[bool, int]]) -> None:
-    tail = RecentWindow(Ledger("near"), CPU, n)
-    model = torch.empty(1, 1, 0, 2)
-    for count, (push, size) in enumerate(moves):
-        if push:
-            new = torch.full((1, 1, size, 2), float(count)) + torch.arange(size).view(1, 1, -1, 1) / 100
-            tail.push(new[..., :1], new[..., 1:])
-            model = torch.cat([model, new], 2)
-        else:
-            tail.crop(size)
-            model = model[:, :, : max(0, model.shape[2] - size)]
-        newest = tail.newest(n)
-        if newest is not None:
-            assert torch.equal(newest, model[:, :, -n:])
-        elif push and size >= n:
-            raise AssertionError("after a push of n rows they are all there")
-
-
-def test_admit_refuses_before_anything_is_stored() -> None:
-    store = Store([0, 1], StoreLimits(near=500, host=2000), CPU, Needs(1))
-    enough = NearNeed(index=100, window=100, prefill=300, decode=200)
-    with pytest.raises(CapacityError, match="host limit"):
-        admit(store, SHAPE, dict.fromkeys((0, 1), 2000 // (2 * SHAPE.token_bytes) + 1), enough)
-    with pytest.raises(CapacityError, match=r"near limit.*prefill 301"):
-        admit(store, SHAPE, {0: 1, 1: 1}, enough._replace(prefill=301))
-    admit(store, SHAPE, {0: 1, 1: 1}, enough)
-    assert store.host.used == store.near.used == 0
-
-
-@given(st.floats(0.001, 1.0), st.integers(1, 5000), st.integers(0, 64), st.integers(0, 64))
-def test_the_cap_is_a_cap(fraction: float, tokens: int, sinks: int, window: int) -> None:
-    cap = count_cap(fraction, tokens)
-    assert 1 <= cap <= tokens
-    assert cap == 1 or cap <= fraction * tokens + 1e-6
-    forced = count_forced(cap, sinks, window, fraction)
-    assert sum(forced) <= cap // 4
-    assert forced[0] <= sinks
-    assert forced[1] <= window
-
-
-@given(st.integers(0, 4096), st.integers(1, 4096))
-def test_capacity_grows_enough_and_not_much_more(capacity: int, need: int) -> None:
-    grown = grow_capacity(capacity, need)
-    assert grown >= need
-    assert grown == capacity or grown <= need * 1.25 + 64
-
-
-def test_rows_are_gathered_per_sequence_and_head() -> None:
-    rows, positions = torch.randn(B, HKV, 9, 5), some(4, 9)
-    assert torch.equal(gather_rows(rows, positions), pick(rows, positions))

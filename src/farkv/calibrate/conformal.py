@@ -17,7 +17,7 @@ from farkv.errors import ConfigError
 from farkv.math.allocate import (
     accumulate,
     allocate,
-    check_share,
+    check_fraction,
     look_up,
     read_gains,
     read_pages,
@@ -102,7 +102,7 @@ def allocate_promise(
     fit, calibration = read_gains(fit, ordered=True, rank=3), read_gains(calibration, ordered=True, rank=3)
     if fit.shape[1:] != calibration.shape[1:]:
         raise ConfigError(f"calibration: expected [n, L, N] like fit's {fit.shape}, got {calibration.shape}")
-    check_share("retention", retention)
+    check_fraction("retention", retention)
     box, weight = read_pages(fit.shape[1:], floor, cap, unit), read_weights(weights, fit.shape[1])
     rank, low, high = _find_rank(len(calibration), confidence), int(box.floor.sum()), int(box.cap.sum())
     mean, mass = _average_curves(fit)

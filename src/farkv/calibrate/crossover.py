@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
 
 from farkv.errors import ConfigError
+from farkv.files import write_file
 
 FORMAT = "farkv-calibration-1"
 CPU_INFO = Path("/proc/cpuinfo")
@@ -65,13 +65,7 @@ def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
     entries = read_entries() | {make_key(kernel): {"tokens": tokens, **details}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
-            try:
-                json.dump({"format": FORMAT, "entries": entries}, part, indent=1)
-            except OSError:
-                Path(part.name).unlink()
-                raise
-        Path(part.name).replace(path)
+        write_file(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1).encode())
     except OSError as error:
         raise ConfigError(
             f"calibration file {path}: cannot be written ({error.strerror}); set FARKV_CACHE_DIR to a writable folder"

@@ -1,7 +1,7 @@
 """The plan: how much of a context each layer may keep, hold near, and fetch per step.
 
 In: shares per layer and lever, or a JSON file. Out: a frozen `Plan`, its file, the ratios that other tools read.
-No tensors; `calibrate.planning` makes plans from measured curves.
+Knows no tensors; `calibrate.planning` makes plans from measured curves.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from farkv.config import LEVERS, Lever
 from farkv.errors import PlanError
+from farkv.files import write_file
 
 FORMAT = "farkv-plan-1"
 
@@ -122,11 +123,8 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; the file is replaced atomically."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        part.replace(path)
+        """Write the plan as JSON; a reader sees the old file or the whole new one."""
+        write_file(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -1,8 +1,8 @@
-"""Make a plan: join the curves that a profile holds with the allocator.
+"""Make a plan: allocate a budget over the layers by the curves of a profile.
 
-In: a profile, one budget, the levers it is for. Out: a `Plan`. What a layer keeps or holds near is one choice of
-records for all steps, so those levers are planned on the `keep` curves; what it may fetch is chosen anew at every step,
-so that lever is planned on the `spread` curves.
+In: a profile, one budget, the levers it is for. Out: a `Plan`. A layer keeps or pins one set of records for all steps,
+so those levers are planned on the `keep` curves; it fetches a new set at every step, so that lever is planned on the
+`spread` curves.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from farkv.errors import ConfigError, ProfileError
 from farkv.math.allocate import allocate, measure_layer_retention
 from farkv.math.knapsack import choose_levels
 
-# Shares that the knapsack chooses from.
+# Candidate fractions per layer for the knapsack.
 LEVELS = 72
 CURVE_OF: dict[Lever, Kind] = {"keep": "keep", "near": "keep", "fetch": "spread"}
 
 
-class Budget(NamedTuple):
-    """What is to be shared; exactly one of the first four is given.
+class PlanBudget(NamedTuple):
+    """What is allocated over the layers; exactly one of the first four is given.
 
-    tokens: records per KV head, summed over layers, besides the window.  ratio: the share of the whole KV.  n_bytes: of
-    one sequence's KV.  retention: the share of attention mass to hold, in mean over layers, on an unseen prompt with
-    probability `confidence` (0: on the mean of the profile's prompts).  context: tokens that absolute budgets are
-    meant for; the profile's mean prompt where it is left out.
+    tokens: records per KV head, summed over layers, besides the window.  ratio: fraction of the whole KV cache.
+    n_bytes: KV bytes of one sequence.  retention: fraction of the attention mass to hold, mean over layers, on an
+    unseen prompt with probability `confidence` (0: on the mean of the profile's prompts).  context: length in tokens
+    for which tokens or n_bytes are meant; default: the profile's mean prompt.
     """
 
     tokens: int | None = None
@@ -44,15 +44,15 @@ class Budget(NamedTuple):
     context: int | None = None
 
     def to_dict(self) -> dict[str, float]:
-        """Return what was given."""
+        """Return the fields that were given."""
         given = {name: value for name, value in self._asdict().items() if value is not None}
         if self.retention is None:
             del given["confidence"]
         return given
 
 
-class Choice(NamedTuple):
-    """How layers share: the rule, weights and least share.
+class Sharing(NamedTuple):
+    """How a budget is divided among the layers: the rule, weights, and the least fraction (`floor`) of each.
 
     `xkv`: greatest mean retention.  `loss`: least measured loss, by an exact knapsack.  `paper`: the mean of the
     samples' own allocations.  `maxmin`, `pyramid`, `uniform`: as in `allocate`.
@@ -65,27 +65,27 @@ class Choice(NamedTuple):
 
 def make_plan(
     profile: Profile,
-    budget: Budget,
+    budget: PlanBudget,
     levers: tuple[Lever, ...] = ("keep", "near", "fetch"),
-    choice: Choice | None = None,
+    sharing: Sharing | None = None,
     base: Plan | None = None,
 ) -> Plan:
     """Allocate one budget for the given levers.
 
     Args:
         profile: with curves.
-        base: a plan whose other levers are taken over, so that one file drives several at different budgets.
+        base: a plan whose other levers are copied, so that one file can drive several levers at different budgets.
 
     Raises:
         ProfileError: the profile has no curves. ConfigError: the budget cannot be used.
     """
     curves = profile.curves()
-    choice = choice or Choice()
+    sharing = sharing or Sharing()
     made: dict[Lever, Allocation] = {}
     for lever in levers:
         kind = CURVE_OF[lever]
-        # What is held near costs no quality, only traffic: there is no loss to share it by.
-        mine = choice._replace(rule="xkv") if choice.rule == "loss" and lever == "near" else choice
+        # Pinning changes traffic, not output: there is no loss to minimise.
+        mine = sharing._replace(rule="xkv") if sharing.rule == "loss" and lever == "near" else sharing
         if mine.rule == "loss":
             cells = lose_cells(profile.losses(), curves, kind, count_cells(curves, budget))
         else:
@@ -99,25 +99,25 @@ def make_plan(
     return Plan(profile.identity, curves.layers, made)
 
 
-def find_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice) -> np.ndarray:
-    """Share a budget over the layers, on the grid."""
-    if not 0 <= choice.floor < 1:
-        raise ConfigError(f"floor: expected a share in [0, 1), got {choice.floor!r}")
-    options = {"weights": choice.weights, "floor": round(choice.floor * GRID)}
-    if budget.retention is not None and budget.confidence > 0 and choice.rule == "xkv":
+def find_cells(curves: Curves, budget: PlanBudget, kind: Kind, sharing: Sharing) -> np.ndarray:
+    """Allocate a budget over the layers, in cells of the grid."""
+    if not 0 <= sharing.floor < 1:
+        raise ConfigError(f"floor: expected a fraction in [0, 1), got {sharing.floor!r}")
+    options = {"weights": sharing.weights, "floor": round(sharing.floor * GRID)}
+    if budget.retention is not None and budget.confidence > 0 and sharing.rule == "xkv":
         return promise_cells(curves, budget, kind, options)
-    return share_cells(curves, budget, kind, choice, options)
+    return share_cells(curves, budget, kind, sharing, options)
 
 
-def describe(curves: Curves, budget: Budget, kind: Kind, choice: Choice, cells: np.ndarray) -> Allocation:
-    """Return an allocation of the grid's cells, with what it and equal shares hold of the profile's attention mass."""
-    if choice.rule != "xkv":
-        # Only the rule xkv is calibrated: no other plan may say that it was.
+def describe(curves: Curves, budget: PlanBudget, kind: Kind, sharing: Sharing, cells: np.ndarray) -> Allocation:
+    """Return the allocation of these cells, with the attention mass that it and equal fractions hold in the profile."""
+    if sharing.rule != "xkv":
+        # Only the rule xkv is calibrated: other plans must not record a confidence.
         budget = budget._replace(confidence=0.0)
     mean = curves.mean(kind).numpy()
     window = int(curves.settings.get("window", 0))
-    # A budget in bytes or as a ratio counts every record; the others come beside the window, as the curves do. One
-    # record more rounds what a share of a context leaves over up.
+    # Budgets in bytes or as a ratio count every record; tokens and retention exclude the window, as the curves do. For
+    # a retention, one more record makes up for rounding a fraction of a context down.
     on_top = {"tokens": window, "retention": window + 1}
     extra = next((n for name, n in on_top.items() if getattr(budget, name) is not None), 0)
     total = int(cells.sum())
@@ -125,27 +125,29 @@ def describe(curves: Curves, budget: Budget, kind: Kind, choice: Choice, cells: 
     return Allocation(
         shares=tuple(float(c) / GRID for c in cells),
         base=extra if kind == "keep" else 0,
-        rule=choice.rule,
+        rule=sharing.rule,
         budget=budget.to_dict(),
         retention=tuple(float(r) for r in measure_layer_retention(mean, cells)),
         uniform=tuple(float(r) for r in measure_layer_retention(mean, uniform)),
     )
 
 
-def share_cells(curves: Curves, budget: Budget, kind: Kind, choice: Choice, options: dict[str, Any]) -> np.ndarray:
-    """Allocate the mean curve's cells; `paper` allocates every sample alone and takes the mean."""
+def share_cells(
+    curves: Curves, budget: PlanBudget, kind: Kind, sharing: Sharing, options: dict[str, Any]
+) -> np.ndarray:
+    """Allocate on the mean curve; `paper` allocates on each sample alone and averages the allocations."""
     limit = limit_cells(curves, budget)
-    if choice.rule == "paper":
+    if sharing.rule == "paper":
         rows = curves.keep if kind == "keep" else curves.spread
         return average_allocations(rows.numpy(), **limit, **options)
-    return allocate(curves.mean(kind).numpy(), rule=choice.rule, **limit, **options)
+    return allocate(curves.mean(kind).numpy(), rule=sharing.rule, **limit, **options)
 
 
-def limit_cells(curves: Curves, budget: Budget) -> dict[str, Any]:
-    """Turn a budget into the allocator's, in cells of the grid.
+def limit_cells(curves: Curves, budget: PlanBudget) -> dict[str, Any]:
+    """Convert a budget to the allocator's arguments, in cells of the grid.
 
     Raises:
-        ConfigError: not exactly one budget is given, or the profile does not know the bytes of a token.
+        ConfigError: not exactly one budget is given. ProfileError: the profile has no bytes per token.
     """
     given = [name for name in ("tokens", "ratio", "n_bytes", "retention") if getattr(budget, name) is not None]
     if len(given) != 1:
@@ -168,16 +170,16 @@ def limit_cells(curves: Curves, budget: Budget) -> dict[str, Any]:
     return {"retention": budget.retention}
 
 
-def promise_cells(curves: Curves, budget: Budget, kind: Kind, options: dict[str, Any]) -> np.ndarray:
-    """Allocate so that an unseen prompt keeps its retention: fit on one half of the prompts, calibrate on the other."""
+def promise_cells(curves: Curves, budget: PlanBudget, kind: Kind, options: dict[str, Any]) -> np.ndarray:
+    """Allocate so that an unseen prompt reaches the retention: fit on half of the prompts, calibrate on the rest."""
     fit, calibration = curves.split(0.5)
     rows = [c.keep.numpy() if kind == "keep" else c.spread.numpy() for c in (fit, calibration)]
     assert budget.retention is not None
     return allocate_promise(*rows, retention=budget.retention, confidence=budget.confidence, **options).tokens
 
 
-def count_cells(curves: Curves, budget: Budget) -> int:
-    """Return a budget in cells, all layers together.
+def count_cells(curves: Curves, budget: PlanBudget) -> int:
+    """Return a budget in cells, summed over layers.
 
     Raises:
         ConfigError: the budget is a retention, or layers differ in bytes.
@@ -193,12 +195,12 @@ def count_cells(curves: Curves, budget: Budget) -> int:
 
 
 def lose_cells(losses: Losses, curves: Curves, kind: Kind, total: int) -> np.ndarray:
-    """Choose a share per layer so that the measured losses sum to the least: one level each, by dynamic programming.
+    """Choose one level per layer by dynamic programming, so that the sum of the measured losses is least.
 
-    It takes losses to add up over layers, which a joint run may not bear out (docs/papers/xkv.md).
+    This assumes that losses add up over layers, which a joint run may contradict (docs/papers/xkv.md).
 
     Raises:
-        ConfigError: the budget is too small for the least measured share of every layer.
+        ConfigError: the budget is below the least measured level of every layer.
     """
     least = max(1, round(losses.shares[0] * GRID))
     levels = np.unique(np.round(np.geomspace(least, GRID, LEVELS)).astype(np.int64))
@@ -207,7 +209,7 @@ def lose_cells(losses: Losses, curves: Curves, kind: Kind, total: int) -> np.nda
 
 
 def compare_losses(losses: Losses, curves: Curves, kind: Kind, cells: np.ndarray) -> dict[str, float]:
-    """Return the measured losses of an allocation, of equal shares and of the least possible, summed over layers."""
+    """Return measured losses summed over layers: of this allocation, of equal fractions, and the least possible."""
     total = int(cells.sum())
     plans = {"planned": cells, "uniform": allocate(curves.mean(kind).numpy(), tokens=total, rule="uniform")}
     if total >= len(cells) * max(1, round(losses.shares[0] * GRID)):

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from farkv._axes import Tensor
 from farkv.calibrate.curves import Curves
 from farkv.calibrate.losses import Losses
 from farkv.errors import ProfileError
+from farkv.files import write_file
 from farkv.math.skew import Gram, solve_bilinear, solve_svd
 
 FORMAT = "farkv-profile-1"
@@ -94,10 +95,7 @@ class Profile:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the profile; the file is replaced atomically."""
-        path = Path(path)
-        # Not ".part": that name is used for an unfinished measurement.
-        part = path.with_name(path.name + ".new")
+        """Write the profile; a reader sees the old file or the whole new one."""
         tensors, metadata = self.tensors, {"format": FORMAT, "identity": json.dumps(self.identity)}
         if self.measured is not None:
             tensors = tensors | self.measured.to_tensors()
@@ -105,10 +103,7 @@ class Profile:
         if self.limited is not None:
             tensors = tensors | self.limited.to_tensors()
             metadata["losses"] = self.limited.notes
-        save_file(tensors, part, metadata=metadata)
-        # safetensors creates files that only their owner can read; a profile should be as readable as the weights.
-        part.chmod(0o644)
-        part.replace(path)
+        write_file(Path(path), save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

@@ -38,11 +38,12 @@ app.command()(report)
 app.add_typer(bench)
 
 
-def show_version(asked: bool) -> None:
+def show_version(asked: bool) -> bool:
     """Print the version and stop."""
     if asked:
         typer.echo(f"farkv {version('farkv')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -30,17 +30,9 @@ def demo(
 
       farkv demo --tokens 8000 --facts 40 --seed 3
     """
-    from tokenizers import Tokenizer
+    from farkv.demo.text import draw_prompt
 
-    from farkv.demo import MODEL_PATH
-    from farkv.demo.filler import STDLIB, draw_filler, read_sources
-    from farkv.demo.recall import make_recall_prompt
-
-    sources = read_sources(STDLIB, held_out=True)
-    tokenizer = Tokenizer.from_file(str(MODEL_PATH / "tokenizer.json"))
-    room = max(20, tokens - 14 * facts - 20)  # A fact's line takes about 14 tokens.
-    filler = draw_filler(sources, room, seed, lambda line: len(tokenizer.encode(line).ids))
-    prompt = make_recall_prompt(filler, facts, seed)
+    prompt = draw_prompt(tokens, facts, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code.py"
         path.write_text(prompt.text)

@@ -75,14 +75,14 @@ def plan_layers(
         raise ConfigError("--kvpress: writes the keep lever, which this plan does not have; add --lever keep")
     n_bytes = parse_bytes(size, "--bytes")
     from farkv.calibrate.plan import Plan
-    from farkv.calibrate.planning import Budget, Choice, make_plan
+    from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
     from farkv.calibrate.profile import Profile
 
     loaded = Profile.load(profile or find_profile_of(model))
-    budget = Budget(tokens, ratio, n_bytes, retention, confidence, context)
+    budget = PlanBudget(tokens, ratio, n_bytes, retention, confidence, context)
     names: tuple[Lever, ...] = tuple(name for name in LEVERS if name in levers)
     made = make_plan(
-        loaded, budget, names, Choice(rule, parse_weights(weights, rule), floor), Plan.load(base) if base else None
+        loaded, budget, names, Sharing(rule, parse_weights(weights, rule), floor), Plan.load(base) if base else None
     )
     with naming_files(out):
         made.save(out)

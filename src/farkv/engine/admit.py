@@ -7,6 +7,7 @@ import gc
 from farkv.engine.budget import Budgets
 from farkv.engine.bytes import BytePlan, plan_bytes
 from farkv.engine.bytes_need import Held, Limits, Need, Page, Pages, Pool, Sets
+from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import USE_BYTES, PoolPolicy
 from farkv.engine.shares import Shares
 from farkv.errors import CapacityError
@@ -30,6 +31,7 @@ class Admission:
         self,
         selector: Selector,
         budgets: Budgets,
+        mode: Mode,
         *,
         shares: Shares | None,
         pins: dict[int, float] | None,
@@ -39,8 +41,7 @@ class Admission:
         self.selector, self.budgets, self.shares, self.pins, self.policy = selector, budgets, shares, pins, policy
         self.store: Store = budgets.store
         self.layers = list(self.store.order)
-        self.verifies = verifies
-        self.prompt_tokens = 0
+        self.mode, self.verifies = mode, verifies
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
         self.chunk_tokens = 0
         self._admitted: tuple[object, ...] = ()
@@ -88,7 +89,7 @@ class Admission:
 
     def forget(self) -> None:
         """Forget what was announced: the cache is empty."""
-        self.prompt_tokens, self._admitted = 0, ()
+        self._admitted = ()
 
     def _is_limited(self) -> bool:
         limits = self.store.limits
@@ -123,7 +124,7 @@ class Admission:
             evicts=bool(store.kept),
             verifies=self.verifies,
             decodes=n_new == 1 and not chunk and store.length(self.layers[0]) > 0,
-            keep=None if self.shares is None else self.shares.plan(shape, tokens, n_new, self.prompt_tokens),
+            keep=None if self.shares is None else self.shares.plan(shape, tokens, n_new, self.mode.prompt_tokens),
             pool=None if self.policy is None else self._count_pool(self.policy, stored),
         )
 
@@ -182,10 +183,8 @@ class Admission:
             store.reserve(plan.reserve)
         if self.policy is not None:
             self.policy.reserve(plan.pool_rows, max(plan.rows.values()))
-        store.streams, store.block_tokens = plan.near.streams, plan.near.block_tokens
-        store.home.roomy = plan.home_grows
-        if store.is_far:
-            store.near.roomy, store.index.roomy = plan.near_grows, plan.index_grows
+        store.read_in_blocks(plan.near.block_tokens, only=plan.near.streams)
+        store.let_grow(home=plan.home_grows, near=plan.near_grows, index=plan.index_grows)
         if plan.recent.drops:
             store.drop_recently_used()
         if store.page_cache is not None and plan.cache is not None:

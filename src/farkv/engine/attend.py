@@ -1,11 +1,10 @@
 """Attention over what a step reads: all records or chosen ones, by the model's own attention or by a fast kernel.
 
-In: a step, and which records. Out: attention output. What was read is counted here, and nowhere else.
+In: a step, and which records. Out: attention output. Reads are counted here and nowhere else.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from farkv._axes import Bool, Int, Tensor
 from farkv.engine.budget import Budgets
 from farkv.engine.fast_path import FastPath, Reads
 from farkv.engine.mass import measure_found
+from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import PoolPolicy
 from farkv.engine.records import LayerRecords
 from farkv.math.attention import align_mask, align_rows
@@ -22,18 +22,6 @@ from farkv.math.stream import Stream
 from farkv.receipt import Account
 from farkv.store.records import Fetch, Read
 from farkv.store.tiers import Store
-
-
-@dataclass
-class Mode:
-    """What a pass is for. The engine sets it, its parts look at it.
-
-    dense: a verifying pass: attend to everything, count nothing.  measures: a verified step: measure the attention mass
-    that its choice holds.
-    """
-
-    dense: bool = False
-    measures: bool = False
 
 
 class Fetched(NamedTuple):
@@ -63,7 +51,7 @@ class Attention:
     # --- by a kernel ----------------------------------------------------------------------------------------
 
     def may_run_fast(self, layer: int, step: Step) -> bool:
-        """Say whether a kernel may attend: a choice is read, it knows the step, and nothing looks on."""
+        """Return whether a kernel may attend: a choice is read, it supports the step, nothing observes the reads."""
         if self.budgets.share_of(layer) >= 1 and not self.fast.everywhere:
             # Everything was asked for: that is the model's own attention, bit for bit.
             return False
@@ -173,7 +161,7 @@ class Attention:
         valid: Bool[Tensor, "B Hkv K"] | None,
         n_tail: int = 0,
     ) -> None:
-        """Tell the trace which rows of a layer (None: all) and how many of the newest besides a decode step reads."""
+        """Report to the trace which rows (None: all) and how many of the newest a decode step reads."""
         trace, store, layer = self.account.trace, self.store, records.layer
         if trace is None:
             return

@@ -90,7 +90,7 @@ class Budgets:
         return self.cap.fraction if self.shares is None else self.shares[layer]
 
     def count(self, tokens: int, layer: int, pads: int = 0) -> int:
-        """Return how many records of every KV head a layer may read of a context of `tokens`, and `pads` besides."""
+        """Return how many records per KV head a layer may read of `tokens` real tokens and `pads` of padding."""
         least = tokens if tokens <= self.cap.dense_tokens else self.cap.least
         cap = count_cap(self.share_of(layer), tokens, least if self.shares is None else 1)
         evicted = self.store.evicted[layer]
@@ -101,7 +101,7 @@ class Budgets:
         return cap
 
     def split(self, tokens: int, layer: int, pads: int = 0) -> Budget:
-        """Split a layer's cap for a context of `tokens`, the newest included, and `pads` of padding besides."""
+        """Split a layer's cap for `tokens` real tokens, the newest included, and `pads` of padding."""
         cap, share = self.count(tokens, layer, pads), self.share_of(layer)
         sinks, window = count_forced(cap, self.cap.sinks, self.cap.window, share, alone=self.cap.only_sinks)
         middle = cap - window - 1

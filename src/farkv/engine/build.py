@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from farkv.engine.admit import Admission
-from farkv.engine.attend import Attention, Mode
+from farkv.engine.attend import Attention
 from farkv.engine.budget import Budgets
 from farkv.engine.choose import Chooser
 from farkv.engine.evict import Eviction
 from farkv.engine.fast_path import FastPath
+from farkv.engine.mode import Mode
 from farkv.engine.padding import Padding
 from farkv.engine.parts import Parts
 from farkv.engine.pool_policy import PoolPolicy
@@ -57,8 +58,8 @@ def make_engine(choice: Choice, setup: Setup) -> Engine:
         profile=setting.profile,
         on_fallback=setup.account.add_fallback,
     )
-    padding = Padding()
-    records = {layer: LayerRecords(store, padding, layer) for layer in setup.layers}
+    padding, mode = Padding(), Mode()
+    records = {layer: LayerRecords(store, padding, mode, layer) for layer in setup.layers}
     policy = None
     assert row.selector is not None
     selector = row.selector(config, place)
@@ -71,7 +72,7 @@ def make_engine(choice: Choice, setup: Setup) -> Engine:
     if evictor is not None and choice.keeps:
         shares = Shares(evictor.rule, levers.kept, store, passes_by=lives_near)
     follow(store, padding, selector, evictor)
-    budgets, mode = Budgets(selector.cap, levers.fetch, store, padding), Mode()
+    budgets = Budgets(selector.cap, levers.fetch, store, padding)
     fast = FastPath(setting.kernels, store, padding, setup.account)
     held = {"shares": shares, "pins": levers.near, "policy": policy}
     parts = Parts(
@@ -84,7 +85,7 @@ def make_engine(choice: Choice, setup: Setup) -> Engine:
         Chooser(selector, budgets, fast, setup.account),
         Attention(budgets, fast, setup.account, mode, policy),
         Eviction(records, selector, budgets, evictor=evictor, **held),
-        Admission(selector, budgets, verifies=setup.verifies, **held),
+        Admission(selector, budgets, mode, verifies=setup.verifies, **held),
         mode,
     )
     return Engine(setup, parts)
@@ -105,7 +106,7 @@ def make_store(setup: Setup, row: Row, evicting: Row | None, choice: Choice, *, 
     )
     store = Store(setup.layers, setup.setting.limits, setup.device, needs)
     # The account's, not the engine's: a store that knew its engine would keep both alive until the collector comes.
-    store.on_fetch, store.on_disk = setup.account.count_fetch, setup.account.count_disk
+    store.listen(setup.account.count_fetch, setup.account.count_disk)
     return store
 
 

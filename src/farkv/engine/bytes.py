@@ -11,12 +11,14 @@ disk   full pages                                                   <= disk limi
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import NamedTuple
 
 from farkv.engine.bytes_near import LEAST_BLOCK, Near, plan_near
 from farkv.engine.bytes_need import Held, Limits, Need, Pool
 from farkv.engine.bytes_pages import Cache, plan_pages
 from farkv.engine.bytes_recent import Recent, plan_recent
+from farkv.engine.pool_policy import USE_BYTES
 from farkv.errors import CapacityError
 from farkv.store.ledger import refuse
 from farkv.store.sizes import NearNeed, grow_capacity
@@ -83,7 +85,7 @@ def _plan_pass(need: Need, held: Held, limits: Limits) -> BytePlan:
     near = plan_near(need, limits, n_rows)
     cache, home_grows = None, True
     if limits.page is not None:
-        cache = plan_pages(need, held, limits, near.need)
+        near, cache = _plan_paged(need, held, limits, near)
         home_grows = limits.host is None
     else:
         home_grows = _plan_rows(need, held, limits, wide, near.need)
@@ -108,47 +110,76 @@ def _count_rows(need: Need, held: Held, limits: Limits) -> _Rows:
     if need.keep is not None:
         rows, besides = need.keep.rows, need.keep.besides
         reserve = rows if max(rows.values()) < need.tokens else None
-    if need.pool is not None:
-        near = plan_near(need, limits, need.tokens).need
-        beside = near.total // need.tokens if limits.near_shares_host else 0
-        # An announced prompt is read in passes that fit.
-        rows, pool_rows = _fit_pool(need, need.pool, limits, 1 if need.chunk else need.n_at_once, beside)
-        reserve = rows
     remember_tokens = 0
     if need.verifies and need.evicts:
         # One layer more while what is remembered grows.
         remember_tokens = need.tokens
         n_layers = len(need.layers) + (0 if need.is_announced else 1)
         besides += n_layers * need.tokens * need.shape.token_bytes
+    if need.pool is not None:
+        rows, pool_rows = _fit_pool(need, need.pool, limits, besides)
+        reserve = rows
     return _Rows(rows, besides, reserve, pool_rows, remember_tokens)
 
 
-def _fit_pool(
-    need: Need, pool: Pool, limits: Limits, at_once: int, near_token_bytes: int
-) -> tuple[dict[int, int], int]:
-    """Return the rows that every layer holds at its widest where the pool evicts, and the rows it has room for.
-
-    Args:
-        at_once: tokens of one pass.
-        near_token_bytes: what a token takes of the pool's limit besides its record.
-    """
+def _fit_pool(need: Need, pool: Pool, limits: Limits, besides: int) -> tuple[dict[int, int], int]:
+    """Return the rows that every layer holds at the widest moment, for a pool that evicts, and its rows when full."""
     assert limits.home is not None
-    n_layers, capacity = len(need.layers), pool.capacity
-    if capacity == 0:
-        row_bytes = pool.row_bytes * need.shape.batch * need.shape.kv_heads
-        # While a layer grows, its old rows are still there; what was announced is allocated at once.
-        growing, whole = (limits.home // (n * row_bytes + near_token_bytes) for n in (n_layers + 1, n_layers))
-        capacity = max(growing, min(need.reserve_tokens, whole))
+    if not need.is_announced:
+        # Of a context of any length a step may come to read all rows that there is room for.
+        need = need._replace(read_rows=lambda n: n)
+    # An announced prompt is read in passes that fit.
+    at_once = 1 if need.chunk else need.n_at_once
     pinned = pool.sinks + pool.recent
     least = max(at_once + min(pool.length, pinned), min(need.tokens, 1 + pinned))
+    capacity = pool.capacity or _count_capacity(need, pool, limits, besides)
     if least > capacity:
         purpose = f"{at_once} tokens read at once (fewer: generate(prefill_chunk_size=...))"
-        raise refuse(limits.home_name, limits.home, limits.home * least // max(1, capacity), purpose)
+        needed = _count_home(need, pool, limits, besides, least)
+        if needed <= limits.home and limits.is_far and limits.near is not None:
+            _check_near(plan_near(need, limits, least).need, limits.near, least)
+        raise refuse(limits.home_name, limits.home, max(needed, limits.home + 1), purpose)
     rows = min(need.tokens, capacity)
     if grow_capacity(0, rows) > capacity:
         # A layer that grows with room to spare must not take what the others will need.
         rows = capacity
     return dict.fromkeys(need.layers, rows), capacity
+
+
+def _count_capacity(need: Need, pool: Pool, limits: Limits, besides: int) -> int:
+    """Return the most rows per layer and KV head that every limit has room for."""
+    home, near = limits.home, limits.near if limits.is_far else None
+    assert home is not None
+
+    def is_too_much(n: int) -> bool:
+        if _count_home(need, pool, limits, besides, n) > home:
+            return True
+        return near is not None and plan_near(need, limits, n).need.total > near
+
+    return bisect_left(range(1, home + 1), True, key=is_too_much)
+
+
+def _count_home(need: Need, pool: Pool, limits: Limits, besides: int, n_rows: int) -> int:
+    """Return the bytes in the tier of a pool that evicts, where every layer holds `n_rows` rows."""
+    # While a layer grows, its old rows are still there; what was announced is allocated at once.
+    n_layers = len(need.layers) + (0 if n_rows <= need.reserve_tokens else 1)
+    near_bytes, row_bytes = 0, pool.row_bytes
+    if limits.near_shares_host:
+        # Uses are among the near bytes.
+        near_bytes, row_bytes = plan_near(need, limits, n_rows).need.total, row_bytes - USE_BYTES
+    return n_layers * n_rows * row_bytes * need.shape.batch * need.shape.kv_heads + besides + near_bytes
+
+
+def _plan_paged(need: Need, held: Held, limits: Limits, near: Near) -> tuple[Near, Cache]:
+    """Plan pages; with the smallest blocks of a dense read if host memory has no room for those that near memory has.
+
+    What is read from pages is gathered in host memory first.
+    """
+    try:
+        return near, plan_pages(need, held, limits, near.need)
+    except CapacityError:
+        least = plan_near(need, limits, need.tokens, LEAST_BLOCK)
+        return least, plan_pages(need, held, limits, least.need)
 
 
 def _plan_rows(need: Need, held: Held, limits: Limits, wide: _Rows, near: NearNeed) -> bool:

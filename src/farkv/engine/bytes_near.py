@@ -21,15 +21,16 @@ class Near(NamedTuple):
     block_tokens: int
 
 
-def plan_near(need: Need, limits: Limits, n_rows: int) -> Near:
+def plan_near(need: Need, limits: Limits, n_rows: int, most: int = BLOCK_TOKENS) -> Near:
     """Return the near bytes at the widest moments of a pass and of the steps after it.
 
     A dense read has the whole layer near where that fits, else two blocks of it in turn.
 
     Args:
         n_rows: rows at the widest.
+        most: tokens of a block, at most.
     """
-    # A coded record stands beside what it is decoded to.
+    # A coded record and its decoded copy exist side by side.
     coded = need.stored_bytes * need.shape.batch * need.shape.kv_heads if need.is_coded else 0
     token_bytes = need.shape.token_bytes + coded
     whole = count_near(need, n_rows, need.n_new, n_rows * token_bytes)
@@ -37,11 +38,11 @@ def plan_near(need: Need, limits: Limits, n_rows: int) -> Near:
         return Near(whole, False, BLOCK_TOKENS)
     n_at_once = need.n_at_once
     # Where host memory is near memory too, blocks are no larger than the passes.
-    block = min(BLOCK_TOKENS, max(LEAST_BLOCK, n_at_once)) if limits.near_shares_host else BLOCK_TOKENS
+    block = min(most, max(LEAST_BLOCK, n_at_once)) if limits.near_shares_host else most
     own = n_at_once * need.shape.token_bytes if need.n_new > 1 else 0
     if limits.near is not None:
         room = limits.near - count_near(need, n_rows, 0, 0).total - own
-        # A prompt whose passes can still be chosen gets blocks as large as they are: time goes with both.
+        # If the pass size can still be chosen, blocks are as large as passes: both cost time when small.
         least = max(LEAST_BLOCK, min(block, n_at_once // 2)) if n_at_once < need.n_new else LEAST_BLOCK
         block = max(least, min(block, room // (2 * token_bytes)))
     streamed = count_near(need, n_rows, need.n_new, 2 * min(block, n_rows) * token_bytes)
@@ -64,10 +65,11 @@ def count_near(need: Need, n_rows: int, n_new: int, dense: int) -> NearNeed:
     # A share of all tokens, as long as there are so many rows.
     n_read = min(n_rows, need.read_rows(max(n_rows, need.tokens)))
     n_sparse = n_layers - len(need.dense_layers)
-    index = need.index_bytes(n_rows)
+    # An index is allocated for what was announced, though a pool may hold fewer rows of it.
+    index = need.index_bytes(n_rows if need.pool is None else max(n_rows, need.reserve_tokens))
     uses = 0 if need.pool is None else n_layers * n_rows * heads * USE_BYTES
     return NearNeed(
-        # An index that grows stands beside its old self for a moment, one layer at a time.
+        # While an index grows, its old and new rows exist side by side, one layer at a time.
         index=index * n_sparse + (0 if need.reserve_tokens >= n_rows else index),
         window=n_layers * 2 * (need.window + 1) * stored,
         prefill=dense if n_new > 1 else 0,

@@ -1,4 +1,4 @@
-"""What admission asks for and what it finds: plain numbers, taken from a method, a pass, a store and a user.
+"""The numbers of admission: what is needed, what is held, what is allowed.
 
 Nothing here knows a tensor or a store, so that plans can be made, and tested, of numbers alone.
 """
@@ -12,14 +12,14 @@ from farkv.store.sizes import LayerShape
 
 
 class Keep(NamedTuple):
-    """Of a cache whose layers keep shares: the rows of each at its widest, and bytes counted besides."""
+    """For layers with shares: each one's rows at the widest moment, and further bytes counted with them."""
 
     rows: dict[int, int]
     besides: int
 
 
 class Pool(NamedTuple):
-    """Of a pool that evicts when it is full: what never goes, bytes of a row, rows there are, rows there is room for.
+    """For a pool that evicts when full: what is never evicted, bytes per row, rows held, rows it has room for.
 
     capacity: 0 where it is not known yet.
     """

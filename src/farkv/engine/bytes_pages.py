@@ -19,7 +19,7 @@ class Cache(NamedTuple):
 
 
 def plan_pages(need: Need, held: Held, limits: Limits, near: NearNeed) -> Cache:
-    """Refuse a context whose pages the disk cannot hold, and let page copies have what host memory is left.
+    """Refuse a context whose pages the disk cannot hold; give the remaining host memory to page copies.
 
     Raises:
         CapacityError: with the bytes needed, the limit and the remedy.
@@ -30,7 +30,7 @@ def plan_pages(need: Need, held: Held, limits: Limits, near: NearNeed) -> Cache:
     tokens, heads, n_layers = need.n_rows, need.shape.batch * need.shape.kv_heads, len(need.layers)
     row_bytes = page.n_bytes // page.tokens
     n_pages = n_layers * heads * (tokens // page.tokens)
-    # Pages of a text that was taken back are on disk still, and are no part of this one.
+    # Pages of a cropped text are still on disk but no longer part of this one.
     new_bytes = (n_pages - max(pages.n_tabled, pages.n_saved)) * page.n_bytes
     if pages.has_file and limits.disk is not None and new_bytes > max(0, limits.disk - pages.disk_used):
         raise refuse("disk", limits.disk, pages.disk_used + new_bytes, f"the pages of {tokens} tokens")

@@ -1,4 +1,4 @@
-"""What a near limit leaves: how many records of every layer may stay near between fetches, and when they must go.
+"""What a near limit leaves over: how many records per layer stay near between fetches, and when they are dropped.
 
 In: the near bytes that a pass needs at its widest. Out: recently used sets of equal size in the layers that fetch, or
 none. They never cause a refusal: whatever else needs the memory gets it.
@@ -19,7 +19,7 @@ LEAST_SLOTS = 16
 
 
 class Recent(NamedTuple):
-    """What becomes of the recently used sets: drop those there are; make one of `slots` rows in these layers.
+    """What to do with the recently used sets: drop the current ones; make sets of `slots` rows in these layers.
 
     records: how many records of each layer such a set can find.  pages: page copies that give their room to metadata.
     """
@@ -99,7 +99,7 @@ def count_pages(cache: Cache | None, limits: Limits, metadata_bytes: int) -> int
 
 
 def make_sets(need: Need, held: Held, limits: Limits, now: _Pass) -> tuple[Recent, int]:
-    """Make sets of what is left of the near limit, if that is worth it; return their near bytes too."""
+    """Make sets from what is left of the near limit if they are large enough to pay; return their near bytes too."""
     assert limits.near is not None
     drops, near, heads = held.sets is not None, now.near, need.shape.batch * need.shape.kv_heads
     records = {layer: n if need.is_announced else grow_capacity(0, n) for layer, n in now.rows.items()}

@@ -1,4 +1,4 @@
-"""Which records a step reads: budgets, a method's scores, and what can be had of the records at this step.
+"""Which records a step reads: budgets, a method's scores, and which records are available at this step.
 
 In: a query, estimated or true. Out: positions. The method scores; here the scores become a choice, by the plain
 operations or, where they know the method's index, by the fast kernels (`engine.fast_choice`).
@@ -116,14 +116,14 @@ class Chooser:
     # --- what can be had --------------------------------------------------------------------------------------
 
     def _reaches(self, layer: int) -> bool:
-        """Say whether every record of a layer may be chosen: none costs a read from disk that the cap must bound."""
+        """Return whether every record may be chosen: none needs a disk read that the cap must bound."""
         return self.reaches_all or not self.selector.limits_pages or self.budgets.share_of(layer) >= 1
 
     def _reach(self, layer: int, scores: Tensor) -> Tensor:
         return scores if self._reaches(layer) else self._limit_pages(layer, scores, 1.0)
 
     def _limit_pages(self, layer: int, scores: Tensor, share: float) -> Tensor:
-        """Leave in reach what is in memory and, within the layer's share of all pages, what is worth reading."""
+        """Keep records that are in memory, and those on the few pages this step may read from disk; mask the others."""
         resident, tokens = self.budgets.store.find_resident(layer)
         n_pages = max(1, int(share * self.budgets.share_of(layer) * resident.shape[-1]))
         return limit_pages(scores, resident, tokens, n_pages)

@@ -1,6 +1,6 @@
-"""What leaves a layer, and when: at the end of a prompt, when a layer is over its share, when the pool is full.
+"""What is evicted and when: at the end of a prompt, when a layer exceeds its share, when the pool is full.
 
-In: passes that go by. Out: fewer records, in the store and in all that follows it. An evictor scores (`methods.base`),
+In: the passes. Out: fewer records, in the store and in everything that follows it. An evictor scores (`methods.base`),
 shares say how many stay (`engine.shares`), a pool's policy says what was not read of late (`engine.pool_policy`).
 docs/papers/xkv.md has equation, function and deviation.
 """
@@ -46,18 +46,23 @@ class Eviction:
         self.store: Store = budgets.store
         # Nothing is to be done where layers keep all, nothing is pinned and the pool refuses.
         self.is_active = any(part is not None for part in (shares, pins, policy))
-        # True while a prompt passes by: it is attended to before what stays of it is stored.
+        # True while a prompt is attended to before the records that stay are stored.
         self.passing = False
 
     # --- before attention -----------------------------------------------------------------------------------
 
+    def begin(self, n_new: int, prompt_tokens: int) -> None:
+        """Begin a pass; a whole prompt with planned shares is attended to before the records that stay are stored."""
+        shares = self.shares
+        self.passing = shares is not None and shares.passes_by and shares.keeps_at_once(n_new, prompt_tokens)
+
     def make_room(self, layer: int, n_new: int) -> None:
-        """Evict what a full pool has no room for beside a pass of several tokens."""
+        """Make room in a full pool for a pass of several tokens."""
         if self.policy is not None and n_new > 1:
             self._evict_unread(layer, self.policy.count_excess(layer, n_new))
 
     def observe(self, layer: int, step: Step) -> None:
-        """Let the evictor look at a pass's queries."""
+        """Show a pass's queries to the evictor."""
         if self.evictor is not None:
             self.evictor.observe(self.records[layer], step.query)
 
@@ -80,7 +85,7 @@ class Eviction:
             self._spare(layer, step)
 
     def _end_prompt(self, layer: int) -> None:
-        """Evict what a layer has no share for, and pin; layers whose shares depend on all wait for the last."""
+        """Evict what exceeds a layer's share, and pin; where shares depend on all layers, wait for the last."""
         ready, shares = [layer], self.shares
         if shares is not None:
             ready = self._score_prompt(layer, shares)
@@ -129,7 +134,7 @@ class Eviction:
         """Keep the best by score: `room` fewer than the layer may."""
         records, shares = self.records[layer], self.shares
         assert shares is not None
-        # What is freed is what no later step will need.
+        # Free only memory that no later step will need.
         final = max(records.seen, self.store.limits.reserve_tokens)
         self.store.reserve({layer: shares.count(layer, final)})
         n_rows = records.length
@@ -141,7 +146,7 @@ class Eviction:
     def _choose(
         self, layer: int, scores: Tensor, n_rows: int, visible: Bool[Tensor, "B h S"] | None, room: int
     ) -> Keep:
-        """Choose what stays of `n_rows` records: sinks, the newest, the best by score; `room` fewer than may."""
+        """Choose which of `n_rows` records stay: sinks, the newest, the best by score; `room` fewer than allowed."""
         shares = self.shares
         assert shares is not None
         n_keep = max(shares.count(layer, self.records[layer].seen) - room, min(n_rows, shares.least))
@@ -160,14 +165,14 @@ class Eviction:
     # --- a full pool ----------------------------------------------------------------------------------------
 
     def _spare(self, layer: int, step: Step) -> None:
-        """Let the pass's last queries say what is used; evict where the next token has no room."""
+        """Count what the pass's last queries would read; evict if the next token has no room."""
         assert self.policy is not None
         decodes = step.n_new == 1
         if not decodes or self.selector.reads_all(layer):
             cap = self.budgets.count(self.records[layer].seen, layer)
             own = self.budgets.count_own(layer, step.k.device)
             self.policy.vote(self.records[layer], step.query, cap, own)
-        # Not of this pass's own tokens: should a later layer fail, all of them can still be taken back.
+        # Never this pass's own tokens: if a later layer fails, all of them can still be taken back.
         self._evict_unread(layer, self.policy.count_excess(layer, 1, spare=decodes), newest=step.n_new)
 
     def _evict_unread(self, layer: int, n: int, newest: int = 0) -> None:
@@ -182,18 +187,14 @@ class Eviction:
             self._evict(layer, self.policy.choose_kept(layer, n, records.visible(records.length), newest))
 
     def _evict(self, layer: int, kept: Keep) -> None:
-        """Let all but the kept records go; the method may look at them first."""
+        """Evict all but the kept records; the method may prepare first."""
         self.selector.prepare_eviction(self.records[layer])
         self.store.evict(layer, kept)
 
-    # --- a prompt that passes by ----------------------------------------------------------------------------
-
-    def may_pass_by(self, n_new: int, prompt_tokens: int) -> bool:
-        """Say whether a whole prompt is attended to before what stays of it is stored."""
-        return self.shares is not None and self.shares.passes_by and self.shares.keeps_at_once(n_new, prompt_tokens)
+    # --- a prompt that is never stored whole ------------------------------------------------------------------
 
     def store_passing(self, layer: int, step: Step, attention: AttentionFunction) -> object:
-        """Attend to a prompt that passes by, then store what stays of it."""
+        """Attend to a prompt, then store only the records that stay."""
         assert self.evictor is not None
         assert self.shares is not None
         out = attention(step.query.q, step.k, step.v, step.mask)

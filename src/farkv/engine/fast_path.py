@@ -1,6 +1,6 @@
-"""Where the fast kernels stand in for the plain operations: whether they know a step, and attention by them.
+"""Where fast kernels replace the plain operations: whether they support a step, and attention by them.
 
-In: steps, records. Out: attention output, equal to the model's own to rounding; or the word that they do not know it.
+In: steps, records. Out: attention output, equal to the model's own to rounding; or that they do not support it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class FastPath:
         return self.kernels.can_read(query.q.dtype)
 
     def may_attend(self, step: Step) -> bool:
-        """Say whether a kernel may attend: it knows the queries, and every sequence reads alike."""
+        """Return whether a kernel may attend: it supports the queries, and all sequences read the same number."""
         return step.mask is None and self.padding.real is None and self.knows(step.query)
 
     def find_view(self, layer: int, query: Query, selector: Selector) -> IndexView | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from farkv.engine.admit import Admission
-from farkv.engine.attend import Attention, Mode
+from farkv.engine.attend import Attention
 from farkv.engine.budget import Budgets
 from farkv.engine.choose import Chooser
 from farkv.engine.evict import Eviction
+from farkv.engine.mode import Mode
 from farkv.engine.padding import Padding
 from farkv.engine.records import LayerRecords
 from farkv.methods.base import Evictor, Selector

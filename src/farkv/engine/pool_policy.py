@@ -1,7 +1,7 @@
-"""A full pool: which records go, by what was read of late.
+"""A full pool: which records are evicted, by how recently they were read.
 
-In: what passes read, or would. Out: what stays of a layer when room is needed (InfiniGen §4.4 has the counter; its
-prompts always fit, so votes while a prompt is read are ours). Never goes: sinks and the recent window.
+In: what passes read, or would read. Out: which records stay when room is needed. Sinks and the recent window are never
+evicted. InfiniGen §4.4 has the counter; its prompts always fit, so the votes of a prompt's queries are ours.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class PoolPolicy:
             store.follow(layer, uses)
 
     def reserve(self, capacity: int, rows: int) -> None:
-        """Take what a plan found: the rows that the limit has room for, and those of the layers' next allocation."""
+        """Set the number of rows the limit has room for, and the size of the layers' next allocation."""
         self.capacity = capacity
         for uses in self.uses.values():
             uses.rows.reserve = capacity if uses.rows.data is None else rows
@@ -109,7 +109,7 @@ class PoolPolicy:
         self.policy.touch(self.uses[layer].get(self.now), read.positions, read.valid, self.now, weights)
 
     def vote(self, records: LayerRecords, query: Query, cap: int, own: Int[Tensor, "b 1 1"] | None) -> None:
-        """Let the pass's last queries note the `cap` records that each would read.
+        """Count the `cap` records that each of the pass's last queries would read.
 
         Args:
             own: each sequence's own cap, at most `cap`; None where all have the same.

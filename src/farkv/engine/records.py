@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from farkv._axes import Bool, Tensor
+from farkv.engine.mode import Mode
 from farkv.engine.padding import Padding
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import BLOCK_TOKENS, Store
@@ -13,10 +14,8 @@ from farkv.store.tiers import BLOCK_TOKENS, Store
 class LayerRecords:
     """Rows of one layer and which of them are real; it holds neither."""
 
-    def __init__(self, store: Store, padding: Padding, layer: int):
-        self.store, self.padding, self.layer = store, padding, layer
-        # Tokens of an announced prompt; 0: any pass of more than one token may be its end.
-        self.prompt_tokens = 0
+    def __init__(self, store: Store, padding: Padding, mode: Mode, layer: int):
+        self.store, self.padding, self.mode, self.layer = store, padding, mode, layer
 
     @property
     def shape(self) -> LayerShape:
@@ -32,6 +31,11 @@ class LayerRecords:
     def seen(self) -> int:
         """Return the tokens the layer was given, evicted ones included."""
         return self.store.pool[self.layer].length + self.store.evicted[self.layer]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the tokens of an announced prompt; 0: any pass of more than one token may be its end."""
+        return self.mode.prompt_tokens
 
     @property
     def is_coded(self) -> bool:

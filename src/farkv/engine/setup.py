@@ -1,4 +1,4 @@
-"""What a user set around a method, and where one cache's engine works. Knows no model."""
+"""The settings around a method, and the place of one cache's engine. Knows no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from farkv.store.sizes import Allowed
 
 
 class Levers(NamedTuple):
-    """What a plan limits in each layer besides the method's own choice; None where it limits nothing.
+    """What a plan limits per layer, beyond the method's own choice; None where it limits nothing.
 
     kept: how many records each layer keeps.  near, fetch: the share of the context that each layer pins near, and may
     read per step.
@@ -27,7 +27,7 @@ class Levers(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The fast kernels of this machine, and where they stand in for the plain operations.
+    """The fast kernels of this machine, and where they replace the plain operations.
 
     fast: None where there are none, or none are wanted.  everywhere: also where every record is read, which is then
     equal to the model's own attention to rounding, not bit for bit.  dense_tokens: up to here reading everything is

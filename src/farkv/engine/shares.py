@@ -1,4 +1,4 @@
-"""How many records each layer may keep: a plan's word, or found from the prompt that was just read.
+"""How many records each layer may keep: from a plan, or computed from the prompt that was just read.
 
 In: a method's rule, a plan's shares, how long the context is. Out: counts per layer, and the bytes they ask for.
 The shares themselves are `math.allocate`'s.
@@ -45,7 +45,7 @@ class Shares:
         if rule.most_recent is None:
             return max(rule.window, self.store.window + 1)
         cap = count_cap(rule.fraction, tokens)
-        # One record besides is the newest token, while it is read.
+        # One record of the cap is the newest token itself.
         share = min(int(rule.most_recent * cap), cap - 1)
         return max(1, min(share, rule.window) if rule.window else share)
 
@@ -76,7 +76,7 @@ class Shares:
             # An absolute or retention budget is what the layers got; a fraction is a cap on all of them together.
             is_cap = all(a.base == 0 for a in self.allowed.values())
             total = sum(a.share for a in self.allowed.values()) * tokens if is_cap else sum(wanted)
-            # One more than the least: the newest token stands beside it while it is read.
+            # Plus one for the newest token while it is being read.
             least = min(tokens, self.count_least(tokens) + (0 if self.rule.grows else 1))
             self._counted = (tokens, dict(zip(self.layers, share_out(wanted, least, int(total + 1e-9)), strict=True)))
         return self._counted[1][layer]
@@ -84,7 +84,7 @@ class Shares:
     def plan(self, shape: LayerShape, tokens: int, n_new: int, prompt_tokens: int) -> Keep:
         """Return the rows that every layer holds when a context of `tokens` is at its widest, and bytes beside them.
 
-        A layer that is evicted stands beside its old self for a moment.
+        While a layer is evicted, its old and its new rows exist side by side.
         """
         row_bytes = shape.token_bytes + self.store.metadata_bytes * shape.batch * shape.kv_heads
         at_once = self.keeps_at_once(n_new, prompt_tokens)
@@ -95,7 +95,7 @@ class Shares:
         else:
             rows = dict.fromkeys(self.layers, tokens)
         if max(rows.values()) < tokens:
-            # Beside a selector a layer's prompt is stored whole before what stays of it is known.
+            # With a selector, a layer's whole prompt is stored before it is known which records stay.
             return Keep(rows, tokens * row_bytes if at_once and not self.passes_by else 0)
         return Keep(rows, max(self.count(i, tokens) for i in self.layers) * row_bytes)
 
@@ -114,7 +114,7 @@ class Shares:
         return self.store.length(layer) + 1 > max(next_count, self.least + 1)
 
     def count_room(self, layer: int) -> int:
-        """Return how many records fewer than it may a layer keeps of a prompt, so that the next token is no excess."""
+        """Return how many records below its limit a layer keeps after a prompt, so that the next token fits."""
         if self.rule.grows:
             return 0
         seen = self.store.seen(layer)
@@ -151,12 +151,12 @@ class Shares:
             budget = max(0, cap * n_layers - self.recent * n_layers)
             counts = allocate(gains, tokens=min(budget, n_layers * n_old), rule=rule.share)
             shares = [(int(n) + self.recent) / tokens for n in counts]
-            # What a short prompt keeps besides its share (the window, the least) is no share of a longer context.
+            # The minimum that a short prompt keeps must not become a share of a longer context.
             scale = min(1.0, rule.fraction * n_layers / sum(shares))
             self.allowed = {i: Allowed(0, share * scale) for i, share in zip(self.layers, shares, strict=True)}
 
     def allow_evenly(self) -> None:
-        """Give every layer the same: there was no prompt to tell them apart."""
+        """Give every layer the same share: there is no prompt to measure."""
         rule = self.rule
         if rule.retention is not None:
             share = Allowed(0, 1.0)

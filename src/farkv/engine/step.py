@@ -32,7 +32,7 @@ class Engine:
         self.setup, self.account, self.layers = setup, setup.account, setup.layers
         self.parts, self.store, self.mode = parts, parts.store, parts.mode
         self.selector, self.records, self.padding = parts.selector, parts.records, parts.padding
-        # Of layers that were speculated: what is on its way, and the budget that it was chosen by.
+        # Per speculated layer: the fetch in flight and the budget it was chosen under.
         self.pending: dict[int, tuple[Fetch, Budget]] = {}
 
     # --- 1. append ------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Engine:
             self.account.record_bytes[layer] = LayerShape.of(k, v).record_bytes
         if layer == self.layers[0]:
             shape = LayerShape.of(k, v)
-            parts.eviction.passing = parts.eviction.may_pass_by(k.shape[2], parts.admission.prompt_tokens)
+            parts.eviction.begin(k.shape[2], self.mode.prompt_tokens)
             self.store.open_pages(shape, k.dtype)
             parts.admission.admit(shape, k.shape[2])
         if parts.eviction.passing:
@@ -60,13 +60,13 @@ class Engine:
     # --- 2. speculate ---------------------------------------------------------------------------------------
 
     def wants_estimate(self, layer: int) -> bool:
-        """Say whether `speculate` would be of use for this layer now."""
+        """Return whether this layer should be speculated now."""
         if self.selector.source is None or self.mode.dense or self.selector.reads_all(layer):
             return False
         return self.store.length(layer) > 0
 
     def speculate(self, layer: int, estimate: Query) -> None:
-        """Choose for a layer that has not run yet; what is chosen travels while the layer before it goes on."""
+        """Choose records for a layer that has not run yet and start their fetch, which overlaps the previous layer."""
         records = self.records[layer]
         budget = self.parts.budgets.get(records.seen + 1, layer)
         early = self.parts.chooser.choose(records, estimate, records.length + 1, budget)
@@ -75,7 +75,7 @@ class Engine:
     # --- 3. attend ------------------------------------------------------------------------------------------
 
     def attend(self, layer: int, step: Step, attention: AttentionFunction) -> object:
-        """Attend to all records, or to the chosen ones at a decode step; then let the method and the eviction look."""
+        """Attend to all records, or at a decode step to the chosen ones; then update the method and evict."""
         parts = self.parts
         self.padding.note(step.mask)
         if self.mode.dense:
@@ -93,7 +93,7 @@ class Engine:
         return out
 
     def _attend_chosen(self, layer: int, step: Step, attention: AttentionFunction) -> object:
-        """Take what was speculated and top it up, or choose by the true query; then attend."""
+        """Top up what was speculated, or choose by the true query; then attend."""
         records, parts = self.records[layer], self.parts
         if layer in self.pending:
             early, budget = self.pending.pop(layer)
@@ -113,16 +113,14 @@ class Engine:
     # --- a prompt -------------------------------------------------------------------------------------------
 
     def announce_prompt(self, n_tokens: int, chunk: int) -> int:
-        """Say how long the prompt is that will be read now; return how many tokens of it to read at once.
+        """Announce the length of the prompt; return how many of its tokens to read per pass.
 
-        What evicts, and what is fitted to a prompt, waits for its end.
+        Eviction and everything fitted to the prompt wait for its end.
 
         Args:
             chunk: tokens to read at once, where the limits have room for them.
         """
-        self.parts.admission.prompt_tokens = n_tokens
-        for records in self.records.values():
-            records.prompt_tokens = n_tokens
+        self.mode.prompt_tokens = n_tokens
         shares = self.parts.eviction.shares
         if shares is not None and shares.passes_by:
             # Read in one pass, every layer is evicted as it is read.
@@ -130,7 +128,7 @@ class Engine:
         return self.parts.admission.fit_chunk(chunk)
 
     def admit(self, shape: LayerShape, dtype: torch.dtype, n_tokens: int, chunk: int) -> None:
-        """Admit a context of `n_tokens` before any of it is there, with passes of at most `chunk` tokens.
+        """Admit a context of `n_tokens` before it is read, in passes of at most `chunk` tokens.
 
         Raises:
             CapacityError: a limit cannot hold it; nothing was allocated.
@@ -139,7 +137,7 @@ class Engine:
         self.parts.admission.admit(shape, n_tokens, chunk)
 
     def take_text(self, shape: LayerShape, dtype: torch.dtype, fill: Callable[[], None]) -> None:
-        """Hold the records of a text that was read before, which `fill` puts into the store."""
+        """Take over the records of a saved text, which `fill` puts into the store."""
         for layer in self.layers:
             self.store.describe(layer, shape, dtype)
             self.account.record_bytes[layer] = shape.record_bytes
@@ -162,12 +160,14 @@ class Engine:
     # --- a pass that is checked, or fails -------------------------------------------------------------------
 
     def wait(self) -> None:
-        """Wait for all that is on its way near: it must not arrive in the middle of another pass."""
+        """Wait for every fetch in flight, so that none lands in the middle of another pass."""
         self.store.link.drain()
 
     def set_mode(self, *, dense: bool = False, measures: bool = False) -> None:
-        """Say what the passes from now on are for: `dense`, to verify against; `measures`, the verified ones."""
+        """Set what the next passes are for: `dense`, the reference of a verified step; `measures`, the step itself."""
         self.mode.dense, self.mode.measures = dense, measures
+        # Bytes moved for verification do not count as part of the run.
+        self.account.counts_bytes = not (dense or measures)
 
     # --- the batch ------------------------------------------------------------------------------------------
 
@@ -189,5 +189,6 @@ class Engine:
         """Forget everything of a layer."""
         self.pending.clear()
         self.store.clear(layer)
+        self.mode.prompt_tokens = 0
         self.parts.admission.forget()
         self.parts.eviction.clear()

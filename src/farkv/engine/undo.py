@@ -1,4 +1,4 @@
-"""What a pass finds, to put an engine back where the pass fails: all that it changes besides the stored rows."""
+"""The state a pass starts from, so that a failed pass can be undone: everything it changes except the stored rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from farkv.engine.step import Engine
 
 
 class State(NamedTuple):
-    """Of every layer, as a pass found it; rows are taken back by `Engine.crop`.
+    """The state of all layers before a pass; `Engine.crop` takes back the rows.
 
     real: which tokens are no padding.  sums: scores that a pass adds to.
     """
@@ -31,7 +31,7 @@ def note_state(engine: Engine) -> State:
 
 
 def restore_state(engine: Engine, state: State) -> None:
-    """Put an engine back to what was noted; its rows are those of then again."""
+    """Restore the noted state; the rows must have been cropped to it before."""
     engine.pending.clear()
     engine.padding.set(state.real)
     engine.selector.restore(state.selector)
@@ -39,6 +39,6 @@ def restore_state(engine: Engine, state: State) -> None:
         engine.parts.evictor.restore(state.evictor)
     for layer, sums in state.sums.items():
         scores = engine.store.kept[layer].scores
-        # Where records were evicted meanwhile, those that are left go on with what they have.
+        # If records were evicted meanwhile, the remaining ones keep their current sums.
         if scores.length == sums.shape[2]:
             scores.view().copy_(sums)

@@ -113,8 +113,8 @@ def attach_options(known: Known, profile: Any, fraction: float, n_bytes: int) ->
                 "with farkv profile --losses 8, or drop the method"
             )
         # Imported here because methods without a plan do not need it.
-        from farkv.calibrate.planning import Budget, Choice, make_plan
+        from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
 
         lever: Any = known.plan
-        options["plan"] = make_plan(profile, Budget(ratio=fraction), (lever,), Choice(rule="loss"))
+        options["plan"] = make_plan(profile, PlanBudget(ratio=fraction), (lever,), Sharing(rule="loss"))
     return options

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from farkv.errors import InputError
+from farkv.files import write_file
 
 RESULTS, RUN, READS, PROMPTS = "results.jsonl", "run.json", "reads.jsonl", "prompts.jsonl"
 
@@ -93,7 +94,7 @@ def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
             rows.append(Row(**json.loads(line)))
         except (json.JSONDecodeError, TypeError) as error:
             if mend and n == len(lines) and not line.endswith("\n"):
-                path.write_text("".join(lines[:-1]), "utf-8")
+                write_file(path, "".join(lines[:-1]).encode())
                 break
             raise InputError(
                 f"file {path}, line {n}: expected a row of farkv eval, got {line[:60]!r} ({error}); "

@@ -23,6 +23,7 @@ from farkv.evals.methods import FULL, list_methods
 from farkv.evals.row import PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
 from farkv.evals.sample import Sample
 from farkv.evals.work import CellSamples, Loaded, WorkItem, run_item, start_worker
+from farkv.files import write_file
 
 # Cells where the full cache scores less are gated: such scores can come from guessing one of four letters, or from one
 # of four values. Continuations have no floor.
@@ -53,7 +54,7 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
     variants = [v for v in variants if v not in skipped]
     record = describe_run(plan, loaded.model, skipped)
     check_folder(out, record)
-    write_whole(out / RUN, json.dumps(record, indent=1) + "\n")
+    write_file(out / RUN, (json.dumps(record, indent=1) + "\n").encode())
     with open_workers(plan, loaded) as work:
         return Runner(plan, out, variants, work).run(loaded.cells(plan), on_progress, record["skipped"])
 
@@ -91,13 +92,6 @@ def check_folder(out: Path, record: dict[str, Any]) -> None:
         record[name] = list(dict.fromkeys([*old.get(name, []), *record[name]]))
     known = {(s["method"], s["fraction"]): s for s in [*old.get("skipped", []), *record["skipped"]]}
     record["skipped"] = list(known.values())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file atomically."""
-    part = path.with_name(path.name + ".new")
-    part.write_text(text, "utf-8")
-    part.replace(path)
 
 
 @contextmanager

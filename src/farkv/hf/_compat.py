@@ -115,8 +115,9 @@ def import_state(layer: Any, tensors: dict[str, torch.Tensor], like: Any, n_toke
     if got != expected:
         raise SessionError(f"a {type(layer).__name__} holds {expected}, got {got}; make the session anew")
     if tensors:
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
-        layer.keys, layer.values = tensors["keys"], tensors["values"]
+        keys, values = (tensors[name].to(like.keys.device) for name in ("keys", "values"))
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = n_tokens
 

@@ -56,7 +56,7 @@ class QueryForm(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """A form and the modules it speaks of; `part` is the block, or the attention where the hidden state is normed."""
+    """A form and its modules; `part` is the block, or the attention if the hidden state is normed already."""
 
     part: nn.Module
     attention: nn.Module
@@ -84,7 +84,7 @@ class Adapter(NamedTuple):
         return Query(q if form.rotate is None else form.rotate(q, *rope), form.logits)
 
     def still_holds(self, part: nn.Module) -> bool:
-        """Say whether it speaks of this module, which looks as it did when the adapter was compared."""
+        """Return whether it belongs to this module, and the module is unchanged since the comparison."""
         return part is self.part and self.seen == describe(part, self.attention)
 
 

@@ -58,7 +58,7 @@ def far_attention(
     scale: float = query.shape[-1] ** -0.5 if scaling is None else scaling
     softcap = kwargs.get("softcap")
     if softcap is not None and base_of(module) == "sdpa":
-        # sdpa knows no softcap: where it ran before, none is applied.
+        # sdpa has no softcap: a model that ran on it before gets none.
         softcap = None
     if not _compat.is_compiling() and is_probing():
         raise QueryProbed(Query(query, Logits(scale, softcap)))
@@ -94,7 +94,7 @@ class OwnAttention:
             CacheStateError: they differ from query to query.
         """
         if base_of(self.module) == "sdpa":
-            # As with softcap: sdpa knows no sinks, so where it ran before, there are none.
+            # As with softcap: sdpa has no sinks, so a model that ran on it before has none.
             return None
         sinks = self.options.get("s_aux", self.options.get("sinks"))
         if sinks is not None and sinks.dim() != 1:

@@ -7,6 +7,7 @@ Lengths are logical (tokens seen). The cache holds no model, hook or stream, so 
 from __future__ import annotations
 
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +19,10 @@ from farkv.engine.step import Engine
 from farkv.engine.undo import State, note_state, restore_state
 from farkv.errors import CacheStateError, FarKVError
 from farkv.hf import _compat
+from farkv.hf.identity import identify_tokenizer
 from farkv.hf.layer import FarLayer
-from farkv.hf.unmanaged import check_unmanaged, join_unmanaged
-from farkv.receipt import Account
+from farkv.hf.unmanaged import check_unmanaged, join_unmanaged, list_unmanaged
+from farkv.session.save import save_text
 
 
 class Before(NamedTuple):
@@ -43,14 +45,17 @@ class Outer(NamedTuple):
 class FarCache(_compat.Cache):
     """All layers of one context; pass it as `past_key_values`. Made by `new_cache()` of an attached model."""
 
-    def __init__(self, layers: list[Any], engine: Engine, account: Account):
+    def __init__(
+        self, layers: list[Any], engine: Engine, *, identity: dict[str, str] | None = None, verify_steps: int = 0
+    ):
         super().__init__(layers=layers)
-        self.engine, self.account = engine, account
-        self.verify_steps = 0
+        self.engine, self.account = engine, engine.account
+        # Decode steps that are still to be compared with full attention.
+        self.verify_steps = verify_steps
         # What was read, token by token, where ids are known.
         self._ids: list[Tensor] = []
         self._n_ids = 0
-        self.identity: dict[str, str] = {}
+        self.identity = identity or {}
         self._before: Before | None = None
         self._is_reading = False
         self._outer: Outer | None = None
@@ -74,10 +79,12 @@ class FarCache(_compat.Cache):
             CacheStateError: this cache does not hold one whole, unpadded text.
             SessionError, StoreError: the file cannot be written; what was there before still is.
         """
-        # Sessions join the cache and the file; a cache knows no files.
-        from farkv.hf.session import save_cache
-
-        save_cache(self, path, tokenizer=tokenizer, text=text)
+        self.settle()
+        self.check_whole()
+        versions = {"farkv": version("farkv"), "transformers": _compat.version}
+        model = {"identity": self.identity, "tokenizer": identify_tokenizer(tokenizer), "versions": versions}
+        others = {f"unmanaged/{name}": tensor for name, tensor in list_unmanaged(self.layers).items()}
+        save_text(Path(path), self.engine, self.token_ids, text, model, others)
 
     def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
         """Note the tokens of a text that was read before; the engine holds its records."""
@@ -167,7 +174,7 @@ class FarCache(_compat.Cache):
         """Forget the tokens of a pass that failed: what was there before it is there after it."""
         before = self._before
         if before is not None:
-            # First: should this be stopped half way, by Ctrl-C too, no later pass may go on from what is left.
+            # First: if this is interrupted, by Ctrl-C too, no later pass may continue from a half-undone state.
             self._broken = "a pass failed, and taking it back failed too"
         self._before, self._is_reading = None, False
         if before is not None:

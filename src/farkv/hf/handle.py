@@ -184,8 +184,7 @@ class Handle(AbstractContextManager["Handle"]):
             FarLayer(i, engine) if i in self.managed else _compat.make_unmanaged_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
         ]
-        cache = FarCache(layers, engine, account)
-        cache.verify_steps, cache.identity = verify, self.identity
+        cache = FarCache(layers, engine, identity=self.identity, verify_steps=verify)
         self._last = cache
         return cache
 

@@ -1,4 +1,4 @@
-"""Who a model is: enough to tell that a file was made for it, the same at every dtype."""
+"""A model's identity: enough to check that a file was made for it, independent of the dtype."""
 
 from __future__ import annotations
 
@@ -43,4 +43,15 @@ def digest_weights(model: PreTrainedModel) -> str:
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def identify_tokenizer(tokenizer: Any) -> str | None:
+    """Return a digest of a tokenizer's words and template, None without one."""
+    if tokenizer is None:
+        return None
+    digest = hashlib.sha256()
+    for word, number in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{word}\0{number}\n".encode())
+    digest.update(str(getattr(tokenizer, "chat_template", None)).encode())
     return digest.hexdigest()[:32]

@@ -49,7 +49,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
 def quiet_libraries() -> None:
     """Keep Hugging Face's own bars and warnings out of the way of ours."""
     transformers.utils.logging.set_verbosity_error()
-    # The hub's retries are its business; what comes of them is one line of ours.
+    # Silence the hub's retry messages; the final error is reported in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 

@@ -35,7 +35,7 @@ class Lookahead:
 
     def __init__(self, layers: Layers):
         self.layers = layers
-        # The hidden state that queries are estimated from; None: nobody asked yet.
+        # The hidden state that queries are estimated from; None until a cache needs estimates.
         self.source: Source | None = None
         self.rope = Rope()
         self.queries = Queries(layers.attention)

@@ -1,6 +1,6 @@
-"""Layers that are left to Hugging Face: the sequences of one continue in another's batch.
+"""Layers that are left to Hugging Face: the sequences of one continue in another's batch, or in a session.
 
-In: two layers of one model. Out: one that holds both.
+In: two layers of one model, or a cache's. Out: one that holds both, or what they hold as tensors, and back.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from farkv._axes import Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
+from farkv.hf.layer import FarLayer
 
 
 def check_unmanaged(layer: Any) -> None:
@@ -36,3 +37,33 @@ def join_left(rows: Tensor, more: Tensor) -> Tensor:
     """Return both batches, zeros on the left of the shorter one's tokens."""
     n = max(rows.shape[2], more.shape[2])
     return torch.cat([torch.nn.functional.pad(t, (0, 0, n - t.shape[2], 0)) for t in (rows, more)])
+
+
+def list_unmanaged(layers: list[Any]) -> dict[str, Tensor]:
+    """Return what layers that are left to Hugging Face hold, by number and name, in host memory.
+
+    Raises:
+        CacheStateError: one holds more than keys and values.
+    """
+    return {
+        f"{i}/{name}": tensor.to("cpu")
+        for i, layer in enumerate(layers)
+        if not isinstance(layer, FarLayer)
+        for name, tensor in _compat.export_state(layer).items()
+    }
+
+
+def take_unmanaged(layers: list[Any], tensors: dict[str, Tensor], like: dict[int, Any], n_tokens: int) -> None:
+    """Give them what `list_unmanaged` returned after `n_tokens`.
+
+    Args:
+        like: layers of the same model that have read a token.
+
+    Raises:
+        SessionError: these are not their keys and values.
+    """
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, FarLayer):
+            start = f"{i}/"
+            mine = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
+            _compat.import_state(layer, mine, like[i], n_tokens)

@@ -1,4 +1,4 @@
-"""Compare decode steps with full attention over the same records, while generation goes on.
+"""Compare decode steps with full attention over the same records during generation.
 
 In: the forward passes of an attached model whose cache asks for it. Out: KL, top-1 agreement and attention mass in
 the cache's account. Each verified token runs twice: densely first, then, after that token is forgotten, sparsely.
@@ -30,7 +30,7 @@ class Verifier(threading.local):
         if not isinstance(cache, FarCache) or cache.engine.mode.dense:
             return
         # A step that failed before its comparison has left these.
-        self.reference, cache.account.counts_bytes = None, True
+        self.reference = None
         cache.engine.set_mode()
         if cache.verify_steps <= 0:
             return
@@ -38,7 +38,6 @@ class Verifier(threading.local):
         tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
         if tokens is None or tokens.shape[1] != 1 or cache.get_seq_length() == 0:
             return
-        cache.account.counts_bytes = False
         self.reference = run_dense(model, cache, args, kwargs)
         cache.engine.set_mode(measures=True)
         cache.verify_steps -= 1
@@ -49,7 +48,6 @@ class Verifier(threading.local):
         if self.reference is None or not isinstance(cache, FarCache) or cache.engine.mode.dense:
             return
         reference, self.reference = self.reference, None
-        cache.account.counts_bytes = True
         cache.engine.set_mode()
         logits = out.logits[:, -1].float().log_softmax(-1)
         full = reference.float().log_softmax(-1)

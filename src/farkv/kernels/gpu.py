@@ -1,9 +1,9 @@
-"""Fast kernels for a GPU: the interface of `native.Native`, with near memory's tensors.
+"""Kernels for a GPU: the interface of `native.Native`, on tensors in near memory.
 
 In: tensors of one layer. Out: chosen positions, attention, rows brought near. No call waits for the device, and none
-allocates anything but its result once the scratch has its size; with `n` (and counts) on the device, a step can be
-captured in a CUDA graph and replayed while the context grows. Scratch is kept per stream: calls on one stream follow
-each other, calls on two do not share any. Triton is imported here and nowhere else in farkv, when `Gpu` is made.
+allocates more than its result once scratch has grown; with `n` (and counts) on the device, a step can be captured in a
+CUDA graph and replayed while the context grows. Scratch is kept per stream, so calls on different streams do not share
+it. Triton is imported only when a `Gpu` is made.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ import torch
 from farkv._axes import Float, Int, Tensor
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Rows
+from farkv.kernels.near_copies import NearCopies
 from farkv.math.logits import Logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("plain", "int8", "int4")
-# Codes that a program of `select` holds in registers; with more they spill.
+# Bytes of codes that one program of `select` keeps in registers; more would spill.
 CODE_BYTES = 1 << 14
 
 
 class Blocks(NamedTuple):
-    """Rows that one program works on at once, and how many programs should share the device."""
+    """Rows per program of each kernel, and how many programs `attend` should launch."""
 
     select: int = 1024
     attend: int = 64
@@ -35,18 +36,11 @@ class Blocks(NamedTuple):
     programs: int = 264
 
 
-class Held(NamedTuple):
-    """Records that are near: their rows [B, Hkv, N, W], and per pool row the place of its copy, -1 without one."""
-
-    rows: Tensor
-    slots: Int[Tensor, "B Hkv S"]
-
-
 class Gpu:
-    """The kernels of one GPU; stateless but for scratch memory.
+    """The kernels of one GPU; stateless except for scratch memory.
 
     Args:
-        blocks: sizes of the work of one program; the defaults are for Hopper-class devices.
+        blocks: rows per program; the defaults are for Hopper-class devices.
         interpreted: the kernels run in Triton's interpreter, on a CPU: slow, for tests.
     """
 
@@ -85,7 +79,7 @@ class Gpu:
 
         Args:
             n: a number, or one int32 on the device (for graphs; the launches then cover all rows of `index.codes`, and
-                whoever advances it sees to it that `cap` records stay open).
+                the caller must ensure that `cap` records can be chosen).
             sinks: the first records, always chosen unless taken.
             taken: positions that must not be chosen.
 
@@ -93,7 +87,7 @@ class Gpu:
             int64 [B, Hkv, cap], ascending. Among equal weights the lowest positions are chosen.
 
         Raises:
-            CacheStateError: fewer than `cap` of the stored records are open.
+            CacheStateError: fewer than `cap` of the stored records can be chosen.
 
         Cost: the codes are read twice; 4 bytes per record and head written once and read three times.
         """
@@ -107,7 +101,7 @@ class Gpu:
         if index.codes.stride(-1) != 1 or index.bits not in (4, 8):
             raise CacheStateError(f"gpu select: expected codes of 4 or 8 bits side by side, got {index.bits} bits")
         heads, group = batch * kv_heads, q.shape[1] // kv_heads
-        # Sized for all rows that there is room for, so that it stays while the context grows.
+        # Sized for the allocation's capacity, so that it does not change while the context grows.
         room = index.codes.stride(1) // max(1, index.codes.stride(2))
         block = min(self.blocks.select, CODE_BYTES // (1 << (width - 1).bit_length()))
         blocks = -(-max(room, rows) // block)
@@ -132,16 +126,16 @@ class Gpu:
         """Attend with one query per head: softmax(softcap(scaling q k)) v over some rows, in float32.
 
         Args:
-            rows: near rows; coded ones are decoded on the way, and rounded to q's dtype.
-            positions: the rows that are read, then the `tail` newest of the first `n`. None: all of the first `n`.
+            rows: near rows; coded ones are decoded and rounded to q's dtype.
+            positions: rows to read, besides the `tail` newest of the first `n`. None: all of the first `n`.
             n: a number, or one int32 on the device.
             sinks: logits that only join the denominator.
-            counts: on the device: of `positions`, or of the rows before the tail, only so many are read.
+            counts: on the device: how many of `positions`, or of the rows before the tail, are read.
 
         Raises:
-            CacheStateError: rows of a form or dtype that no kernel reads, or fewer rows than `n`.
+            CacheStateError: rows of a form or dtype that the kernels do not support, or fewer rows than `n`.
 
-        Cost: every row that is read crosses near memory once; 4 Dv bytes per part and query head written and read.
+        Cost: every row that is read is read once; 4 Dv bytes per part and query head written and read.
         """
         plain = rows.form == "plain"
         if rows.form not in FORMS or not self.can_read(rows.data.dtype if plain else q.dtype):
@@ -159,10 +153,10 @@ class Gpu:
         scratch = self._attend.Parts(**{name: self._lend(name, size, q) for name, size in sizes.items()})
         at = None if positions is None else positions.contiguous()
         sinks = None if sinks is None else sinks.contiguous()
-        choice = self._attend.Choice(at, None if counts is None else counts.contiguous(), n, tail)
+        selection = self._attend.Selection(at, None if counts is None else counts.contiguous(), n, tail)
         tuning = self._attend.Tuning(self.blocks.attend, max(1, parts), self.interpreted)
         with torch.cuda.device_of(q):
-            return self._attend.run_attend(q, rows, logits, choice, sinks, scratch, tuning)
+            return self._attend.run_attend(q, rows, logits, selection, sinks, scratch, tuning)
 
     # --- bytes ------------------------------------------------------------------------------------------------
 
@@ -174,7 +168,7 @@ class Gpu:
             heads, positions: [N], on the device.
             out: [N, W], near, contiguous.
 
-        Cost: N rows read, over the link where they are in host memory, and written.
+        Cost: N rows read (over the link from host memory) and written.
         """
         self._check_rows(data)
         if len(positions) == 0:
@@ -190,27 +184,27 @@ class Gpu:
         crossed: Int[Tensor, " 1"],
         *,
         counts: Int[Tensor, "B Hkv"] | None = None,
-        held: Held | None = None,
+        copies: NearCopies | None = None,
     ) -> None:
-        """Bring the rows at some positions into a near buffer; those that are near already cross nothing.
+        """Copy the rows at some positions into a near buffer; rows with a near copy do not cross the link.
 
         Args:
             data: [B, Hkv, S, W] in pinned host memory.
             out: [B, Hkv, at least K, W], near.
-            crossed: int64 on the device; the bytes that crossed the link are added.
-            counts: on the device: only so many positions of every head are brought; the others' rows are not touched.
-            held: what is near already.
+            crossed: int64 on the device, to which the bytes that cross the link are added.
+            counts: on the device: how many positions of every head are copied; the other rows are not touched.
+            copies: of rows that are near already.
 
-        Cost: W bytes over the link per row that is not held; every row written near once.
+        Cost: the bytes of every row without a near copy over the link; every row written near once.
         """
-        for rows in (data, out) if held is None else (data, out, held.rows):
+        for rows in (data, out) if copies is None else (data, out, copies.rows):
             self._check_rows(rows)
         if positions.shape[-1] == 0:
             return
         counts = None if counts is None else counts.contiguous()
-        order = self._gather.Order(positions.contiguous(), counts, held, out, crossed)
+        request = self._gather.FetchRequest(positions.contiguous(), counts, copies, out, crossed)
         with torch.cuda.device_of(out):
-            self._gather.run_fetch(data, order, self.blocks.gather)
+            self._gather.run_fetch(data, request, self.blocks.gather)
 
     def read_bandwidth(self, data: Tensor) -> float:
         """Return bytes per second of one sequential pass; waits for the device."""
@@ -242,7 +236,7 @@ class Gpu:
     # --- memory -----------------------------------------------------------------------------------------------
 
     def _check_rows(self, rows: Tensor) -> None:
-        """Raise where rows do not stand as the kernels address them."""
+        """Raise CacheStateError where the memory layout of rows is not what the kernels address."""
         near = rows.is_cuda or rows.is_pinned() or self.interpreted
         packed = rows.stride(-1) == 1 and rows.stride(-2) == rows.shape[-1]
         if not near or not packed or (rows.shape[0] > 1 and rows.stride(0) != rows.shape[1] * rows.stride(1)):
@@ -252,7 +246,7 @@ class Gpu:
             )
 
     def _lend(self, name: str, size: tuple[int, torch.dtype], like: Tensor) -> Tensor:
-        """Return scratch of at least so many elements; it grows by powers of two and is never given back."""
+        """Return scratch of at least this many elements; it grows by powers of two and is never freed."""
         n, dtype = size
         # Rows in pinned host memory are read by the current device.
         device = like.device if like.is_cuda or self.interpreted else torch.device("cuda", torch.cuda.current_device())

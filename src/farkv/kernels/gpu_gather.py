@@ -1,8 +1,8 @@
-"""Bring rows near on the GPU: straight from pinned host memory, or from near memory where a copy is held there.
+"""Gather rows on the GPU: from pinned host memory over the link, or from near copies.
 
 In: rows in pinned host memory (which a kernel reads over the link in place) or near, positions. Out: rows in a near
-buffer, and the bytes that crossed, counted on the device. Rows are moved as words of four bytes where they divide, 16
-bytes per thread; rows behind a head's count are neither read nor written.
+buffer, and the bytes that crossed the link, counted on the device. Rows are moved as 4-byte words where these divide
+them, 16 bytes per thread; rows beyond a head's count are neither read nor written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from farkv._axes import Tensor
-from farkv.kernels.gpu import Held
+from farkv.kernels.near_copies import NearCopies
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -32,7 +32,7 @@ def _gather(data, heads, positions, out, n, head_s, row_s, W: tl.constexpr, WP: 
 @triton.jit(do_not_specialize=["k"])
 @no_type_check
 def _fetch(data, near, slots, positions, counts, out, crossed, k, data_h, near_h, slots_h, out_h, row_bytes,
-           W: tl.constexpr, WP: tl.constexpr, HELD: tl.constexpr, COUNTED: tl.constexpr,
+           W: tl.constexpr, WP: tl.constexpr, COPIED: tl.constexpr, COUNTED: tl.constexpr,
            BLOCK: tl.constexpr):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     n = k
@@ -46,11 +46,11 @@ def _fetch(data, near, slots, positions, counts, out, crossed, k, data_h, near_h
         column = (w < W)[None, :]
         position = tl.load(positions + head * k + j, mask=ok, other=0)
         away = ok
-        if HELD:
+        if COPIED:
             slot = tl.load(slots + head * slots_h + position, mask=ok, other=-1).to(tl.int64)
             away = ok & (slot < 0)
         x = tl.load(data + head * data_h + position[:, None] * W + w[None, :], mask=away[:, None] & column, other=0)
-        if HELD:
+        if COPIED:
             here = (ok & (slot >= 0))[:, None]
             y = tl.load(near + head * near_h + slot[:, None] * W + w[None, :], mask=here & column, other=0)
             x = tl.where(here, y, x)
@@ -65,12 +65,12 @@ def _sum_rows(data, positions, out, n, W: tl.constexpr, WP: tl.constexpr, GATHER
     w = tl.arange(0, WP)
     row = tl.load(positions + j, mask=j < n, other=0) if GATHERED else j.to(tl.int64)
     x = tl.load(data + row[:, None] * W + w[None, :], mask=(j < n)[:, None] & (w < W)[None, :], other=0)
-    # One number per program: without it nothing would have to be read.
+    # One number per program, so that the reads are not optimised away.
     tl.store(out + tl.program_id(0), tl.sum(tl.sum(x.to(tl.int32) & 0xFFFF, 1), 0))
 
 
 def to_words(rows: Tensor) -> Tensor:
-    """Return the same bytes in the widest words, of at most four bytes, that divide a row and its place."""
+    """Return the same bytes as the widest words, of at most four bytes, that divide a row, its strides and address."""
     bytes_ = rows.view(torch.uint8)
     for word in (torch.int32, torch.int16):
         places = [*bytes_.stride()[:-1], bytes_.shape[-1], rows.data_ptr()]
@@ -80,7 +80,7 @@ def to_words(rows: Tensor) -> Tensor:
 
 
 def _view_words(*rows: Tensor) -> list[Tensor]:
-    """Return several tensors of rows in the widest words that fit all of them."""
+    """Return several tensors of rows as the widest words that fit all of them."""
     words = [to_words(r) for r in rows]
     least = min(words, key=lambda w: w.element_size()).dtype
     return [r.view(least) for r in rows]
@@ -96,27 +96,26 @@ def run_gather(data: Tensor, heads: Tensor, positions: Tensor, out: Tensor, bloc
     )  # fmt: skip
 
 
-class Order(NamedTuple):
+class FetchRequest(NamedTuple):
     """One fetch; see `gpu.Gpu.fetch`."""
 
     positions: Tensor
     counts: Tensor | None
-    held: Held | None
+    copies: NearCopies | None
     out: Tensor
     crossed: Tensor
 
 
-def run_fetch(data: Tensor, order: Order, block: int) -> None:
-    """Launch the kernel. Cost: rows without a near copy cross the link once; all are written near."""
-    positions, counts, held, out, crossed = order
-    near = out if held is None else held.rows
-    source, copies, target = _view_words(data, near, out)
+def run_fetch(data: Tensor, request: FetchRequest, block: int) -> None:
+    """Launch the kernel. Cost: rows without a near copy cross the link once; every row is written near once."""
+    positions, counts, copies, out, crossed = request
+    source, near, target = _view_words(data, out if copies is None else copies.rows, out)
     width, (batch, heads, k) = source.shape[-1], positions.shape
-    sizes: dict[str, Any] = dict(W=width, WP=triton.next_power_of_2(width), HELD=held is not None)
-    # What a missing tensor stands for is never read.
+    sizes: dict[str, Any] = dict(W=width, WP=triton.next_power_of_2(width), COPIED=copies is not None)
+    # Placeholders for missing tensors are never read.
     _fetch[batch * heads, triton.cdiv(k, block)](
-        source, copies, crossed if held is None else held.slots, positions, crossed if counts is None else counts,
-        target, crossed, k, source.stride(1), copies.stride(1), 0 if held is None else held.slots.stride(1),
+        source, near, crossed if copies is None else copies.slots, positions, crossed if counts is None else counts,
+        target, crossed, k, source.stride(1), near.stride(1), 0 if copies is None else copies.slots.stride(1),
         target.stride(1), width * source.element_size(), **sizes, COUNTED=counts is not None, BLOCK=block,
     )  # fmt: skip
 

@@ -1,18 +1,18 @@
 """Choose records on the GPU: score the index, find the threshold of the cap by histogram, write positions in order.
 
-In: queries, codes. Out: positions, ascending, as many as the cap. No value goes to the host, no launch depends on one,
-and scratch has the size of the layer's allocation, so that a step can be captured in a CUDA graph.
+In: queries, codes. Out: positions, ascending, as many as the cap. No value is copied to the host, no launch depends on
+one, and scratch is sized for the layer's allocation, so that a step can be captured in a CUDA graph.
 
     1 project   p = q A scale
-    2 measure   max and sum of exp2 of every block of tokens: one program per head and block, here and below
-    3 weigh     sum the blocks' parts; the rank of each token; histogram of the ranks' upper 11 bits
-    4 exclude   what is taken leaves the ranks and the histogram
+    2 measure   max and sum of exp2 per block of tokens: one program per head and block, here and below
+    3 weigh     join the blocks' sums; the rank of each token; histogram of the ranks' upper 11 bits
+    4 exclude   remove taken tokens from the ranks and the histogram
     5 refine    histogram of the next 10 bits, in the bin where the cap is reached
-    6 count     tokens before, and on, the threshold, per block
-    7 write     positions, at the sum of the counts before
+    6 count     tokens better than, and equal to, the threshold, per block
+    7 write     positions, at offsets from the counts of earlier blocks
 
-A rank is the float bits of y = 2 + log2 G - log2 w, as an integer: y is positive, so smaller is better. The 17 bits of
-mantissa that are compared tell weights apart whose log2 differs by y / 2^17, however small the weights are.
+A rank is the float bits of y = 2 + log2 G - log2 w, as an integer: y is positive, so smaller is better. Comparing 17
+bits of the mantissa separates weights whose log2 differs by y / 2^17, however small the weights are.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from farkv.math.logits import Logits
 LOG2E = tl.constexpr(math.log2(math.e))
 BINS = tl.constexpr(2048)
 FINE = tl.constexpr(1024)
-# With four, the registers of a block of 1024 tokens spill.
+# With four, a block of 1024 tokens spills registers.
 WARPS = 8
-# The rank of what must not be chosen; its bin, the last, takes no other.
+# The rank of what must not be chosen; no other rank falls into its bin, the last.
 WORST = tl.constexpr((2047 << 16) | 0xFFFF)
 LEAST = tl.constexpr((2046 << 16) | 0xFFFF)
 ONE = tl.constexpr(0x3F800000)
@@ -73,7 +73,7 @@ def _load_codes(codes, head, s, ok, c_b, c_h, c_s, HEADS: tl.constexpr, W: tl.co
 @triton.jit
 @no_type_check
 def _score(raw, projected, gain, W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, CAPPED: tl.constexpr):
-    """Logits of one query in units of log2."""
+    """Return the logits of one query, in base 2."""
     w = tl.arange(0, WP)
     p = tl.load(projected + w, mask=w < W, other=0.0)
     if BITS == 8:
@@ -97,7 +97,7 @@ def _measure(codes, projected, parts, histograms, n, gain, c_b, c_h, c_s, HEADS:
     if ON_DEVICE:
         n = tl.load(n).to(tl.int32)
     if block == 0:
-        # Both histograms of this head start empty; the next launch fills them.
+        # Clear both histograms of this head for the next launches.
         tl.store(histograms + head * 2 * BINS + tl.arange(0, 2 * BINS), tl.zeros([2 * BINS], tl.int32))
     s = block * BLOCK + tl.arange(0, BLOCK)
     raw = _load_codes(codes, head, s, s < n, c_b, c_h, c_s, HEADS, W, WP)
@@ -112,7 +112,7 @@ def _measure(codes, projected, parts, histograms, n, gain, c_b, c_h, c_s, HEADS:
 @triton.jit
 @no_type_check
 def _join_parts(parts, blocks, BLOCKS: tl.constexpr):
-    """log2 of one query's sum over all tokens."""
+    """Return log2 of one query's sum over all tokens."""
     i = tl.arange(0, BLOCKS)
     tops = tl.load(parts + i, mask=i < blocks, other=-1e38)
     sums = tl.load(parts + blocks + i, mask=i < blocks, other=0.0)
@@ -125,7 +125,7 @@ def _join_parts(parts, blocks, BLOCKS: tl.constexpr):
 def _add_histogram(histogram, bins, last: tl.constexpr):
     counts = tl.histogram(bins, BINS)
     i = tl.arange(0, BINS)
-    # Few bins of a block are hit: only these cost an atomic operation.
+    # Only the few bins that a block hits cost an atomic operation.
     tl.atomic_add(histogram + i, counts, mask=(counts > 0) & (i < last), sem="relaxed")
 
 
@@ -161,7 +161,7 @@ def _exclude(taken, ranks, histograms, n_taken, n, rank_h, ON_DEVICE: tl.constex
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = tl.load(taken + head.to(tl.int64) * n_taken + j, mask=j < n_taken, other=-1)
     inside = (at >= 0) & (at < n)
-    # Exchanged, so that a position that is given twice leaves the histogram once.
+    # An exchange, so that a position that is given twice is removed from the histogram once.
     worst = tl.full([BLOCK], WORST, tl.int32)
     old = tl.atomic_xchg(ranks + head.to(tl.int64) * rank_h + at, worst, mask=inside, sem="relaxed")
     inside = inside & (old != WORST)
@@ -173,7 +173,7 @@ def _exclude(taken, ranks, histograms, n_taken, n, rank_h, ON_DEVICE: tl.constex
 @triton.jit
 @no_type_check
 def _find(histogram, wanted):
-    """Return the bin in which the running count reaches what is wanted, and the count before that bin."""
+    """Return the bin in which the running count reaches `wanted`, and the count before that bin."""
     counts = tl.load(histogram + tl.arange(0, BINS))
     short = tl.cumsum(counts, 0) < wanted
     return tl.sum(short.to(tl.int32), 0), tl.sum(tl.where(short, counts, 0), 0)
@@ -216,7 +216,7 @@ def _write(ranks, counts, out, cap, rank_h, BLOCKS: tl.constexpr, BLOCK: tl.cons
     i = tl.arange(0, BLOCKS)
     better = tl.load(at + i, mask=i < blocks, other=0)
     equal = tl.load(at + blocks + i, mask=i < blocks, other=0)
-    # What is left of the cap goes to those on the threshold, lowest position first.
+    # The rest of the cap goes to tokens equal to the threshold, lowest positions first.
     ties = cap - tl.sum(better, 0)
     better_before = tl.sum(tl.where(i < block, better, 0), 0)
     equal_before = tl.sum(tl.where(i < block, equal, 0), 0)
@@ -229,7 +229,7 @@ def _write(ranks, counts, out, cap, rank_h, BLOCKS: tl.constexpr, BLOCK: tl.cons
 
 
 class Request(NamedTuple):
-    """What is asked of one layer; see `gpu.Gpu.select`."""
+    """The arguments of `gpu.Gpu.select`."""
 
     cap: int
     n: int | Tensor
@@ -238,7 +238,7 @@ class Request(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Memory that the launches share, of one size for all steps of a layer."""
+    """Memory that the launches share; its size stays the same for all steps of a layer."""
 
     projected: Tensor
     parts: Tensor
@@ -248,7 +248,7 @@ class Scratch(NamedTuple):
 
 
 def size_scratch(heads: int, group: int, columns: int, blocks: int, block: int) -> dict[str, tuple[int, torch.dtype]]:
-    """Return the elements and dtype of every scratch tensor."""
+    """Return the number of elements and the dtype of every scratch tensor."""
     return {
         "projected": (heads * group * columns, torch.float32),
         "parts": (heads * group * 2 * blocks, torch.float32),
@@ -272,10 +272,7 @@ def _project_queries(q: Tensor, index: IndexView, logits: Logits, out: Tensor) -
 def run_select(
     q: Tensor, index: IndexView, logits: Logits, request: Request, scratch: Scratch, block: int
 ) -> Int[Tensor, "B Hkv cap"]:
-    """Launch the seven kernels (six where nothing is taken).
-
-    Cost: the codes are read twice, 4 bytes per token and head written and read three times.
-    """
+    """Launch the seven kernels, six where nothing is taken. Cost: as `gpu.Gpu.select`."""
     (batch, kv_heads, rows, width), (cap, n, sinks, taken) = index.codes.shape, request
     heads, group, on_device = batch * kv_heads, q.shape[1] // kv_heads, isinstance(n, Tensor)
     blocks = triton.cdiv(rows if isinstance(n, Tensor) else n, block)

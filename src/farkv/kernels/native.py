@@ -1,8 +1,8 @@
-"""Native CPU kernels: choose records by their codes, attend to records where they lie, gather them, measure reading.
+"""Native CPU kernels: choose records by their codes, attend to records in place, gather rows, measure bandwidth.
 
 In: views of the index and of the pool, never copied. Out: positions, attention output, copied rows, bytes per second.
-Each method computes what its plain twin in per_token computes; the difference is rounding. Knows numbers and raw
-views, no recipe. Where the library was not built, `load_native` returns None and nothing here is called.
+Each kernel equals its plain twin in `math` up to rounding. Knows tensors and raw views, no methods. Where the library
+was not built, `load_native` returns None and nothing here is called.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "f
 class IndexView(NamedTuple):
     """The index of one layer, as it is stored.
 
-    codes: int8 [B, Hkv, S, W], a view; heads and rows may have any stride, bytes of a row stand side by side. With
+    codes: int8 [B, Hkv, S, W], a view; heads and rows may have any stride, bytes of a row are contiguous. With
     `bits` 4, W = R/2 and byte j holds column j in its low half and column j + R/2 in its high half
     (math.score.unpack_codes); with 8, W = R.
     """
@@ -48,10 +48,10 @@ class IndexView(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Stored records of one layer.
+    """A view of the stored records of one layer.
 
-    data: [B, Hkv, S, W], [k | v] side by side; float32, bfloat16 or float16, or uint8 where they are coded.
-    form: "plain", or the code of store/quantize.py, "int8" or "int4".
+    data: [B, Hkv, S, W], a row is [k | v]; float32, bfloat16 or float16, or uint8 where they are coded.
+    form: "plain", or "int8" or "int4" as in store/far/quantize.py.
     """
 
     data: Tensor
@@ -61,7 +61,7 @@ class Rows(NamedTuple):
 
 
 class Native:
-    """The kernels for one instruction set. It holds no state; scratch memory and threads are the library's.
+    """The kernels for one instruction set. Stateless: scratch memory and threads belong to the library.
 
     Raises:
         ConfigError: the library was not built, or this machine cannot run the instruction set.
@@ -93,32 +93,36 @@ class Native:
         sinks: int = 0,
         taken: Int[Tensor, "B Hkv N"] | None = None,
     ) -> Int[Tensor, "B Hkv K"]:
-        """Choose `cap` of the first `n` records per KV head: those of the largest group mass, and the first `sinks`.
+        """Choose `cap` of the first `n` records per KV head: the first `sinks`, and those of the largest group mass.
 
         w_s = sum_g softmax_s(softcap(scaling * (q_g A) . (codes_s * scale)))
 
-        Weights that differ by about 2^-7 or less may change places; so may weights below 2^-120 of the largest.
+        Weights within a relative 2^-7 or so may be ranked either way; so may those below 2^-120 of the largest.
 
         Args:
-            taken: positions that are not chosen, sinks or not.
+            taken: positions that must not be chosen, sinks included.
 
         Returns:
             Positions in ascending order, the same for any number of threads.
 
         Raises:
-            CacheStateError: the arguments do not fit one another, or fewer than `cap` records can be chosen.
+            CacheStateError: the arguments' shapes do not match, or fewer than `cap` records can be chosen.
 
-        Cost: n * W index bytes read per KV head, for some heads twice; 2 Hq n R operations.
+        Cost: n * W index bytes read per KV head, twice for some heads; 2 Hq n R operations.
         """
         codes, side, scale = index.codes, index.query, index.scale
         (batch, heads, stored, width), strides = codes.shape, codes.stride()
         (q_batch, hq, _, dim), columns = q.shape, scale.shape[-1]
         n_taken = 0 if taken is None else taken.shape[-1]
         _expect(
-            (codes.dtype == torch.int8 and strides[3] == 1, "codes of int8, side by side", codes),
-            (index.bits in (4, 8) and width * 8 == columns * index.bits, "as many codes as steps", codes),
+            (codes.dtype == torch.int8 and strides[3] == 1, "contiguous codes of int8", codes),
+            (index.bits in (4, 8) and width * 8 == columns * index.bits, "one code per column of the scale", codes),
             (q_batch == batch and hq % heads == 0, "queries of the index's heads", q),
-            (side.shape[1:] == (heads, dim, columns) and side.shape[0] in (1, batch), "a side", side),
+            (
+                side.shape[1:] == (heads, dim, columns) and side.shape[0] in (1, batch),
+                "a projection of the index's heads",
+                side,
+            ),
             (scale.shape == (batch, heads, 1, columns), "one step per column", scale),
         )
         if not 0 <= cap + n_taken <= n <= stored:
@@ -127,9 +131,9 @@ class Native:
                 "choose fewer records"
             )
         out = torch.empty(batch, heads, cap, dtype=torch.int64)
-        held = [_flat(q), _flat(side), _flat(scale)]
+        operands = [_flat(q), _flat(side), _flat(scale)]
         args = SelectArgs(
-            *[x.data_ptr() for x in held], codes.data_ptr(), _point_at(taken, held), out.data_ptr(),
+            *[x.data_ptr() for x in operands], codes.data_ptr(), _point_at(taken, operands), out.data_ptr(),
             *strides[:3], batch, heads, hq // heads, dim, columns, width, index.bits,
             side.shape[0], n, cap, sinks, n_taken, torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
@@ -157,7 +161,7 @@ class Native:
             sinks: logits that only join the denominator.
 
         Raises:
-            CacheStateError: the arguments do not fit one another, or a position is out of reach.
+            CacheStateError: the arguments' shapes do not match, or a position is out of range.
 
         Cost: (K + tail) row bytes read per KV head, once for the whole query group.
         """
@@ -179,12 +183,12 @@ class Native:
                 f"native attend: expected tail <= n <= stored records, got {tail}, {n}, {stored}; append them first"
             )
         out = torch.empty(batch, hq, 1, rows.v_dim, dtype=torch.float32)
-        held = [_flat(q)]
+        operands = [_flat(q)]
         args = AttendArgs(
-            held[0].data_ptr(), data.data_ptr(), _point_at(positions, held), _point_at(sinks, held), out.data_ptr(),
-            *(stride * itemsize for stride in strides), batch, heads, hq // heads, rows.k_dim, rows.v_dim,
-            -1 if positions is None else positions.shape[-1], n, tail, FORMS[form], torch.get_num_threads(),
-            logits.scaling, logits.softcap or 0.0,
+            operands[0].data_ptr(), data.data_ptr(), _point_at(positions, operands), _point_at(sinks, operands),
+            out.data_ptr(), *(stride * itemsize for stride in strides), batch, heads, hq // heads, rows.k_dim,
+            rows.v_dim, -1 if positions is None else positions.shape[-1], n, tail, FORMS[form],
+            torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
         self._call("farkv_attend", args)
         return out.to(q.dtype)
@@ -193,10 +197,10 @@ class Native:
         """Copy out[j] = data.view(B * Hkv, capacity, W)[heads[j], positions[j]].
 
         Args:
-            out: [N, W], contiguous, or [G, n, W] with N = G n, where each of the G runs is.
+            out: [N, W], contiguous, or [G, n, W] with N = G n, where each of the G runs is contiguous.
 
         Raises:
-            CacheStateError: the tensors are not contiguous or do not fit one another, or a row does not exist.
+            CacheStateError: the tensors are not contiguous, their shapes do not match, or a row does not exist.
 
         Cost: N rows read and written.
         """
@@ -208,7 +212,7 @@ class Native:
             (fits and runs.shape[2] == width and out.dtype == data.dtype, "room for these rows", out),
             (heads.dtype == torch.int64 and heads.is_contiguous(), "int64 per row", heads),
             (positions.shape == heads.shape and positions.dtype == torch.int64, "int64 per row", positions),
-            (positions.is_contiguous(), "int64 per row, side by side", positions),
+            (positions.is_contiguous(), "contiguous int64 per row", positions),
         )
         args = GatherArgs(
             data.data_ptr(), heads.data_ptr(), positions.data_ptr(), out.data_ptr(), len(heads),
@@ -218,7 +222,7 @@ class Native:
         self._call("farkv_gather", args)
 
     def read_bandwidth(self, data: Tensor) -> float:
-        """Return the bytes per second of one pass over a contiguous tensor."""
+        """Return the bytes per second of one sequential read of a contiguous tensor."""
         _expect((data.is_contiguous(), "a contiguous tensor", data))
         n_bytes = data.numel() * data.element_size()
         start = time.perf_counter()
@@ -226,7 +230,7 @@ class Native:
         return n_bytes / (time.perf_counter() - start)
 
     def gather_bandwidth(self, data: Tensor, positions: Tensor, row_bytes: int) -> float:
-        """Return the bytes per second of reading rows of `row_bytes` at sorted positions, prefetched, not copied."""
+        """Return the bytes per second of reading rows of `row_bytes` at sorted positions, prefetched but not copied."""
         _expect((data.is_contiguous(), "a contiguous tensor", data))
         _expect((positions.dtype == torch.int64 and positions.is_contiguous(), "contiguous int64 positions", positions))
         n_rows = data.numel() * data.element_size() // row_bytes
@@ -239,32 +243,32 @@ class Native:
         return len(positions) * row_bytes / (time.perf_counter() - start)
 
     def can_read(self, dtype: torch.dtype) -> bool:
-        """Return whether records of this dtype are read as they are stored."""
+        """Return whether plain rows of this dtype can be attended to."""
         return dtype in PLAIN
 
     def _call(self, name: str, args: ctypes.Structure) -> None:
         status = getattr(self._library, name)(self._isa, ctypes.addressof(args))
         if status == BAD_POSITION:
-            raise CacheStateError(f"{name}: a position is out of reach; choose among the records that are stored")
+            raise CacheStateError(f"{name}: a position is out of range; choose among the records that are stored")
         if status == NO_MEMORY:
             raise MemoryError(f"{name}: no memory for scratch")
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Small operands as the library reads them: contiguous float32; what is so already costs no call into torch."""
+    """Return a small operand as contiguous float32; without a call into torch where it already is."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
 
 
-def _point_at(x: Tensor | None, held: list[Tensor]) -> int | None:
-    """Address of an optional operand; a copy that it needs lives as long as `held`."""
+def _point_at(x: Tensor | None, operands: list[Tensor]) -> int | None:
+    """Return the address of an optional operand; appending it to `operands` keeps a converted copy alive."""
     if x is None:
         return None
-    held.append(_flat(x) if x.is_floating_point() else x.to(torch.int64).contiguous())
-    return held[-1].data_ptr()
+    operands.append(_flat(x) if x.is_floating_point() else x.to(torch.int64).contiguous())
+    return operands[-1].data_ptr()
 
 
 def _expect(*wanted: tuple[bool, str, Tensor | None]) -> None:
-    """Raise CacheStateError unless all hold: what should be, in words, and the tensor that is not."""
+    """Raise CacheStateError unless every condition holds; each comes with what was expected, and of which tensor."""
     for fits, what, got in wanted:
         if not fits:
             form = None if got is None else f"{got.dtype} {tuple(got.shape)} with strides {got.stride()}"

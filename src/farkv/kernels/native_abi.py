@@ -1,7 +1,7 @@
-"""The shared library's C interface: its structures, and where it is found.
+"""The C interface of the shared library: its structures, and how it is loaded.
 
-In: nothing but the file that the build put beside this one. Out: the loaded library, or None where there is none.
-Mirrors csrc/farkv.h. Calls go through ctypes, which lets other threads run meanwhile.
+In: the file that the build put beside this one. Out: the loaded library, or None where there is none. Mirrors
+csrc/farkv.h. Calls go through ctypes, which releases the GIL.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from farkv.errors import ConfigError
 
 LIBRARY = Path(__file__).with_name("_native.so")
 FORMS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
-# Instruction sets by name, each with its number in the library; the best one that can run is taken.
+# Instruction sets, best first, each with its number in the library.
 ISAS = {"avx512vnni": 3, "avx512": 2, "avx2": 1, "neon": 4, "generic": 0}
 NO_MEMORY, BAD_POSITION = 1, 2
 
@@ -59,7 +59,7 @@ def load_library() -> ctypes.CDLL | None:
     """Return the library, or None where it was not built.
 
     Raises:
-        ConfigError: it was built from other sources than these.
+        ConfigError: it was built from other sources.
     """
     if not LIBRARY.is_file():
         return None
@@ -67,8 +67,8 @@ def load_library() -> ctypes.CDLL | None:
     ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs)]
     if not hasattr(library, "farkv_size") or [library.farkv_size(c_int64(i)) for i in range(len(ours))] != ours:
         raise ConfigError(
-            f"native kernels: expected {LIBRARY.name} to be built from these sources, got one of others; install farkv "
-            "again (from a checkout: pip install -e .), or set FARKV_KERNEL=plain"
+            f"native kernels: expected {LIBRARY.name} to be built from these sources, got one from others; install "
+            "farkv again (from a checkout: pip install -e .), or set FARKV_KERNEL=plain"
         )
     library.farkv_can_run.argtypes = [c_int64]
     for name in ("attend", "select", "gather"):
@@ -81,7 +81,7 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def count_row_bytes(form: str, k_dim: int, v_dim: int, itemsize: int) -> int:
-    """Return the bytes of one record, as store/quantize.py states them."""
+    """Return the bytes of one record, as defined in store/far/quantize.py."""
     if form == "plain":
         return (k_dim + v_dim) * itemsize
     bits, kinds = (8, 1) if form == "int8" else (4, 2)

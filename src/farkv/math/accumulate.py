@@ -1,7 +1,6 @@
-"""How much attention every stored record got, from all queries that could see it.
+"""Accumulated attention: the weight that every stored record received from all queries that could see it.
 
-In: queries of the newest tokens, keys. Out: sums that later passes and steps go on adding to. Reads K in blocks;
-keeps nothing.
+In: queries of the newest tokens, keys. Out: sums, which later passes and steps add to. Reads K in blocks; stateless.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from farkv._axes import Bool, Float, Float32, Tensor
 from farkv.math.importance import walk_weights
 from farkv.math.logits import Logits
 
-# Queries whose weights are held at a time, on a block of keys.
+# Queries weighed at a time on each block of keys.
 QUERIES_AT_ONCE = 64
 
 
@@ -24,17 +23,17 @@ def add_weights(
     visible: Bool[Tensor, "B h S"] | None,
     logits: Logits,
 ) -> None:
-    """Add to every record the weight that the queries of the newest T of S tokens give it, in place:
+    """Add in place, to every record, the attention weight from the queries of the newest T of S tokens:
 
         s_j += sum_i mean_g softmax_j(softcap(scaling q_gi . k_j))   over queries i >= j, the mean over the query group
 
-    A prompt in chunks gets the sums of one pass, to rounding: later chunks add to earlier keys, and no key is seen
-    by a query before it.
+    A prompt read in chunks gives the same sums as in one pass, to rounding: later chunks add to earlier keys, and
+    attention is causal.
 
     Args:
-        sums: float32, of all S records; the newest start at 0.
+        sums: for all S records; those of the newest tokens start at 0.
         q: after RoPE, oldest first.
-        visible: False on padding, which gets nothing and, as a query, gives nothing; h is 1 or Hkv.
+        visible: False on padding, which receives no weight and, as a query, gives none; h is 1 or Hkv.
 
     Cost: 4 Hq T S D operations (the logits twice: once for the softmax's sums, half of that where T = S), and
     B Hq 64 x 4096 floats; never T x S.

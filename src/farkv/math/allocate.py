@@ -1,12 +1,12 @@
-"""Divide a budget of tokens among layers: what XKV solves, exactly, and the rules it is compared with.
+"""Divide a budget of tokens among layers: XKV's problem, solved exactly, and the rules it is compared with.
 
-In: gain curves [L, N], entry (l, r) is what layer l gains by its (r+1)-th best token. Out: tokens per layer. Numpy
-only, keeps nothing.
+In: gain curves [L, N]; entry (l, r) is what layer l gains by its (r+1)-th best token. Out: tokens per layer. NumPy
+only, stateless.
 
-Every rule but the knapsack is a water level over a key that falls along each layer: the page's normalised gain for
-XKV (greedy is optimal, since R_l is concave), what the layer still misses for max-min, a divisor sequence for pyramid
-and uniform. Keys are the bit patterns of non-negative float64, whose order is that of the numbers: bisection ends at
-an existing key after at most 63 probes.
+Every rule but the knapsack is water-filling over a key that decreases along each layer: the page's normalised gain for
+XKV (greedy is optimal, since R_l is concave), the layer's missing mass for max-min, a divisor sequence for pyramid
+and uniform. Keys are the bit patterns of non-negative float64, which sort like the numbers: bisection finds an
+existing key after at most 63 probes.
 
 Source: XKV (arXiv 2412.05896), both problems; PrefixKV (2412.03409), max-min; PyramidKV (2406.02069).
 """
@@ -23,13 +23,13 @@ from farkv.errors import ConfigError
 from farkv.math import knapsack
 
 RULES = ("xkv", "knapsack", "maxmin", "pyramid", "uniform")
-# PyramidKV's: the last layer gets the mean over beta.
+# PyramidKV's beta: the last layer gets 1 / beta of the mean budget.
 BETA = 20
 _ONE = int(np.float64(1).view(np.int64))
 
 
-class Pages(NamedTuple):
-    """Between `floor` and `cap` pages per layer, each of `unit` tokens; a row of `n_tokens` may end inside the last."""
+class PageRange(NamedTuple):
+    """From `floor` to `cap` pages per layer, of `unit` tokens each; the last page may be cut off at `n_tokens`."""
 
     floor: np.ndarray
     cap: np.ndarray
@@ -37,7 +37,7 @@ class Pages(NamedTuple):
     n_tokens: int
 
     def count_tokens(self, pages: np.ndarray) -> np.ndarray:
-        """Return the tokens in so many pages of each layer."""
+        """Return the tokens that these numbers of pages hold."""
         return np.minimum(pages * self.unit, self.n_tokens)
 
 
@@ -62,20 +62,20 @@ def allocate(
         P1:  max sum_l w_l R_l(c_l)   subject to   sum_l c_l <= budget,             floor_l <= c_l <= cap_l
         P2:  min sum_l c_l            subject to   sum_l w_l R_l(c_l) / sum_l w_l >= retention, in the same box
 
-    P1 spends the whole budget where the caps allow, on gains of zero too. Tied pages go to the layer that has the
-    fewest tokens, the earlier of equal ones: equal curves give equal shares. With any rule but the knapsack a larger
-    budget takes from no layer.
+    P1 spends the whole budget where the caps allow, even on gains of zero. Tied pages go to the layer with the fewest
+    tokens, then to the earliest: equal curves get equal budgets. With any rule but the knapsack, no layer gets fewer
+    tokens from a larger budget.
 
     Args:
         gains: [L, N], finite, at least 0; rows must not increase with the rules xkv and maxmin. Any numpy-readable.
         tokens: P1's budget, the sum over layers. Exactly one of tokens, ratio, n_bytes, retention is given.
-        ratio: P1's budget as a share of L N, in (0, 1].
+        ratio: P1's budget as a fraction of L N, in (0, 1].
         n_bytes: P1's budget in bytes.
         retention: P2's target, in (0, 1]. 1 keeps every positive gain.
-        token_bytes: with n_bytes, bytes of one token in a layer: one number, or one per layer. Unequal ones are
-            solved exactly by `choose_levels`, which leaves bytes unspent that would gain nothing (xkv and knapsack).
+        token_bytes: with n_bytes, bytes of one token in a layer: one number, or one per layer. Unequal ones need the
+            rule xkv or knapsack; `choose_levels` then solves exactly, and leaves bytes unspent that would gain nothing.
         weights: w_l > 0, default 1; for xkv and knapsack.
-        floor: least tokens of a layer, one number or one per layer; rounded up to pages.
+        floor: fewest tokens of a layer, one number or one per layer; rounded up to pages.
         cap: most tokens of a layer, one number or one per layer, default N; rounded down to pages.
         unit: tokens of a page. A page costs `unit` tokens of the budget even where the row ends inside it.
         rule: `xkv`; `knapsack`, the same problems for gains in any order; `maxmin`, the largest smallest R_l (P2:
@@ -85,12 +85,12 @@ def allocate(
         int64 [L], min(pages * unit, N).
 
     Raises:
-        ConfigError: an argument cannot be used, the budget is below the floors, or caps put retention out of reach.
+        ConfigError: an argument is invalid, the budget is below the floors, or the caps rule the retention out.
 
-    Cost: one pass over gains to check, one to add; P2 and maxmin one cumulative sum [L, N] in float64; then less
+    Cost: one pass to validate the gains, one to sum them; P2 and maxmin one cumulative sum [L, N] in float64; then less
         than 64 probes of L binary searches. `knapsack`: as `choose_levels`.
 
-    Source: XKV's two problems; floors, caps, pages, weights and bytes are ours.
+    Source: XKV's two problems; floors, caps, pages, weights and byte budgets are ours.
     """
     if rule not in RULES:
         raise ConfigError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
@@ -101,13 +101,13 @@ def allocate(
     weight = read_weights(weights, len(gains))
     _check_one_budget(token_bytes, tokens=tokens, ratio=ratio, n_bytes=n_bytes, retention=retention)
     if retention is not None:
-        check_share("retention", retention)
+        check_fraction("retention", retention)
         return pages.count_tokens(_reach(gains, weight, pages, rule, float(retention)))
     sizes = np.ones(len(gains), np.int64)
     if n_bytes is not None:
         budget, sizes = _read_count("n_bytes", n_bytes), _read_per_layer("token_bytes", token_bytes, len(gains), 1)
     elif ratio is not None:
-        check_share("ratio", ratio)
+        check_fraction("ratio", ratio)
         budget = math.floor(ratio * gains.size + 1e-9)
     else:
         budget = _read_count("tokens", tokens)
@@ -115,7 +115,7 @@ def allocate(
 
 
 def measure_layer_retention(gains: Any, tokens: Any) -> Float64[np.ndarray, " L"]:
-    """Return R_l(c_l) of every layer: the share of its row's sum that its first c_l entries hold; 1 for a zero row.
+    """Return R_l(c_l) per layer: the fraction of its row's sum in the first c_l entries; 1 for a row of zeros.
 
     Args:
         gains: [L, N], rows in any order.
@@ -129,18 +129,18 @@ def measure_layer_retention(gains: Any, tokens: Any) -> Float64[np.ndarray, " L"
 
 
 def measure_retention(gains: Any, tokens: Any, weights: Any = None) -> float:
-    """Return sum_l w_l R_l(c_l) / sum_l w_l, in the very arithmetic in which `allocate` reaches a retention."""
+    """Return sum_l w_l R_l(c_l) / sum_l w_l, in the same arithmetic as `allocate`."""
     layers = measure_layer_retention(gains, tokens)
     return float(weigh(layers, read_weights(weights, len(layers))))
 
 
 def accumulate(gains: np.ndarray) -> np.ndarray:
-    """Return the cumulative sums of rows in float64. Rounding keeps them from falling, and zeros change nothing."""
+    """Return the rows' cumulative sums in float64: despite rounding they never decrease, and zeros leave them equal."""
     return np.cumsum(gains, -1, dtype=np.float64)
 
 
 def look_up(cumulative: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Return R_l(c_l), [..., L], from cumulative sums [..., L, N]; rounding keeps it from falling as tokens grow."""
+    """Return R_l(c_l), [..., L], from cumulative sums [..., L, N]; never decreasing in tokens, despite rounding."""
     whole = cumulative[..., -1]
     kept = cumulative[..., np.arange(len(tokens)), np.maximum(tokens, 1) - 1] * (tokens > 0)
     return np.where(whole > 0, kept / np.where(whole > 0, whole, 1), 1.0)
@@ -152,7 +152,7 @@ def weigh(layers: np.ndarray, weights: np.ndarray) -> Any:
 
 
 def _spend(
-    gains: np.ndarray, weights: np.ndarray, pages: Pages, rule: str, budget: int, sizes: np.ndarray
+    gains: np.ndarray, weights: np.ndarray, pages: PageRange, rule: str, budget: int, sizes: np.ndarray
 ) -> np.ndarray:
     """Solve P1: pages per layer."""
     equal = bool((sizes == sizes[0]).all())
@@ -165,15 +165,15 @@ def _spend(
     if rule == "knapsack" or not equal:
         values, counts = _list_levels(gains, weights, pages)
         chosen = knapsack.choose_levels(values, counts * cost, budget)
-        # Pages that are left gain nothing.
+        # Any pages left over gain nothing.
         return knapsack.fill_level(chosen, pages.cap, budget) if equal else chosen
     return knapsack.spend_level(_make_keys(gains, weights, pages, rule), pages.floor, pages.cap, budget)
 
 
-def _reach(gains: np.ndarray, weights: np.ndarray, pages: Pages, rule: str, rho: float) -> np.ndarray:
+def _reach(gains: np.ndarray, weights: np.ndarray, pages: PageRange, rule: str, rho: float) -> np.ndarray:
     """Solve P2: pages per layer."""
     cumulative = accumulate(gains)
-    # Rounding may let a sum reach 1 before its last positive gain: then those are counted, not added.
+    # By rounding, a sum may reach 1 before the last positive gain: positive gains are counted instead.
     needed = _count_positive(gains, pages.unit) if rho == 1 else pages.floor
 
     def measure(counts: np.ndarray) -> float:
@@ -199,8 +199,8 @@ def _count_positive(gains: np.ndarray, unit: int) -> np.ndarray:
     return -(-tokens // unit)
 
 
-def _list_levels(gains: np.ndarray, weights: np.ndarray, pages: Pages) -> tuple[np.ndarray, np.ndarray]:
-    """Return w_l R_l of every number of pages, -inf outside the box, and that number; both [L, pages + 1]."""
+def _list_levels(gains: np.ndarray, weights: np.ndarray, pages: PageRange) -> tuple[np.ndarray, np.ndarray]:
+    """Return w_l R_l for every number of pages, -inf out of range, and these numbers; both [L, pages + 1]."""
     cumulative, counts = accumulate(gains), np.arange(pages.cap.max() + 1)
     kept, whole = np.pad(cumulative, ((0, 0), (1, 0)))[:, pages.count_tokens(counts)], cumulative[:, -1:]
     layers = np.where(whole > 0, kept / np.where(whole > 0, whole, 1), 1.0)
@@ -208,8 +208,8 @@ def _list_levels(gains: np.ndarray, weights: np.ndarray, pages: Pages) -> tuple[
     return np.where(outside, -np.inf, layers * weights[:, None]), np.broadcast_to(counts, layers.shape)
 
 
-def _make_keys(gains: np.ndarray, weights: np.ndarray, pages: Pages, rule: str) -> knapsack.Keys:
-    """Return the function from a page number per layer to the pages' keys: int64 >= 0, falling along a layer."""
+def _make_keys(gains: np.ndarray, weights: np.ndarray, pages: PageRange, rule: str) -> knapsack.Keys:
+    """Return a function from one page number per layer to these pages' keys: int64 >= 0, decreasing along a layer."""
     layer = np.arange(len(gains))
     if rule == "xkv":
         whole = gains.sum(1, dtype=np.float64)
@@ -220,15 +220,15 @@ def _make_keys(gains: np.ndarray, weights: np.ndarray, pages: Pages, rule: str) 
     if rule == "maxmin":
         cumulative = accumulate(gains)
         return lambda page: _ONE - look_up(cumulative, pages.count_tokens(page)).view(np.int64)
-    # Page number j of a share s is due at level s / (j + 1/2): Webster's rounding, exact in the sum and nested.
-    share = np.ones(len(gains))
+    # Page j of a layer with weight s has the key s / (j + 1/2): Webster's method, exact in the sum and nested.
+    quota = np.ones(len(gains))
     if rule == "pyramid" and len(gains) > 1:
-        share = np.linspace(2 - 1 / BETA, 1 / BETA, len(gains))
-    return lambda page: (share / (page + 0.5)).view(np.int64)
+        quota = np.linspace(2 - 1 / BETA, 1 / BETA, len(gains))
+    return lambda page: (quota / (page + 0.5)).view(np.int64)
 
 
 def read_gains(gains: Any, *, ordered: bool, rank: int = 2) -> np.ndarray:
-    """Return gains as a float32 or float64 array of that rank, uncopied where it is one, or raise ConfigError."""
+    """Return gains as a float32 or float64 array of this rank, without a copy where possible, or raise ConfigError."""
     try:
         array = np.asarray(gains)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -238,7 +238,7 @@ def read_gains(gains: Any, *, ordered: bool, rank: int = 2) -> np.ndarray:
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float64)
     rows = array.reshape(-1, array.shape[-1])
-    # One pass: where rows fall, their ends bound the rest, and NaN falls nowhere.
+    # One pass: the ends of non-increasing rows bound the rest, and NaN fails every comparison.
     falling = ordered and all(bool((row[1:] <= row[:-1]).all()) for row in rows)
     least, most = (rows[:, -1].min(), rows[:, 0].max()) if falling else (rows.min(), rows.max())
     if not (least >= 0 and float(most) <= np.finfo(np.float64).max / rows.shape[1]):
@@ -258,10 +258,10 @@ def read_weights(weights: Any, n_layers: int) -> Float64[np.ndarray, " L"]:
     return array
 
 
-def check_share(name: str, share: float) -> None:
-    """Raise ConfigError unless 0 < share <= 1."""
-    if not 0 < share <= 1:
-        raise ConfigError(f"{name}: expected a number in (0, 1], got {share!r}")
+def check_fraction(name: str, value: float) -> None:
+    """Raise ConfigError unless 0 < value <= 1."""
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name}: expected a number in (0, 1], got {value!r}")
 
 
 def _check_one_budget(token_bytes: Any, **budgets: float | None) -> None:
@@ -272,8 +272,8 @@ def _check_one_budget(token_bytes: Any, **budgets: float | None) -> None:
         raise ConfigError(f"token_bytes: give it with n_bytes, and only then; got {token_bytes!r} with {given[0]}")
 
 
-def read_pages(shape: tuple[int, ...], floor: Any, cap: Any, unit: int) -> Pages:
-    """Return the box that floor and cap leave, in whole pages, or raise ConfigError."""
+def read_pages(shape: tuple[int, ...], floor: Any, cap: Any, unit: int) -> PageRange:
+    """Return the range of whole pages between floor and cap, or raise ConfigError."""
     n_layers, n_tokens = shape
     unit = _read_count("unit", unit, 1)
     least, most = -(-_read_per_layer("floor", floor, n_layers, 0) // unit), np.full(n_layers, -(-n_tokens // unit))
@@ -285,7 +285,7 @@ def read_pages(shape: tuple[int, ...], floor: Any, cap: Any, unit: int) -> Pages
             f"floor: layer {layer} needs {least[layer]} pages of {unit}, and its cap and row allow {most[layer]}; "
             "lower the floor or raise the cap"
         )
-    return Pages(least, most, unit, n_tokens)
+    return PageRange(least, most, unit, n_tokens)
 
 
 def _read_count(name: str, number: Any, least: int = 0) -> int:

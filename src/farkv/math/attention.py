@@ -1,6 +1,6 @@
-"""Attention in plain tensor operations: the truth that fast paths and receipts are checked against.
+"""Attention weights in plain tensor operations, and masks over chosen records.
 
-In: queries, keys, values, what is visible. Out: attention output, or how much of the weight a choice holds.
+In: queries, keys, what is visible. Out: weights, or the attention mass that a choice holds.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def weigh_rows(
     visible: Bool[Tensor, "b h t K"] | None,
     logits: Logits,
 ) -> Float32[Tensor, "B Hkv T K"]:
-    """Return the softmax weights of some records, which may differ from head to head, mean over the query group.
+    """Return the softmax weights of some records, which may differ by head; mean over the query group.
 
     Args:
-        keys: in blocks, K in all; one at a time is held as float32.
+        keys: in blocks, K in all; one block at a time is converted to float32.
 
     Cost: 2 Hq T K D operations; Hq T K floats.
     """
@@ -51,7 +51,7 @@ def weigh_rows(
     scores = logits.cap(torch.cat(parts, -1))
     if visible is not None:
         scores = scores.masked_fill(~visible[:, :, None], -torch.inf)
-    # A query of padding sees nothing: it has no weights to give.
+    # A padded query sees nothing: its softmax is NaN, its weights are 0.
     return scores.softmax(-1).nan_to_num(0.0).mean(2)
 
 
@@ -60,7 +60,7 @@ def measure_mass(
     positions: Int[Tensor, "B Hkv K"],
     valid: Bool[Tensor, "B Hkv K"] | None,
 ) -> Float32[Tensor, "B Hkv"]:
-    """Return the share of true attention weight that the chosen records hold, mean over the query group."""
+    """Return the fraction of the true attention weight on the chosen records, mean over the query group."""
     mean = weights[:, :, :, 0].mean(2)
     found = mean.gather(-1, positions)
     if valid is not None:
@@ -74,7 +74,7 @@ def align_mask(
     valid: Bool[Tensor, "B Hkv K"] | None,
     n_groups: int,
 ) -> Bool[Tensor, "B Hq 1 K"] | None:
-    """Turn the mask over the context into one over the chosen records; None stays None where all K count."""
+    """Turn the mask over the context into one over the chosen records; None where all of them are visible."""
     if mask is None and valid is None:
         return None
     batch, heads, n = positions.shape
@@ -90,7 +90,10 @@ def align_mask(
 def align_rows(
     mask: Bool[Tensor, "b 1 T S"], places: Int[Tensor, "B Hkv K"], n_groups: int
 ) -> Bool[Tensor, "B Hq T K"]:
-    """Turn the mask over the context into one over the rows that an evicted layer still holds.
+    """Turn the mask over the context into one over the rows that an evicted layer still stores.
+
+    Args:
+        places: the token of each row.
 
     Cost: B Hq T K flags.
     """

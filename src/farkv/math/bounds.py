@@ -1,7 +1,7 @@
 """Bounds of whole pages of keys, and the largest logit that they allow (Quest).
 
-In: keys, a query. Out: per page and KV head the least and greatest key coordinates; upper bounds of logits; an order of
-tokens that goes page by page. No host sync, no loop over heads.
+In: keys, a query. Out: per page and KV head the minimum and maximum of every key coordinate; upper bounds of
+logits; token scores that rank whole pages. No host sync, no loop over heads.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from farkv.math.logits import Logits
 def bound_pages(
     k: Float[Tensor, "B Hkv T D"], valid: Bool[Tensor, "b h T"] | None, page: int, before: int = 0
 ) -> Float[Tensor, "B Hkv P D2"]:
-    """Return min_t k_td and max_t k_td of every page, side by side, in the keys' own type.
+    """Return min_t k_td and max_t k_td of every page, side by side, in the keys' dtype.
 
-    A page without a real key gets the type's largest number as its minimum and the smallest as its maximum, so that
-    real keys which join it later decide its bounds alone.
+    A page without a real key gets the dtype's largest number as its minimum and the smallest as its maximum: neutral
+    elements, so that real keys appended later set its bounds alone.
 
     Args:
-        valid: False on padding, which bounds nothing; None where all are real.
-        before: tokens of the first page that are not among these.
+        valid: False on padding, which is ignored; None where all are real.
+        before: tokens of the first page that come before these keys.
 
     Cost: two passes over the keys.
 
@@ -41,10 +41,10 @@ def bound_pages(
 def score_bounds(
     q: Float[Tensor, "B Hq 1 D"], bounds: Float[Tensor, "B Hkv P D2"], logits: Logits
 ) -> Float32[Tensor, "B Hkv G P"]:
-    """Return the largest logit that a page may hold: scaling * sum_d max(q_d min_d, q_d max_d).
+    """Return an upper bound of the logits of every page: scaling * sum_d max(q_d min_d, q_d max_d).
 
-    Of the two products the larger is that with the maximum where q_d > 0, that with the minimum where q_d < 0: one
-    matrix product with the query's negative and positive parts side by side.
+    The larger product is that with max_d where q_d > 0, and that with min_d where q_d < 0: one matrix product with the
+    query's negative and positive parts side by side.
 
     Cost: P * 2D numbers read per KV head; 4 Hq P D operations.
 
@@ -62,12 +62,12 @@ def mark_pages(valid: Bool[Tensor, "b h S"], page: int) -> Bool[Tensor, "b h P"]
 
 
 def rank_tokens(pooled: Float32[Tensor, "B Hkv P"], page: int, n: int) -> Float32[Tensor, "B Hkv n"]:
-    """Return a score per token that orders the first `n` by their page's, best first, then by position.
+    """Return a score for each of the first `n` tokens that ranks them by their page's score, then by position.
 
-    Taking the best of them takes whole pages, and of the last one as many tokens as there is room for.
+    A top-k of these takes whole pages, and of the last one as many tokens as fit.
 
     Args:
-        n: at most 2^24, up to where float32 holds whole numbers.
+        n: at most 2^24, up to which float32 is exact on integers.
 
     Cost: one sort over the pages, one pass over the tokens.
     """

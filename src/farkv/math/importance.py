@@ -1,7 +1,7 @@
-"""How important each stored record is, seen from the layer's recent queries.
+"""Importance of each stored record, estimated from the layer's recent queries.
 
 In: the last queries (or their moments), keys, values. Out: scores, the layer's gain curve, and the curve of a
-selector that chooses anew at every step. Reads K and V in blocks; keeps nothing.
+selector that chooses anew at every step. Reads K and V in blocks; stateless.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from farkv.math.logits import Logits
 
 Scorer = Literal["window", "expected", "value"]
 SCORERS: tuple[Scorer, ...] = ("window", "expected", "value")
-# Keys that are weighed at a time.
+# Keys weighed at a time.
 BLOCK = 4096
-# The moments are of at most so many of the latest queries: the published method looks 512 positions ahead.
+# The moments use at most this many of the latest queries: the published method looks 512 positions ahead.
 MOMENT_QUERIES = 512
-# Queries whose weights over the whole context are sorted at a time.
+# Queries whose weights over the whole context are sorted at a time, by `measure_spread`.
 QUERIES_AT_ONCE = 4
 PADDING = -1.0  # below every real record
 
 
 class Observed(NamedTuple):
-    """What a layer's recent queries looked like: all that a scorer needs of them.
+    """What a scorer needs of a layer's recent queries.
 
-    `window` is the last w queries after RoPE, oldest first; the moments, which only "expected" needs, are of the
+    `window` is the last w queries after RoPE, oldest first; the moments, which only "expected" needs, are those of the
     latest queries of the last pass over more than one token.
     """
 
@@ -48,13 +48,13 @@ def observe_queries(
     *,
     valid: Bool[Tensor, "B T"] | None = None,
 ) -> Observed:
-    """Slide the window of the last queries on, and measure the moments where the scorer needs them.
+    """Move the window on to the last queries, and measure the moments where the scorer needs them.
 
     Args:
         q: this pass's queries, after RoPE.
-        window: queries to keep; fewer are kept while there have been fewer.
-        old: what the passes before left.
-        valid: False on padding, which then counts in no moment.
+        window: queries to keep; fewer where there have been fewer so far.
+        old: the result of the passes before.
+        valid: False on padding, which the moments leave out.
 
     Raises:
         ConfigError: the window holds no query.
@@ -69,7 +69,7 @@ def observe_queries(
     mean, covariance = (None, None) if old is None else (old.mean, old.covariance)
     if scorer == "expected" and (mean is None or q.shape[2] > 1):
         mean, covariance = _measure_moments(q, valid)
-    # A view would keep the whole prompt's queries alive.
+    # A copy: a view would keep the whole prompt's queries in memory.
     return Observed(latest.clone(memory_format=torch.contiguous_format), mean, covariance)
 
 
@@ -97,24 +97,22 @@ def score_records(
     logits: Logits,
     *,
     pool: int = 7,
-    per_query_head: bool = False,
-) -> Float32[Tensor, "B H N"]:
-    """Score every record but the newest w, which are the window itself and are always kept.
+) -> Float32[Tensor, "B Hkv N"]:
+    """Score every record but the newest w, which are the window itself and always stay.
 
         window    s_j = pool_j( sum_i softmax_j(softcap(scaling q_i . k_j)) )   over the window's queries i
         value     s_j |v_j| / mean |v|          over the head's visible records
         expected  softmax_j(scaling mu . k_j + scaling^2 / 2 k_j' Sigma k_j) |v_j| / mean |v|
 
-    Each is the mean over the query group, unless `per_query_head`. A padded query adds nothing.
+    Each is the mean over the query group. A padded query adds nothing.
 
     Args:
         visible: False on padding; h is 1 or Hkv.
-        pool: width of the average along tokens; beyond the ends, and on padding, it averages zeros.
-        per_query_head: score for each query head, as the paper's inflated cache does.
+        pool: width of the average along tokens, zero-padded at the ends; padding counts as zero too.
 
     Returns:
-        float32 [B, H, N], H = Hkv or Hq, N = max(S - w, 0): 0 or more, and exactly -1 on padding, so that every real
-        record comes before it in a top-k.
+        float32 [B, Hkv, N], N = max(S - w, 0): 0 or more, and exactly -1 on padding, so that a top-k takes every real
+        record first.
 
     Raises:
         ConfigError: `pool` is not odd. CacheStateError: "expected", and no moments were observed.
@@ -130,22 +128,21 @@ def score_records(
         raise ConfigError(f"the pooling width was {pool}; it must be odd to be centred on a record: set it to 7")
     n = max(k.shape[2] - observed.window.shape[2], 0)
     if n == 0:
-        heads = observed.window.shape[1] if per_query_head else k.shape[1]
-        return k.new_zeros(k.shape[0], heads, 0, dtype=torch.float32)
+        return k.new_zeros(*k.shape[:2], 0, dtype=torch.float32)
     if scorer == "expected":
-        scores = _expect(observed, k[:, :, :n], visible, logits, per_query_head)
+        scores = _expect(observed, k[:, :, :n], visible, logits)
     else:
-        scores = _sum_window(observed, k, visible, logits, per_query_head)
-        scores = avg_pool1d(scores.flatten(0, 2), pool, stride=1, padding=pool // 2).view_as(scores)
+        scores = _sum_window(observed, k, visible, logits)
+        scores = avg_pool1d(scores.flatten(0, 1), pool, stride=1, padding=pool // 2).view_as(scores)
     if scorer != "window":
-        scores.mul_(_measure_values(v, visible)[:, :, None, :n])
+        scores.mul_(_measure_values(v, visible)[..., :n])
     if visible is not None:
-        scores.masked_fill_(~visible[:, :, None, :n], PADDING)
-    return scores.flatten(1, 2)
+        scores.masked_fill_(~visible[..., :n], PADDING)
+    return scores
 
 
 def sort_gains(scores: Float32[Tensor, "B H N"]) -> Float32[Tensor, "B N"]:
-    """Return the layer's gain curve: what the r-th best record of every head adds, as a share of all.
+    """Return the layer's gain curve: what the r-th best record of every head adds, as a fraction of the total.
 
         g(r) = sum_h s[h, (r)] / sum_h sum_j s[h, j]
 
@@ -165,9 +162,9 @@ def measure_spread(
 ) -> Float32[Tensor, "B S"]:
     """Return the gain curve of a selector that chooses anew at every step.
 
-    The group's mean weights of each query in the window, over the keys that it may see, are sorted, and averaged
-    over queries and KV heads. Its first c entries sum to what the best c records *of each step* hold, where
-    `sort_gains` says what one set holds for all steps.
+    For each query of the window, the weights (mean over the group) on the keys that it sees are sorted; the curve is
+    the mean over queries and KV heads. Its first c entries sum to the mass of the best c records *of each step*, where
+    `sort_gains` gives the mass of one set for all steps.
 
     Returns:
         float32 [B, S], non-increasing, sum 1; zeros for a sequence without real queries.
@@ -202,14 +199,14 @@ def walk_weights(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the softmax weights [B, Hkv, G, w, n] of the last w queries, summed over `dim`, by blocks of n keys.
 
-    Two walks over the keys, the first for the logs of the sums, and never two blocks at a time.
+    Two passes over the keys, the first for the log-sum-exp; one block in memory at a time.
     """
     n_tokens = k.shape[2]
-    # Scaling the few queries, and not the logits, saves a walk over every block.
+    # Scaling the few queries instead of the logits saves a pass over every block.
     q = (window.float() * how.scaling).unflatten(1, (k.shape[1], -1))
     padded = None if visible is None else ~visible[:, :, None, n_tokens - window.shape[2] :]
     if padded is not None:
-        q.masked_fill_(padded[..., None], 0.0)  # what a model leaves there may be no number
+        q.masked_fill_(padded[..., None], 0.0)  # a model may leave NaN there
     peak = q.new_full((), torch.finfo(torch.float32).min)
     total = torch.zeros_like(peak)
     for at in _split(n_tokens, BLOCK):
@@ -217,10 +214,10 @@ def walk_weights(
         higher = torch.maximum(peak, logits.amax(-1))
         total = total * (peak - higher).exp() + logits.sub_(higher[..., None]).exp_().sum(-1)
         peak = higher
-        del logits  # or it would stay while the next is made
+        del logits  # before the next block is allocated
     log_sum = peak + total.log()
     if padded is not None:
-        log_sum.masked_fill_(padded, torch.inf)  # all its weights are 0; a real query sees itself at least
+        log_sum.masked_fill_(padded, torch.inf)  # makes all its weights 0; a real query sees at least itself
     for at in _split(n_tokens, BLOCK):
         yield at, _form_logits(q, k, visible, how, at).sub_(log_sum[..., None]).exp_().sum(dim)
 
@@ -238,22 +235,19 @@ def _form_logits(q: Tensor, k: Tensor, visible: Tensor | None, how: Logits, at: 
     return logits
 
 
-def _sum_window(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logits, per_query_head: bool) -> Tensor:
-    """Return the window's summed weights [B, Hkv, G or 1, N] on the records before it."""
+def _sum_window(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logits) -> Tensor:
+    """Return the window's summed weights [B, Hkv, N] on the records before it."""
     window = observed.window
-    batch, kv_heads = k.shape[:2]
     n = k.shape[2] - window.shape[2]
-    groups = window.shape[1] // kv_heads if per_query_head else 1
-    scores = k.new_empty(batch, kv_heads, groups, n, dtype=torch.float32)
+    scores = k.new_empty(*k.shape[:2], n, dtype=torch.float32)
     for at, weights in walk_weights(window, k, visible, logits, 3):
-        held = weights if per_query_head else weights.mean(2, keepdim=True)
         # The last blocks reach into the window, whose columns are dropped.
-        scores[..., at] = held[..., : max(n - at.start, 0)]
+        scores[..., at] = weights.mean(2)[..., : max(n - at.start, 0)]
     return scores
 
 
-def _expect(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logits, per_query_head: bool) -> Tensor:
-    """Return the weights [B, Hkv, G or 1, N] that Gaussian queries are expected to give."""
+def _expect(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logits) -> Tensor:
+    """Return the expected weights [B, Hkv, N] of Gaussian queries."""
     mean, covariance = observed.mean, observed.covariance
     if mean is None or covariance is None:
         raise CacheStateError(
@@ -261,11 +255,11 @@ def _expect(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logit
             'pass scorer="expected" to observe_queries too'
         )
     batch, kv_heads, n, dim = k.shape
-    # One product for the whole group: its covariances side by side, [D, G D].
+    # One product for the whole group: its covariances stand side by side, [D, G D].
     sides = covariance.view(batch, kv_heads, -1, dim, dim).transpose(2, 3).flatten(3) * (logits.scaling**2 / 2)
     shift = mean.view(batch, kv_heads, 1, -1, dim) * logits.scaling
     logs = k.new_empty(batch, kv_heads, shift.shape[3], n, dtype=torch.float32)
-    # The products are D wide where the window's logits are w: shorter blocks hold as much.
+    # Products are D wide, the window's logits w: shorter blocks take the same memory.
     for at in _split(n, max(BLOCK * observed.window.shape[2] // dim, 64)):
         keys = k[:, :, at].float()
         product = (keys @ sides).view(batch, kv_heads, keys.shape[2], -1, dim)
@@ -275,11 +269,11 @@ def _expect(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logit
     floor = torch.finfo(torch.float32)
     logs.sub_(logs.amax(-1, keepdim=True).clamp_min(floor.min)).exp_()
     logs.div_(logs.sum(-1, keepdim=True).clamp_min(floor.tiny))
-    return logs if per_query_head else logs.mean(2, keepdim=True)
+    return logs.mean(2)
 
 
 def _measure_values(v: Tensor, visible: Tensor | None) -> Tensor:
-    """Return the norms of values over the mean of their head's visible ones, [B, Hkv, S]."""
+    """Return the norms of values relative to the mean of their head's visible ones, [B, Hkv, S]."""
     norms = v.new_empty(v.shape[:3], dtype=torch.float32)
     for at in _split(v.shape[2], BLOCK):
         norms[..., at] = torch.linalg.vector_norm(v[:, :, at].float(), dim=-1)

@@ -1,6 +1,6 @@
 """Build the index of one layer: project keys and round them to 8, 4 or 2 bits.
 
-In: keys, the skew's leading columns. Out: codes and the scale they were rounded with. Keeps nothing.
+In: keys, the skew's leading columns. Out: codes, and the scale they were rounded with. Stateless.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from farkv._axes import Bool, Float, Float32, Int8, Tensor
 
 CODE_MAX = {8: 127, 4: 7}
-# Later keys may be a little larger than the prompt's: headroom before a code clips. Four bits have none to give.
+# Headroom before a code clips: later keys may be slightly larger than the prompt's. Four bits have none to spare.
 HEADROOM = {8: 1.1, 4: 1.0}
-# The step, in standard deviations, of the four even levels that lose least of a normal variable (Max 1960, table I).
+# Step, in standard deviations, of the four-level uniform quantiser of least distortion for a normal variable (Max
+# 1960, table I).
 LEVEL_STEP = 0.9957
 
 
@@ -34,7 +35,7 @@ def fit_scale(
 def encode_keys(
     projected: Float32[Tensor, "B Hkv T R"], scale: Float32[Tensor, "B Hkv 1 R"], bits: int = 8
 ) -> Int8[Tensor, "B Hkv T R"]:
-    """Round to codes: clip(round(projected / scale), -127, 127), or to 7 where there are four bits."""
+    """Round to codes: clip(round(projected / scale), -127, 127), with 7 in place of 127 for four bits."""
     return (projected / scale).round_().clamp_(-CODE_MAX[bits], CODE_MAX[bits]).char()
 
 
@@ -62,16 +63,16 @@ def encode_levels(
 ) -> Int8[Tensor, "B Hkv T R"]:
     """Round to the code c, -2 .. 1, of the nearest level (c + 1/2) scale.
 
-    The halves move all scores of a query alike: codes are scored as they are.
+    The 1/2 shifts all scores of a query equally, so codes are scored as they are.
     """
     return (projected / scale).floor_().clamp_(-2, 1).char()
 
 
 def pack_codes(codes: Int8[Tensor, "B Hkv T R"], bits: int = 4) -> Int8[Tensor, "B Hkv T R2"]:
-    """Put 8 / bits codes into a byte: the first of as many parts of the columns into the low bits, and so on up.
+    """Pack 8 / bits codes into a byte: columns are cut into that many parts, the first goes into the low bits.
 
     Args:
-        codes: R a multiple of 8 / bits, each in [-7, 7], or in [-2, 1] where there are two bits.
+        codes: R a multiple of 8 / bits, each in [-7, 7], or in [-2, 1] for two bits.
     """
     parts = codes.chunk(8 // bits, -1)
     packed = parts[-1] << (8 - bits)

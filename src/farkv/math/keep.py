@@ -1,6 +1,6 @@
-"""Choose which records of a layer stay: the newest, and the most important of the others.
+"""Choose which records of a layer stay: the newest, and the highest-scored of the others.
 
-In: a score per record. Out: positions and marks. Keeps nothing, moves nothing.
+In: a score per record. Out: positions and their scores. Stateless; moves no records.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ import torch
 from farkv._axes import Float, Float32, Int, Tensor
 
 
-def join_scores(
-    scores: Float32[Tensor, "B Hkv N"], marks: Float[Tensor, "B Hkv S"] | None
-) -> Float32[Tensor, "B Hkv N"]:
-    """Return the larger of a record's new score and its old mark: what was important once is not forgotten at once."""
-    return scores if marks is None else torch.maximum(scores, marks[..., : scores.shape[-1]].float())
+def join_scores(scores: Float32[Tensor, "B Hkv N"], old: Float[Tensor, "B Hkv S"]) -> Float32[Tensor, "B Hkv N"]:
+    """Return the larger of a record's new and old score, so that one that was important once is not evicted at once."""
+    return torch.maximum(scores, old[..., : scores.shape[-1]].float())
 
 
 def choose_kept(
@@ -26,16 +24,16 @@ def choose_kept(
         scores: of the first N >= n_rows - n_recent records.
 
     Returns:
-        Positions, ascending, K = max(n_keep, n_recent) at most n_rows; and their scores, 0 of the newest.
+        Positions, ascending, K = min(max(n_keep, n_recent), n_rows), and their scores, 0 for the newest.
 
     Cost: one top-k over N per KV head.
-    Source: SnapKV's selection, as XKV uses it: every head keeps its own best, all heads of a layer as many.
+    Source: SnapKV's selection, as XKV uses it: every head keeps its own best, all heads of a layer equally many.
     """
     batch, heads = scores.shape[:2]
     n_recent = min(n_recent, n_rows)
     n_old = n_rows - n_recent
     best = scores[..., :n_old].topk(min(max(n_keep - n_recent, 0), n_old), -1, sorted=False).indices.sort(-1).values
     newest = torch.arange(n_old, n_rows, device=scores.device).expand(batch, heads, -1)
-    # Sinks are forced by an infinite score, which is no mark to compare with later ones.
-    marks = scores.gather(-1, best).nan_to_num(posinf=0.0)
-    return torch.cat([best, newest], -1), torch.nn.functional.pad(marks, (0, n_recent))
+    # Sinks are forced by an infinite score, which must not be compared with later scores.
+    kept = scores.gather(-1, best).nan_to_num(posinf=0.0)
+    return torch.cat([best, newest], -1), torch.nn.functional.pad(kept, (0, n_recent))

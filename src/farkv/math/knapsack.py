@@ -1,9 +1,9 @@
-"""Choose one level per unit under a budget, exactly: by a water level where gains fall, by a knapsack where not.
+"""Choose one level per unit under a budget, exactly: by water-filling where gains decrease, else by a knapsack.
 
-In: what each level of each unit is worth and costs. Out: one level per unit. Plain numpy, keeps nothing.
+In: value and cost of each level of each unit. Out: one level per unit. NumPy only, stateless.
 
-The water level takes pages in the order of integer keys that do not rise along a unit: all pages with a key above
-the level. So choices are nested in the budget, and the level is found by bisection. The knapsack takes any values.
+Water-filling takes all pages whose integer key is above a level; keys do not increase along a unit. So choices are
+nested in the budget, and bisection finds the level. The knapsack takes any values.
 
 Source: multiple-choice knapsack by dynamic programming over the budget (Kellerer, Pferschy, Pisinger 2004, ch. 11).
 """
@@ -18,15 +18,15 @@ from jaxtyping import Int64
 
 from farkv.errors import ConfigError
 
-# The table's entries (unit, cost), 4 bytes each, and the candidates (unit, level, cost), 2 ns each.
+# Limits on table entries (unit, cost), 4 bytes each, and on candidates (unit, level, cost), 2 ns each.
 MAX_CELLS = 2 * 10**8
 MAX_CANDIDATES = 2 * 10**9
-# From a page number per unit to the pages' keys: int64, at least 0, not rising along a unit.
+# Maps one page number per unit to these pages' keys: int64, at least 0, not increasing along a unit.
 Keys = Callable[[np.ndarray], np.ndarray]
 
 
 class _Table(NamedTuple):
-    """The best sum of the first unit to the last at every exact cost, and the level that each unit takes there."""
+    """The best sum of values at every exact total cost, and the level that each unit takes in it."""
 
     best: np.ndarray
     choices: list[np.ndarray]
@@ -47,7 +47,7 @@ def choose_levels(values: np.ndarray, costs: np.ndarray, budget: int) -> Int64[n
         max sum_u values[u, k_u]   subject to   sum_u costs[u, k_u] <= budget
 
     Of equal sums the lower total cost wins, then the lower level of the first unit, of the second, and so on. Sums
-    are float64 and added from the last unit to the first: "equal" means equal in that order.
+    are float64, added from the last unit to the first: "equal" means equal in that order of addition.
 
     Args:
         values: [U, K], any finite numbers; -inf, inf or NaN forbids a level.
@@ -80,7 +80,7 @@ def choose_cheapest(
         values: as in `choose_levels`.
         costs: as in `choose_levels`.
         target: the sum to reach.
-        enough: has the last word on levels whose sum is within rounding (1e-12) of the target or above it.
+        enough: decides on levels whose sum is above the target or within rounding (1e-12) of it.
 
     Raises:
         ConfigError: no choice reaches the target, or as in `choose_levels`.
@@ -95,7 +95,7 @@ def choose_cheapest(
 
 
 def _read(values: np.ndarray, costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return values with -inf for what is forbidden, and whole costs."""
+    """Return values, -inf where a level is forbidden, and integer costs."""
     values, costs = np.array(values, np.float64), np.asarray(costs)
     if values.ndim != 2 or values.shape != costs.shape or 0 in values.shape:
         raise ConfigError(f"values and costs: expected one shape [units, levels], got {values.shape} and {costs.shape}")
@@ -128,7 +128,7 @@ def _build_table(values: np.ndarray, costs: np.ndarray, budget: int) -> _Table:
 
 
 def _add_unit(best: np.ndarray, worth: np.ndarray, cost: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put one more unit in front: its best level at every exact cost. Cost: K vector additions."""
+    """Prepend a unit: its best level at every exact total cost. Cost: K vector additions."""
     reach = min(budget, best.size - 1 + int(cost.max()))
     longer, choice = np.full(reach + 1, -np.inf), np.zeros(reach + 1, np.int32)
     for level in np.flatnonzero(~np.isneginf(worth)):
@@ -142,7 +142,7 @@ def _add_unit(best: np.ndarray, worth: np.ndarray, cost: np.ndarray, budget: int
 
 
 def add_blocks(gains: np.ndarray, unit: int) -> np.ndarray:
-    """Return the sums of blocks in float64, all added in one order, so that rounding cannot make a later one larger."""
+    """Return block sums in float64, all added in the same order, so that rounding keeps them non-increasing."""
     blocks = np.zeros((len(gains), -(-gains.shape[1] // unit)))
     for offset in range(min(unit, gains.shape[1])):
         part = gains[:, offset::unit]
@@ -151,15 +151,15 @@ def add_blocks(gains: np.ndarray, unit: int) -> np.ndarray:
 
 
 def spend_level(keys: Keys, floor: np.ndarray, cap: np.ndarray, budget: int) -> Int64[np.ndarray, " U"]:
-    """Return `budget` pages, or all that the caps allow: those with the largest keys, ties as in `fill_level`.
+    """Return the pages per unit: `budget` in all, or as the caps allow, by largest key; ties as in `fill_level`.
 
     Args:
         keys: see `Keys`.
-        floor: pages that every unit gets whatever their keys, int64 [U]; together within the budget.
+        floor: pages that every unit gets regardless of keys, int64 [U]; their sum is within the budget.
         cap: pages that a unit can get, int64 [U].
         budget: the number of pages.
 
-    Cost: less than 64 probes of U binary searches, each within the bracket that the last ones left.
+    Cost: less than 64 probes of U binary searches, each within the bracket of the one before.
     """
     budget = min(budget, int(cap.sum()))
     if budget == floor.sum():
@@ -171,15 +171,15 @@ def spend_level(keys: Keys, floor: np.ndarray, cap: np.ndarray, budget: int) -> 
 def reach_level(
     keys: Keys, floor: np.ndarray, cap: np.ndarray, enough: Callable[[np.ndarray], bool]
 ) -> Int64[np.ndarray, " U"]:
-    """Return the fewest pages, in the order of `spend_level`, that are enough; the caps must be.
+    """Return the fewest pages, taken in the order of `spend_level`, that are enough; the caps must be.
 
     Args:
         keys: see `Keys`.
         floor: as in `spend_level`.
         cap: as in `spend_level`.
-        enough: a question about pages per unit that stays answered by yes where they grow.
+        enough: a predicate on pages per unit, monotone: true stays true for more pages.
 
-    Cost: as `spend_level`, and one question per probe.
+    Cost: as `spend_level`, and one call of `enough` per probe.
     """
     if enough(floor):
         return floor
@@ -192,7 +192,7 @@ def reach_level(
 
 
 def _count_above(keys: Keys, level: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return how many pages of each layer have a key of at least `level`, clipped to [low, high]: L binary searches."""
+    """Return how many pages of each unit have a key of at least `level`, clipped to [low, high]: U binary searches."""
     while (going := low < high).any():
         middle = (low + high) // 2
         above = (keys(np.where(going, middle, 0)) >= level) & going
@@ -203,10 +203,10 @@ def _count_above(keys: Keys, level: int, low: np.ndarray, high: np.ndarray) -> n
 def _find_level(
     keys: Keys, floor: np.ndarray, cap: np.ndarray, enough: Callable[[np.ndarray], bool]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pages above the highest level that is enough, and those at or above it; the floor is not enough."""
+    """Return the pages above, and at or above, the highest level that is enough; the floor must not be."""
     few, many = floor, cap
     low, high = 0, int(keys(np.zeros_like(few)).max()) + 1
-    while high - low > 1 and (many - few).sum() > 1:  # of one page it does not matter at which level it lies
+    while high - low > 1 and (many - few).sum() > 1:  # the level of a single page does not matter
         level = (low + high) // 2
         counts = _count_above(keys, level, few, many)
         if enough(counts):
@@ -217,7 +217,7 @@ def _find_level(
 
 
 def fill_level(few: np.ndarray, many: np.ndarray, budget: int) -> np.ndarray:
-    """Raise `few` towards `many` to the budget, always the layer with the fewest pages, the earlier of equal ones."""
+    """Raise `few` towards `many` up to the budget, always the unit with the fewest pages, ties to the earliest."""
     low, high = 0, int(many.max()) + 1
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,6 +1,6 @@
-"""How an attention logit is formed: the one place that knows scaling, softcap and sinks.
+"""How an attention logit is formed: scaling, softcap and sinks of one attention call.
 
-In: products of queries and keys. Out: logits. Keeps nothing.
+In: products of queries and keys. Out: logits. Stateless.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from farkv._axes import Float, Tensor
 
 
 class Logits(NamedTuple):
-    """softmax over softcap(scaling * q . k), with softcap(x) = c tanh(x / c), and x itself where there is none.
+    """softmax over softcap(scaling * q . k), with softcap(x) = c tanh(x / c), or x where there is none.
 
-    sinks: learned logits, one per query head, that take part in the softmax's denominator alone.
+    sinks: learned logits, one per query head, that only add to the softmax's denominator.
     """
 
     scaling: float
@@ -23,7 +23,7 @@ class Logits(NamedTuple):
     sinks: Float[Tensor, " Hq"] | None = None
 
     def cap(self, scaled: Tensor) -> Tensor:
-        """Return softcap(scaled). Cost: one new tensor where there is a softcap, none where there is not."""
+        """Return softcap(scaled). Cost: a new tensor where there is a softcap, else none."""
         return self.softcap * torch.tanh(scaled / self.softcap) if self.softcap else scaled
 
     def cap_(self, scaled: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Thin samples of what a sequence was read with: by its own tokens, whatever padding stands before them.
+"""Evenly spaced samples of a sequence's queries and keys, counted by real tokens: padding does not change them.
 
-In: queries or keys, and which tokens are real. Out: a few of them, evenly spaced, and which count. Keeps nothing.
+In: queries or keys, and which tokens are real. Out: a sample, and which of its entries are real. Stateless.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from farkv._axes import Bool, Float, Int, Tensor
 
 
 def order_real(real: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Return the columns of the real tokens in their order, those of padding behind them."""
+    """Return the columns of the real tokens in order, then those of padding."""
     return (~real).byte().argsort(dim=-1, stable=True)
 
 
 def take_columns(rows: Float[Tensor, "B H T D"], columns: Int[Tensor, "b N"]) -> Float[Tensor, "B H N D"]:
-    """Return rows at columns that differ from sequence to sequence, the same for all heads."""
+    """Return the rows at columns that differ by sequence and are the same for all heads."""
     batch, heads, _, dim = rows.shape
     return rows.gather(2, columns[:, None, :, None].expand(batch, heads, -1, dim))
 
@@ -24,9 +24,9 @@ def take_columns(rows: Float[Tensor, "B H T D"], columns: Int[Tensor, "b N"]) ->
 def thin_columns(
     n: int, real: Bool[Tensor, "B T"] | None, most: int, device: torch.device
 ) -> tuple[Int[Tensor, "b N"], Bool[Tensor, "b N"] | None]:
-    """Return where at most `most` of every sequence's `n` tokens stand, evenly spaced; False where it has fewer.
+    """Return the columns of at most `most` of every sequence's `n` tokens, evenly spaced; False where it has fewer.
 
-    They follow from the tokens alone, whatever passes these came in.
+    They depend on the tokens alone, not on how a prompt was split into passes.
     """
     if real is None:
         return torch.arange(0, n, -(-n // most), device=device)[None], None
@@ -41,7 +41,7 @@ def thin_keys(
 ) -> tuple[Float[Tensor, "B Hkv N D"], Bool[Tensor, "B N"] | None]:
     """Return at most `most` keys of every sequence, evenly spaced, zeros where it has fewer than others.
 
-    Cost: without padding a view.
+    Cost: without padding none, a view.
     """
     n = k.shape[2]
     if real is None:
@@ -57,7 +57,7 @@ def add_block(
     start: int,
     block: Float[Tensor, "B Hkv T D"],
 ) -> None:
-    """Put what the sample at `columns` has of a block, whose first token is `start`, into its places."""
+    """Fill in those tokens of the sample at `columns` that are in a block starting at token `start`, in place."""
     inside = (columns >= start) & (columns < start + block.shape[2])
     # A deliberate sync, once per block of a prompt.
     at = inside.any(0).nonzero()[:, 0]
@@ -67,16 +67,16 @@ def add_block(
 
 
 def widen_stride(stride: int, n_tokens: int, most: int) -> int:
-    """Return the stride, doubled as often as it takes, that leaves at most `most` of `n_tokens`."""
+    """Return the stride, doubled until it leaves at most `most` of `n_tokens`."""
     while -(-n_tokens // stride) > most:
         stride *= 2
     return stride
 
 
 def extend_sample(old: Float[Tensor, "B Hq M D"], q: Float[Tensor, "B Hq 1 D"], most: int) -> Float[Tensor, "B Hq N D"]:
-    """Return a sample with one query more, in the same memory where that has room behind `old`.
+    """Return a sample with one more query, in the memory of `old` where that has room.
 
-    Cost: one query written; where there is no room, one copy into twice the memory, at most `most` queries.
+    Cost: one query written; without room, a copy into twice the memory, at most `most` queries.
     """
     batch, heads, n, dim = old.shape
     if old.stride(2) != dim or old.stride(1) < (n + 1) * dim:
@@ -95,9 +95,9 @@ def thin_queries(
     tokens: Int[Tensor, "4 B"],
     n_slots: int,
 ) -> Float[Tensor, "B Hq N D"]:
-    """Return a sample of a sequence's queries so far: its tokens 0, s, 2 s, ...; zeros behind the last.
+    """Return a sample of every sequence's queries so far: its tokens 0, s, 2 s, ...; zeros after the last.
 
-    Strides only double, so the sample is the same however many passes the tokens came in.
+    Strides only double, so the sample does not depend on how the tokens were split into passes.
 
     Args:
         old: the sample before this pass.
@@ -112,7 +112,7 @@ def thin_queries(
     new = new if real is None else order_real(real).gather(1, new)
     valid = at < total
     if old is None:
-        # Of tokens before this pass nothing is known.
+        # There is no sample of the tokens before this pass.
         valid = valid & (at >= seen)
         both, columns = q, new
     else:

@@ -1,4 +1,4 @@
-"""Score the index with a query: what would each stored record weigh?
+"""Score the index with a query: an estimate of every stored record's attention logit.
 
 In: a query (estimated or true), codes. Out: one score per record and KV head. No host sync, no loop over heads.
 """
@@ -42,24 +42,23 @@ def unpack_codes(packed: Int8[Tensor, "B Hkv S R2"], bits: int = 4) -> Int8[Tens
 
 
 def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"] | None) -> Float32[Tensor, "B Hkv S"]:
-    """Join the queries of one KV head: log of the mean attention weight that the group gives a record.
+    """Pool the queries of one KV head: log of the group's mean attention weight on a record.
 
-    A record's worth to the group is the weight it would get, so choosing the largest keeps the most mass.
-    Padding gets -inf.
+    Choosing the largest of these keeps the most attention mass. Padding gets -inf.
     """
     if valid is not None:
         scores = scores.masked_fill(~valid[:, :, None], -torch.inf)
     group = scores.shape[2]
     logs = scores.log_softmax(-1)
     pooled = logs[:, :, 0] if group == 1 else logs.logsumexp(2) - torch.log(torch.tensor(float(group)))
-    # A row of padding alone has no softmax: NaN would win every comparison.
+    # A row of padding only has a softmax of NaN, which a top-k would rank first.
     return pooled.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
 
 
 def pool_group_by_best(
     scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"] | None
 ) -> Float32[Tensor, "B Hkv S"]:
-    """Join the queries of one KV head by the best logit below each query's maximum, as alpha compares them.
+    """Pool the queries of one KV head: the maximum of their logits, each relative to its query's largest one.
 
     Source: InfiniGen §4.3, s > max(s) - alpha; with one query per KV head it is the paper's rule.
     """

@@ -1,7 +1,7 @@
-"""Choose records by score: at most a cap, fewer where a threshold or a share of mass says so.
+"""Choose records by score: at most a cap, fewer under a threshold or a mass target.
 
 In: pooled scores per KV head. Out: positions in ascending order, padded to the cap; the count stays on the device
-as a validity flag, valid ones first. No host sync, no loop over heads.
+as validity flags, valid positions first. No host sync, no loop over heads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from farkv._axes import Bool, Float32, Int, Tensor
 
 
 class Choice(NamedTuple):
-    """Chosen positions per sequence and KV head; `valid` is None where all K count."""
+    """Chosen positions per sequence and KV head; `valid` is None where all K are valid."""
 
     positions: Int[Tensor, "B Hkv K"]
     valid: Bool[Tensor, "B Hkv K"] | None
@@ -26,7 +26,7 @@ def force_sinks(
     valid: Bool[Tensor, "b h S"] | None,
     recent: Bool[Tensor, "b h S"] | None = None,
 ) -> Float32[Tensor, "B Hkv S"]:
-    """Give the first `n_sinks` real tokens of every sequence, and what is `recent`, the best score, in place."""
+    """Give the first `n_sinks` real tokens of every sequence, and those flagged `recent`, a score of inf, in place."""
     if isinstance(n_sinks, int) and n_sinks == 0 and recent is None:
         return scores
     if valid is None:
@@ -54,7 +54,7 @@ def select_top(scores: Float32[Tensor, "B Hkv S"], cap: int, own: Int[Tensor, "b
 
 
 def select_seen(scores: Float32[Tensor, "B Hkv S"], cap: int, own: Int[Tensor, "b 1 1"] | None = None) -> Choice:
-    """Choose the `cap` best records of every KV head, fewer where the others are out of reach (-inf)."""
+    """Choose the `cap` best records of every KV head, fewer where the others are excluded (-inf)."""
     values, positions = _take_best(scores, cap, own)
     return _pack(positions, _within(values > -torch.inf, own), scores.shape[-1])
 
@@ -62,13 +62,13 @@ def select_seen(scores: Float32[Tensor, "B Hkv S"], cap: int, own: Int[Tensor, "
 def limit_pages(
     scores: Float32[Tensor, "B Hkv S"], resident: Bool[Tensor, "B Hkv P"], page_tokens: int, n_pages: int
 ) -> Float32[Tensor, "B Hkv S"]:
-    """Put out of reach, by a score of -inf, what lies on pages that are not worth reading from disk at this step.
+    """Exclude, by a score of -inf, records on disk pages that this step may not read.
 
-    Of every KV head the `n_pages` pages without a copy in memory that hold the most estimated weight may be read.
+    It may read, per KV head, the `n_pages` pages with the most estimated weight among those without a copy in memory.
 
     Args:
         scores: logs of estimated weights (sinks may be forced to +inf).
-        resident: full pages that have a copy; tokens behind the last full page are always there.
+        resident: full pages that have a copy; tokens after the last full page are always in memory.
 
     Cost: one pass over the scores and a top-k over the pages.
     """
@@ -76,7 +76,7 @@ def limit_pages(
     last = min(resident.shape[-1], -(-n // page_tokens))
     if last == 0:
         return scores
-    # The last full page may reach into the window, which is not scored.
+    # The last full page may reach into the recent window, which is not scored.
     padded = torch.nn.functional.pad(scores, (0, max(0, last * page_tokens - n)), value=-torch.inf)
     paged = padded[..., : last * page_tokens].view(batch, heads, last, page_tokens)
     seen = resident[..., :last]
@@ -106,7 +106,7 @@ def select_mean_count(
 ) -> Choice:
     """Choose one count for all heads and sequences of the layer: the mean count within `alpha`, at most `cap`.
 
-    Source: InfiniGen §4.3 as published, except that the mean stays on the device. It couples the sequences of a batch.
+    Couples the sequences of a batch. Source: InfiniGen §4.3 as published, except that the mean stays on the device.
     """
     counts = (scores > scores.amax(-1, keepdim=True) - alpha).sum(-1)
     mean = counts.float().mean().floor().clamp(1, cap)
@@ -131,18 +131,18 @@ def select_mass(
 
 
 def _take_best(scores: Tensor, cap: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the best scores and their positions, best first where sequences have caps of their own."""
+    """Return the best scores and their positions, best first where sequences have their own caps."""
     best = scores.topk(cap, -1, sorted=own is not None)
     return best.values, best.indices
 
 
 def _within(keep: Tensor, own: Tensor | None) -> Tensor:
-    """Of records that stand best first, leave each sequence as many as its own cap."""
+    """Limit records, sorted best first, to each sequence's own cap."""
     return keep if own is None else keep & (torch.arange(keep.shape[-1], device=keep.device) < own)
 
 
 def _pack(positions: Tensor, keep: Tensor, n: int) -> Choice:
-    """Sort by position, kept ones first."""
+    """Sort by position, valid ones first."""
     key = torch.where(keep, positions, positions + n).sort(-1).values
     return Choice(torch.where(key >= n, key - n, key), key < n)
 
@@ -150,16 +150,16 @@ def _pack(positions: Tensor, keep: Tensor, n: int) -> Choice:
 def select_rest(
     scores: Float32[Tensor, "B Hkv S"], taken: Choice, cap: int, own: Int[Tensor, "b 1 1"] | None = None
 ) -> Choice:
-    """Choose the `cap` best records that are not taken, in place on `scores`; fewer where only padding is left.
+    """Choose the `cap` best records that are not taken; fewer where only padding is left. Overwrites `scores`.
 
-    Without the flag, a sequence of fewer real tokens than the cap would read a taken record again, at twice its weight.
+    Validity matters here: without it, a sequence with fewer real tokens than the cap would read a record twice.
     """
     return select_seen(forbid(scores, taken), cap, own)
 
 
 def forbid(scores: Float32[Tensor, "B Hkv S"], choice: Choice) -> Float32[Tensor, "B Hkv S"]:
-    """Give records that are already chosen the worst score, in place."""
+    """Give records that are already chosen a score of -inf, in place."""
     if choice.valid is None:
         return scores.scatter_(-1, choice.positions, -torch.inf)
-    marks = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, choice.positions, choice.valid)
-    return scores.masked_fill_(marks, -torch.inf)
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, choice.positions, choice.valid)
+    return scores.masked_fill_(chosen, -torch.inf)

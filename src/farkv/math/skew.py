@@ -1,7 +1,7 @@
-"""The skew: a change of basis, per KV head, that gathers what decides the scores in few columns.
+"""The skew: a change of basis per KV head that concentrates the scores in few columns.
 
-In: post-RoPE queries and keys. Out: A_q and A_k with (q A_q) . (k A_k) = q . k, best columns first. Weights and
-cache stay unskewed: the skew lives on the speculation side only. Accumulates tensors, runs no model.
+In: post-RoPE queries and keys. Out: A_q and A_k with (q A_q) . (k A_k) = q . k, best columns first. Only the index
+is skewed; model weights and records are not. Accumulates moments, runs no model.
 
 Source: InfiniGen §4.2 (SVD of Q, `solve_svd`); the bilinear form is ours (docs/papers/infinigen.md, deviation 2).
 """
@@ -14,15 +14,15 @@ import torch
 
 from farkv._axes import Bool, Float, Float32, Tensor
 
-# Added to the Gram matrices, relative to their mean eigenvalue, so that few tokens still give full rank.
+# Ridge relative to the mean eigenvalue of the Gram matrices, so that few tokens still give full rank.
 RIDGE = 1e-4
 
 
 @dataclass
 class Gram:
-    """Second moments of one layer's queries and keys, per sequence (or summed) and KV head, in float32.
+    """Second moments of one layer's queries and keys, per sequence (or summed over them) and KV head.
 
-    `queries` and `keys` are [b, Hkv, D, D] sums, `key_sum` is [b, Hkv, D], counts are [b] tokens.
+    All are sums over tokens; `n_keys` is the number of tokens.
     """
 
     queries: Float32[Tensor, "b Hkv D D"]
@@ -40,7 +40,7 @@ class Gram:
         )
 
     def sum_batch(self) -> Gram:
-        """Return the moments of all sequences together, batch axis 1."""
+        """Return the moments summed over sequences, with a batch axis of 1."""
         return Gram(
             self.queries.sum(0, True), self.keys.sum(0, True), self.key_sum.sum(0, True), self.n_keys.sum(0, True)
         )
@@ -80,7 +80,7 @@ def solve_bilinear(gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
 
     With C_q = L_q L_q^T and the keys' covariance C_k = L_k L_k^T, and SVD(L_q^T L_k) = U S V^T,
     A_q = L_q^-T U S^1/2 and A_k = L_k^-T V S^1/2 minimise E[(q . (k - mean) - (q A_q) . ((k - mean) A_k))^2] for
-    every number of leading columns. The mean may be left out because it moves all scores of a query alike.
+    every number of leading columns. The mean can be left out because it shifts all scores of a query equally.
 
     Returns:
         A_q, A_k: float32 [b, Hkv, D, D]; mean: float32 [b, Hkv, 1, D].
@@ -91,7 +91,7 @@ def solve_bilinear(gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
     mean = gram.key_sum.double() / n
     c_k = gram.keys.double() - n[..., None] * mean[..., :, None] * mean[..., None, :]
     l_q = torch.linalg.cholesky(_ridged(gram.queries.double()))
-    # Rounding may leave a covariance of few tokens slightly indefinite: the ridge is of the uncentred moment.
+    # By rounding, a covariance of few tokens may be slightly indefinite: the ridge is that of the uncentred moment.
     floor = _ridged(gram.keys.double()) - gram.keys.double()
     l_k = torch.linalg.cholesky(c_k + floor)
     u, s, vh = torch.linalg.svd(l_q.mT @ l_k)

@@ -1,6 +1,6 @@
-"""What one attention call brings: the new tokens' queries, keys and values, and the model's own attention.
+"""The inputs of one attention call: the new tokens' queries, keys and values, and the model's attention function.
 
-Made by whoever runs the model (the door of a framework), read by the engine and by methods. Knows no cache.
+Made by whatever runs the model (`hf/`), read by the engine and by methods. Knows no cache.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Step(NamedTuple):
 
 @runtime_checkable
 class AttentionFunction(Protocol):
-    """The model's own attention, and what it takes to stand in for it."""
+    """The model's own attention, and what a kernel needs to replace it."""
 
     @property
     def sinks(self) -> Float[Tensor, " Hq"] | None:
-        """Return the learned logits that take part in the denominator alone, None where the model has none."""
+        """Return the learned logits that only add to the denominator, None where the model has none."""
         ...
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> object:
-        """Attend to the given records; the output has any form."""
+        """Attend to the given records; the output has the model's own form."""
         ...
 
     def wrap(self, out: Float[Tensor, "B Hq T Dv"]) -> object:
-        """Give an output that was computed elsewhere the form that a call gives it."""
+        """Give an output that was computed elsewhere the form that a call returns."""
         ...

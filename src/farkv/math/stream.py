@@ -1,10 +1,10 @@
-"""Attention over records that come block by block, exact to rounding: an online softmax.
+"""Attention over records that arrive block by block, exact to rounding: an online softmax.
 
-In: queries, then keys and values in any number of blocks. Out: what attention over all of them at once would give.
-Knows no order of records but that of the new tokens' own block.
+In: queries, then keys and values in any number of blocks. Out: the output of attention over all of them at once.
+Blocks may come in any order; only the new tokens' own block can be causal.
 
-Source: FlashAttention §3.1 within a block; between blocks the same, with a block's log-sum-exp in the place of a
-score and its output in the place of a value.
+Source: FlashAttention §3.1 within a block; the same between blocks, with a block's log-sum-exp as the score and its
+output as the value.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from farkv._axes import Bool, Float, Tensor
 from farkv.math.logits import Logits
 
-# Scores, or mask values, that are held at once: a few megabytes stay in the cache.
+# Bytes of scores, or of mask values, at a time: a few megabytes stay in the CPU's cache.
 TILE_BYTES = 8 * 2**20
-# torch's fused kernel, which also returns the log-sum-exp. It has had this signature since before torch 2.8 but is
-# not public: where a release has it no more, the plain path does everything, as it does on a GPU, whose fused
-# kernels have other rules for masks and alignment.
+# torch's fused CPU kernel, which also returns the log-sum-exp. The signature is older than torch 2.8 but not public:
+# where a release lacks it, the plain path is used, as on a GPU, whose fused kernels have other rules for masks and
+# alignment.
 _fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 class Part(NamedTuple):
-    """Attention over some records; where a query saw none of them, `out` is zero and the log-sum-exp -inf."""
+    """Attention over some records; for a query that saw none, `out` is 0 and the log-sum-exp -inf."""
 
     out: Float[Tensor, "B Hkv r Dv"]
     lse: Float[Tensor, "B Hkv r"]
@@ -34,16 +34,16 @@ class Part(NamedTuple):
 class Stream:
     """Attention of T queries over records that come in blocks: out = sum_blocks exp(lse_block - lse) out_block.
 
-    Cost: 4 B Hq T (Dv + 2) bytes of float32 sums, however many blocks come. While a block of n records is added: the
-    queries once more, the output twice; with a mask, or without the fused kernel, a few tiles of 8 MiB; and without
-    the fused kernel the block in float32, 4 B Hkv n (D + Dv) bytes.
+    Cost: 4 B Hq T (Dv + 2) bytes of float32 sums for any number of blocks. While a block of n records is added: one
+    copy of the queries, two of the output; with a mask, or without the fused kernel, a few tiles of 8 MiB; without the
+    fused kernel also the block in float32, 4 B Hkv n (D + Dv) bytes.
     """
 
     def __init__(self, q: Float[Tensor, "B Hq T D"], logits: Logits):
         self.q, self.logits = q, logits
-        # The sums are float32 whatever the model's dtype is; float64 stays.
+        # Sums are at least float32; float64 stays.
         self.dtype = torch.promote_types(q.dtype, torch.float32)
-        # The largest lse so far; with it sum_blocks exp(lse - top) out, and the same without out. No block yet: None.
+        # The largest lse so far (top), sum_blocks exp(lse - top), sum_blocks exp(lse - top) out; None before any block.
         self.sums: tuple[Tensor, Tensor, Tensor] | None = None
 
     def add(
@@ -59,7 +59,7 @@ class Stream:
         Args:
             k, v: any strides; read in place where the last one is 1.
             visible: True where a query may see a record, [B or 1, Hq or 1, T or 1, n]; None: all see all.
-            causal: the block is the T new tokens themselves, and no query sees one that is newer than it.
+            causal: the block is the T new tokens themselves, and a query sees none that is newer than itself.
 
         Cost: 2 B Hq T n (D + Dv) operations.
         """
@@ -73,7 +73,7 @@ class Stream:
         seen = group_mask(visible, q)
         fused = may_fuse(q, k, v, self.logits)
         if not fused:
-            # Deliberate copies: the plain path computes in float32.
+            # Deliberate copies: the plain path computes in float32 or float64.
             k, v = k.to(self.dtype), v.to(self.dtype)
         attend = attend_fused if fused else attend_plain
         n_rows = count_rows(q, n, seen, fused=fused, causal=causal)
@@ -81,23 +81,23 @@ class Stream:
             rows = slice(start, min(start + n_rows, n_new))
             end = rows.stop if causal else n
             mask = cut_mask(seen, rows, end, causal=causal, device=k.device)
-            # The queries of one group stand below one another, so that no key or value is repeated: a copy of theirs.
+            # A group's queries are stacked (a copy of them), so that keys and values need not be repeated.
             now = q[:, :, :, rows]
             mask = fold_mask(mask, now)
             self._merge(attend(now.flatten(2, 3), k[:, :, :end], v[:, :, :end], mask, self.logits), rows)
 
     def finish(self) -> Float[Tensor, "B Hq T Dv"]:
-        """Return the attention output in the queries' dtype, zero for a query that saw nothing; the stream ends.
+        """Return the attention output in the queries' dtype, 0 for a query that saw nothing, and end the stream.
 
-        Its memory has the order [B, T, Hq, Dv], in which a model goes on.
+        It is laid out in memory as [B, T, Hq, Dv], the order that models use next.
         """
         assert self.sums is not None
         top, weight, total = self.sums
         if self.logits.sinks is not None:
-            # A sink is a record whose value is zero.
+            # A sink acts like a record whose value is zero.
             lse = self.logits.sinks.to(self.dtype).unflatten(0, top.shape[1:3])[None, ..., None].expand_as(top)
             self._merge(Part(torch.zeros_like(total).flatten(2, 3), lse.flatten(2, 3)), slice(None))
-        # The block on top has weight exp(0): less than 1 is 0, of a query that saw nothing.
+        # The block with the largest lse has weight exp(0): a weight below 1 is 0, of a query that saw nothing.
         return total.div_(weight.clamp_min(1)[..., None]).to(self.q.dtype).flatten(1, 2)
 
     def _start(self, q: Float[Tensor, "B Hkv G T D"], v_dim: int) -> None:
@@ -107,7 +107,7 @@ class Stream:
         self.sums = torch.full_like(weight, -torch.inf), weight, total.permute(0, 2, 3, 1, 4)
 
     def _merge(self, part: Part, rows: slice) -> None:
-        """Add what some of the queries saw of a block."""
+        """Add a block's attention for some of the queries."""
         assert self.sums is not None
         top, weight, total = (t[:, :, :, rows] for t in self.sums)
         lse = part.lse.to(self.dtype).unflatten(2, top.shape[2:])
@@ -122,7 +122,7 @@ class Stream:
 
 
 def may_fuse(q: Tensor, k: Tensor, v: Tensor, logits: Logits) -> bool:
-    """Say whether the fused kernel knows this case; it reads wrong values where the last stride is not 1."""
+    """Return whether the fused kernel supports this case; it reads wrong values where the last stride is not 1."""
     return (
         _fused is not None
         and q.device.type == "cpu"
@@ -146,7 +146,7 @@ def attend_fused(
         return Part(*_fused(q, k, v, scale=logits.scaling))
     bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     out, lse = _fused(q, k, v, attn_mask=bias.expand(-1, -1, q.shape[2], -1), scale=logits.scaling)
-    # For a query that sees nothing the kernel's log-sum-exp is 0, as if it had seen one record.
+    # For a query that sees nothing, the kernel returns a log-sum-exp of 0 instead of -inf.
     empty = ~mask.any(-1)
     return Part(out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf))
 
@@ -167,20 +167,20 @@ def attend_plain(
     top.masked_fill_(top == -torch.inf, 0)
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
-    # The largest weight is 1 wherever anything is seen: a total below that is 0.
+    # The largest weight is 1 where anything is seen: a total below 1 is 0.
     return Part((weights @ v).div_(total.clamp_min(1)), (top + total.log()).squeeze(-1))
 
 
 def group_mask(visible: Tensor | None, q: Float[Tensor, "B Hkv G T D"]) -> Bool[Tensor, "b h g t n"] | None:
-    """Return the mask with an axis for the group; None where all is seen, as far as that is known at no cost."""
-    # On a CPU a look at the flags costs a hundredth of the attention, and a mask a tenth. One token looks at none.
+    """Return the mask with an axis for the group; None where all is visible and that is cheap to find out."""
+    # On a CPU, checking the flags costs 1 % of the attention, a mask 10 %. For a single token it does not pay.
     if visible is None or (q.shape[3] > 1 and visible.device.type == "cpu" and bool(visible.all())):
         return None
     return visible[:, :, None] if visible.shape[1] == 1 else visible.unflatten(1, q.shape[1:3])
 
 
 def count_rows(q: Tensor, n: int, seen: Tensor | None, *, fused: bool, causal: bool) -> int:
-    """Return how many of the T queries fill a tile: of scores, or of the mask values that the fused kernel wants."""
+    """Return how many of the T queries fill a tile of scores, or of mask values for the fused kernel."""
     batch, n_kv, n_group, n_new = q.shape[:4]
     if fused and not causal:
         if seen is None or seen.shape[2] == seen.shape[3] == 1:
@@ -202,7 +202,7 @@ def cut_mask(
 
 
 def fold_mask(mask: Tensor | None, q: Float[Tensor, "B Hkv G t D"]) -> Bool[Tensor, "b h r n"] | None:
-    """Return the mask for queries of one group below one another; one row serves all where they see the same."""
+    """Return the mask for a group's stacked queries; a single row where all of them see the same."""
     if mask is None or mask.shape[2] == mask.shape[3] == 1:
         return None if mask is None else mask[:, :, 0]
     return mask.expand(-1, -1, *q.shape[2:4], -1).flatten(2, 3)

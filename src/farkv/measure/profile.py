@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
 from farkv.calibrate.curves import Curves, fill_layers
 from farkv.calibrate.profile import Profile, make_profile
 from farkv.errors import ConfigError, InputError, ProfileError, UnsupportedModelError
+from farkv.files import write_file
 from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
@@ -244,10 +245,8 @@ class Part:
         if self.path is None or sums.n_done == 0 or time.monotonic() - self._written < pause:
             return
         tensors, about = pack_sums(sums)
-        new = self.path.with_name(self.path.name + ".new")
         metadata = {"format": PART_FORMAT, "digest": self.digest, "sums": json.dumps(about)}
-        save_file(tensors, new, metadata=metadata)
-        new.replace(self.path)
+        write_file(self.path, save(tensors, metadata))
         self._written = time.monotonic()
 
     def delete(self) -> None:

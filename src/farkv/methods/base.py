@@ -1,19 +1,18 @@
 """What a method is: a `Selector` scores the records that a step may read, an `Evictor` those that may go.
 
 The engine drives. It asks for scores, and does all else: budgets, choosing, fetching, attending, evicting, counting.
-A method sees one layer at a time through `Records`, keeps what it needs of it, and lets the store's followers do the
-same to that as to the records. docs/methods.md shows a whole method.
+A method sees one layer at a time through `Records`. What it keeps per row registers as a follower, which the store
+crops, reorders and frees together with the records. docs/methods.md shows a whole method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
 from farkv._axes import Bool, Float, Float32, Tensor
-from farkv.calibrate.profile import Profile
 from farkv.config import Rule, Source
 from farkv.errors import SessionError
 from farkv.kernels.native import IndexView
@@ -21,15 +20,15 @@ from farkv.math.keep import join_scores
 from farkv.math.select import Choice
 from farkv.math.step import Query, Step
 from farkv.methods.last_queries import LastQueries
+from farkv.methods.records import Place, Records
 from farkv.store.follow import Follower
-from farkv.store.ledger import Ledger
 from farkv.store.sizes import LayerShape
 
-# Records per KV head that are read, or kept, however small the budget is, where nobody asked for one.
+# Minimum records per KV head that are read or kept when no budget was given.
 LEAST_RECORDS = 64
 
 
-# What ends a choice besides the cap. In: scores, the cap, each sequence's own cap.
+# A rule that may end a choice before the cap. In: scores, the cap, each sequence's own cap.
 ChoiceRule = Callable[[Tensor, int, Tensor | None], Choice]
 
 
@@ -51,88 +50,6 @@ class Cap(NamedTuple):
     only_sinks: bool = False
 
 
-class Place(NamedTuple):
-    """Where a method works: its layers, their device, and the ledger that counts the bytes of an index.
-
-    travels: records cross a link, so that choosing one layer ahead hides it.  reserve_tokens: the announced context.
-    dense_tokens: up to here reading everything is faster than choosing on this machine.
-    """
-
-    layers: list[int]
-    device: torch.device
-    ledger: Ledger
-    reserve_tokens: int = 0
-    travels: bool = False
-    dense_tokens: int = 0
-    profile: Profile | None = None
-    on_fallback: Callable[[str], None] = lambda name: None
-
-
-@runtime_checkable
-class Records(Protocol):
-    """What a method may see of one layer's stored records. Rows are records in the order in which they are stored."""
-
-    layer: int
-
-    @property
-    def shape(self) -> LayerShape:
-        """Return the sequences, KV heads, dimensions and item size of the layer's records."""
-        ...
-
-    @property
-    def length(self) -> int:
-        """Return the rows stored."""
-        ...
-
-    @property
-    def seen(self) -> int:
-        """Return the tokens the layer was given, evicted ones included."""
-        ...
-
-    @property
-    def is_coded(self) -> bool:
-        """Say whether records are stored in fewer bits than the model made them."""
-        ...
-
-    @property
-    def evicted(self) -> int:
-        """Return the tokens of which there is no row any more."""
-        ...
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Return the tokens of an announced prompt; 0: any pass of more than one token may be its end."""
-        ...
-
-    def keys(self, start: int, stop: int) -> Tensor:
-        """Return keys, [B, Hkv, stop - start, Dk], where they are stored: in place where that can be read."""
-        ...
-
-    def key_blocks(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Give keys block by block where they cannot be read in place, else all at once."""
-        ...
-
-    def near_blocks(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """Give keys near, block by block, each with its first row: no more than a dense read takes at once."""
-        ...
-
-    def values(self) -> Tensor:
-        """Return all values, [B, Hkv, S, Dv], where they are stored."""
-        ...
-
-    def visible(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
-        """Return which of the first `n_rows` rows are no padding; None where all are."""
-        ...
-
-    def count_real(self, n_rows: int) -> list[int]:
-        """Return the tokens of every sequence among the first `n_rows` rows that are no padding."""
-        ...
-
-    def real_tokens(self, n_tokens: int) -> Bool[Tensor, "b S"] | None:
-        """Return which of the context's first `n_tokens` tokens are no padding; None where all are."""
-        ...
-
-
 class Selector:
     """Scores the records of one cache. A method overrides `score`, and what else it has."""
 
@@ -140,9 +57,9 @@ class Selector:
     source: Source | None = None
     # None: the cap alone ends a choice.
     rule: ChoiceRule | None = None
-    # Over a disk, choose among pages in memory and the few that are worth reading.
+    # On a disk, choose only among pages in memory and the few this step may read.
     limits_pages = True
-    # What this method keeps of every layer besides its records, for the store to crop, reorder and free with them.
+    # Per-layer state that the store crops, reorders and frees together with the records.
     followers: dict[int, Follower]
 
     def __init__(self, config: Any, place: Place):
@@ -176,7 +93,9 @@ class Selector:
         """Be ready to score the first `n_rows` rows."""
 
     def prepare_eviction(self, records: Records) -> None:
-        """Look at a layer from which records are about to go, while all keys are there."""
+        """Prepare for an eviction while all keys are stored: followers can only keep what they have of all rows."""
+        if not self.reads_all(records.layer):
+            self.prepare(records, records.length)
 
     def reads_all(self, layer: int) -> bool:
         """Say whether this layer is read whole by design."""
@@ -190,7 +109,7 @@ class Selector:
 
     def count_scored_bytes(self, records: Records, n_rows: int) -> int:
         """Return the bytes that scoring the first `n_rows` rows reads."""
-        return 0
+        return self.index_bytes(records.shape, n_rows)
 
     def view_index(self, layer: int) -> IndexView | None:
         """Return the index in the form that the fast kernels choose from; None where they cannot."""
@@ -199,17 +118,22 @@ class Selector:
     # --- taking back, joining, sessions -----------------------------------------------------------------------
 
     def snapshot(self) -> Any:
-        """Return what a pass changes besides the rows of `followers`, for `restore`; nothing is copied."""
+        """Return what a pass changes, apart from the rows of `followers`, for `restore`; nothing is copied."""
 
     def restore(self, state: Any) -> None:
-        """Put back what `snapshot` returned; rows are those of then again."""
+        """Restore what `snapshot` returned; the rows were cropped to it before."""
 
     def join(self, other: Any, layer: int, batches: tuple[int, int], lengths: tuple[int, int]) -> None:
         """Let another's sequences, of the same method, follow these in a layer; shorter ones get rows before theirs.
 
+        The layer's followers are cleared, for `prepare` to build anew; a method may do better.
+
         Args:
             batches, lengths: the sequences and rows of both.
         """
+        for each in (self, other):
+            if layer in each.followers:
+                each.followers[layer].clear()
 
     def describe(self) -> dict[str, Any] | None:
         """Return what must be the same for a saved index to be of use; None for a method that has none."""
@@ -267,7 +191,7 @@ class Evictor:
     def __init__(self, config: Any, place: Place):
         self.config, self.place = config, place
         self.rule: KeepRule = config.keep_rule
-        # What was asked of every layer of late.
+        # The latest queries of every layer.
         self.last = {layer: LastQueries() for layer in place.layers}
         self.followers: dict[int, Follower] = dict(self.last)
 
@@ -291,7 +215,7 @@ class Evictor:
     def rescore(self, records: Records, scores: Float[Tensor, "B Hkv S"], n_recent: int) -> Tensor:
         """Bring the stored records' scores up to date in place, before an eviction; return the new ones.
 
-        What was important once is not forgotten at once: the larger of a new score and an old one counts.
+        The larger of a record's new and old score counts, so that importance fades slowly.
         """
         visible, k = records.visible(records.length), records.keys(0, records.length)
         visible = None if visible is None else visible.to(k.device)
@@ -300,10 +224,10 @@ class Evictor:
         return new
 
     def snapshot(self) -> Any:
-        """Return what a pass changes besides the rows of `followers`, for `restore`; nothing is copied."""
+        """Return what a pass changes, apart from the rows of `followers`, for `restore`; nothing is copied."""
         return {layer: (last.observed, last.seen) for layer, last in self.last.items()}
 
     def restore(self, state: Any) -> None:
-        """Put back what `snapshot` returned."""
+        """Restore what `snapshot` returned."""
         for layer, (observed, seen) in state.items():
             self.last[layer].observed, self.last[layer].seen = observed, seen

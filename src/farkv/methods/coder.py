@@ -14,7 +14,7 @@ class Coder(Protocol):
 
     # Of one column of one key; 0: columns are not rounded.
     bits: int
-    # The fit wants the prompt's queries too; what is fitted is a skew of the prompt's own; nothing is left to be found.
+    # The fit needs the prompt's queries; it is a skew of this prompt; it is final at once.
     needs_queries: bool
     fits_skew: bool
     is_settled: bool
@@ -31,7 +31,7 @@ class Coder(Protocol):
         valid: Bool[Tensor, "B N"] | None,
         n_columns: int,
     ) -> Projection:
-        """Fit a layer's projection to samples of a prompt's queries and keys; `valid` is False where there is none."""
+        """Fit a layer's projection to samples of a prompt's queries and keys; `valid` is False on padding."""
         ...
 
     def encode(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:

@@ -60,7 +60,7 @@ class HeavyHitters(Evictor):
         """Note a pass's queries, oldest first; padding is known from the records."""
         last, latest = self.last[records.layer], query.q.detach()
         waiting = latest if last.observed is None else torch.cat([last.observed.window, latest], 2)
-        last.observed, last.logits, last.seen = Observed(waiting, None, None), query.logits, records.seen
+        last.note(Observed(waiting, None, None), query.logits, records.seen)
 
     def settle(self, records: Records, scores: Float32[Tensor, "B Hkv S"]) -> None:
         """Add the weights of a long pass, or of many steps, to the sums."""
@@ -87,4 +87,4 @@ class HeavyHitters(Evictor):
         seen = None if visible is None else visible.to(keys.device)
         add_weights(scores[:, :, :n_rows], queries.to(keys.device), keys, seen, last.logits)
         # A view would keep the whole pass's queries alive.
-        last.observed = Observed(last.observed.window[:, :, n:].clone(), None, None)
+        last.note(Observed(last.observed.window[:, :, n:].clone(), None, None), last.logits, last.seen)

@@ -30,9 +30,7 @@ def join_fits(fit: LayerFit, other: LayerFit, batches: tuple[int, int], lengths:
     samples, strides = join_samples(fit, other, batches)
     fit.index.join(other.index, max(lengths) - lag, batches)
     grown = max(lengths) if fit.phase.grown or other.phase.grown else 0
-    fit.phase = fit.phase._replace(
-        samples=samples, strides=strides, fitted=fitted, grown=grown, unscored=False, final=False
-    )
+    fit.phase = fit.phase._replace(samples=samples, strides=strides, fitted=fitted, grown=grown, unscored=False)
 
 
 def join_samples(fit: LayerFit, other: LayerFit, batches: tuple[int, int]) -> tuple[Tensor | None, list[int] | None]:

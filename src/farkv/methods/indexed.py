@@ -78,7 +78,7 @@ class IndexSelector(Selector):
             return
         fit = self.fits[records.layer]
         fit.observe(records, step.query.q, step.k)
-        # In place, a token is indexed when it leaves the window, many at a time; of a far one the key is here now.
+        # In place, tokens are indexed in groups when they leave the window; a far token's key is at hand only now.
         waits = step.n_new == 1 and not self.place.travels and self.cap.window > 0
         if not waits and fit.index.projection is not None and fit.index.length == records.length - step.n_new:
             fit.encode(step.k)
@@ -86,11 +86,6 @@ class IndexSelector(Selector):
     def prepare(self, records: Records, n_rows: int) -> None:
         """Bring a layer's index up to date."""
         self.fits[records.layer].catch_up(records, n_rows)
-
-    def prepare_eviction(self, records: Records) -> None:
-        """Index all rows: codes can only be kept of what is indexed."""
-        if not self.reads_all(records.layer):
-            self.prepare(records, records.length)
 
     # --- every layer, every step ----------------------------------------------------------------------------
 
@@ -113,7 +108,7 @@ class IndexSelector(Selector):
         return score_index(projected, self.coder.unpack(fit.index.codes()[:, :, :n_rows]), query.logits)
 
     def view_index(self, layer: int) -> IndexView | None:
-        """Return the index for the fast kernels, which know four bits, and eight."""
+        """Return the index for the fast kernels, which support four and eight bits."""
         if self.coder.bits not in (4, 8):
             return None
         fit = self.fits[layer]

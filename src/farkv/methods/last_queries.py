@@ -11,13 +11,17 @@ from farkv.store.follow import Cropped
 
 
 class LastQueries:
-    """What one layer's recent queries looked like; it follows the layer."""
+    """A summary of one layer's recent queries; it follows the layer."""
 
     def __init__(self) -> None:
         self.observed: Observed | None = None
         self.logits = Logits(1.0)
-        # Tokens that the layer had been given when they came.
+        # Tokens the layer had seen at the last update.
         self.seen = 0
+
+    def note(self, observed: Observed, logits: Logits, seen: int) -> None:
+        """Store the observed queries, their logit form, and the tokens seen so far."""
+        self.observed, self.logits, self.seen = observed, logits, seen
 
     def crop(self, now: Cropped) -> None:
         """Forget the newest tokens' queries: the next ones slide in behind those that are left."""

@@ -28,12 +28,12 @@ GROWTH = 1.5
 
 
 class Phase(NamedTuple):
-    """What is known of a layer besides its codes; every pass makes a new one.
+    """The state of a layer's index apart from its codes; immutable, replaced by every pass.
 
     samples, strides: queries of every sequence, one of `strides` tokens each.  fitted: tokens that each sequence's
     projection was fitted to; None: nothing was.  grown: passes of several tokens have added records since the layer was
     last scored; its rows after the last of them, 0: they have not.  unscored: the first pass was fitted to as if it
-    were the whole prompt, and may not have been.  final: no sequence's projection will be fitted again.
+    were the whole prompt, and may not have been.
     """
 
     samples: Tensor | None = None
@@ -41,7 +41,6 @@ class Phase(NamedTuple):
     fitted: list[int] | None = None
     grown: int = 0
     unscored: bool = False
-    final: bool = False
 
 
 class LayerFit:
@@ -51,26 +50,28 @@ class LayerFit:
         self.place, self.coder, self.layer = place, coder, layer
         self.index = LayerIndex(place.ledger, place.device, place.reserve_tokens)
         self.phase = Phase()
+        # The counts of `phase.fitted` that were found to be final.
+        self._final: list[int] | None = None
 
     # --- when -----------------------------------------------------------------------------------------------
 
     def observe(self, records: Records, q: Float[Tensor, "B Hq T D"], k: Float[Tensor, "B Hkv T D"]) -> None:
         """1. Sample queries.  2. At the prompt's end fit the projection."""
         total, n_new = records.length, k.shape[2]
-        # Once records are gone, those that are left do not stand for the prompt.
+        # After an eviction the remaining records no longer represent the prompt.
         grows = n_new > 1 and not records.evicted
         if grows:
             if self.phase.unscored or total == n_new:
-                # What was fitted to was not the whole prompt.
+                # The earlier fit did not cover the whole prompt.
                 self.index.clear()
-                self.phase = self.phase._replace(unscored=False, fitted=None, final=False)
+                self.phase = self.phase._replace(unscored=False, fitted=None)
             self.phase = self.phase._replace(grown=total)
         if grows or not self.is_final(records):
             self.sample_queries(records, q)
         if grows and records.seen == (records.prompt_tokens or n_new):
-            # Where nothing was announced it may go on, in passes to come.
+            # If nothing was announced, the prompt may continue in later passes.
             self.phase = self.phase._replace(unscored=not records.prompt_tokens)
-            # Coded records are indexed as they are read.
+            # Coded records are indexed from their decoded values.
             self.fit_due(records, k if total == n_new and not records.is_coded else None)
 
     def catch_up(self, records: Records, n_rows: int) -> None:
@@ -79,7 +80,7 @@ class LayerFit:
             self.phase = self.phase._replace(unscored=False)
         if self.phase.grown:
             self.fit_due(records, None)
-        # Of a padded batch a short sequence may still be young, as it would be alone.
+        # In a padded batch a short sequence may need another fit, as it would alone.
         if not self.is_final(records):
             self.fit_due(records, None)
         if self.index.length < n_rows:
@@ -93,10 +94,12 @@ class LayerFit:
 
     def is_final(self, records: Records) -> bool:
         """Say whether no sequence's projection will be fitted again."""
-        phase = self.phase
-        if not phase.final and phase.fitted is not None and min(phase.fitted) >= self.count_final(records):
-            phase = self.phase = phase._replace(final=True)
-        return phase.final
+        fitted = self.phase.fitted
+        if fitted is None or (fitted is not self._final and min(fitted) < self.count_final(records)):
+            return False
+        # Asked at every step: these counts need not be looked at again.
+        self._final = fitted
+        return True
 
     def find_due(self, records: Records, n_rows: int) -> list[int]:
         """Return the sequences to be fitted now, by their own tokens and those they were fitted to before."""
@@ -106,7 +109,7 @@ class LayerFit:
         return [i for i, (n, old) in pairs if (old < final and n >= 2 * old) or (grown and n >= GROWTH * old)]
 
     def get_fitted(self, records: Records) -> list[int]:
-        """Return how many tokens each sequence's projection was fitted to; 0: there is none."""
+        """Return how many tokens each sequence's projection was fitted to; 0: not fitted yet."""
         return self.phase.fitted or [0] * records.shape.batch
 
     # --- on what --------------------------------------------------------------------------------------------
@@ -131,7 +134,7 @@ class LayerFit:
         self.phase = self.phase._replace(samples=thin_queries(old, q, real, tokens, n_slots), strides=strides)
 
     def fit_due(self, records: Records, keys: Float[Tensor, "B Hkv S D"] | None) -> None:
-        """Fit what is to be fitted to what was read, not to what follows it; `keys` are its own where they are near."""
+        """Fit the sequences that are due to the prompt's rows only; `keys` holds them if they are near already."""
         total = records.length
         n_rows = min(self.phase.grown or total, total)
         due = self.find_due(records, n_rows)

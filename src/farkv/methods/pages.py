@@ -80,6 +80,9 @@ class PagesSelector(Selector):
             # A deliberate copy where the pool is far: these keys were stored before.
             self._add_keys(records, records.keys(bounds.length, end).to(self.place.device))
 
+    def prepare_eviction(self, records: Records) -> None:
+        """Nothing: what is left of the records stands on other pages, whose bounds are made anew."""
+
     def _add_keys(self, records: Records, keys: Float[Tensor, "B Hkv T D"]) -> None:
         """Add keys of the tokens that follow to a layer's bounds."""
         bounds, n_new = self.bounds[records.layer], keys.shape[2]
@@ -109,10 +112,3 @@ class PagesSelector(Selector):
         grows = self.place.reserve_tokens < tokens
         n_pages = -(-(tokens + (GROWTH_TOKENS + 2 * self.page if grows else 0)) // self.page)
         return shape.batch * shape.kv_heads * n_pages * 2 * shape.k_dim * shape.itemsize
-
-    # --- the batch ------------------------------------------------------------------------------------------
-
-    def join(self, other: Any, layer: int, batches: tuple[int, int], lengths: tuple[int, int]) -> None:
-        """Padding moves the pages: they are made anew."""
-        self.bounds[layer].clear()
-        other.bounds[layer].clear()

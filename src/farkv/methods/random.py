@@ -1,4 +1,4 @@
-"""Random records: what a choice without knowledge is worth."""
+"""Random records: the floor for every selector."""
 
 from __future__ import annotations
 

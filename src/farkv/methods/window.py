@@ -31,7 +31,7 @@ class Window:
 class WindowSelector(Selector):
     """Reads the first `sinks` tokens, the rest of the cap from the end."""
 
-    # The newest records are worth their pages by definition.
+    # The newest records are always chosen, so their pages are never skipped.
     limits_pages = False
 
     def __init__(self, config: Any, place: Place):

@@ -107,8 +107,8 @@ class QueryEvictor(Evictor):
         last, config = self.last[records.layer], self.config
         real = records.real_tokens(records.seen)
         valid = None if real is None else real[:, -query.q.shape[2] :].expand(query.q.shape[0], -1)
-        last.observed = observe_queries(query.q, config.window, config.scorer, last.observed, valid=valid)
-        last.logits, last.seen = query.logits, records.seen
+        observed = observe_queries(query.q, config.window, config.scorer, last.observed, valid=valid)
+        last.note(observed, query.logits, records.seen)
 
     def score(
         self, layer: int, k: Tensor, v: Tensor, visible: Bool[Tensor, "B h S"] | None, n_recent: int | None = None

@@ -1,6 +1,6 @@
-"""What follows a layer's records: when rows go, move or are freed, whatever is kept per row must do the same.
+"""Followers of a layer's records: what is kept per row must be cropped, moved and freed with the rows.
 
-A follower registers with the store (`FarStore.follow`); the store then calls it after every change of the records.
+A follower registers with the store (`FarStore.follow`), which calls it at every change of the records.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from farkv._axes import Int, Tensor
 
 
 class Cropped(NamedTuple):
-    """What a crop has left of a layer: it took the `n_tokens` newest; `length` rows, of `seen` tokens, stay."""
+    """A layer after a crop of its `n_tokens` newest: `length` rows are left, of `seen` tokens."""
 
     n_tokens: int
     length: int
@@ -20,14 +20,14 @@ class Cropped(NamedTuple):
 
 @runtime_checkable
 class Follower(Protocol):
-    """Something that is kept per row, or per sequence, of one layer."""
+    """State that is kept per row, or per sequence, of one layer."""
 
     def crop(self, now: Cropped) -> None:
-        """Forget what belongs to the newest tokens."""
+        """Remove the state of the newest tokens."""
         ...
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Keep what belongs to the rows at these positions, ascending: the others were evicted."""
+        """Keep the state of the rows at these ascending positions; the others are evicted."""
         ...
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
@@ -35,5 +35,5 @@ class Follower(Protocol):
         ...
 
     def clear(self) -> None:
-        """Forget and free everything."""
+        """Remove and free everything."""
         ...

@@ -1,6 +1,7 @@
-"""Two stores become one: the sequences of another stand behind this one's, shorter ones behind rows of zeros.
+"""Join two stores into one batch; shorter sequences are left-padded with rows of zeros.
 
-In: two stores of one form. Out: one that holds both batches; the other is empty. Knows rows, not which are real.
+In: two stores with records of one shape. Out: one store with both batches; the other is empty. Knows rows, not which of
+them are real tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from farkv.store.tiers import Store
 
 
 def check_join(store: Store, other: Store) -> None:
-    """Raise CacheStateError unless both stores are plain pools of one form, with records in them."""
+    """Raise CacheStateError unless both stores are plain pools with records of one shape."""
     for each in (store, other):
         reasons = {
             "one of them is empty": not all(each.length(layer) for layer in each.order),
             "records are on disk or in a session file": each.page_cache is not None,
             "records may be evicted": bool(each.kept),
-            "some records are held near by a plan": each.pins,
+            "some records are pinned near by a plan": each.pins,
         }
         why = next((reason for reason, holds in reasons.items() if holds), None)
         if why is not None:
@@ -36,11 +37,11 @@ def check_join(store: Store, other: Store) -> None:
 
 
 def admit_join(store: Store, shape: LayerShape, tokens: int, need: NearNeed) -> None:
-    """Refuse, before anything changes, a joined batch that some limit cannot hold.
+    """Refuse, before anything changes, a joined batch that exceeds some limit.
 
     Args:
         shape: of every layer of the joined batch.
-        need: near bytes of the passes after it.
+        need: near bytes of later passes.
 
     Raises:
         CapacityError: with the bytes needed, the limit and the remedy.
@@ -49,7 +50,7 @@ def admit_join(store: Store, shape: LayerShape, tokens: int, need: NearNeed) -> 
     n_layers = len(store.pool)
     new = tokens * store.stored_bytes(shape) * shape.batch * shape.kv_heads
     old = max(rows.n_bytes for rows in store.pool.values())
-    # One layer after the other: its old rows are still there, and those of the layers behind it; so are old codes.
+    # Layers are joined one by one: while one is, its old rows, and those of later layers, still exist; so do old codes.
     total = max(n_layers * new + old, new + n_layers * old)
     besides = need.total + need.index // n_layers
     if store.near.parent is not None:
@@ -57,7 +58,7 @@ def admit_join(store: Store, shape: LayerShape, tokens: int, need: NearNeed) -> 
     for ledger, wanted in ((store.home, total), (store.near, besides)):
         if ledger.limit is not None and (ledger is store.home or store.is_far) and wanted > ledger.limit:
             raise ledger.refuse(wanted - ledger.used, purpose)
-    # What is admitted is what fits: the next pass says how far rows may grow.
+    # Only what was admitted: the next pass decides how far rows may grow.
     store.home.roomy = store.home.limit is None
     store.index.roomy = store.index.roomy and store.near.limit is None
 
@@ -69,7 +70,7 @@ def join_layer(store: Store, other: Store, layer: int) -> None:
     assert isinstance(more, Rows)
     batches = store.batch(layer), other.batch(layer)
     rows.join(more, max(rows.length, more.length), batches)
-    # The newest rows come from the pool when they are next read.
+    # The recent window is read from the pool again at the next step.
     for each in (store, other) if store.is_far else ():
         each.windows[layer].clear()
         each.buffers.clear()

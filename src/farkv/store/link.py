@@ -1,8 +1,8 @@
-"""Moves chosen records from the pool to near memory, beside the computation.
+"""Copies chosen records from the pool to near memory, concurrently with computation.
 
 In: a layer's pool rows, positions, a near buffer. Out: a ticket; waiting for it waits for this copy alone, never
 for the device. One worker thread per link gathers; on a GPU it copies from pinned memory on a side stream and
-leaves an event. Knows nothing of why a record was chosen.
+records an event. Knows nothing of how records were chosen.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from farkv.store.near.recently_used import RecentlyUsed
 
 
 class Ticket:
-    """A fetch under way; `wait` makes its rows safe to read."""
+    """A pending fetch; after `wait`, its rows are safe to read."""
 
     def __init__(self, work: Future[Any]):
         self._work = work
 
     def wait(self) -> None:
-        """Return when the rows are there; on a GPU only the current stream waits."""
+        """Wait for the rows; on a GPU only the current stream waits."""
         event = self._work.result()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
     def result(self) -> Any:
-        """Return what the work made."""
+        """Wait for the work and return its result."""
         return self._work.result()
 
 
-class Job(NamedTuple):
-    """One fetch, as `Link.fetch` was asked for it."""
+class FetchJob(NamedTuple):
+    """One fetch: the arguments of `Link.fetch`."""
 
     rows: Rows | PagedRows
     positions: Tensor
     valid: Tensor | None
     out: Tensor
     report: Callable[[int], None]
-    # What is near already, and need not cross.
+    # Records that are near already, and are not fetched.
     near: Pinned | RecentlyUsed | None
 
 
 class Link:
-    """The way from host to near memory: one worker thread and, on a GPU, one side stream."""
+    """The path from host to near memory: one worker thread and, on a GPU, one side stream."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self._worker: ThreadPoolExecutor | None = None
         self._owner = 0
         self._stream: Any = None
-        # What the GPU may still be reading, each with the event after which it is done.
+        # Host tensors that the GPU may still be reading, each with the event that ends the read.
         self._reading: deque[tuple[Any, Tensor]] = deque()
         self._staging: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -75,7 +75,7 @@ class Link:
         return Ticket(self._worker.submit(work))
 
     def drain(self) -> None:
-        """Wait for all that was submitted: what was read for one layer is then known when the next one chooses."""
+        """Wait for all submitted work, so that the next choice sees the effects of every read."""
         if self._worker is not None:
             self.submit(lambda: None).result()
 
@@ -90,16 +90,16 @@ class Link:
     ) -> Ticket:
         """Copy the rows at `positions` into `out` ([B, Hkv, >= K, W], near).
 
-        Where `valid` is given, valid positions stand first and rows behind the longest valid run stay unread.
+        Where `valid` is given, valid positions come first, and columns in which no head has one are not read.
 
         Args:
-            rows: the layer's pool: in host memory, or on disk with copies there.
-            count: is told the bytes that crossed, from the worker.
-            near: records that are near already, and need not cross; a hot set takes in what does.
+            rows: the layer's pool: in host memory, or on disk with a page cache.
+            count: called with the bytes that were copied, on the worker thread.
+            near: records that are near already, and are not fetched; a recently used set stores those that are.
 
-        Cost: B * Hkv * n * W elements read from the pool and written near, n the longest valid run.
+        Cost: B * Hkv * n * W elements read from the pool and written near, n the most valid positions of any head.
         """
-        job = Job(rows, positions, valid, out, count, near)
+        job = FetchJob(rows, positions, valid, out, count, near)
         if self.device.type != "cuda":
             return self.submit(lambda: self._copy(job))
         ready = torch.cuda.Event()
@@ -108,19 +108,19 @@ class Link:
             return self._launch(job, rows.mover, ready)
         return self.submit(lambda: self._copy_to_gpu(job, ready))
 
-    def _launch(self, job: Job, fetcher: Fetcher, ready: torch.cuda.Event) -> Ticket:
-        """Let the GPU read the rows over the link itself, on the side stream; no thread waits for anything."""
+    def _launch(self, job: FetchJob, fetcher: Fetcher, ready: torch.cuda.Event) -> Ticket:
+        """Let the GPU itself read the rows over the link, on the side stream; no thread waits."""
         n, data = job.positions.shape[-1], job.rows.data if isinstance(job.rows, Rows) else None
         assert data is not None
         stream = self._find_stream()
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
             fetcher.fetch(data, job.positions, job.out, torch.zeros(1, dtype=torch.int64, device=self.device))
-            # Its memory must not be given to others before the side stream has read it.
+            # Its memory must not be reused before the side stream has read it.
             job.positions.record_stream(stream)
             done = torch.cuda.Event()
             done.record(stream)
-        # A pool that grows meanwhile lets go of these rows: pinned memory would be given to others at once.
+        # A reference: where the pool grows meanwhile, its old pinned memory would be reused at once.
         self._reading.append((done, data))
         while self._reading[0][0].query() and len(self._reading) > 1:
             self._reading.popleft()
@@ -134,23 +134,22 @@ class Link:
             self._stream = torch.cuda.Stream(self.device)
         return self._stream
 
-    def _copy(self, job: Job) -> None:
+    def _copy(self, job: FetchJob) -> None:
         rows, positions, valid, out, count, near = job
-        # `positions` is in host memory here: reading its counts waits for nothing.
+        # `positions` and `valid` are in host memory here: reading counts needs no sync.
         n = positions.shape[-1] if valid is None else int(valid.sum(-1).max())
         if n == 0:
             return
         if isinstance(near, RecentlyUsed):
-            self._copy_cold(job, near, n)
+            self._copy_through(job, near, n)
             return
         slots = None if near is None else near.find(positions[..., :n])
         if near is not None and slots is not None:
             self._copy_missing(job._replace(positions=positions[..., :n]), near.rows.view(), slots)
             return
         if valid is not None and isinstance(rows, PagedRows):
-            # No page is read for a row that does not count.
-            missing = (torch.arange(n) < valid.sum(-1, keepdim=True)).nonzero()
-            self._bring(job, missing)
+            # Invalid rows must cause no page reads.
+            self._bring(job, (torch.arange(n) < valid.sum(-1, keepdim=True)).nonzero())
             return
         place, positions = out[:, :, :n], positions[..., :n]
         # Both are deliberate copies: this is the link.
@@ -162,51 +161,51 @@ class Link:
             place.copy_(staged.view(place.shape), non_blocking=True)
         count(place.numel() * place.element_size())
 
-    def _copy_cold(self, job: Job, hot: RecentlyUsed, n: int) -> None:
-        """Bring what is not in the hot set, which takes it in; then all comes from there."""
+    def _copy_through(self, job: FetchJob, near: RecentlyUsed, n: int) -> None:
+        """Fetch what the recently used set lacks and store it there, then copy all from it."""
         place, positions = job.out[:, :, :n], job.positions[..., :n].flatten(0, 1)
-        wanted = hot.find(positions, None if job.valid is None else job.valid[..., :n].flatten(0, 1))
+        wanted = near.find(positions, None if job.valid is None else job.valid[..., :n].flatten(0, 1))
         head, column = wanted.missing
         staged = self._stage(len(head), job.rows)
-        # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
+        # A deliberate copy: this is the link. On a GPU the rows briefly take near memory of their own.
         if len(head):
             job.rows.take(head, positions[head, column], staged)
             job.report(staged.numel() * staged.element_size())
-        cold = staged.to(place.device, non_blocking=True)
-        hot.take_in(wanted, cold)
-        hot.read(wanted, place)
+        fetched = staged.to(place.device, non_blocking=True)
+        near.take_in(wanted, fetched)
+        near.read(wanted, place)
         if wanted.enter is not None:
             left = ~wanted.enter
             at = head[left].to(place.device), column[left].to(place.device)
-            place.view(len(positions), n, -1).index_put_(at, cold[left.to(place.device)])
+            place.view(len(positions), n, -1).index_put_(at, fetched[left.to(place.device)])
 
-    def _bring(self, job: Job, missing: Int[Tensor, "N 3"]) -> None:
-        """Bring the rows at some places (sequence, head, column) of the job's positions."""
+    def _bring(self, job: FetchJob, missing: Int[Tensor, "N 3"]) -> None:
+        """Fetch the rows at some entries (sequence, head, column) of the job's positions."""
         if len(missing) == 0:
             return
         b, h, j = missing.unbind(1)
         staged = self._stage(len(missing), job.rows)
         job.rows.take(b * job.positions.shape[1] + h, job.positions[b, h, j], staged)
-        # A deliberate copy: this is the link. On a GPU the rows need a moment of near memory of their own.
+        # A deliberate copy: this is the link. On a GPU the rows briefly take near memory of their own.
         at = missing.to(job.out.device).unbind(1)
         job.out.index_put_(at, staged.to(job.out.device, non_blocking=True))
         job.report(staged.numel() * staged.element_size())
 
-    def _copy_missing(self, job: Job, near: Tensor, slots: Tensor) -> None:
-        """Bring only what is not held; the held copies go near to near."""
-        # Slots are in host memory here: asking which are held waits for nothing.
+    def _copy_missing(self, job: FetchJob, near: Tensor, slots: Tensor) -> None:
+        """Fetch only what is not pinned; pinned records are copied near to near."""
+        # Slots are in host memory here: testing them needs no sync.
         missing, here = (slots < 0).nonzero(), (slots >= 0).nonzero()
         self._bring(job, missing)
         out = job.out
         at = here.to(out.device).unbind(1)
-        held = slots[here.unbind(1)].to(out.device)
-        out.index_put_(at, near[at[0], at[1], held])
+        pinned = slots[here.unbind(1)].to(out.device)
+        out.index_put_(at, near[at[0], at[1], pinned])
 
-    def _copy_to_gpu(self, job: Job, ready: torch.cuda.Event) -> Any:
+    def _copy_to_gpu(self, job: FetchJob, ready: torch.cuda.Event) -> Any:
         stream = self._find_stream()
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
-            # The worker, not the decoding thread, waits for the positions: a host gather must know them.
+            # The worker, not the decoding thread, waits for the positions, which a gather in host memory needs.
             valid = None if job.valid is None else job.valid.to("cpu")
             self._copy(job._replace(positions=job.positions.to("cpu"), valid=valid))
             done = torch.cuda.Event()
@@ -214,11 +213,11 @@ class Link:
         return done
 
     def _stage(self, n: int, like: Rows | PagedRows) -> Tensor:
-        """Return a staging area of `n` rows; pinned, and idle again, where there is a GPU."""
+        """Return a staging area of `n` rows; for a GPU in pinned memory, and no longer in use."""
         key = (like.width, like.dtype)
         area = self._staging.get(key)
         if self._stream is not None:
-            # The last copy out of the staging area must be done before it is written again.
+            # The last copy from the staging area must be done before it is overwritten.
             self._stream.synchronize()
         if area is None or area.shape[0] < n:
             pin = self.device.type == "cuda"

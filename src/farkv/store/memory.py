@@ -1,4 +1,4 @@
-"""Memory for rows: asked for in huge pages, which chosen rows of a large pool are found in faster; and what moves them.
+"""Memory for rows, in huge pages so that gathering from a large pool is faster; and the interfaces that move rows.
 
 In: a shape. Out: an uninitialised tensor. Knows bytes only.
 """
@@ -19,7 +19,7 @@ HUGE_BYTES = 2 << 20
 
 @runtime_checkable
 class Mover(Protocol):
-    """What a machine's kernels offer to a store."""
+    """Kernels that move rows faster than plain operations."""
 
     def gather(self, data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
         """Copy out[j] = data[head heads[j] of all sequences, position positions[j]], [N, W]."""
@@ -28,28 +28,28 @@ class Mover(Protocol):
 
 @runtime_checkable
 class Fetcher(Mover, Protocol):
-    """What a GPU's kernels offer besides: they read pinned host memory themselves."""
+    """GPU kernels that read pinned host memory directly."""
 
     def fetch(self, data: Tensor, positions: Tensor, out: Tensor, crossed: Tensor) -> None:
-        """Bring rows [B, Hkv, S, W] at positions [B, Hkv, K] into `out`; the bytes are added to `crossed`."""
+        """Copy the rows of `data` [B, Hkv, S, W] at `positions` [B, Hkv, K] into `out`; add the bytes to `crossed`."""
         ...
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, pin: bool = False) -> Tensor:
-    """Return an uninitialised tensor; in host memory the kernel is asked to back it with huge pages.
+    """Return an uninitialised tensor; for host memory, ask Linux to back it with huge pages.
 
-    A record of 512 bytes at a random place of a pool of gigabytes costs a walk through the page tables besides its
-    bytes; with pages of 2 MiB these tables stay in the processor's caches. Where the system has none, nothing changes.
+    Reading a 512-byte record at random from a pool of gigabytes also costs a page table walk; with pages of 2 MiB the
+    tables stay in the CPU's caches. Systems without huge pages ignore this.
 
     Raises:
-        RuntimeError: the system has no such memory.
+        RuntimeError: the system cannot allocate it.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device, pin_memory=pin)
     n_bytes = tensor.numel() * tensor.element_size()
     if device.type == "cpu" and not pin and n_bytes >= 2 * HUGE_BYTES and sys.platform == "linux":
         start = -(-tensor.data_ptr() // HUGE_BYTES) * HUGE_BYTES
         size = (tensor.data_ptr() + n_bytes - start) // HUGE_BYTES * HUGE_BYTES
-        # Advice: an answer of "no" is as good as none.
+        # Advice only: errors are ignored.
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     return tensor
 

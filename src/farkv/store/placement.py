@@ -1,6 +1,6 @@
-"""Where the records of a cache are, seen from the memory that attention computes from.
+"""Where the records of a cache are stored, relative to the memory that attention computes from.
 
-In: limits, the device, what the method needs. Out: one of five placements, and what follows from it.
+In: limits, the device, what the method needs. Out: one of five placements, and its properties.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from farkv.store.records import StoreLimits
 
 
 class Placement(Enum):
-    """Where records are."""
+    """Where records are stored."""
 
-    # In ordinary memory, which is near memory too: attention reads them in place.
+    # In ordinary memory, which is also near memory: attention reads them in place.
     IN_PLACE = auto()
-    # In near memory, under the near limit: a method that keeps only what it reads.
+    # In near memory, under the near limit: for a method that keeps only what it reads.
     NEAR = auto()
-    # In ordinary memory, in fewer bits: decoded into buffers before attention.
+    # In ordinary memory, quantised: decoded into buffers before attention.
     CODED = auto()
     # In host memory; near memory is a tier of its own, and what is read crosses a link.
     HOST = auto()
@@ -28,20 +28,20 @@ class Placement(Enum):
 
     @property
     def is_far(self) -> bool:
-        """Say whether records are copied before attention reads them."""
+        """Return whether records are copied before attention reads them."""
         return self not in (Placement.IN_PLACE, Placement.NEAR)
 
     @property
     def travels(self) -> bool:
-        """Say whether a copy takes time that beginning it early can hide."""
+        """Return whether copies are slow enough that prefetching hides time."""
         return self in (Placement.HOST, Placement.DISK)
 
 
 def place_records(limits: StoreLimits, device: torch.device, *, lives_near: bool) -> Placement:
-    """Return where records are kept under these limits.
+    """Return where records are stored under these limits.
 
     Args:
-        lives_near: the method reads all that it keeps, so records belong in near memory.
+        lives_near: the method reads all that it keeps, so records are stored in near memory.
     """
     if lives_near:
         return Placement.NEAR if counts_near(limits, device) else Placement.IN_PLACE
@@ -53,5 +53,5 @@ def place_records(limits: StoreLimits, device: torch.device, *, lives_near: bool
 
 
 def counts_near(limits: StoreLimits, device: torch.device) -> bool:
-    """Say whether near memory is a tier of its own: a GPU's, or one that was given a limit."""
+    """Return whether near memory is a tier of its own: a GPU's, or one with a limit."""
     return limits.near is not None or device.type == "cuda"

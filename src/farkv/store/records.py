@@ -1,4 +1,4 @@
-"""What goes into the store and comes out of it: limits, fetches, reads, and which records stay."""
+"""Types that the store takes and returns: limits, needs, fetches, reads, and which records stay."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ from typing import NamedTuple
 
 from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.store.far.page_file import DiskSpace, PageReader
-from farkv.store.far.pages import PageForm
 from farkv.store.link import Ticket
 from farkv.store.memory import Mover
 
 
 class SavedText(NamedTuple):
-    """Pages of a text that was read before."""
+    """Pages of a text that was read before, and how many tokens each has."""
 
     reader: PageReader
     n_pages: int
-    form: PageForm
+    page_tokens: int
 
 
 class StoreLimits(NamedTuple):
-    """Byte limits, how records are kept under them, and the context to make room for; None where nothing is said."""
+    """Byte limits (None: unlimited), how records are stored under them, and the context to make room for."""
 
     near: int | None = None
     host: int | None = None
     reserve_tokens: int = 0
-    # Where full pages go, under a limit of its own.
+    # Where full pages are written, under its own limit.
     disk: DiskSpace | None = None
-    # What goes when the pool is full: "refuse", or a policy's name.
+    # What a full pool does: "refuse" more records, or evict by the policy of this name.
     evict: str = "refuse"
-    # How records are stored: "int8", "int4", or as they came.
+    # How records are coded: "int8", "int4"; None: not at all.
     quant: str | None = None
     saved: SavedText | None = None
 
 
 class Needs(NamedTuple):
-    """What a method asks of its store: rows kept near as a window, whether records live near, whether they may go."""
+    """What a method needs of its store."""
 
+    # Tokens of the recent window, kept near.
     window: int = 0
-    # Near memory holds the records themselves: what is kept is all there is to read.
+    # All records are stored in near memory: the method reads all that it keeps.
     lives_near: bool = False
+    # Records may be evicted.
     evicts: bool = False
     # Some records may be pinned near for longer than a step.
     pins: bool = False
-    # Moves rows faster than plain operations do; None where there is nothing that does.
+    # Kernels that move rows; None: plain operations.
     mover: Mover | None = None
-    # Uses are sums that grow by little at a time: float32.
+    # Keep scores in float32: sums that grow by small amounts.
     exact_scores: bool = False
 
 
 class Fetch(NamedTuple):
-    """Records asked for: where they are, which are real, and the ticket where they travel."""
+    """Requested records: their positions, which are valid, and where they are copied, the ticket and buffer."""
 
     positions: Int[Tensor, "B Hkv K"]
     valid: Bool[Tensor, "B Hkv K"] | None
@@ -59,7 +60,7 @@ class Fetch(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """Records that stay when a layer is evicted, ascending; the newest `gapless` of them are the newest tokens."""
+    """Records that stay at an eviction, ascending; the last `gapless` are the newest tokens without a gap."""
 
     positions: Int[Tensor, "B Hkv K"]
     scores: Float32[Tensor, "B Hkv K"]
@@ -67,7 +68,7 @@ class Keep(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What attention reads at one decode step, as it is stored; `positions` are the records' places in the context."""
+    """The rows that attention reads at one decode step, as stored, with their positions."""
 
     rows: Tensor
     positions: Int[Tensor, "B Hkv K"]
@@ -75,7 +76,7 @@ class Stored(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What attention reads at one decode step; `positions` are the records' places in the context."""
+    """The keys and values that attention reads at one decode step, with their positions."""
 
     k: Tensor
     v: Tensor

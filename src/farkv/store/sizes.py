@@ -1,4 +1,4 @@
-"""Shapes to bytes, before anything is allocated. Pure arithmetic: of tensors only their shapes.
+"""Shapes to bytes, before anything is allocated: arithmetic on shapes alone.
 
 record   = (Dk + Dv) * itemsize                   one token of one KV head
 kv       = L * B * Hkv * S * record               a full cache
@@ -14,7 +14,7 @@ from farkv._axes import Tensor
 
 
 class LayerShape(NamedTuple):
-    """What decides the bytes of one managed layer."""
+    """The shape of one managed layer's records."""
 
     batch: int
     kv_heads: int
@@ -39,8 +39,8 @@ class LayerShape(NamedTuple):
 
 
 def count_cap(fraction: float, tokens: int, least: int = 1) -> int:
-    """Return how many of `tokens` records a KV head may read at this fraction: `least`, the newest one, or more."""
-    # The small slack keeps 0.1 * 30 from becoming 2 by binary rounding.
+    """Return how many of `tokens` records a KV head may read at this fraction: at least `least`, and the newest."""
+    # The slack keeps binary rounding from making 0.1 * 30 less than 3.
     return min(tokens, max(1, least, int(fraction * tokens + 1e-9)))
 
 
@@ -48,7 +48,7 @@ def count_forced(cap: int, sinks: int, window: int, fraction: float, *, alone: b
     """Return how many sinks and recent tokens are always read: together at most a quarter of the cap.
 
     Args:
-        alone: no window is forced, so sinks may take the whole quarter; else they take at most half of it.
+        alone: no recent window is forced, so sinks may take the whole quarter; else at most half of it.
     """
     if fraction >= 1:
         return 0, 0
@@ -58,7 +58,7 @@ def count_forced(cap: int, sinks: int, window: int, fraction: float, *, alone: b
 
 
 class Allowed(NamedTuple):
-    """How many records a layer may keep of a context of t tokens, per KV head: base + share * t."""
+    """How many records per KV head a layer may keep of a context of t tokens: base + share * t."""
 
     base: int
     share: float
@@ -69,15 +69,15 @@ class Allowed(NamedTuple):
 
 
 def share_out(wanted: list[int], least: int, total: int) -> list[int]:
-    """Raise every count to `least`, at the cost of the largest ones, so that they sum to no more than `total`.
+    """Raise every count to `least`, and lower the largest ones until the sum is at most `total`.
 
-    Where even `least` of each is more than that, all get `least`: what is always kept is not given up.
+    Where even `least` of each exceeds the total, all get `least`, which is always kept.
     """
     counts = [max(least, n) for n in wanted]
     excess = sum(counts) - max(total, least * len(counts))
     while excess > 0:
         top = max(counts)
-        # Of equal ones those first that wanted less: no layer ends below one that wanted less than it.
+        # Of equal counts, first those that wanted less: no layer ends below one that wanted less than it.
         largest = sorted((i for i, n in enumerate(counts) if n == top), key=lambda i: wanted[i])
         below = max((n for n in counts if n < top), default=least)
         step = max(1, min(top - max(below, least), excess // len(largest)))
@@ -94,7 +94,7 @@ def fetched_bytes(shape: LayerShape, rows: int) -> int:
 
 
 class NearNeed(NamedTuple):
-    """Near bytes by purpose; a prefill pass and a decode step are never under way at once."""
+    """Near bytes by purpose (held: pinned records and usage values). Prefill and decode steps never overlap."""
 
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     window: int
@@ -104,7 +104,7 @@ class NearNeed(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Return the bytes of the widest moment."""
+        """Return the peak bytes."""
         return self.index + self.window + self.held + max(self.prefill, self.decode)
 
 

@@ -1,8 +1,8 @@
-"""Near memory before far memory: what attention reads at a step, and how it comes near.
+"""All tiers of one cache: what attention reads at a step, and how it is brought near.
 
-In: new keys and values, chosen positions. Out: K and V that attention can read. Without a near limit on a CPU the
-pool is near memory and nothing is copied; otherwise near memory is a counted allocation of its own and records
-cross a link. Knows bytes and places, not scores.
+In: new keys and values, chosen positions. Out: K and V that attention can read. On a CPU without a near limit the
+pool is near memory and nothing is copied; otherwise near memory has allocations of its own, charged to its ledger, and
+records cross the link. Knows bytes and positions, does no scoring.
 """
 
 from __future__ import annotations
@@ -23,29 +23,44 @@ from farkv.store.near.pinned import Pinned
 from farkv.store.near.recently_used import RecentlyUsed
 from farkv.store.records import Fetch, Needs, Read, Stored, StoreLimits
 
-# Tokens that a dense read brings near at once, where the whole layer has no room.
+# Tokens per block of a dense read, where the whole layer does not fit near.
 BLOCK_TOKENS = 1024
 
 
 class Store(FarStore):
     """All tiers of one cache."""
 
-    def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, form: Needs):
-        super().__init__(layers, limits, device, form)
-        self.window = form.window
+    def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, needs: Needs):
+        super().__init__(layers, limits, device, needs)
+        self.window = needs.window
         self.windows = (
-            {layer: RecentWindow(self.near, device, form.window + 1) for layer in layers} if self.is_far else {}
+            {layer: RecentWindow(self.near, device, needs.window + 1) for layer in layers} if self.is_far else {}
         )
-        self.pins = form.pins and self.is_far
+        self.pins = needs.pins and self.is_far
         self.pinned: dict[int, Pinned] = {}
-        # What a near limit leaves, where nothing is held by a plan: admission makes and frees these.
+        # In the rest of the near limit, where no plan pins records: admission creates and frees these.
         self.recently_used: dict[int, RecentlyUsed] = {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device)
-        # True where dense reads come block by block: admission says so.
+        # Whether dense reads go block by block; set by admission.
         self.streams = False
         self.block_tokens = BLOCK_TOKENS
+        # Called with the bytes of every fetch.
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
+
+    def listen(self, on_fetch: Callable[[int], None], on_disk: Callable[[int], None]) -> None:
+        """Call these with the bytes of every fetch, and of every read from disk."""
+        self.on_fetch, self.on_disk = on_fetch, on_disk
+
+    def read_in_blocks(self, block_tokens: int, *, only: bool) -> None:
+        """Set the tokens per block of dense reads, and whether these go `only` by blocks, never by whole layers."""
+        self.streams, self.block_tokens = only, block_tokens
+
+    def let_grow(self, *, home: bool, near: bool, index: bool) -> None:
+        """Set, per tier, whether growing rows may take more than they need."""
+        self.home.roomy = home
+        if self.is_far:
+            self.near.roomy, self.index.roomy = near, index
 
     # --- records in -----------------------------------------------------------------------------------------
 
@@ -59,36 +74,36 @@ class Store(FarStore):
             self.windows[layer].push(*parts)
 
     def reserve(self, rows: dict[int, int]) -> None:
-        """Make every layer's first allocation this many rows."""
+        """Set the rows of every layer's first allocation."""
         super().reserve(rows)
         for layer, n in rows.items():
             if layer in self.pinned:
                 self.pinned[layer].slots.reserve = n
 
     def pin(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Hold these records near from now on; fetches bring only the others. Nothing to do where the pool is near."""
+        """Pin these records near from now on; fetches bring only the others. Does nothing where the pool is near."""
         if not self.is_far:
             return
         pool = self.pool[layer]
         pinned = self.pinned.setdefault(layer, Pinned(self.near, self.device, self.host, pool.device))
         at = positions.to(pool.device)
-        # The slots go as far as the pool does.
+        # The table of slots has the pool's capacity.
         pinned.pin(self.gather(layer, at), at, (pool.length, pool.capacity))
 
     def drop_recently_used(self) -> None:
-        """Free every hot set: something else needs the memory, or the batch is another one."""
-        # A deliberate wait: what still travels is taken in there.
+        """Free every recently used set: the memory is needed, or the number of sequences changes."""
+        # A deliberate wait: pending fetches write to these sets.
         self.link.drain()
         while self.recently_used:
             self.recently_used.popitem()[1].clear()
 
     def find_near(self, layer: int) -> Pinned | RecentlyUsed | None:
-        """Return the records of a layer that need not be fetched."""
+        """Return the near copies of a layer's records that fetches skip."""
         return self.pinned.get(layer) or self.recently_used.get(layer)
 
     def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
         """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
-        # A deliberate wait: what is chosen must not depend on how far the link has come.
+        # A deliberate wait: the choice must not depend on pending fetches.
         self.link.drain()
         return super().find_resident(layer)
 
@@ -96,7 +111,7 @@ class Store(FarStore):
 
     @contextmanager
     def hold(self, n_bytes: int) -> Iterator[None]:
-        """Count a transient near allocation while it lives."""
+        """Charge a transient near allocation for its lifetime."""
         self.near.charge(n_bytes if self.is_far else 0)
         try:
             yield
@@ -105,10 +120,10 @@ class Store(FarStore):
 
     @contextmanager
     def read_all(self, layer: int, *, whole: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give all K and V of a layer for the time of one attention: in place, or as a counted near copy.
+        """Yield all K and V of a layer for one attention call: in place, or as a near copy that is charged.
 
         Args:
-            whole: evicted records too, where they are remembered.
+            whole: include evicted records, where they were remembered.
         """
         k_dim = self.shapes[layer].k_dim
         remembered = self.shadow.get(layer) if whole else None
@@ -127,23 +142,23 @@ class Store(FarStore):
             yield rows[..., :k_dim], rows[..., k_dim:]
 
     def count_near_bytes(self, layer: int, rows: Rows | PagedRows, n_tokens: int | None = None) -> int:
-        """Return the near bytes of tokens that are read, all unless told: a copy, and what it is decoded to."""
+        """Return the near bytes of reading `n_tokens` (default: all): a copy, and its decoded form."""
         n = rows.heads[0] * rows.heads[1] * (rows.length if n_tokens is None else n_tokens)
         codec = self.codecs.get(layer) if rows is self.pool[layer] else None
         decoded = 0 if codec is None else (codec.k_dim + codec.v_dim) * codec.dtype.itemsize
         return n * (rows.width * rows.dtype.itemsize + decoded)
 
     def read_blocks(self, layer: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Give K and V of a layer's first `stop` rows, block by block: the next one travels while one is read.
+        """Yield K and V of a layer's first `stop` rows, block by block: the next is fetched while one is read.
 
         Yields:
-            The first row of the block, its K and V; they are valid until the next block is asked for.
+            The first row of the block, its K and V; valid until the next block is requested.
 
         Cost: two blocks near; every stored row read once.
         """
         k_dim, n = self.shapes[layer].k_dim, self.block_tokens
         if self.page_cache is not None:
-            n -= n % min(n, self.page_cache.pages.form.tokens)  # No page belongs to two blocks, where one has room.
+            n -= n % min(n, self.page_cache.pages.form.tokens)  # Whole pages, where a block can hold one.
         ends = [(start, min(start + n, stop)) for start in range(0, stop, n)]
         coming = [self._bring_block(layer, *ends[0])] if ends else []
         taken = 0
@@ -158,7 +173,7 @@ class Store(FarStore):
                 self.near.release(taken)
                 taken = 0
         finally:
-            # A pass that was stopped half way gives back what it took.
+            # Also when the pass stops half way.
             self.near.release(taken + sum(n_bytes for _, n_bytes in coming))
 
     def _bring_block(self, layer: int, start: int, stop: int) -> tuple[Ticket, int]:
@@ -177,7 +192,7 @@ class Store(FarStore):
     # --- chosen records -------------------------------------------------------------------------------------
 
     def gather(self, layer: int, positions: Int[Tensor, "B Hkv K"]) -> Tensor:
-        """Return the stored rows at `positions`, [B, Hkv, K, W], in the pool's memory."""
+        """Return copies of the stored rows at `positions`, [B, Hkv, K, W], in the pool's memory."""
         pool = self.pool[layer]
         out = torch.empty(*positions.shape, pool.width, dtype=pool.dtype, device=pool.device)
         pool.take(spread_heads(positions), positions.reshape(-1), out.view(-1, pool.width))
@@ -186,9 +201,9 @@ class Store(FarStore):
     def fetch(
         self, layer: int, positions: Int[Tensor, "B Hkv K"], valid: Bool[Tensor, "B Hkv K"] | None, spare: int
     ) -> Fetch:
-        """Start bringing records near; leave room for `spare` rows that join at the read.
+        """Start bringing records near, into a buffer with room for `spare` more rows that `join` adds.
 
-        Where the pool is near memory this only remembers the positions.
+        Where the pool is near memory, this only remembers the positions.
         """
         if not self.is_far:
             return Fetch(positions, valid, None, None)
@@ -200,17 +215,17 @@ class Store(FarStore):
         return Fetch(positions, valid, ticket, buffer)
 
     def read(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Read:
-        """Join what was fetched early, a late top-up and the `n_tail` newest records.
+        """Join the early fetch, a late top-up and the `n_tail` newest records.
 
         Returns:
-            K and V, [B, Hkv, K, D], with positions; rows of invalid positions hold anything finite.
+            K and V, [B, Hkv, K, D], with positions; rows at invalid positions are finite but otherwise undefined.
         """
         stored = self.join(layer, early, late, n_tail)
         rows, k_dim = self.decode(layer, stored.rows), self.shapes[layer].k_dim
         return Read(rows[..., :k_dim], rows[..., k_dim:], stored.positions, stored.valid)
 
     def join(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Stored:
-        """Join them as they are stored."""
+        """As `read`, but return the rows as they are stored."""
         batch, heads = early.positions.shape[:2]
         total = self.length(layer)
         device = early.positions.device
@@ -240,7 +255,7 @@ class Store(FarStore):
         return buffer[:, :, : at + n_tail]
 
     def _newest(self, layer: int, n: int) -> Tensor:
-        """Return the newest rows, from near memory, or from the pool after a crop or a reordering."""
+        """Return the newest rows, from the recent window, or from the pool after a crop or a reordering."""
         near = self.windows[layer].newest(n)
         if near is not None:
             return near
@@ -248,21 +263,21 @@ class Store(FarStore):
         rows = self.pool[layer].read(total - n, total)
         self.on_fetch(rows.numel() * rows.element_size())
         self.windows[layer].length = 0
-        moved = rows.to(self.device)
-        self.windows[layer].push(moved)
-        return moved
+        near = rows.to(self.device)
+        self.windows[layer].push(near)
+        return near
 
     # --- the batch ------------------------------------------------------------------------------------------
 
     def following(self, layer: int) -> list[Follower]:
-        """Return what follows a layer's records: what was registered, and what is near of them."""
+        """Return the followers of a layer's records: those registered, and its near copies."""
         near = (self.windows.get(layer), self.pinned.get(layer), self.recently_used.get(layer))
         return super().following(layer) + [each for each in near if each is not None]
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
         if len(sequences) != self.batch(layer):
-            # More sequences need its memory.
+            # Their tables are sized for the old number of sequences.
             self.drop_recently_used()
         super().select(layer, sequences)
         self.buffers.clear()
@@ -273,7 +288,7 @@ class Store(FarStore):
         self.recently_used.pop(layer, None)
         self.buffers.clear()
         if self.page_cache is not None and not any(rows.length for rows in self.pool.values()):
-            # A block still on its way would hold the file. Pages and a saved text go with it: what comes opens another.
+            # A pending block would keep the file open. Its pages and a saved text go too: new records open another.
             self.link.drain()
             self.page_cache.clear()
             self.page_cache, self.limits = None, self.limits._replace(saved=None)

@@ -181,7 +181,7 @@ class Trace:
             assert self.uses.hand.flatten().tolist() == [one.hand for one in self.sets]
 
 
-@pytest.use.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 @given(
     shape=st.sampled_from([(), (1, 1), (2, 3)]), n_slots=st.integers(1, 12), seed=st.integers(0, 10**6),
     evictions=st.lists(st.integers(0, 5), min_size=1, max_size=12), in_place=st.booleans(),
@@ -208,7 +208,7 @@ def none(n: int) -> torch.Tensor:
     return torch.zeros(n, dtype=torch.bool)
 
 
-@pytest.use.parametrize("name", [p for p in POLICIES if p != "clock"])
+@pytest.mark.parametrize("name", [p for p in POLICIES if p != "clock"])
 def test_ties_go_by_birth(name: str) -> None:
     policy = policy_of(name)
     uses = policy.start((5,), 0, CPU)
@@ -218,7 +218,7 @@ def test_ties_go_by_birth(name: str) -> None:
     assert policy.choose(policy.start((3,), 2**31 - 1, CPU), far, 2, none(3)).tolist() == [1, 2]
 
 
-@pytest.use.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_garbage_goes_first_and_the_pinned_never(name: str) -> None:
     policy = policy_of(name)
     uses = policy.start((6,), 0, CPU)
@@ -270,7 +270,7 @@ def test_attention_mass_fades() -> None:
     assert policy.choose(uses, births(3), 2, none(3)).tolist() == [0, 2], "old mass counts for less than fresh"
 
 
-@pytest.use.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", POLICIES)
 def test_one_head_does_not_decide_for_another(name: str) -> None:
     def victims(other: int) -> torch.Tensor:
         policy = policy_of(name)
@@ -289,8 +289,8 @@ def test_one_head_does_not_decide_for_another(name: str) -> None:
     assert name == "fifo" or not torch.equal(one[:, 3], two[:, 3])
 
 
-@pytest.use.parametrize("name", POLICIES)
-def test_marks_may_be_a_view_of_growing_rows(name: str) -> None:
+@pytest.mark.parametrize("name", POLICIES)
+def test_usage_may_be_a_view_of_growing_rows(name: str) -> None:
     policy = policy_of(name)
     plain = policy.start((2, 6), 0, CPU)
     wide = torch.zeros(2, 9, 1, dtype=policy.dtype)

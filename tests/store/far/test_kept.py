@@ -8,14 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CacheStateError
-from farkv.math.keep import choose_kept, join_scores
 from farkv.store.far import rows as rows_module
 from farkv.store.far.kept import ROW_BYTES, Kept
 from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
-from farkv.store.near.buffers import Pinned
 from farkv.store.records import Keep, Needs, StoreLimits
-from farkv.store.sizes import Allowed, share_out
 from farkv.store.tiers import Store
 
 B, HEADS, WIDTH = 2, 2, 3
@@ -59,7 +56,7 @@ def test_kept_rows_equal_plain_indexing(n: int, share: float, reserve: int, tigh
         rows_module.MOVE_ROWS = before
 
 
-def test_places_and_marks_follow_every_operation() -> None:
+def test_places_and_scores_follow_every_operation() -> None:
     ledger = Ledger("host")
     kept = Kept(ledger, CPU)
     kept.append(torch.zeros(B, HEADS, 20, 1), 0)
@@ -89,42 +86,8 @@ def test_nothing_that_was_evicted_can_be_taken_back_but_all_else_can() -> None:
     assert kept.places.length == 0
 
 
-def test_held_copies_are_found_where_they_are_through_every_operation() -> None:
-    near, home = Ledger("near"), Ledger("host")
-    held = Pinned(near, CPU, home, CPU)
-    pool = torch.randn(B, HEADS, 30, WIDTH)
-    assert held.find(some(3, 30)) is None
-    chosen = some(10, 20)
-    held.hold(pick(pool, chosen), chosen, (20, 30))
-    every = torch.arange(20).expand(B, HEADS, -1)
-
-    def check(rows: torch.Tensor, n_held: int) -> None:
-        slots = held.find(torch.arange(rows.shape[2]).expand(*rows.shape[:2], -1))
-        assert slots is not None
-        here = slots >= 0
-        assert (here.sum(-1) == n_held).all()
-        copies = held.rows.view().gather(2, slots.clamp_min(0)[..., None].expand(-1, -1, -1, WIDTH))
-        assert torch.equal(copies[here], rows[here])
-
-    check(pool[:, :, :20], 10)
-    assert near.used == held.rows.n_bytes == 10 * B * HEADS * WIDTH * 4
-    held.append(4)
-    held.crop(2)
-    check(pool[:, :, :22], 10)
-    keep = torch.cat([chosen[..., :6], torch.full((B, HEADS, 1), 21)], -1).sort(-1).values
-    held.keep(keep)
-    rows = pick(pool, keep)
-    check(rows, 6)
-    held.select(torch.tensor([1, 0, 1]))
-    check(rows[[1, 0, 1]], 6)
-    held.hold(pick(pool, every[..., 3:7]), every[..., 3:7], (20, 30))
-    check(pool[:, :, :20], 4)
-    held.clear()
-    assert near.used == home.used == 0
-
-
 def test_an_evicted_layer_reads_and_locates_what_is_left() -> None:
-    store = Store([0], StoreLimits(near=1 << 20), CPU, Needs(2, evicts=True, holds=True))
+    store = Store([0], StoreLimits(near=1 << 20), CPU, Needs(2, evicts=True, pins=True))
     k, v = torch.randn(B, HEADS, 30, 4), torch.randn(B, HEADS, 30, WIDTH)
     store.append(0, k[:, :, :25], v[:, :, :25])
     positions = torch.cat([some(9, 20), torch.arange(20, 25).expand(B, HEADS, 5)], -1)
@@ -148,55 +111,3 @@ def test_an_evicted_layer_reads_and_locates_what_is_left() -> None:
     assert store.seen(0) == 30, "a refused crop changes nothing"
     store.clear(0)
     assert store.near.used == store.host.used == store.evicted[0] == 0
-
-
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=8), st.integers(0, 20), st.integers(0, 500))
-def test_counts_are_shared_out_within_the_total(wanted: list[int], least: int, total: int) -> None:
-    counts = share_out(wanted, least, total)
-    assert sum(counts) <= max(total, least * len(wanted))
-    assert all(least <= n <= max(w, least) for n, w in zip(counts, wanted, strict=True))
-    asked = sum(max(w, least) for w in wanted)
-    assert sum(counts) == min(asked, max(total, least * len(wanted))), "nothing is left over"
-    for a, n in zip(wanted, counts, strict=True):
-        for b, m in zip(wanted, counts, strict=True):
-            assert a <= b or n >= m, "no layer ends below one that wanted less"
-    cut = [n for n, w in zip(counts, wanted, strict=True) if n < max(w, least)]
-    assert not cut or max(cut) >= max(counts) - 1, "the largest pay"
-
-
-@given(st.integers(0, 100), st.floats(0, 1), st.integers(0, 5000))
-def test_a_layer_may_keep_its_share_and_never_more_than_all(base: int, share: float, tokens: int) -> None:
-    count = Allowed(base, share).count(tokens)
-    assert 0 <= count <= tokens
-    assert count == tokens or base + share * tokens - 1 < count <= base + share * tokens + 1e-6
-    assert Allowed(0, 18 / 60).count(60) == 18, "binary rounding costs no record"
-
-
-@given(
-    n_rows=st.integers(1, 60), n_keep=st.integers(0, 70), n_recent=st.integers(0, 70), seed=st.integers(0, 99),
-    spare=st.integers(0, 3),
-)  # fmt: skip
-def test_kept_records_are_those_of_a_plain_loop(n_rows: int, n_keep: int, n_recent: int, seed: int, spare: int) -> None:
-    torch.manual_seed(seed)
-    recent = min(n_recent, n_rows)
-    old = n_rows - recent
-    scores = torch.rand(B, HEADS, old + min(spare, recent))
-    scores[..., :1] = torch.inf
-    positions, scores = choose_kept(scores, n_rows, n_keep, n_recent)
-    n_old = min(max(n_keep - recent, 0), old)
-    assert positions.shape == scores.shape == (B, HEADS, n_old + recent)
-    for b in range(B):
-        for h in range(HEADS):
-            row = scores[b, h, :old].tolist()
-            best = sorted(sorted(range(old), key=lambda i: -row[i])[:n_old])
-            assert positions[b, h].tolist() == best + list(range(old, n_rows))
-            expected = [0.0 if row[i] == float("inf") else row[i] for i in best] + [0.0] * recent
-            assert scores[b, h].tolist() == pytest.approx(expected)
-
-
-def test_marks_remember_the_best_score() -> None:
-    new, old = torch.rand(B, HEADS, 5), torch.rand(B, HEADS, 9).bfloat16()
-    joined = join_scores(new, old)
-    assert torch.equal(joined, torch.maximum(new, old[..., :5].float()))
-    assert joined.dtype == torch.float32
-    assert join_scores(scores, None) is scores

@@ -26,7 +26,7 @@ N = 12
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiskSpace]:
-    with DiskSpace(Path(tmp_path_factory.mktemp("frames")), None) as space:
+    with DiskSpace(Path(tmp_path_factory.mktemp("pages")), None) as space:
         yield space
 
 
@@ -37,34 +37,34 @@ def make(space: DiskSpace, policy: str = "lru", limit: int | None = None, n: int
     return PageCache(Ledger("host", limit), make_policy(policy), pages), rows
 
 
-def check_tables(frames: PageCache) -> None:
+def check_tables(cache: PageCache) -> None:
     """Copies are right, and every byte is counted."""
-    check_copies(frames)
-    assert frames.ledger.used == frames.n_bytes
-    assert frames.ledger.limit is None or frames.ledger.peak <= frames.ledger.limit
+    check_copies(cache)
+    assert cache.ledger.used == cache.n_bytes
+    assert cache.ledger.limit is None or cache.ledger.peak <= cache.ledger.limit
 
 
-def check_copies(frames: PageCache) -> None:
-    """Both tables say the same, no page is in two frames, and every copy is the page that it is said to be."""
-    assert 0 <= frames.used <= frames.room
-    here = frames.page_of[: frames.used]
+def check_copies(cache: PageCache) -> None:
+    """Both tables say the same, no page is in two slots, and every copy is the page that it is said to be."""
+    assert 0 <= cache.used <= cache.room
+    here = cache.page_of[: cache.used]
     assert (here >= 0).all()
-    assert (frames.page_of[frames.used :] == -1).all()
-    assert len(here.unique()) == len(here), "a page in two frames"
-    assert torch.equal(frames.frame_of[here].long(), torch.arange(frames.used))
-    assert int((frames.frame_of >= 0).sum()) == frames.used
-    if frames.used:
-        wanted = torch.empty(frames.used, *frames.data.shape[1:], dtype=frames.data.dtype)
-        frames.pages.read(here, wanted)
-        assert torch.equal(frames.data[: frames.used], wanted)
+    assert (cache.page_of[cache.used :] == -1).all()
+    assert len(here.unique()) == len(here), "a page in two slots"
+    assert torch.equal(cache.slot_of[here].long(), torch.arange(cache.used))
+    assert int((cache.slot_of >= 0).sum()) == cache.used
+    if cache.used:
+        wanted = torch.empty(cache.used, *cache.data.shape[1:], dtype=cache.data.dtype)
+        cache.pages.read(here, wanted)
+        assert torch.equal(cache.data[: cache.used], wanted)
 
 
-def check_take(frames: PageCache, rows: torch.Tensor, n: int = 20) -> None:
+def check_take(cache: PageCache, rows: torch.Tensor, n: int = 20) -> None:
     pages, offsets = torch.randint(len(rows), (n,)), torch.randint(FORM.tokens, (n,))
     out = torch.full((n, FORM.width), torch.nan)
-    frames.take(pages, offsets, out)
+    cache.take(pages, offsets, out)
     assert torch.equal(out, rows[pages, offsets])
-    check_tables(frames)
+    check_tables(cache)
 
 
 steps = st.one_of(
@@ -79,100 +79,100 @@ steps = st.one_of(
 )
 
 
-def read_beside(frames: PageCache, rows: torch.Tensor, n: int) -> None:
+def read_beside(cache: PageCache, rows: torch.Tensor, n: int) -> None:
     """Read every page while other things take `n` pages' bytes of the tier: reads make do with fewer copies."""
-    limit = frames.ledger.limit
-    least = 0 if frames.scratch is not None else frames.piece
-    if limit is None or not frames.ledger.has_room(n * FORM.n_bytes) or (n + least) * FORM.n_bytes > limit:
+    limit = cache.ledger.limit
+    least = 0 if cache.scratch is not None else cache.piece
+    if limit is None or not cache.ledger.has_room(n * FORM.n_bytes) or (n + least) * FORM.n_bytes > limit:
         return
-    frames.ledger.charge(n * FORM.n_bytes)
+    cache.ledger.charge(n * FORM.n_bytes)
     pages = torch.arange(len(rows))
     out = torch.empty(len(rows), FORM.width)
-    frames.take(pages, pages % FORM.tokens, out)
+    cache.take(pages, pages % FORM.tokens, out)
     assert torch.equal(out, rows[pages, pages % FORM.tokens])
-    frames.ledger.release(n * FORM.n_bytes)
+    cache.ledger.release(n * FORM.n_bytes)
 
 
-def make_room(frames: PageCache, n: int) -> None:
-    frames.make_room(n * FORM.n_bytes)
-    assert frames.ledger.has_room(n * FORM.n_bytes) or frames.used == 0
+def make_room(cache: PageCache, n: int) -> None:
+    cache.make_room(n * FORM.n_bytes)
+    assert cache.ledger.has_room(n * FORM.n_bytes) or cache.used == 0
 
 
-def clear(frames: PageCache) -> None:
-    frames.clear()
-    assert frames.ledger.used == 0
+def clear(cache: PageCache) -> None:
+    cache.clear()
+    assert cache.ledger.used == 0
 
 
-@pytest.use.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 @given(moves=st.lists(steps, max_size=20), seed=st.integers(0, 99), limit=st.sampled_from([None, 10, 14]))
 def test_rows_are_right_whatever_happens(
     space: DiskSpace, policy: str, moves: list[tuple[str, int]], seed: int, limit: int | None
 ) -> None:
     torch.manual_seed(seed)
-    frames, rows = make(space, policy, limit and limit * FORM.n_bytes)
-    frames.resize(4, 2)
+    cache, rows = make(space, policy, limit and limit * FORM.n_bytes)
+    cache.resize(4, 2)
     twins = []
     for what, n in moves:
         if what == "copy":
-            twins.append((frames, rows))
-            frames = copy.deepcopy(frames)
-            assert frames.used == 0
+            twins.append((cache, rows))
+            cache = copy.deepcopy(cache)
+            assert cache.used == 0
         elif what == "write":
             new = torch.randn(n, FORM.tokens, FORM.width)
-            frames.offer(frames.pages.write(new), new)
+            cache.offer(cache.pages.write(new), new)
             rows = torch.cat([rows, new])
         else:
             move = {
-                "take": lambda n, frames=frames, rows=rows: check_take(frames, rows, n),
-                "resize": lambda n, frames=frames: frames.resize(n, frames.piece),
-                "piece": lambda n, frames=frames: frames.resize(frames.room, n),
-                "make_room": lambda n, frames=frames: make_room(frames, n),
-                "others": lambda n, frames=frames, rows=rows: read_beside(frames, rows, n),
-                "clear": lambda n, frames=frames: clear(frames),
+                "take": lambda n, cache=cache, rows=rows: check_take(cache, rows, n),
+                "resize": lambda n, cache=cache: cache.resize(n, cache.piece),
+                "piece": lambda n, cache=cache: cache.resize(cache.room, n),
+                "make_room": lambda n, cache=cache: make_room(cache, n),
+                "others": lambda n, cache=cache, rows=rows: read_beside(cache, rows, n),
+                "clear": lambda n, cache=cache: clear(cache),
             }
             move[what](n)
-        check_tables(frames)
+        check_tables(cache)
     for other, its_rows in twins:
         check_take(other, its_rows)
 
 
 def test_no_room_at_all_still_reads(space: DiskSpace) -> None:
-    frames, rows = make(space)
-    check_take(frames, rows, 50)
-    assert frames.used == 0
+    cache, rows = make(space)
+    check_take(cache, rows, 50)
+    assert cache.used == 0
 
 
 def test_reading_without_memory_to_read_through_is_refused(space: DiskSpace) -> None:
-    frames, _ = make(space, limit=2 * FORM.n_bytes)
-    frames.resize(0, 3)
+    cache, _ = make(space, limit=2 * FORM.n_bytes)
+    cache.resize(0, 3)
     with pytest.raises(CapacityError, match="host limit"):
-        frames.take(torch.tensor([0]), torch.tensor([0]), torch.empty(1, FORM.width))
-    check_tables(frames)
+        cache.take(torch.tensor([0]), torch.tensor([0]), torch.empty(1, FORM.width))
+    check_tables(cache)
 
 
 def test_a_damaged_page_changes_no_table_and_gives_no_rows(space: DiskSpace) -> None:
-    frames, rows = make(space)
-    frames.resize(4, 2)
-    check_take(frames, rows)
-    assert frames.pages.file is not None
-    resident = frames.page_of[:4].tolist()
+    cache, rows = make(space)
+    cache.resize(4, 2)
+    check_take(cache, rows)
+    assert cache.pages.file is not None
+    resident = cache.page_of[:4].tolist()
     bad = next(i for i in range(N) if i not in resident)
-    os.pwrite(frames.pages.file._fd, b"\xff", bad * FORM.n_bytes + 5)
+    os.pwrite(cache.pages.file._fd, b"\xff", bad * FORM.n_bytes + 5)
     with pytest.raises(StoreError, match=f"page {bad} is damaged"):
-        frames.take(torch.tensor([bad]), torch.tensor([0]), torch.empty(1, FORM.width))
+        cache.take(torch.tensor([bad]), torch.tensor([0]), torch.empty(1, FORM.width))
     here = torch.tensor(resident)
     out = torch.empty(4, FORM.width)
-    frames.take(here, torch.zeros(4, dtype=torch.int64), out)
+    cache.take(here, torch.zeros(4, dtype=torch.int64), out)
     assert torch.equal(out, rows[here, 0])
-    assert frames.page_of[:4].tolist() == resident
+    assert cache.page_of[:4].tolist() == resident
 
 
 def test_the_policy_decides_which_copy_goes(space: DiskSpace) -> None:
-    frames, _ = make(space, "lru")
-    frames.resize(3, 1)
+    cache, _ = make(space, "lru")
+    cache.resize(3, 1)
     for page in (0, 1, 2, 0, 1, 3):
-        frames.take(torch.tensor([page]), torch.tensor([1]), torch.empty(1, FORM.width))
-    assert frames.resident(torch.arange(N)).nonzero()[:, 0].tolist() == [0, 1, 3]
+        cache.take(torch.tensor([page]), torch.tensor([1]), torch.empty(1, FORM.width))
+    assert cache.resident(torch.arange(N)).nonzero()[:, 0].tolist() == [0, 1, 3]
     fifo, _ = make(space, "fifo")
     fifo.resize(3, 1)
     for page in (0, 1, 2, 0, 1, 3):
@@ -181,18 +181,18 @@ def test_the_policy_decides_which_copy_goes(space: DiskSpace) -> None:
 
 
 def test_fewer_reads_at_once_give_their_memory_back(space: DiskSpace) -> None:
-    frames, rows = make(space)
-    frames.resize(2, 8)
-    check_take(frames, rows)
-    assert frames.n_bytes == 10 * FORM.n_bytes
-    frames.resize(2, 3)
-    assert frames.n_bytes == 2 * FORM.n_bytes
-    check_take(frames, rows)
-    assert frames.n_bytes == 5 * FORM.n_bytes
+    cache, rows = make(space)
+    cache.resize(2, 8)
+    check_take(cache, rows)
+    assert cache.n_bytes == 10 * FORM.n_bytes
+    cache.resize(2, 3)
+    assert cache.n_bytes == 2 * FORM.n_bytes
+    check_take(cache, rows)
+    assert cache.n_bytes == 5 * FORM.n_bytes
 
 
 def count_resident_bytes(memory: mmap.mmap) -> int:
-    """Return the bytes that a mapping takes, by the system's own books."""
+    """Return the bytes that a mapping takes, by the system's own count."""
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     inside = total = 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -205,21 +205,21 @@ def count_resident_bytes(memory: mmap.mmap) -> int:
     return total
 
 
-@pytest.use.skipif(not Path("/proc/self/smaps").exists(), reason="the system keeps no such books")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not count them")
 def test_memory_of_dropped_copies_goes_back_to_the_system(tmp_path: Path) -> None:
     form = PageForm(1, 1 << 18, torch.float32)
     with DiskSpace(tmp_path, None) as space:
         pages = NumberedPages(form, space.open_file(form.n_bytes))
-        frames = PageCache(Ledger("host"), make_policy("lru"), pages)
+        cache = PageCache(Ledger("host"), make_policy("lru"), pages)
         rows = torch.ones(8, form.tokens, form.width)
-        frames.resize(6)
-        frames.offer(pages.write(rows), rows)
-        assert frames.memory is not None
-        full = count_resident_bytes(frames.memory)
-        frames.resize(2)
+        cache.resize(6)
+        cache.offer(pages.write(rows), rows)
+        assert cache.memory is not None
+        full = count_resident_bytes(cache.memory)
+        cache.resize(2)
         # Of the four, what shares a huge page with those that stay may go later.
-        assert full - count_resident_bytes(frames.memory) >= 2 * form.n_bytes
-        assert frames.data[3].sum() == 0, "shared memory would still have it"
-        frames.resize(64)
-        assert count_resident_bytes(frames.memory) < full, "room takes no memory before it is used"
-        assert torch.equal(frames.data[:2], rows[:2])
+        assert full - count_resident_bytes(cache.memory) >= 2 * form.n_bytes
+        assert cache.data[3].sum() == 0, "shared memory would still have it"
+        cache.resize(64)
+        assert count_resident_bytes(cache.memory) < full, "room takes no memory before it is used"
+        assert torch.equal(cache.data[:2], rows[:2])

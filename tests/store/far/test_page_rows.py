@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from farkv.errors import CapacityError, ConfigError, StoreError
-from farkv.store.admission import admit
 from farkv.store.far import pages as pages_module
 from farkv.store.far.eviction import POLICIES, make_policy
 from farkv.store.far.page_cache import PageCache
@@ -20,7 +19,7 @@ from farkv.store.far.page_rows import PagedRows
 from farkv.store.far.pages import NumberedPages, PageForm
 from farkv.store.ledger import Ledger
 from farkv.store.records import Needs, StoreLimits
-from farkv.store.sizes import LayerShape, NearNeed
+from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
 
 B, HEADS, T = 2, 2, 8
@@ -36,9 +35,9 @@ def space(tmp_path: Path) -> Iterator[DiskSpace]:
 
 def make(space: DiskSpace, room: int = 6, policy: str = "lru", host: int | None = None) -> PagedRows:
     ledger = Ledger("host", host)
-    frames = PageCache(ledger, make_policy(policy), NumberedPages(FORM, space.open_file(FORM.n_bytes)))
-    frames.resize(room, 4)
-    return PagedRows(ledger, frames)
+    cache = PageCache(ledger, make_policy(policy), NumberedPages(FORM, space.open_file(FORM.n_bytes)))
+    cache.resize(room, 4)
+    return PagedRows(ledger, cache)
 
 
 def some(n: int, batch: int = B) -> torch.Tensor:
@@ -69,14 +68,14 @@ def check(rows: PagedRows, model: torch.Tensor, others: int = 0) -> None:
         positions = torch.randint(n, (batch * heads, 7))
         flat = model.reshape(batch * heads, n, -1)
         assert torch.equal(take(rows, positions), flat.gather(1, positions[..., None].expand(-1, -1, FORM.width)))
-    assert rows.frames.ledger.used == rows.n_bytes + rows.frames.n_bytes
+    assert rows.page_cache.ledger.used == rows.n_bytes + rows.page_cache.n_bytes
     file = rows.pages.file
     assert file is not None
     assert file._ledger.used == (file.n_pages + others) * FORM.n_bytes
 
 
-@pytest.use.parametrize("policy", POLICIES)
-@pytest.use.parametrize("chunks", [[1] * 20, [8, 8, 8], [30, 1, 1], [7, 1, 17, 40, 3], [100]])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("chunks", [[1] * 20, [8, 8, 8], [30, 1, 1], [7, 1, 17, 40, 3], [100]])
 def test_rows_of_any_chunks(space: DiskSpace, chunks: list[int], policy: str) -> None:
     rows, model = make(space, policy=policy), some(0)
     for n in chunks:
@@ -125,7 +124,7 @@ def test_a_dense_read_brings_no_copies_and_reads_what_has_none(space: DiskSpace)
     assert sum(told) == int((~before).sum()) * FORM.n_bytes
 
 
-@pytest.use.parametrize("left", [0, 1, T - 1, T, T + 1, 2 * T, 3 * T - 1, 3 * T, 3 * T + 2, 3 * T + 5])
+@pytest.mark.parametrize("left", [0, 1, T - 1, T, T + 1, 2 * T, 3 * T - 1, 3 * T, 3 * T + 2, 3 * T + 5])
 def test_crop_into_full_pages_and_go_on(space: DiskSpace, left: int) -> None:
     rows, model = make(space, room=2), some(3 * T + 5)
     add(rows, model)
@@ -143,7 +142,7 @@ def test_crop_into_full_pages_and_go_on(space: DiskSpace, left: int) -> None:
     check(rows, model)
 
 
-@pytest.use.parametrize("n", [3, 3 * T, 2 * T + 3])
+@pytest.mark.parametrize("n", [3, 3 * T, 2 * T + 3])
 def test_beams_share_full_pages_and_part_in_the_open_one(space: DiskSpace, n: int) -> None:
     rows, model = make(space), some(n)
     add(rows, model)
@@ -170,7 +169,7 @@ def test_more_sequences_take_the_room_of_copies(space: DiskSpace) -> None:
     for part in model.split(T, 2):
         add(rows, part)
     take(rows, torch.arange(6 * T).expand(B * HEADS, -1))
-    assert rows.frames.used > 15
+    assert rows.page_cache.used > 15
     rows.ledger.limit = rows.ledger.used + FORM.n_bytes
     rows.select(torch.tensor([0, 1, 0, 1]))
     check(rows, model[[0, 1, 0, 1]])
@@ -218,7 +217,7 @@ def test_a_disk_that_fails_half_way_loses_nothing(space: DiskSpace, monkeypatch:
     check(rows, torch.cat([model, more], 2))
 
 
-@pytest.use.parametrize("spare", range(0, 1200, 40))
+@pytest.mark.parametrize("spare", range(0, 1200, 40))
 def test_a_host_without_room_loses_nothing(space: DiskSpace, spare: int) -> None:
     # Wherever in a write the limit strikes: either all of it is done, or nothing.
     rows, model = make(space, room=0), some(T + 5)
@@ -269,9 +268,9 @@ def test_zero_rows(space: DiskSpace) -> None:
 # --- through the tiers --------------------------------------------------------------------------------------
 
 
-def open_store(space: DiskSpace, monkeypatch: pytest.MonkeyPatch, host: int | None = None) -> Store:
+def open_store(space: DiskSpace, monkeypatch: pytest.MonkeyPatch, **limits: Any) -> Store:
     monkeypatch.setattr(pages_module, "PAGE_BYTES", T * 5 * 4)
-    store = Store([0, 1], StoreLimits(None, host, disk=space), CPU, Needs(2))
+    store = Store([0, 1], StoreLimits(disk=space, **limits), CPU, Needs(2))
     store.open_pages(LayerShape(B, HEADS, 2, 3, 4), torch.float32)
     return store
 
@@ -309,25 +308,7 @@ def test_a_damaged_page_is_an_error_and_never_wrong_rows(space: DiskSpace, monke
     ), "a pass that failed gives back what it took"
 
 
-NEED = NearNeed(0, 0, 0, 0)
 SHAPE = LayerShape(B, HEADS, 2, 3, 4)
-
-
-def test_disk_is_admitted_for_what_is_held_not_for_what_was_ever_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = T * 5 * 4
-    with DiskSpace(tmp_path, 2 * 4 * 5 * page) as space:
-        store = open_store(space, monkeypatch)
-        admit(store, SHAPE, {0: 5 * T + 7, 1: 5 * T + 7}, NEED)
-        with pytest.raises(CapacityError, match="disk limit"):
-            admit(store, SHAPE, {0: 6 * T, 1: 6 * T}, NEED)
-        for layer in (0, 1):
-            store.append(layer, torch.zeros(B, HEADS, 4 * T, 2), torch.zeros(B, HEADS, 4 * T, 3))
-            store.crop(layer, 3 * T)
-        admit(store, SHAPE, {0: 2 * T, 1: 2 * T}, NEED)
-        with pytest.raises(CapacityError, match="disk limit"):
-            admit(store, SHAPE, {0: 3 * T, 1: 3 * T}, NEED)
 
 
 def test_a_cleared_store_gives_its_disk_back(space: DiskSpace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,18 +321,3 @@ def test_a_cleared_store_gives_its_disk_back(space: DiskSpace, monkeypatch: pyte
         for layer in (0, 1):
             store.clear(layer)
         assert store.host.used == store.near.used == 0
-
-
-def test_copies_take_only_what_the_host_limit_leaves(space: DiskSpace, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = T * 5 * 4
-    with pytest.raises(CapacityError, match="host limit"):
-        admit(open_store(space, monkeypatch, 20 * page), SHAPE, {0: 9 * T, 1: 9 * T}, NEED, n_new=9 * T)
-    store = open_store(space, monkeypatch, 80 * page)
-    admit(store, SHAPE, {0: 9 * T, 1: 9 * T}, NEED, n_new=T)
-    for _ in range(9):
-        for layer in (0, 1):
-            new = some(T)
-            store.append(layer, new[..., :2], new[..., 2:])
-    assert store.page_cache is not None
-    assert 0 < store.page_cache.used <= store.page_cache.room < 72
-    assert store.host.peak <= 80 * page

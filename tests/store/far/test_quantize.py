@@ -56,12 +56,14 @@ def unbfloat(data: bytes) -> float:
     return float(np.frombuffer(b"\0\0" + data, dtype="<f4")[0])
 
 
-def decode_part(name: str, row: bytes, at: int, marks_at: int, dim: int) -> tuple[list[float], list[float]]:
+def decode_part(name: str, row: bytes, at: int, params_at: int, dim: int) -> tuple[list[float], list[float]]:
     """Return the exact values of K or V and the step of each, from the bytes alone."""
     n = -(-dim // 32)
-    steps = [unbfloat(row[marks_at + 2 * g : marks_at + 2 * g + 2]) for g in range(n)]
+    steps = [unbfloat(row[params_at + 2 * g : params_at + 2 * g + 2]) for g in range(n)]
     lows = (
-        [unbfloat(row[marks_at + 2 * (n + g) : marks_at + 2 * (n + g) + 2]) for g in range(n)] if name == "int4" else []
+        [unbfloat(row[params_at + 2 * (n + g) : params_at + 2 * (n + g) + 2]) for g in range(n)]
+        if name == "int4"
+        else []
     )
     values = []
     for i in range(dim):
@@ -234,7 +236,7 @@ def test_sizes_are_known_before_any_tensor() -> None:
     assert encoded_bytes("int8", 128, 128) == 256 + 16
     assert encoded_bytes("int4", 128, 128) == 128 + 32
     assert encoded_bytes("int8", 80, 80) == 160 + 12
-    assert encoded_bytes("int8", 5, 6) == 12 + 4, "marks start at an even byte"
+    assert encoded_bytes("int8", 5, 6) == 12 + 4, "parameters start at an even byte"
     assert Codec("int4", 64, 8, torch.float16).row_bytes == encoded_bytes("int4", 64, 8) == 36 + 12
     assert hash(Codec("int4", 64, 8, torch.float16)) == hash(Codec("int4", 64, 8, torch.float16))
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CapacityError
-from farkv.store.far.rows import Rows
+from farkv.store.far.rows import Rows, gather_rows
 from farkv.store.ledger import Ledger
 
 HEADS, WIDTH = 2, 3
@@ -109,3 +109,10 @@ def test_joined_rows_stand_right_and_are_charged_once() -> None:
     a.join(b, 70, (3, 1))
     assert not a.view()[3].any(), "who has none yet gets zeros"
     assert torch.equal(a.view()[2:3], many)
+
+
+def test_rows_are_gathered_per_sequence_and_head() -> None:
+    rows = torch.randn(2, HEADS, 9, 5)
+    positions = torch.stack([torch.randperm(9)[:4].sort().values for _ in range(2 * HEADS)]).view(2, HEADS, 4)
+    expected = rows.gather(2, positions[..., None].expand(-1, -1, -1, 5))
+    assert torch.equal(gather_rows(rows, positions), expected)

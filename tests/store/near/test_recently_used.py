@@ -1,4 +1,4 @@
-"""The hot set: what crosses the link is what was chosen less what is near, and what is read is what was stored."""
+"""The recently used set: the link carries what was chosen less what is near, and what is read is what was stored."""
 
 from __future__ import annotations
 
@@ -7,47 +7,44 @@ import copy
 import pytest
 import torch
 
+from farkv.engine import bytes_recent
 from farkv.errors import StoreError
-from farkv.store import spare as spare_module
-from farkv.store.admission import admit
 from farkv.store.ledger import Ledger
 from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.records import Keep, Needs, StoreLimits
-from farkv.store.sizes import LayerShape, NearNeed
-from farkv.store.spare import Pass, admit_hot
+from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
-from tests.store.test_stateful import check_hot, count_host, count_near
+from tests.engine.admitting import Gate
+from tests.store.test_stateful import check_recently_used
 
 HKV, D, DV, TOKENS = 2, 4, 3, 60
 CPU = torch.device("cpu")
 SHAPE = LayerShape(1, HKV, D, DV, 4)
 ROW = SHAPE.record_bytes
-# Window, buffers and nothing else: what a step of 12 records needs.
-NEED = NearNeed(0, 2 * 2 * 3 * SHAPE.token_bytes, 0, 2 * 16 * SHAPE.token_bytes)
+# The announced context: what is stored, and a pass of a few tokens.
+ROOM = TOKENS + 4
 
 
 def fill(
     slots: int, *, batch: int = 1, host: int | None = None, evicts: bool = False, layers: tuple[int, ...] = (0,)
 ) -> tuple[Store, dict[int, torch.Tensor], list[int]]:
-    """Return a store whose near limit leaves room for `slots` hot rows of every head, its rows, and what it moves."""
+    """Return a store whose near limit leaves room for `slots` copies of every head, its rows, and what it moves."""
     shape = SHAPE._replace(batch=batch)
-    need = NearNeed(*(n * batch for n in NEED))
-    near = need.total + slots * len(layers) * shape.token_bytes + 2
-    store = Store(list(layers), StoreLimits(near, host, reserve_tokens=TOKENS), CPU, Needs(2, evicts=evicts))
+    store = Store(list(layers), StoreLimits(0, host, reserve_tokens=ROOM), CPU, Needs(2, evicts=evicts))
+    need = Gate(store, 16).count_near(shape, ROOM)
+    store.near.limit = need.total + slots * len(layers) * shape.token_bytes + 2
     moved: list[int] = []
     store.on_fetch = moved.append
     rows = {layer: torch.randn(batch, HKV, TOKENS, D + DV) for layer in layers}
     for layer in layers:
         store.append(layer, rows[layer][..., :D], rows[layer][..., D:])
-    step(store, shape, need)
+    step(store, shape)
     return store, rows, moved
 
 
-def step(store: Store, shape: LayerShape = SHAPE, need: NearNeed = NEED, *, decodes: bool = True) -> None:
-    """Admit a pass of the announced context."""
-    rows = {layer: TOKENS for layer in store.order}
-    admit(store, shape, rows, need)
-    admit_hot(store, Pass(shape, rows, need, announced=True, decodes=decodes))
+def step(store: Store, shape: LayerShape = SHAPE, n_new: int = 1, *, spare: int = 0) -> None:
+    """Admit a pass of the announced context, for which `spare` near bytes are needed besides."""
+    Gate(store, 16, spare=spare).admit(shape, n_new)
 
 
 def read(store: Store, rows: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -63,7 +60,7 @@ def pick(*heads: list[int]) -> torch.Tensor:
 
 
 def test_only_what_is_not_near_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spare_module, "LEAST_SLOTS", 8)
+    monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", 8)
     store, rows, moved = fill(8)
     assert store.recently_used[0].size.slots == 8
     asked = [
@@ -82,7 +79,7 @@ def test_only_what_is_not_near_crosses(monkeypatch: pytest.MonkeyPatch) -> None:
         moved.clear()
         read(store, rows[0], positions)
         assert sum(moved) == n_missing * ROW
-        check_hot(store)
+        check_recently_used(store)
 
 
 def test_the_longest_unread_goes_first() -> None:
@@ -96,8 +93,8 @@ def test_the_longest_unread_goes_first() -> None:
     assert sum(moved) == HKV * 8 * ROW
 
 
-def test_a_hot_set_smaller_than_a_fetch_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spare_module, "LEAST_SLOTS", 1)
+def test_a_recently_used_set_smaller_than_a_fetch_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", 1)
     store, rows, moved = fill(5)
     positions = torch.arange(12).expand(1, HKV, 12)
     for n_missing in (12, 7, 7):
@@ -142,19 +139,19 @@ def test_records_that_come_after_a_crop_are_others() -> None:
     assert sum(moved) == 6 * ROW
 
 
-def test_hot_records_are_followed_through_an_eviction() -> None:
+def test_recently_used_records_are_followed_through_an_eviction() -> None:
     store, rows, moved = fill(16, evicts=True)
     read(store, rows[0], pick([1, 30, 31, 32], [2, 30, 31, 33]))
     kept = torch.arange(20, TOKENS).expand(1, HKV, -1)
     store.evict(0, Keep(kept, torch.zeros(kept.shape), 10))
     rows[0] = rows[0][:, :, 20:]
-    check_hot(store)
+    check_recently_used(store)
     moved.clear()
     read(store, rows[0], pick([10, 11, 12, 1], [10, 11, 13, 2]))
     assert sum(moved) == 2 * ROW
 
 
-def test_beams_take_their_hot_records_along() -> None:
+def test_beams_take_their_recently_used_records_along() -> None:
     store, rows, moved = fill(16, batch=3)
     positions = torch.stack([torch.arange(8 * i, 8 * i + 8).expand(HKV, 8) for i in range(3)])
     read(store, rows[0], positions)
@@ -163,23 +160,23 @@ def test_beams_take_their_hot_records_along() -> None:
     rows[0] = rows[0][order]
     moved.clear()
     read(store, rows[0], positions[order])
-    check_hot(store)
+    check_recently_used(store)
     # The newest two records come from the pool after a reordering.
     assert sum(moved) == 3 * HKV * 2 * ROW
     store.select(0, torch.tensor([0, 1]))
     assert store.recently_used == {}
 
 
-def test_a_copy_of_a_cache_has_a_hot_set_of_its_own() -> None:
+def test_a_copy_of_a_cache_has_a_recently_used_set_of_its_own() -> None:
     store, rows, moved = fill(16)
     read(store, rows[0], pick([1, 2], [3, 4]))
     twin = copy.deepcopy(store)
     read(twin, rows[0], torch.arange(10, 26).expand(1, HKV, 16))
-    check_hot(twin)
+    check_recently_used(twin)
     moved.clear()
     read(store, rows[0], pick([1, 2], [3, 4]))
     assert moved == []
-    assert twin.hot[0].home is twin.home
+    assert twin.recently_used[0].home is twin.home
 
 
 def test_a_dense_pass_does_not_disturb_it() -> None:
@@ -208,74 +205,8 @@ def test_a_fetch_that_fails_leaves_it_as_it_was(monkeypatch: pytest.MonkeyPatch)
         assert fetch.ticket is not None
         with pytest.raises(StoreError, match="page 7"):
             fetch.ticket.wait()
-    check_hot(store)
+    check_recently_used(store)
     read(store, rows[0], pick([1, 9], [3, 9]))
-
-
-# --- how much of the limit ----------------------------------------------------------------------------------
-
-
-def test_it_takes_what_is_left_and_no_more() -> None:
-    store, _, _ = fill(20, layers=(0, 1))
-    assert {hot.size.slots for hot in store.recently_used.values()} == {20}
-    assert store.near.used == count_near(store)
-    assert store.host.used == count_host(store)
-    store.clear(0)
-    store.clear(1)
-    assert store.near.used == store.host.used == 0
-
-
-def test_there_is_none_where_little_is_left() -> None:
-    store, _, _ = fill(spare_module.LEAST_SLOTS - 1)
-    assert store.recently_used == {}
-    assert store.host.used == count_host(store)
-
-
-def test_it_goes_where_a_pass_needs_the_memory_and_comes_back() -> None:
-    store, rows, moved = fill(20)
-    positions = pick([1, 2], [3, 4])
-    read(store, rows[0], positions)
-    step(store, need=NEED._replace(prefill=NEED.decode + 10 * SHAPE.token_bytes), decodes=False)
-    assert store.recently_used == {}
-    step(store)
-    moved.clear()
-    read(store, rows[0], positions)
-    assert sum(moved) == 4 * ROW, "a new one begins cold"
-
-
-def test_it_stays_where_a_pass_has_room_beside_it() -> None:
-    store, rows, moved = fill(20)
-    read(store, rows[0], pick([1, 2], [3, 4]))
-    step(store, decodes=False)
-    moved.clear()
-    read(store, rows[0], pick([1, 2], [3, 4]))
-    assert moved == []
-
-
-@pytest.mark.parametrize(("spare_bytes", "n_layers"), [(0, 0), (2 * HKV * (4 * TOKENS + 8 * 20), 2)])
-def test_its_books_must_find_room_with_the_pool(spare_bytes: int, n_layers: int) -> None:
-    host = 2 * TOKENS * SHAPE.token_bytes
-    store, _, _ = fill(20, host=host + spare_bytes, layers=(0, 1))
-    assert len(store.recently_used) == n_layers
-    assert store.host.peak <= host + spare_bytes
-
-
-def test_it_is_off_where_a_plan_holds_records_near() -> None:
-    store = Store([0], StoreLimits(1 << 20, reserve_tokens=TOKENS), CPU, Needs(2, holds=True))
-    new = torch.randn(1, HKV, TOKENS, D + DV)
-    store.append(0, new[..., :D], new[..., D:])
-    step(store)
-    assert store.recently_used == {}
-
-
-def test_a_context_longer_than_its_books_begins_anew() -> None:
-    store, rows, _ = fill(20)
-    read(store, rows[0], pick([1, 2], [3, 4]))
-    near = NEED._replace(index=0)
-    longer = {0: 2 * TOKENS}
-    admit_hot(store, Pass(SHAPE, longer, near, announced=True, decodes=True))
-    assert store.recently_used[0].size.records == 2 * TOKENS
-    assert (store.recently_used[0].owner == -1).all()
 
 
 # --- the set itself -----------------------------------------------------------------------------------------
@@ -288,19 +219,19 @@ def make(slots: int, records: int = 50) -> RecentlyUsed:
 def test_it_follows_the_plain_twin() -> None:
     """A list of records by when they were read last is all there is to it."""
     draw = torch.Generator().manual_seed(3)
-    hot, pool = make(9), torch.randn(1, 50, 2)
+    recent, pool = make(9), torch.randn(1, 50, 2)
     ages: dict[int, int] = {}
     for now in range(200):
         n = int(torch.randint(1, 9, (1,), generator=draw))
         positions = torch.rand(1, 50, generator=draw).mul(torch.linspace(1, 2, 50)).argsort(-1)[:, :n]
-        wanted = hot.find(positions, None)
+        wanted = recent.find(positions, None)
         missing, asked = positions[wanted.missing].tolist(), positions[0].tolist()
         assert set(missing) == set(asked) - set(ages)
-        hot.take_in(wanted, pool[0, missing])
+        recent.take_in(wanted, pool[0, missing])
         out = torch.zeros(1, 1, n, 2)
-        hot.read(wanted, out)
+        recent.read(wanted, out)
         assert torch.equal(out[0, 0], pool[0, asked])
-        owners = set(hot.owner[0][hot.owner[0] >= 0].tolist())
+        owners = set(recent.owner[0][recent.owner[0] >= 0].tolist())
         assert set(asked) <= owners
         assert len(owners) == min(9, len(set(asked) | set(ages)))
         # Those that were read together are of one age: which of them goes is the set's own choice.
@@ -310,9 +241,9 @@ def test_it_follows_the_plain_twin() -> None:
 
 
 def test_its_bytes_are_those_of_the_formula() -> None:
-    hot = make(9)
-    near, home = hot.rows.ledger, hot.home
-    assert near.used == hot.size.near_bytes == 9 * 2 * 4
-    assert home.used == hot.size.metadata_bytes == sum(t.numel() * t.element_size() for t in hot.books)
-    hot.clear()
+    recent = make(9)
+    near, home = recent.rows.ledger, recent.home
+    assert near.used == recent.size.near_bytes == 9 * 2 * 4
+    assert home.used == recent.size.metadata_bytes == sum(t.numel() * t.element_size() for t in recent.metadata)
+    recent.clear()
     assert near.used == home.used == 0

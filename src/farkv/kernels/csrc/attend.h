@@ -1,9 +1,9 @@
-/* Attention of one query over stored records: float32 accumulation, online softmax, a query group at once.
+/* Attention of one query over stored records: float32 accumulation, online softmax, all queries of a group together.
 
-   Records are taken in blocks (block.h); while one is computed, the next one's rows are fetched. */
+   Records are processed in blocks (block.h); while one is computed, the next one's rows are prefetched. */
 #include "block.h"
 
-/* Rows of the records [a, a + n): the chosen ones, then the newest. Returns 0 where a position is out of reach. */
+/* Find the rows of records [a, a + n): the chosen ones, then the newest. Returns 0 where a position is out of range. */
 static int find_rows(const struct attend_head *h, int64_t a, int64_t n, const uint8_t **rows) {
     const struct attend_args *args = h->args;
     int64_t reach = args->n_rows - args->tail;
@@ -40,7 +40,7 @@ INLINE int attend_records(int form, const struct attend_head *h, int64_t from, i
     return FARKV_OK;
 }
 
-/* The maximum of query head g, and its sum. */
+/* The maximum logit of query head g, and the sum of its weights. */
 static void read_sums(const struct attend_head *h, int64_t g, float *highest, float *sum) {
     int64_t left = h->args->group - g / 4 * 4, heads = left >= 4 ? 4 : left >= 2 && g % 4 < 2 ? 2 : 1;
     int64_t first = g / heads * heads;
@@ -65,7 +65,7 @@ struct attend_call {
     _Atomic int status;
 };
 
-/* Divide by the sum, with a sink's logit in it; an empty sum gives zeros. */
+/* Divide by the sum, a sink's weight included; a sum of zero gives zeros. */
 static void finish(const struct attend_args *args, int64_t head, float highest, float sum, float *out) {
     if (args->sinks) {
         float sink = args->sinks[head % (args->heads * args->group)], top = sink > highest ? sink : highest;
@@ -151,7 +151,7 @@ static int attend(const struct attend_args *args) {
     int64_t heads = args->batch * args->heads, threads = args->threads;
     struct attend_call call = {args, args->n_chosen >= 0 ? args->n_chosen + args->tail : args->n_rows, 1, NULL, FARKV_OK};
     if (threads > 1 && heads % threads && heads < 4 * threads) {
-        /* Fewer heads than keep all threads busy: each head is cut into as many parts as there are threads. */
+        /* Too few heads to keep all threads busy: each head is split into up to as many parts as there are threads. */
         call.n_parts = call.n / (4 * BLOCK) < threads ? call.n / (4 * BLOCK) : threads;
         if (call.n_parts < 2) call.n_parts = 1;
     }

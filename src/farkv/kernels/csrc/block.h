@@ -1,8 +1,7 @@
 /* Attention of a block of records for one KV head: logits, softmax below a running maximum, weighted values.
 
-   Up to four query heads at once. Logits stand record by record, query heads side by side, so that every vector holds
-   each query head in the same lanes. A block is always computed in full: behind its records stand copies of the last
-   one, with weight 0. */
+   Up to four query heads at once. Logits are stored [record][query head], so that every vector has each query head in
+   the same lanes. A block is always computed in full: a short one is padded with its last record, with weight 0. */
 #ifndef FARKV_BLOCK_H
 #define FARKV_BLOCK_H
 
@@ -10,8 +9,8 @@
 
 #include "rows.h"
 
-#define BLOCK 16 /* two blocks of 512-byte rows, this one and the next, are half of a first-level cache */
-#define DUE 1024 /* parts of a row, in which a step counts what is due */
+#define BLOCK 16 /* two blocks of 512-byte rows, this one and the next, fill half of an L1 cache */
+#define DUE 1024 /* fractions of a row, the unit of `due` */
 #define LOWEST (-1e30f)
 
 /* One part of the records of one KV head. */
@@ -21,19 +20,19 @@ struct attend_head {
     const uint8_t *rows;
     const int64_t *positions;
     int64_t row_bytes;
-    vf *q;   /* [group][k chunks][2], in the order of the form */
+    vf *q;   /* [group][k chunks][2], in the form's order of values */
     vf *out; /* [group][v chunks][2] */
-    /* Of the query heads that are taken together from one on, [group]: lane l is of query head l % heads. */
+    /* [group], at the first of the query heads that are processed together: lane l is query head first + l % heads. */
     vf *highest, *sums;
 };
 
 struct block {
     const uint8_t *rows[BLOCK], *next[BLOCK];
     int64_t n, n_next;
-    int64_t n_ahead, due, rate; /* rows of next that are prefetched; rows * DUE that should be, and more per step */
+    int64_t n_ahead, due, rate; /* rows of next already prefetched; rows * DUE that should be; its growth per step */
 };
 
-/* A step of the arithmetic: prefetch as much of the next block as is due, whole rows, so that memory is never idle. */
+/* Called at every step of the arithmetic: prefetch the rows of the next block that are due, to keep memory busy. */
 INLINE void reach_ahead(const struct attend_head *h, struct block *b) {
     b->due += b->rate;
     for (; b->n_ahead < b->n_next && b->n_ahead * DUE < b->due; b->n_ahead++)
@@ -79,7 +78,7 @@ INLINE void form_logits(int form, int heads, const struct attend_head *h, int64_
     }
 }
 
-/* A logit is above the running maximum: raise it, and shrink what was summed below it. */
+/* Raise the running maximum to new logits, and rescale the sums. */
 static __attribute__((noinline)) void raise_highest(int heads, const struct attend_head *h, int64_t first, vf top) {
     float *highest = (float *)(h->highest + first), *sums = (float *)(h->sums + first);
     for (int g = 0; g < heads; g++) {
@@ -93,7 +92,7 @@ static __attribute__((noinline)) void raise_highest(int heads, const struct atte
     }
 }
 
-/* Turn logits into weights below the running maximum; earlier sums follow it. */
+/* Turn logits into weights relative to the running maximum, to which earlier sums are rescaled. */
 INLINE void weigh(int heads, const struct attend_head *h, int64_t first, int64_t n, float *s) {
     const int n_vectors = BLOCK * heads / VL;
     float softcap = (float)h->args->softcap;
@@ -112,7 +111,7 @@ INLINE void weigh(int heads, const struct attend_head *h, int64_t first, int64_t
     h->sums[first] += sum;
 }
 
-/* out += weights * V, `wide` chunks from c on, in registers; `from` is where they start in
+/* out += weights * V, for `wide` chunks from c on, in registers; `from` is where they start in
    their group; low[query head] is added to every value. */
 INLINE void add_chunks(int form, int heads, int wide, int whole, const struct attend_head *h, int64_t first, int64_t c,
                        int from, struct block *b, const float *p, const float *low) {
@@ -140,14 +139,14 @@ INLINE void add_chunks(int form, int heads, int wide, int whole, const struct at
         out[(g * h->v.n_chunks + c) * 2 + i] = acc[g * 2 * wide + i];
 }
 
-/* Weights times the steps of one group of V: codes are then summed as they are. low: sums of weights * lowest values. */
+/* Multiply the weights by the steps of one group of V, to sum codes directly. low: the sum of weight * low. */
 INLINE void scale_weights(int form, int heads, const struct attend_head *h, const struct block *b, int64_t group,
                           const float *p, float *scaled, float *low) {
     vf sum = {0};
     for (int64_t j = 0; j < BLOCK; j++) {
         vf x = load(p + j * heads);
         if (form == FORM_INT4) sum += x * load_low(b->rows[j], &h->v, group);
-        /* The lanes behind this record's are written again by the next. */
+        /* Lanes beyond this record's are overwritten by the next. */
         store(scaled + j * heads, x * load_step(b->rows[j], &h->v, group));
     }
     store(low, sum);

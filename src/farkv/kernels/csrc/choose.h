@@ -1,4 +1,4 @@
-/* From candidates to chosen records, and the calls that do it for all heads. */
+/* Choose records from the candidates of a scan, and run the selection for all heads. */
 #include "select.h"
 
 static void mark_taken(struct head *h, int64_t head) {
@@ -12,9 +12,9 @@ static void mark_taken(struct head *h, int64_t head) {
 
 static int is_taken(const struct head *h, int64_t at) { return h->args->n_taken && h->taken[at / 8] >> at % 8 & 1; }
 
-/* Move all parts' candidates side by side, with keys of their exact weights; returns how many there are.
+/* Move all parts' candidates together, with keys of their exact weights; returns how many there are.
 
-   Sinks and what is taken get key 0. Keys are stored a vector at a time, so some behind the last are written, too. */
+   Sinks and taken records get key 0. Keys are stored a vector at a time, so some beyond the last are written too. */
 static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
     const struct select_args *a = h->args;
     int64_t n = 0, group = a->group, stride = a->n + VL;
@@ -34,7 +34,7 @@ static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
     return n;
 }
 
-/* Write the positions of what lies above the threshold, and of the first that share its bits. */
+/* Write the positions of keys above the threshold, and of the first n_equal with the threshold's bits. */
 static void take_kept(const struct head *h, int64_t n, struct threshold t, int64_t *out, int64_t wanted) {
     int64_t chosen = 0;
     for (int64_t i = 0; i < n && chosen < wanted; i += VL) {
@@ -60,7 +60,7 @@ static void take_kept(const struct head *h, int64_t n, struct threshold t, int64
     }
 }
 
-/* Choose from the candidates; returns 0 where what was not kept might be better. */
+/* Choose from the candidates; returns 0 where a record that the scan dropped might be better. */
 static int choose(struct head *h, int64_t head, int64_t n_parts) {
     const struct select_args *a = h->args;
     float worst = 0;
@@ -90,10 +90,10 @@ static int is_cut_off(const struct head *h) {
     return 0;
 }
 
-/* After a choice that failed: guess what is now known; the second time, keep everything. */
+/* After a failed choice: use the sums of the last scan as guesses; the second time, keep every record. */
 static void prepare_again(struct head *h, int64_t attempt) {
     if (is_cut_off(h)) {
-        /* The reference lay so far below the largest logit that weights were cut off. */
+        /* The reference was so far below the largest logit that weights were clamped. */
         find_references(h);
         return;
     }
@@ -128,7 +128,7 @@ struct select_call {
     _Atomic int status;
 };
 
-/* A task's own run; 0 where there is no memory. */
+/* Allocate a task's own scratch; returns 0 where there is no memory. */
 static int take_run(struct select_call *call, struct head *h, int64_t more_bytes) {
     uint8_t *at = farkv_scratch(SCRATCH_TASK, (size_t)(more_bytes + (int64_t)(uintptr_t)lay_out_run(call->args, h, NULL)));
     if (!at) {

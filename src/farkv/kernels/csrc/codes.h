@@ -1,16 +1,16 @@
-/* Codes of an index times queries of 16 bits: exact integer logits of some records, then their weights.
+/* Products of an index's codes and 16-bit queries: exact integer logits of some records, then their weights.
 
    Sixteen bytes of VL records are transposed, so that a lane is a record; codes are widened to 16 bits and multiplied in
-   pairs. The queries stand in a table in the order in which codes appear, each pair in all lanes. */
+   pairs. The queries are in a table in the order of the codes, each pair broadcast to all lanes. */
 #ifndef FARKV_CODES_H
 #define FARKV_CODES_H
 
 #include "simd.h"
 
 #define PIECE 16          /* bytes of a row that are transposed at once */
-#define RUN 64            /* records whose weights stand in the cache at once */
+#define RUN 64            /* records weighed at a time, in the L1 cache */
 #define MOST_FUSED 8      /* queries of a group that are weighed together in registers */
-#define LEAST_EXP (-126.0f) /* weights outside 2^-126 .. 2^100 of the reference's count as these */
+#define LEAST_EXP (-126.0f) /* weights are clamped to 2^-126 .. 2^100 times the reference's */
 #define MOST_EXP 100.0f
 
 typedef int16_t vh __attribute__((vector_size(VB)));
@@ -21,8 +21,8 @@ struct index_query {
     const vi *table;                 /* [group][n_words][n_parts] */
     const float *step, *offset;      /* log2 of a weight = step * integer logit - offset, [group] */
     float softcap;                   /* in units of log2; 0: none */
-    /* The same queries in 8 bits, for what is looked at again: [group][n_words][2], their steps, and what the codes'
-       offset of 8 adds to log2 of a weight. */
+    /* The same queries in 8 bits, for the coarse scan: [group][n_words][2], their steps, and what the codes' offset of
+       8 adds to log2 of a weight. */
     const vi *coarse_table;
     const float *coarse_step, *coarse_bias;
 };
@@ -127,7 +127,7 @@ INLINE vh pair_products(vi a, vi b) { return (vh)_mm256_maddubs_epi16((__m256i)a
 INLINE vi pair_halves(vh a) { return (vi)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
 #endif
 
-/* As `multiply`, of four-bit codes plus 8 and queries of 8 bits, which stand in `table`; half the work. */
+/* As `multiply`, with four-bit codes plus 8 and the 8-bit queries in `table`: half the work. */
 INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const uint8_t *rows, int64_t stride,
                               vi *acc) {
     vh sum[MOST_FUSED];
@@ -141,7 +141,7 @@ INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const
             const vi *pairs = table + (g * n_words + i) * 2;
             sum[g] += pair_products(low, pairs[0]);
             sum[g] += pair_products(high, pairs[1]);
-            __asm__("" : "+x"(sum[g])); /* else compilers form all products first, which registers do not hold */
+            __asm__("" : "+x"(sum[g])); /* else compilers compute all products first, and registers spill */
         }
     }
     UNROLL for (int g = 0; g < heads; g++) acc[g] = pair_halves(sum[g]);

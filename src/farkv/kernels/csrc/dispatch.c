@@ -1,4 +1,4 @@
-/* What the library exports: which instruction sets can run here, and each kernel for a chosen one. */
+/* The exported functions: which instruction sets can run here, and each kernel for a chosen one. */
 #include "farkv.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -26,7 +26,7 @@ static const struct kernels *find(int64_t isa) {
     return 0;
 }
 
-/* What native_abi.py compares with its own: a library built from other sources must not be called. */
+/* native_abi.py compares these with its own sizes: a library built from other sources must not be called. */
 EXPORT int64_t farkv_size(int64_t which) {
     const int64_t sizes[] = {sizeof(struct attend_args), sizeof(struct select_args), sizeof(struct gather_args)};
     return sizes[which];

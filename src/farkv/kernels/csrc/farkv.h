@@ -1,7 +1,7 @@
-/* The C interface of the native kernels: what native.py hands over, and what the parts of the library share.
+/* The C interface of the native kernels: the arguments from native.py, and declarations shared within the library.
 
-   Strides are bytes. Tensors are on the CPU and their last stride is one element. A function returns 0, or one of the
-   codes below; it writes no memory but its output and its own scratch. */
+   Strides are bytes. Tensors are on the CPU and their last stride is one element. A function returns one of the status
+   codes below; it writes only to its output and its own scratch. */
 #ifndef FARKV_H
 #define FARKV_H
 
@@ -12,12 +12,12 @@ enum { FARKV_OK = 0, FARKV_NO_MEMORY = 1, FARKV_BAD_POSITION = 2 };
 enum { FORM_F32, FORM_BF16, FORM_F16, FORM_INT8, FORM_INT4, N_FORMS };
 enum { ISA_GENERIC, ISA_AVX2, ISA_AVX512, ISA_AVX512VNNI, ISA_NEON, N_ISAS };
 
-/* One-query attention over stored records, [k | v] side by side. */
+/* One-query attention over stored records, [k | v] each. */
 struct attend_args {
     const float *q;           /* [batch, heads * group, k_dim] */
     const uint8_t *rows;      /* [batch, heads, capacity] records */
     const int64_t *positions; /* [batch, heads, n_chosen] */
-    const float *sinks;       /* [heads * group] logits that only join the denominator, or NULL */
+    const float *sinks;       /* [heads * group] logits that only add to the denominator, or NULL */
     float *out;               /* [batch, heads * group, v_dim] */
     int64_t batch_stride, head_stride, row_stride;
     int64_t batch, heads, group, k_dim, v_dim;
@@ -41,7 +41,7 @@ struct select_args {
     double scaling, softcap;
 };
 
-/* Rows of a tensor [n_heads, capacity, row_bytes] copied side by side, `run` of them, then the next out_stride on. */
+/* Copy rows of a tensor [n_heads, capacity, row_bytes]: runs of `run` contiguous rows, out_stride bytes apart. */
 struct gather_args {
     const uint8_t *data;
     const int64_t *heads, *positions;
@@ -58,10 +58,10 @@ struct kernels {
     uint64_t (*read_rows)(const uint8_t *data, const int64_t *positions, int64_t n, int64_t row_bytes, int64_t threads);
 };
 
-/* Calls work(context, task) for every task, on up to `threads` threads, this one included (pool.c). */
+/* Call work(context, task) for every task, on up to `threads` threads, this one included (pool.c). */
 void farkv_parallel(int64_t threads, int64_t n_tasks, void (*work)(void *context, int64_t task), void *context);
 
-/* Memory of this thread, aligned to 64 bytes, that stays until it asks for more; NULL where there is none (pool.c). */
+/* Return memory of this thread, aligned to 64 bytes, valid until it requests more; NULL if out of memory (pool.c). */
 enum { SCRATCH_CALL, SCRATCH_TASK, N_SCRATCH };
 void *farkv_scratch(int slot, size_t n_bytes);
 

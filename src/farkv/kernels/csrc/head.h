@@ -7,28 +7,28 @@
 #include "codes.h"
 #include "farkv.h"
 
-#define TILE 2048 /* records whose sums are joined in a fixed order, whatever the threads */
+#define TILE 2048 /* records per partial sum; these are added in a fixed order for any number of threads */
 
 struct head {
     const struct select_args *args;
     struct index_query query;
     const uint8_t *codes;
     vi *table, *coarse_table;
-    float *coarse_step, *coarse_bias, margin; /* margin: how far 8 bits may lower log2 of a weight */
-    float furthest;                           /* the most that log2 of a coarse weight can be, before the offset */
-    int coarse, fused;                        /* whether the scan is coarse, and in one go (fused.h) */
+    float *coarse_step, *coarse_bias, margin; /* margin: most that 8 bits lower log2 of a weight */
+    float furthest;                           /* largest possible log2 of a coarse weight, before the offset */
+    int coarse, fused;                        /* whether the scan is coarse, and fused (scan_fused) */
     float *projected, *step, *offset; /* [group][columns], [group], [group] */
     double *guess, *sums, *tile_sums; /* [group], [group], [tiles][group] */
     float *inverse;                   /* [group]: 1 / guess */
     float bound;
     int64_t *n_kept; /* [parts] */
-    int32_t *kept;   /* [n + VL]: positions, each part's from its first record on */
-    float *weights;  /* [group][n + VL] of what is kept, in the same places */
+    int32_t *kept;   /* [n + VL]: positions of candidates, each part's starting at its first record */
+    float *weights;  /* [group][n + VL]: their weights, in the same places */
     uint32_t *keys;  /* [n + VL] */
     uint8_t *taken;  /* a bit per record */
     float *run;      /* [group][RUN] */
-    vf *lane_sums;   /* [group] of the tile under way */
-    uint8_t *copies; /* RUN rows with room for whole pieces */
+    vf *lane_sums;   /* [group], of the current tile */
+    uint8_t *copies; /* RUN rows, padded to whole pieces */
 };
 
 static int64_t count_parts(const struct select_args *a) { return a->bits == 4 ? 4 : 2; }
@@ -65,7 +65,7 @@ static uint8_t *lay_out(const struct select_args *a, struct head *h, uint8_t *at
     return at;
 }
 
-/* Each task's own: a run's weights and copied rows. */
+/* Scratch of each task: a run's weights and copied rows. */
 static uint8_t *lay_out_run(const struct select_args *a, struct head *h, uint8_t *at) {
     h->run = carve(&at, a->group * RUN * 4);
     h->lane_sums = carve(&at, a->group * VB);
@@ -101,14 +101,14 @@ static void project(struct head *h, int64_t head) {
     }
 }
 
-/* The column whose code is number `half` (0, 1) of pair `part` of word `word`; -1 behind the last. */
+/* The column whose code is number `half` (0, 1) of pair `part` of word `word`; -1 beyond the last. */
 static int64_t find_column(const struct select_args *a, int64_t word, int64_t part, int64_t half) {
     int64_t byte = 4 * word + 2 * half + (a->bits == 4 ? part / 2 : part);
     if (byte >= a->code_bytes) return -1;
     return a->bits == 4 ? byte + part % 2 * (a->columns / 2) : byte;
 }
 
-/* Round the projected queries to 16 bits or what the sum leaves, each with its own step, and fill the table. */
+/* Round the projected queries to 16 bits, or fewer so that sums fit, each with its own step, and fill the table. */
 static void quantize(struct head *h) {
     const struct select_args *a = h->args;
     int64_t words = count_words(a), parts = count_parts(a);
@@ -136,8 +136,8 @@ static void quantize(struct head *h) {
         .coarse_bias = h->coarse_bias};
 }
 
-/* The queries in 8 bits, and the most that this rounding takes from a logit. With codes of -8 .. 7 that is 7.5 * sum of
-   |what was rounded away|, as the bias takes the middle of the range into account. */
+/* The queries in 8 bits, and the most that this rounding lowers a logit. With codes of -8 .. 7 that is 7.5 * the sum of
+   absolute rounding errors, as the bias centres the range. */
 static void quantize_coarsely(struct head *h) {
     const struct select_args *a = h->args;
     int64_t words = count_words(a), half = a->columns / 2;
@@ -164,13 +164,13 @@ static void quantize_coarsely(struct head *h) {
     }
 }
 
-/* Exponents of the records [first, first + n), n <= RUN; lanes behind them hold anything finite. */
+/* Exponents of the records [first, first + n), n <= RUN; lanes beyond are finite but undefined. */
 static void weigh_run(struct head *h, int64_t first, int64_t n, int coarse) {
     const struct select_args *a = h->args;
     form_function *form = form_functions[coarse ? COARSE4 : a->bits == 4 ? EXACT4 : EXACT8];
     int64_t stride = a->row_stride, padded = padded_bytes(a);
     const uint8_t *rows = h->codes + first * stride;
-    /* A piece that starts in the last row may reach behind what may be read; the lanes of a vector may, too. */
+    /* Pieces of the last rows, and lanes of the last vector, may reach beyond readable memory: copy. */
     if (n % VL || (first + n - 1) * stride + padded > (a->n - 1) * stride + a->code_bytes) {
         memset(h->copies, 0, RUN * padded);
         for (int64_t i = 0; i < n; i++) memcpy(h->copies + i * padded, rows + i * stride, a->code_bytes);

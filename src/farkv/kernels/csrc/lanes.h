@@ -1,4 +1,4 @@
-/* A bit per lane of a mask, and the lanes that bits name, side by side. */
+/* Convert a lane mask to bits, and compress the lanes selected by bits. */
 #ifndef FARKV_LANES_H
 #define FARKV_LANES_H
 
@@ -19,7 +19,7 @@ INLINE unsigned lane_bits(vi mask) {
 #endif
 
 #if VL == 8
-/* Lane j of row b: which bit of b is its j-th, a byte each. */
+/* Row b, byte j: the index of the j-th set bit of b. */
 #define PLACE(b, i) ((uint64_t)((b) >> i & 1) * i << 8 * __builtin_popcount((b) & ((1 << i) - 1)))
 #define ROW_1(b) PLACE(b, 1) | PLACE(b, 2) | PLACE(b, 3) | PLACE(b, 4) | PLACE(b, 5) | PLACE(b, 6) | PLACE(b, 7)
 #define ROW_4(b) ROW_1(b), ROW_1((b) + 1), ROW_1((b) + 2), ROW_1((b) + 3)
@@ -28,7 +28,7 @@ INLINE unsigned lane_bits(vi mask) {
 static const uint64_t places[256] = {ROW_64(0), ROW_64(64), ROW_64(128), ROW_64(192)};
 #endif
 
-/* Write the lanes named by bits to `to`, which has room for VL; returns how many they are. */
+/* Write the lanes selected by bits to `to`, contiguously (with room for VL); returns their number. */
 INLINE int64_t keep_lanes(unsigned bits, vi x, int32_t *to) {
 #if VL == 16
     x = (vi)_mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)x);

@@ -1,4 +1,4 @@
-/* Copies and reads of rows, prefetched. */
+/* Copy and read rows, with prefetching. */
 #include "simd.h"
 #include "farkv.h"
 
@@ -65,7 +65,7 @@ static void read_part(void *context, int64_t task) {
     call->sum += add_bytes(call->data + from, n);
 }
 
-/* The sum of all bytes, in no order: what it costs is what is asked for. */
+/* A sum over all bytes, to time the read: the value is not used. */
 static uint64_t read_all(const uint8_t *data, int64_t n_bytes, int64_t threads) {
     struct read_call call = {data, NULL, n_bytes, 0, 0};
     farkv_parallel(threads, (n_bytes + PART_BYTES - 1) / PART_BYTES, read_part, &call);

@@ -1,7 +1,7 @@
 /* Threads and scratch memory of the native kernels.
 
-   In: how many tasks, on how many threads. One pool for the process, made on first use, grown when asked for more.
-   Workers spin for some microseconds after a call, because the next one tends to follow at once, then sleep. */
+   In: how many tasks, on how many threads. One pool per process, created on first use, grown on demand. Workers spin
+   for some microseconds after a call, because the next one tends to follow at once, then sleep. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
@@ -12,7 +12,7 @@
 #define MOST_WORKERS 255
 #define SPINS 2000
 
-static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER; /* held by the caller whose tasks run */
+static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER; /* locked by the caller whose tasks run */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -70,7 +70,7 @@ static void *serve(void *argument) {
     return NULL;
 }
 
-/* Returns how many workers there are, at most n; a thread that cannot be had is done without. */
+/* Returns the number of workers, at most n; fewer where threads cannot be created. */
 static int64_t hire(int64_t n) {
     if (n > MOST_WORKERS) n = MOST_WORKERS;
     pthread_attr_t detached;
@@ -93,7 +93,7 @@ static int64_t hire(int64_t n) {
 
 void farkv_parallel(int64_t threads, int64_t tasks, void (*f)(void *, int64_t), void *c) {
     int64_t extra = (threads < tasks ? threads : tasks) - 1;
-    /* Where another thread's call holds the pool, this one does its tasks itself. */
+    /* While another thread's call uses the pool, this thread runs its tasks itself. */
     if (extra < 1 || pthread_mutex_trylock(&owner)) {
         for (int64_t task = 0; task < tasks; task++) f(c, task);
         return;

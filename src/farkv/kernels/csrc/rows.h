@@ -1,7 +1,7 @@
 /* Stored values as float vectors, for every form of a record.
 
-   Values are read in chunks of two vectors. The order inside a chunk is the form's own (`place`): what is multiplied
-   with it is put in that order once. Plain forms stand side by side; coded ones are described in store/quantize.py. */
+   Values are read in chunks of two vectors. The order within a chunk depends on the form (`place`): the query is put
+   into that order once. Plain values are contiguous; for coded ones see store/far/quantize.py. */
 #ifndef FARKV_ROWS_H
 #define FARKV_ROWS_H
 
@@ -10,18 +10,18 @@
 
 #define CHUNK (2 * VL)
 #define CODE_GROUP 32
-#define PIECE_CHUNKS (CODE_GROUP / CHUNK) /* of the codes that share a step */
+#define PIECE_CHUNKS (CODE_GROUP / CHUNK) /* chunks per group of codes */
 
-/* K or V of a record: where it stands in the row, and how many chunks it has. */
+/* K or V of a record: its offsets in the row, and its number of chunks. */
 struct half {
-    int64_t dim, n_full, n_chunks; /* chunks that are read in one piece; all of them */
-    int64_t codes, marks, n_groups;
+    int64_t dim, n_full, n_chunks; /* whole chunks; all chunks */
+    int64_t codes, params, n_groups;
 };
 
-/* Which value of a chunk stands in lane `lane` of its vector `which`. */
+/* The index, within a chunk, of the value in lane `lane` of vector `which`. */
 INLINE int place(int form, int which, int lane) { return form == FORM_BF16 ? 2 * lane + which : which * VL + lane; }
 
-INLINE float mark(const uint8_t *p) {
+INLINE float read_bf16(const uint8_t *p) {
     uint16_t bits;
     memcpy(&bits, p, 2);
     uint32_t wide = (uint32_t)bits << 16;
@@ -46,7 +46,7 @@ INLINE void load_plain(int form, const uint8_t *p, vf *x) {
 
 INLINE int64_t element_bytes(int form) { return form == FORM_F32 ? 4 : 2; }
 
-/* A chunk of coded values before step and lowest value: `from` is where it starts in its group. */
+/* A chunk of codes, without step and low: `from` is where it starts in its group. */
 INLINE void load_codes(int form, const uint8_t *row, const struct half *at, int64_t group, int from, vf *x) {
     UNROLL for (int i = 0; i < 2; i++) {
         int first = from + i * VL;
@@ -60,14 +60,14 @@ INLINE void load_codes(int form, const uint8_t *row, const struct half *at, int6
 }
 
 INLINE vf load_step(const uint8_t *row, const struct half *at, int64_t group) {
-    return fill_bf16(row + at->marks + 2 * group);
+    return fill_bf16(row + at->params + 2 * group);
 }
 
 INLINE vf load_low(const uint8_t *row, const struct half *at, int64_t group) {
-    return fill_bf16(row + at->marks + 2 * (at->n_groups + group));
+    return fill_bf16(row + at->params + 2 * (at->n_groups + group));
 }
 
-/* The chunk that starts at value `from` of a group; plain values count as groups, too. */
+/* The chunk that starts at value `from` of a group; plain values are grouped the same way. */
 INLINE void load_chunk(int form, const uint8_t *row, const struct half *at, int64_t group, int from, vf *x) {
     if (form < FORM_INT8) {
         load_plain(form, row + at->codes + (group * CODE_GROUP + from) * element_bytes(form), x);
@@ -83,17 +83,17 @@ INLINE void load_chunk(int form, const uint8_t *row, const struct half *at, int6
     }
 }
 
-/* Value i of coded rows, for groups that are shorter than a chunk. */
+/* Value i of a coded row, for groups that are shorter than a chunk. */
 static float decode(int form, const uint8_t *row, const struct half *at, int64_t i) {
     int64_t group = i / CODE_GROUP, first = group * CODE_GROUP, place = i - first;
-    float step = mark(row + at->marks + 2 * group);
+    float step = read_bf16(row + at->params + 2 * group);
     if (form == FORM_INT8) return (float)(int8_t)row[at->codes + i] * step;
     int64_t size = at->dim - first < CODE_GROUP ? at->dim - first : CODE_GROUP, half = (size + 1) / 2;
     uint8_t byte = row[at->codes + first / 2 + place % half];
-    return (float)(place >= half ? byte >> 4 : byte & 15) * step + mark(row + at->marks + 2 * (at->n_groups + group));
+    return (float)(place >= half ? byte >> 4 : byte & 15) * step + read_bf16(row + at->params + 2 * (at->n_groups + group));
 }
 
-/* A chunk that reaches behind the last value: zeros stand there. */
+/* A chunk that reaches beyond the last value, padded with zeros. */
 static __attribute__((noinline)) void load_end(int form, const uint8_t *row, const struct half *at, int64_t c, vf *x) {
     int64_t first = c * CHUNK, n = at->dim - first < CHUNK ? at->dim - first : CHUNK;
     float values[CHUNK] = {0};
@@ -108,12 +108,12 @@ static __attribute__((noinline)) void load_end(int form, const uint8_t *row, con
     x[1] = load(values + VL);
 }
 
-static struct half find_half(int form, int64_t dim, int64_t codes, int64_t marks) {
+static struct half find_half(int form, int64_t dim, int64_t codes, int64_t params) {
     int64_t whole = form == FORM_INT4 ? dim / CODE_GROUP * CODE_GROUP : dim;
-    return (struct half){dim, whole / CHUNK, (dim + CHUNK - 1) / CHUNK, codes, marks, (dim + CODE_GROUP - 1) / CODE_GROUP};
+    return (struct half){dim, whole / CHUNK, (dim + CHUNK - 1) / CHUNK, codes, params, (dim + CODE_GROUP - 1) / CODE_GROUP};
 }
 
-/* Where K and V stand in a row. Returns the row's bytes. */
+/* Find K and V in a row. Returns the row's bytes. */
 static int64_t find_halves(int form, int64_t k_dim, int64_t v_dim, struct half *k, struct half *v) {
     if (form < FORM_INT8) {
         *k = find_half(form, k_dim, 0, 0);
@@ -122,10 +122,10 @@ static int64_t find_halves(int form, int64_t k_dim, int64_t v_dim, struct half *
     }
     int64_t bits = form == FORM_INT8 ? 8 : 4, kinds = form == FORM_INT8 ? 1 : 2;
     int64_t k_bytes = (k_dim * bits + 7) / 8, bytes = k_bytes + (v_dim * bits + 7) / 8;
-    int64_t marks = bytes + bytes % 2;
-    *k = find_half(form, k_dim, 0, marks);
-    *v = find_half(form, v_dim, k_bytes, marks + 2 * kinds * k->n_groups);
-    return v->marks + 2 * kinds * v->n_groups;
+    int64_t params = bytes + bytes % 2;
+    *k = find_half(form, k_dim, 0, params);
+    *v = find_half(form, v_dim, k_bytes, params + 2 * kinds * k->n_groups);
+    return v->params + 2 * kinds * v->n_groups;
 }
 
 #endif

@@ -1,4 +1,4 @@
-/* What a sample of the records says: reference logits, guesses of the softmax sums, a bound; and thresholds. */
+/* Estimates from a sample of the records: reference logits, guesses of softmax sums, a bound; and thresholds. */
 #include <math.h>
 
 #include "head.h"
@@ -6,7 +6,7 @@
 #define SAMPLE_RUNS 66 /* the first and the last records, and runs in between */
 #define SAMPLE_RUN 16
 
-/* The threshold's bits and how many of what shares them are taken. */
+/* The threshold's bits, and how many keys with these bits are taken. */
 struct threshold {
     uint32_t prefix;
     int64_t n_equal;
@@ -28,7 +28,7 @@ static int64_t count_keys(const uint32_t *keys, int64_t n, uint32_t least) {
 }
 
 /* The wanted-th largest of keys, the bits of positive floats, to 14 bits of the mantissa; key 0 does not count.
-   Counting vectors of keys halves the range: the keys stay in the cache, and no step waits for another. */
+   Each count of the keys halves the range: the keys stay in the CPU's cache, and the counts vectorise. */
 static struct threshold find_threshold(const uint32_t *keys, int64_t n, int64_t wanted) {
     uint32_t low = 0, high = PREFIX(0x7fffffffu) + 1; /* enough keys are at least `low`, too few at least `high` */
     int64_t above = 0;
@@ -42,7 +42,7 @@ static struct threshold find_threshold(const uint32_t *keys, int64_t n, int64_t 
     return (struct threshold){low, wanted - above};
 }
 
-/* Bits of masses; what is no number or 0 gets a key as well. */
+/* The keys of masses: their float bits, at least 1; NaN gets a key too. */
 INLINE void keys_of(vf mass, uint32_t *keys) {
     vu key = (vu)mass & 0x7fffffffu;
     key |= (vu)(key == 0) & 1;
@@ -85,7 +85,7 @@ static void weigh_sample(struct head *h, int64_t n_runs, float *samples) {
     for (int64_t g = 0; g < a->group; g++) h->offset[g] = h->inverse[g];
 }
 
-/* The reference logits of few records: the largest of all. */
+/* For few records: the reference is the largest logit of all. */
 static void find_references(struct head *h) {
     const struct select_args *a = h->args;
     float *highest = h->inverse;
@@ -104,7 +104,7 @@ static void find_references(struct head *h) {
     h->coarse = h->fused = 0;
 }
 
-/* Set reference logits, guesses of the sums, and the bound that about `wanted` records reach. */
+/* Set reference logits, guesses of the sums, and a bound that slightly more than `wanted` records should reach. */
 static void take_sample(struct head *h, int64_t wanted) {
     const struct select_args *a = h->args;
     int64_t group = a->group, n_runs = SAMPLE_RUNS;

@@ -1,21 +1,21 @@
-/* One scan over the codes of a KV head, which keeps what may be chosen.
+/* One scan over the codes of a KV head, which keeps candidates for the choice.
 
-   A sample gives a reference logit, a guess of every query head's softmax sum, and a bound on the group mass that a few
-   more than the wanted records reach (sample.h). The scan sums the softmax sums and keeps what reaches the bound. With
-   the sums what was kept is weighed exactly; counting finds the threshold (choose.h). A record that was not kept weighs
-   less than bound * max(guess / sum): where the threshold lies below that, the scan is done again with the true sums,
-   at last keeping everything.
+   A sample gives a reference logit, a guess of every query head's softmax sum, and a bound on the group mass that
+   slightly more than the wanted records reach (sample.h). The scan computes the softmax sums and keeps the records that
+   reach the bound. With these sums the candidates are weighed exactly; counting finds the threshold (choose.h). A
+   record that was not kept weighs less than bound * max(guess / sum): where the threshold is below that, the scan is
+   repeated with the true sums, finally keeping every record.
 
-   Where the processor multiplies bytes fast the scan is coarse: queries of 8 bits, a bound that is lower by all that
-   their rounding can take, and what was kept is weighed again with queries of 16 bits. */
+   Where the CPU has fast byte products the scan is coarse: it uses 8-bit queries and a bound lowered by their largest
+   rounding error, and the candidates are weighed again with 16-bit queries. */
 #include "lanes.h"
 #include "sample.h"
 
-/* Lanes that weigh less than the bound; what is no number counts as heavy. */
+/* Lanes that weigh less than the bound; NaN counts as heavy. */
 INLINE vi find_light(vf mass, float bound) { return (vi)(mass < fill(bound)); }
 
-/* Weigh the records [first, first + n), n <= RUN, keep what reaches the bound; returns how many are kept. Adds to the
-   sums, of a coarse scan what is not kept alone. */
+/* Weigh the records [first, first + n), n <= RUN, and keep those that reach the bound, from `at` on; returns the new
+   `at`. Adds their weights to the sums; a coarse scan adds only those of records that are not kept. */
 static int64_t scan_run(struct head *h, int64_t first, int64_t n, float bound, vf *sums, int64_t at) {
     int64_t group = h->query.group, stride = h->args->n + VL;
     uint64_t bits = 0;
@@ -46,8 +46,8 @@ static int64_t scan_run(struct head *h, int64_t first, int64_t n, float bound, v
     return at;
 }
 
-/* As `scan_run`, coarsely, of n_vectors * VL records and all of a group's `heads` queries: nothing leaves the registers
-   but the positions of what is kept. */
+/* As a coarse `scan_run`, for n_vectors * VL records and all `heads` queries of a group: only the positions of
+   candidates leave the registers. */
 INLINE int64_t scan_fused(int heads, struct head *h, int64_t first, int64_t n_vectors, float bound, vf *sums,
                           int64_t at) {
     const struct select_args *a = h->args;
@@ -77,13 +77,13 @@ INLINE int64_t scan_fused(int heads, struct head *h, int64_t first, int64_t n_ve
     return at;
 }
 
-/* Scan as many of the n records from `first` on as can be without leaving the registers, and say how many these are;
-   *at grows by what is kept. */
+/* Scan as many of the n records from `first` on as `scan_fused` can, and return their number; *at grows by those
+   kept. */
 static __attribute__((noinline)) int64_t scan_ahead(struct head *h, int64_t first, int64_t n, float bound, vf *sums,
                                                     int64_t *at) {
     const struct select_args *a = h->args;
     if (!COARSE_BYTES || !h->fused || a->row_stride < a->code_bytes) return 0;
-    /* A piece that starts in the last rows may reach behind what may be read. */
+    /* Pieces of the last rows may reach beyond readable memory. */
     int64_t readable = a->n - (PIECE - 1) / a->code_bytes - first;
     n = (n < readable ? n : readable) / VL;
     if (n <= 0) return 0;
@@ -94,7 +94,7 @@ static __attribute__((noinline)) int64_t scan_ahead(struct head *h, int64_t firs
     return n * VL;
 }
 
-/* Weigh exactly what a coarse scan kept at [from, to), and add to the sums. */
+/* Weigh exactly the candidates [from, to) of a coarse scan, and add to the sums. */
 static void refine(struct head *h, int64_t from, int64_t to, vf *sums) {
     const struct select_args *a = h->args;
     int64_t padded = padded_bytes(a), stride = a->n + VL;
@@ -116,7 +116,7 @@ static void refine(struct head *h, int64_t from, int64_t to, vf *sums) {
                 sums[g] += x;
             }
             if (j == n) continue;
-            vf x = exp2_of(load(h->run + g * RUN + j)); /* behind the last stands another part's */
+            vf x = exp2_of(load(h->run + g * RUN + j)); /* beyond the last are another part's */
             for (int64_t l = 0; l < n - j; l++) kept[j + l] = x[l], sums[g][l] += x[l];
         }
     }

@@ -1,4 +1,4 @@
-/* Vectors of one instruction set. GCC's and Clang's vector extensions serve every set; what they lack is here.
+/* Vectors of one instruction set. GCC's and Clang's vector extensions cover most of it; the rest is here.
 
    VL float lanes. vf, vi, vu: float, signed, unsigned lanes. N_ACC: accumulators that stay in registers. */
 #ifndef FARKV_SIMD_H
@@ -65,7 +65,7 @@ INLINE vf max_of(vf x, vf y) { return pick((vi)(x < y), y, x); }
 INLINE vf min_of(vf x, vf y) { return pick((vi)(x > y), y, x); }
 #endif
 
-/* VL unsigned or signed bytes, VL halves, as lanes. */
+/* Widen VL unsigned bytes, signed bytes, or float16 values to lanes. */
 #if defined(__AVX512F__)
 INLINE vi widen_u8(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)); }
 INLINE vi widen_i8(const uint8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
@@ -94,7 +94,7 @@ INLINE vf widen_f16(const uint8_t *p) {
 }
 #endif
 
-/* Whether a lane of a comparison holds. */
+/* Whether any lane of a comparison is true. */
 #if defined(__AVX2__) && !defined(__AVX512F__)
 INLINE int any_of(vi x) { return _mm256_movemask_ps((__m256)x); }
 #else
@@ -105,7 +105,7 @@ INLINE int any_of(vi x) {
 }
 #endif
 
-/* A bfloat16 in every lane. */
+/* A bfloat16 broadcast to every lane. */
 #if defined(__AVX2__) && !defined(__AVX512F__)
 INLINE vf fill_bf16(const uint8_t *p) {
     int16_t bits;
@@ -123,7 +123,7 @@ INLINE vf fill_bf16(const uint8_t *p) {
 /* exp(x) for x <= 88, relative error below 2^-22; 0 below -87; NaN stays NaN. */
 INLINE vf exp_of(vf x) {
     vf t = max_of(x, fill(-88.0f)) * 1.44269504088896f;
-    vf shifted = t + 12582912.0f; /* 1.5 * 2^23: the nearest integer stands in the low bits */
+    vf shifted = t + 12582912.0f; /* 1.5 * 2^23: puts the nearest integer into the low bits */
     vf n = shifted - 12582912.0f;
     vf f = (max_of(x, fill(-88.0f)) - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
     vf p = f * 1.3888889e-3f + 8.3333333e-3f;

@@ -1,7 +1,7 @@
-"""Which tokens the rows of an evicted layer are: a place in the context and a score of importance per row.
+"""Metadata of the rows of a layer that evicts: each row's token and importance score.
 
-In: positions that stay, when records are evicted. Out: places, to look up masks with, and old scores. Both are
-counted against the limit of the records that they describe.
+In: positions that stay at an eviction. Out: the rows' tokens (their places in the context), which masks are looked up
+with, and their scores. Both are charged to the ledger of the records.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from farkv.errors import CacheStateError
 from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
 
-# int32 place and bfloat16 score, per record; and with a float32 score.
+# Per record: an int32 place and a bfloat16 score; with a float32 score.
 ROW_BYTES = 6
 EXACT_ROW_BYTES = 8
 
 
 class Kept:
-    """The books of one layer whose records may be evicted; rows of both tensors go with the layer's rows."""
+    """Place and score of every row of one layer, kept in step with its rows."""
 
     def __init__(self, ledger: Ledger, device: torch.device, *, exact: bool = False):
         self.dtype = torch.float32 if exact else torch.bfloat16
         self.places = Rows(ledger, device=device)
         self.scores = Rows(ledger, device=device)
-        # Rows at the end that are the newest tokens without a gap: only those can be taken back.
+        # Length of the run of rows at the end without a missing token: only those can be cropped.
         self.gapless = 0
 
     def append(self, like: Tensor, start: int) -> None:
-        """Note new tokens, [B, Hkv, T, ...], the first of which is token `start`."""
+        """Add the new tokens of `like`, [B, Hkv, T, ...], the first of which is token `start`."""
         batch, heads, n = like.shape[:3]
         device = self.places.device
         places = torch.arange(start, start + n, dtype=torch.int32, device=device)
@@ -38,7 +38,7 @@ class Kept:
         self.gapless += n
 
     def put(self, places: Int[Tensor, "B Hkv K"], scores: Float32[Tensor, "B Hkv K"], gapless: int) -> None:
-        """Note rows that were chosen before they were stored."""
+        """Add rows that were chosen before they were stored."""
         self.places.append(places[..., None].int())
         self.scores.append(scores[..., None].to(self.dtype))
         self.gapless = gapless
@@ -48,7 +48,7 @@ class Kept:
         self.places.keep(positions)
         self.scores.keep(positions)
         self.scores.view().copy_(scores[..., None])
-        # What was taken back before has left a gap that new tokens do not close.
+        # After an earlier crop the run without a gap may be shorter than the caller assumes.
         self.gapless = min(gapless, self.gapless)
 
     def crop(self, n_tokens: int, evicted: int) -> None:

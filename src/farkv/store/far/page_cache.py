@@ -1,7 +1,7 @@
-"""Copies of disk pages in host memory: as many as the host limit has room for, shared by all layers of one cache.
+"""Copies of disk pages in host memory: as many as the host limit allows, shared by all layers of one cache.
 
-In: page numbers and places in them. Out: rows, from a copy that is there or read from disk on the way. A copy that
-goes is no loss: every page is on disk. Knows pages, not tokens or layers.
+In: page numbers and row offsets in them. Out: rows, from a cached copy or from disk. Evicting a copy loses nothing:
+every page is on disk. Knows pages, not tokens or layers.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from farkv.store.far.eviction import Policy, Uses
 from farkv.store.far.pages import NumberedPages
 from farkv.store.ledger import Ledger
 
-# Pages that are read from disk at once, through memory of their own.
+# Pages read from disk at a time, through a scratch area.
 SCRATCH_PAGES = 64
-# It would work with one, reading the same pages again and again.
+# Fewer would work, but read the same pages again and again.
 LEAST_PAGES, LEAST_SCRATCH = 8, 4
 
 
 class PageCache:
-    """Page copies in one mapping of memory; `room` of them may be used, the others take none."""
+    """Slots for page copies in one memory mapping, of which `room` may be used; unused ones take no memory."""
 
     def __init__(self, ledger: Ledger, policy: Policy, pages: NumberedPages):
         self.ledger, self.policy, self.pages = ledger, policy, pages
-        # Fetches run on the link's thread, appends on the model's.
+        # The link's thread fetches while the model's thread appends.
         self.lock = threading.RLock()
         self.room = self.used = self.now = 0
-        # Pages that are read at once.
+        # Pages read from disk at a time.
         self.piece = SCRATCH_PAGES
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageCache:
-        # Copies of pages need no copies: the twin reads its own from disk, and counts them itself.
+        # Page copies are not copied: the twin reads its own from disk and charges them to its own ledger.
         with self.lock:
             twin = PageCache(copy.deepcopy(self.ledger, memo), self.policy, copy.deepcopy(self.pages, memo))
             twin.ledger.release(self.n_bytes)
@@ -48,7 +48,7 @@ class PageCache:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes that are used and counted."""
+        """Bytes of used slots and scratch, as charged."""
         scratch = 0 if self.scratch is None else self.scratch.numel() * self.scratch.element_size()
         return self.used * self.pages.form.n_bytes + scratch
 
@@ -56,14 +56,14 @@ class PageCache:
         self.data = torch.empty(0)
         self.memory: mmap.mmap | None = None
         self.scratch: Tensor | None = None
-        # Of every page the frame it is in, -1 without one; of every frame its page.
-        self.frame_of = torch.empty(0, dtype=torch.int32)
+        # The slot of every page, -1 without one; the page of every slot.
+        self.slot_of = torch.empty(0, dtype=torch.int32)
         self.page_of = torch.empty(0, dtype=torch.int64)
         self.births = torch.empty(0, dtype=torch.int32)
         self.uses: Uses | None = None
 
     def resize(self, room: int, piece: int = SCRATCH_PAGES) -> None:
-        """Let `room` frames be used, and `piece` pages be read at once; memory beyond is given back at once."""
+        """Allow `room` slots, and `piece` pages read at a time; free what is beyond."""
         with self.lock:
             self._drop(self.used - room)
             self.room, self.piece = room, piece
@@ -80,11 +80,11 @@ class PageCache:
                 self._drop(-((self.ledger.limit - self.ledger.used - n_bytes) // self.pages.form.n_bytes))
 
     def _drop(self, n: int) -> None:
-        """Give back the last `n` frames that are used, or all."""
+        """Free the last `n` used slots, or all."""
         if n <= 0 or self.used == 0:
             return
         n_bytes, left = self.pages.form.n_bytes, max(0, self.used - n)
-        self.frame_of[self.page_of[left : self.used]] = -1
+        self.slot_of[self.page_of[left : self.used]] = -1
         self.page_of[left:] = -1
         first = -(-left * n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if self.memory is not None and first < len(self.memory):
@@ -93,14 +93,14 @@ class PageCache:
         self.used = left
 
     def _map(self, n: int) -> None:
-        """Map memory for `n` frames; what is not touched takes none."""
+        """Map memory for `n` slots; untouched pages of it take none."""
         form = self.pages.form
         try:
             if self.memory is None:
-                # Private: of shared memory the system would keep what is given back.
+                # Private: the system would keep shared memory after MADV_DONTNEED.
                 self.memory = mmap.mmap(-1, n * form.n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             else:
-                # The system moves the mapping where it must, so that there never is a second copy.
+                # The system moves the mapping if it must: there is never a second copy.
                 self.memory.resize(n * form.n_bytes)
         except (OSError, OverflowError) as error:
             raise CapacityError(
@@ -118,27 +118,27 @@ class PageCache:
         self.uses = uses
 
     def find(self, pages: Int[Tensor, "*at"]) -> Int[Tensor, "*at"]:
-        """Return the frames that pages are in, -1 for those that are only on disk."""
-        if pages.numel() and int(pages.max()) >= len(self.frame_of):
+        """Return the slots of pages, -1 for those that are only on disk."""
+        if pages.numel() and int(pages.max()) >= len(self.slot_of):
             grown = torch.full((int(pages.max()) * 5 // 4 + 64,), -1, dtype=torch.int32)
-            grown[: len(self.frame_of)] = self.frame_of
-            self.frame_of = grown
-        return self.frame_of[pages]
+            grown[: len(self.slot_of)] = self.slot_of
+            self.slot_of = grown
+        return self.slot_of[pages]
 
     def take(self, pages: Int[Tensor, " N"], offsets: Int[Tensor, " N"], out: Tensor) -> None:
-        """Copy row `offsets[j]` of page `pages[j]` into `out[j]`, reading from disk what has no copy here.
+        """Copy row `offsets[j]` of page `pages[j]` into `out[j]`, reading pages without a copy from disk.
 
-        Cost: N rows read and written, and the bytes of every page that had to be read.
+        Cost: N rows read and written, and the bytes of every page read from disk.
 
         Raises:
             StoreError: a page is damaged or cannot be read.
         """
         with self.lock:
             self.now += 1
-            frames = self.find(pages).long()
-            here = (frames >= 0).nonzero()[:, 0]
-            self._copy(frames[here], offsets[here], here, out)
-            missing = (frames < 0).nonzero()[:, 0]
+            slots = self.find(pages).long()
+            here = (slots >= 0).nonzero()[:, 0]
+            self._copy(slots[here], offsets[here], here, out)
+            missing = (slots < 0).nonzero()[:, 0]
             if len(missing):
                 self._take_missing(pages[missing], offsets[missing], missing, out)
 
@@ -150,27 +150,27 @@ class PageCache:
             mine = ((which >= start) & (which < start + len(rows))).nonzero()[:, 0]
             at = which[mine] - start
             out[places[mine]] = rows.view(-1, form.width).index_select(0, at * form.tokens + offsets[mine])
-            frames = self._place(wanted[start : start + len(rows)], rows)
-            self._touch(frames, at.bincount(minlength=len(rows))[: len(frames)])
+            slots = self._place(wanted[start : start + len(rows)], rows)
+            self._touch(slots, at.bincount(minlength=len(rows))[: len(slots)])
             start += len(rows)
 
-    def _copy(self, frames: Tensor, offsets: Tensor, places: Tensor, out: Tensor) -> None:
-        if len(frames) == 0:
+    def _copy(self, slots: Tensor, offsets: Tensor, places: Tensor, out: Tensor) -> None:
+        if len(slots) == 0:
             return
         form = self.pages.form
-        out[places] = self.data.view(-1, form.width).index_select(0, frames * form.tokens + offsets)
-        self._touch(*frames.unique(return_counts=True))
+        out[places] = self.data.view(-1, form.width).index_select(0, slots * form.tokens + offsets)
+        self._touch(*slots.unique(return_counts=True))
 
-    def _touch(self, frames: Tensor, counts: Tensor) -> None:
-        if len(frames):
+    def _touch(self, slots: Tensor, counts: Tensor) -> None:
+        if len(slots):
             assert self.uses is not None
-            self.policy.touch(self.uses, frames, None, self.now, counts.float() / self.pages.form.tokens)
+            self.policy.touch(self.uses, slots, None, self.now, counts.float() / self.pages.form.tokens)
 
     def load(self, pages: Int[Tensor, " N"]) -> Iterator[Tensor]:
-        """Read pages from disk, and give their rows piece by piece; they are valid until the next one is asked for.
+        """Read pages from disk and yield their rows piece by piece, each valid until the next is requested.
 
         Raises:
-            CapacityError: there is no room for the pages that are read at once, even without copies.
+            CapacityError: there is no room for the scratch area, even without copies.
             StoreError: a page is damaged or cannot be read.
         """
         form = self.pages.form
@@ -184,7 +184,7 @@ class PageCache:
             yield rows
 
     def offer(self, first: int, rows: Tensor) -> None:
-        """Keep copies of pages that were just written, numbered from `first`, while there are frames to spare."""
+        """Keep copies of pages that were just written, numbered from `first`, while slots are free."""
         with self.lock:
             n = min(len(rows), self.room - self.used)
             if n > 0:
@@ -193,7 +193,7 @@ class PageCache:
                 self._place(numbers, rows[:n])
 
     def _place(self, pages: Tensor, rows: Tensor) -> Tensor:
-        """Put page copies into frames: unused ones first, then those of victims; the first ones where not all fit."""
+        """Copy pages into slots, unused ones first, then those of victims; only the first pages where not all fit."""
         form = self.pages.form
         fresh = max(0, min(len(pages), self.room - self.used))
         while fresh and not self.ledger.has_room(fresh * form.n_bytes):
@@ -204,23 +204,23 @@ class PageCache:
         pages, rows = pages[:n], rows[:n]
         assert self.uses is not None
         self.ledger.charge(fresh * form.n_bytes)
-        frames = torch.arange(self.used, self.used + fresh)
+        slots = torch.arange(self.used, self.used + fresh)
         self.used += fresh
         if fresh < n:
             closed = torch.arange(len(self.page_of)) >= self.used
-            closed[frames] = True
+            closed[slots] = True
             victims = self.policy.choose(self.uses, self.births, n - fresh, closed, None)
-            self.frame_of[self.page_of[victims]] = -1
-            frames = torch.cat([frames, victims])
-        self.data[frames] = rows
-        self.frame_of[pages] = frames.int()
-        self.page_of[frames] = pages
-        self.births[frames] = self.now
-        self.policy.renew(self.uses, frames, self.now)
-        return frames
+            self.slot_of[self.page_of[victims]] = -1
+            slots = torch.cat([slots, victims])
+        self.data[slots] = rows
+        self.slot_of[pages] = slots.int()
+        self.page_of[slots] = pages
+        self.births[slots] = self.now
+        self.policy.renew(self.uses, slots, self.now)
+        return slots
 
     def resident(self, pages: Int[Tensor, "*at"]) -> Bool[Tensor, "*at"]:
-        """Say which pages have a copy here."""
+        """Return which pages have a copy."""
         with self.lock:
             return self.find(pages) >= 0
 

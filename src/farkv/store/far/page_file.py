@@ -1,6 +1,6 @@
-"""The ground of the disk store: equal pages in a file without a name, under a byte limit, verified when read.
+"""The disk tier's files: pages of equal size in an unnamed file, under a byte limit, verified when read.
 
-In: pages, as tensors in host memory. Out: the same bytes in the order asked for, or a StoreError; never other bytes.
+In: pages, as tensors in host memory. Out: the same bytes in the order requested, or a StoreError; never other bytes.
 Knows bytes, not what the pages mean.
 """
 
@@ -20,34 +20,35 @@ from typing import Any
 
 from farkv._axes import Int, Tensor
 from farkv.errors import StoreError
+from farkv.files import InUseError, lock_file
 from farkv.store.far.page_reader import PageReader, bytes_of
 from farkv.store.ledger import Ledger
 
 LOCK_NAME = ".farkv.lock"
-# Bytes written between two tidyings of the system's cache.
+# Bytes written between two calls that trim the system's page cache.
 TIDY_BYTES = 64 << 20
 
 
 class PageFile:
-    """Append-only file of equal pages; a page never changes once it is written, so copies share the file.
+    """Append-only file of pages of equal size; written pages never change, so copies of a cache share the file.
 
     Args:
-        fd: an empty file, open for reading and writing, that is this object's from now on.
-        ledger: is charged for every page until the file is closed or gone.
-        name: what messages call the file.
+        fd: an empty file, open for reading and writing; owned by this object from now on.
+        ledger: charged for every page until the file is closed or garbage-collected.
+        name: used in error messages.
     """
 
     def __init__(self, fd: int, page_bytes: int, ledger: Ledger, name: str):
         assert page_bytes > 0
         self.page_bytes, self.name = page_bytes, name
         self._ledger, self._fd = ledger, fd
-        # 4 bytes a page, in host memory. Its length is the number of pages: no other count can disagree with it.
+        # 4 bytes a page, in host memory. Its length is the number of pages: the only count of them.
         self._checksums = array.array("I")
         self._end = weakref.finalize(self, _end_file, fd, page_bytes, ledger, self._checksums)
         self._reader = PageReader(fd, 0, page_bytes, self._checksums, name)
-        self._writing = threading.Lock()  # copies that share the file may write from different threads
+        self._writing = threading.Lock()  # copies of a cache may write from different threads
         self._tidied = 0
-        # Pages are chosen, not followed: reading ahead would bring what nobody asked for.
+        # Reads are random: read-ahead would bring unwanted pages.
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageFile:
@@ -65,10 +66,10 @@ class PageFile:
             pages: contiguous, in host memory, of any dtype, a whole number of pages large.
 
         Raises:
-            CapacityError: they would pass the limit; nothing is written.
+            CapacityError: they would exceed the limit; nothing is written.
             StoreError: the system cannot store them; the file is as it was.
 
-        Cost: one pass over the bytes for the checksums and one copy to the system's cache, which writes on its own.
+        Cost: one pass over the bytes for the checksums, and one copy into the system's cache, written back later.
         """
         data = bytes_of(pages)
         n_new, rest = divmod(len(data), self.page_bytes)
@@ -81,7 +82,7 @@ class PageFile:
                 sums = [zlib.crc32(data[j * self.page_bytes : (j + 1) * self.page_bytes]) for j in range(n_new)]
                 self._append(data, first)
             except BaseException:
-                # Whatever stopped it, Ctrl-C too. The torn bytes are no one's: give them back to the system.
+                # Whatever the cause, Ctrl-C included: cut off the partly written pages.
                 self._ledger.release(len(data))
                 self._tidied = min(self._tidied, first * self.page_bytes)
                 with suppress(OSError):  # the next write overwrites them
@@ -96,13 +97,13 @@ class PageFile:
         self._reader.read(ids, out)
 
     def drop_cached(self) -> None:
-        """Write everything to the disk and make the system forget its copies: the next reads are cold."""
+        """Write everything to disk and drop it from the system's cache: the next reads are cold."""
         self._check_open()
         os.fdatasync(self._fd)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Give the file and its bytes back."""
+        """Close the file and release its bytes."""
         with self._writing:
             self._end()
 
@@ -125,13 +126,12 @@ class PageFile:
             self._tidy(begin + done)
 
     def _tidy(self, end: int) -> None:
-        """Keep what was written from piling up in the system's cache, where host memory is what is short.
+        """Keep written pages from filling the system's cache: host memory is scarce here.
 
-        The advice starts writing what is dirty and drops what is clean. So each stretch is named twice: when it was
-        just written, which starts it on its way to the disk, and one stretch later, when it is likely there. Nothing
-        is waited for: a sync per stretch leaves nothing cached where this leaves up to two, but took a third of the
-        speed in a measurement. A disk that fails after the write is found by the checksums. What was read of older
-        stretches stays cached.
+        DONTNEED starts write-back of dirty pages and drops clean ones. So each stretch is advised twice: when it was
+        just written, which starts write-back, and one stretch later, when that is likely done. It never waits: a sync
+        per stretch would leave nothing cached, where this leaves up to two stretches, but cost a third of the speed
+        when measured. A failed write-back is found by the checksums. Older stretches that were read stay cached.
         """
         if end - self._tidied < TIDY_BYTES:
             return
@@ -141,10 +141,10 @@ class PageFile:
 
 
 class DiskSpace:
-    """A folder under a byte limit, used by one process at a time; it is made where it is missing.
+    """A folder under a byte limit, used by one process at a time; created if missing.
 
     Raises:
-        StoreError: the folder cannot be made, is no folder, cannot be written, or is in use.
+        StoreError: the folder cannot be created, is no folder, is not writable, or is in use.
     """
 
     def __init__(self, folder: Path, limit: int | None):
@@ -154,7 +154,7 @@ class DiskSpace:
         self._numbers = itertools.count()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DiskSpace:
-        return self  # there is one folder, and one limit
+        return self  # one folder, one limit
 
     def __enter__(self) -> DiskSpace:
         return self
@@ -163,7 +163,7 @@ class DiskSpace:
         self.close()
 
     def open_file(self, page_bytes: int) -> PageFile:
-        """Make an empty file that has no name, so that nothing is left of it when the process ends, however it ends.
+        """Create an empty unnamed file, which the system removes when the process ends, however it ends.
 
         Raises:
             StoreError: the space is closed, or the system refuses.
@@ -172,13 +172,14 @@ class DiskSpace:
             raise StoreError(f"disk store {self.folder}: it is closed; expected an open one, open it again")
         name = f"disk store {self.folder}, file {next(self._numbers)}"
         try:
-            fd = _open_nameless(self.folder)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                fd = os.dup(file.fileno())
         except OSError as error:
             raise _unusable(self.folder, error) from error
         return PageFile(fd, page_bytes, self.ledger, name)
 
     def close(self) -> None:
-        """Let others use the folder; open files stay usable."""
+        """Unlock the folder; open files stay usable."""
         self._end()
 
 
@@ -188,44 +189,26 @@ def _end_file(fd: int, page_bytes: int, ledger: Ledger, checksums: array.array[i
 
 
 def _end_space(fd: int, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child must not take its parent's lock away
+    if os.getpid() == owner:  # a forked child must not release its parent's lock
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
-def _open_nameless(folder: Path) -> int:
-    with suppress(OSError):  # not every file system has files without names
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
-    fd, path = tempfile.mkstemp(prefix=".farkv-", dir=folder)
-    os.unlink(path)
-    return fd
-
-
 def _lock_folder(folder: Path) -> int:
-    """Lock a folder for this process; the system lets go of it when the process ends, however it ends."""
+    """Lock a folder for this process; the system releases the lock when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(None, "not writable")
         # The lock file is no page: its few bytes are not counted, and it stays.
-        fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise _unusable(folder, error) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-    except BlockingIOError as error:
-        holder = os.pread(fd, 20, 0).decode(errors="replace") or "unknown"
-        os.close(fd)
+        return lock_file(folder / LOCK_NAME, 0o600)
+    except InUseError as error:
         raise StoreError(
-            f"disk store {folder}: in use by process {holder}; expected a folder that no one else uses; "
+            f"disk store {folder}: {error.strerror}; expected a folder that no one else uses; "
             "end that use, or choose another folder"
         ) from error
     except OSError as error:
-        os.close(fd)
         raise _unusable(folder, error) from error
-    return fd
 
 
 def _unusable(folder: Path, error: OSError) -> StoreError:

@@ -1,7 +1,7 @@
-"""Reads pages of a file in parallel and trusts none of them before its checksum is seen.
+"""Reads pages of a file in parallel and verifies the checksum of each.
 
-In: an open file, the checksums of its pages, the numbers of those wanted. Out: their bytes in the order asked for, or
-a StoreError; never other bytes. Knows bytes, not what the pages mean, nor who wrote them.
+In: an open file, the checksums of its pages, page numbers. Out: the pages' bytes in the order requested, or a
+StoreError; never other bytes. Knows bytes, not what the pages mean.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from farkv._axes import Int, Tensor
 from farkv.errors import StoreError
 
-# Threads that read and verify one file at once: enough to keep a disk and its checksums busy.
+# Threads that read and verify one file: enough to keep both the disk and the checksums busy.
 READERS = 4
-# Bytes that one read brings at most: a long run is shared by the readers, and is verified while the CPU's cache has it.
+# Most bytes of one read: long runs are split among the readers and verified while still in the CPU's cache.
 PIECE_BYTES = 1 << 20
 
 
@@ -32,7 +32,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 class Piece(NamedTuple):
-    """One read: `n` pages from page `first` on, to place `at` and what follows it."""
+    """One read: `n` pages from page `first`, into page places `at` and following of the output."""
 
     at: int
     first: int
@@ -45,7 +45,7 @@ class PageReader:
     Args:
         base: where page 0 begins in the file, in bytes.
         checksums: CRC-32 of every page; it may grow.
-        name: what messages call the file.
+        name: used in error messages.
     """
 
     def __init__(self, fd: int, base: int, page_bytes: int, checksums: Sequence[int], name: str):
@@ -53,17 +53,17 @@ class PageReader:
         self._pool, self._owner = _make_pool(), os.getpid()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageReader:
-        return self  # it only reads, so copies share it
+        return self  # read-only, so copies share it
 
     def read(self, ids: Int[Tensor, " N"], out: Tensor) -> None:
-        """Read page `ids[j]` into place j of `out`; after an error `out` holds anything.
+        """Read page `ids[j]` into place j of `out`, whose content is undefined after an error.
 
         Args:
             ids: int64, in host memory, in any order, repeats allowed.
             out: contiguous, in host memory, N pages large.
 
         Raises:
-            StoreError: a page is not there, cannot be read, or is not what was written.
+            StoreError: a page does not exist, cannot be read, or is not what was written.
 
         Cost: N pages read, one system call per run of consecutive ids (per `PIECE_BYTES` of a longer one), and
         one pass over them for the checksums.
@@ -79,9 +79,9 @@ class PageReader:
         if self._owner != os.getpid():
             # A forked child has none of its parent's threads.
             self._pool, self._owner = _make_pool(), os.getpid()
-        shares = [pieces[k::READERS] for k in range(min(READERS, len(pieces)))]
-        work = [self._pool.submit(self._read_all, share, place) for share in shares]
-        # All of them, also when one has failed: nothing may write to `out` once this returns.
+        parts = [pieces[k::READERS] for k in range(min(READERS, len(pieces)))]
+        work = [self._pool.submit(self._read_all, part, place) for part in parts]
+        # Wait for all, even if one failed: nothing may write to `out` once this returns.
         wait(work)
         for done in work:
             done.result()
@@ -137,5 +137,5 @@ class PageReader:
 
 
 def _make_pool() -> ThreadPoolExecutor:
-    """Make threads that start only when there is work for them, and end when they are gone."""
+    """Return a pool whose threads start on demand and end when it is garbage-collected."""
     return ThreadPoolExecutor(READERS, thread_name_prefix="farkv-disk")

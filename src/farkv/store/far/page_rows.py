@@ -1,7 +1,7 @@
-"""Records of one layer on disk: full pages in a file, the newest ones in an open page in host memory.
+"""Records of one layer on disk: full pages in a file, the newest records in an open page in host memory.
 
-In: new rows. Out: rows by position, through host copies of pages. The same face as `Rows`; nothing is ever lost, so
-nothing is evicted here: what goes from host memory is a copy.
+In: new rows. Out: rows by position, read through the page cache. The same interface as `Rows`, except that records are
+never evicted: only copies leave host memory.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from farkv.store.far.pages import NumberedPages
 from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
 
-# The number of a page, int64.
+# Bytes of a page number, int64.
 NUMBER_BYTES = 8
 
 
 class PagedRows:
-    """Rows of one layer, [B, Hkv, S, W] in thought: a table of page numbers, and an open page."""
+    """Rows of one layer, logically [B, Hkv, S, W]: a table of page numbers, and an open page."""
 
-    def __init__(self, ledger: Ledger, frames: PageCache):
-        self.ledger, self.page_cache = ledger, frames
+    def __init__(self, ledger: Ledger, page_cache: PageCache):
+        self.ledger, self.page_cache = ledger, page_cache
         self.device = torch.device("cpu")
         self.table = Rows(ledger, device=self.device)
         self.open = Rows(ledger, device=self.device)
@@ -42,35 +42,35 @@ class PagedRows:
 
     @property
     def capacity(self) -> int:
-        """Return the tokens stored: there is always room for more, or an error."""
+        """Return the tokens stored: pages are added as needed."""
         return self.length
 
     @property
     def width(self) -> int:
-        """Return the elements of a row."""
+        """Return the number of elements of a row."""
         return self.pages.form.width
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the elements' type."""
+        """Return the dtype of the elements."""
         return self.pages.form.dtype
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in host memory, page copies aside."""
+        """Bytes in host memory, without page copies."""
         return self.table.n_bytes + self.open.n_bytes
 
     @property
     def n_written(self) -> int:
-        """Tokens in full pages."""
+        """Tokens in full pages, which are on disk."""
         return self.table.length * self.pages.form.tokens
 
     def append(self, *parts: Tensor) -> None:
-        """Add rows; pages that become full are written.
+        """Add rows, and write the pages that become full.
 
         Raises:
-            ConfigError: the rows are not of the pages' form.
-            CapacityError, StoreError: the disk has no room or fails; then nothing was added.
+            ConfigError: the rows' width or dtype is not that of the pages.
+            CapacityError, StoreError: the disk has no room or fails; nothing was added.
         """
         n_before, width = self.length, sum(part.shape[-1] for part in parts)
         if (width, parts[0].dtype) != (self.width, self.dtype):
@@ -86,13 +86,13 @@ class PagedRows:
                 with self.page_cache.lock:
                     self._write_full()
             except Exception:
-                # The torn page is on no table: what was there before still is.
+                # No table names the partly written page: undo the append.
                 self.open.crop(self.length - n_before)
                 self.length = n_before
                 raise
 
     def _write_full(self) -> None:
-        """Write the open rows that fill pages: pages of one head lie together, in the order of tokens."""
+        """Write the open rows that fill whole pages: head by head, in the order of tokens."""
         tokens = self.pages.form.tokens
         batch, heads = self.open.heads
         n = self.open.length // tokens
@@ -100,7 +100,7 @@ class PagedRows:
         try:
             if self.open.length > n * tokens:
                 rest.append(self.open.view()[:, :, n * tokens :])
-            # A deliberate copy, where there are more heads than one: one write, and nothing is half written.
+            # A deliberate copy where there is more than one head: a single write, all or nothing.
             rows = self.open.view()[:, :, : n * tokens].reshape(-1, tokens, self.width).contiguous()
             first = self.pages.write(rows)
             self.table.append(torch.arange(first, first + len(rows)).view(batch, heads, n, 1))
@@ -112,14 +112,14 @@ class PagedRows:
         self.page_cache.offer(first, rows)
 
     def take_pages(self, numbers: Int[Tensor, "B Hkv P 1"]) -> None:
-        """Hold pages that were written before, and nothing else so far."""
+        """Start with pages that were written before."""
         assert self.length == 0
         if numbers.shape[2]:
             self.table.append(numbers)
         self.length = self.n_written
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Return the rows of tokens `start` to `stop`, [B, Hkv, stop - start, W]; page copies stay as they are.
+        """Return the rows of tokens `start` to `stop`, [B, Hkv, stop - start, W], without changing the page cache.
 
         Cost: (stop - start) * W elements of every head copied; pages without a copy are read from disk.
         """
@@ -141,13 +141,13 @@ class PagedRows:
         return torch.cat([rows, self.open.read(0, stop - n_written)], 2)
 
     def _read_pages(self, numbers: Tensor, out: Tensor) -> None:
-        frames = self.page_cache.find(numbers)
-        missing = (frames < 0).nonzero()[:, 0]
+        slots = self.page_cache.find(numbers)
+        missing = (slots < 0).nonzero()[:, 0]
         if len(missing) == len(numbers):
             self.pages.read(numbers, out)
             return
-        here = (frames >= 0).nonzero()[:, 0]
-        out[here] = self.page_cache.data[frames[here].long()]
+        here = (slots >= 0).nonzero()[:, 0]
+        out[here] = self.page_cache.data[slots[here].long()]
         done = 0
         for rows in self.page_cache.load(numbers[missing]) if len(missing) else ():
             out[missing[done : done + len(rows)]] = rows
@@ -156,7 +156,7 @@ class PagedRows:
     def take(self, heads: Int[Tensor, " N"], positions: Int[Tensor, " N"], out: Tensor) -> None:
         """Copy the row at `positions[j]` of head `heads[j]` (sequence * Hkv + head) into `out[j]`.
 
-        Cost: N * W elements; pages that have no copy in host memory are read from disk, and then have one.
+        Cost: N * W elements; pages without a copy are read from disk and cached.
         """
         tokens = self.pages.form.tokens
         with self.page_cache.lock:
@@ -179,13 +179,13 @@ class PagedRows:
                     out[early] = rows
 
     def resident(self) -> Bool[Tensor, "B Hkv P"]:
-        """Say which full pages have a copy in host memory."""
+        """Return which full pages have a copy in host memory."""
         if self.table.data is None:
             return torch.empty(*self.heads, 0, dtype=torch.bool)
         return self.page_cache.resident(self.table.view()[..., 0])
 
     def crop(self, n_tokens: int) -> None:
-        """Forget the `n_tokens` newest rows; a page that was full is opened again."""
+        """Remove the `n_tokens` newest rows; a full page that is cut becomes the open page."""
         length, tokens = max(0, self.length - n_tokens), self.pages.form.tokens
         with self.page_cache.lock:
             if length >= self.n_written:
@@ -195,7 +195,7 @@ class PagedRows:
                 rest = Rows(self.ledger, device=self.device, reserve=tokens)
                 if length > first * tokens:
                     rows = self.read(first * tokens, length)
-                    # One page of every head, for a moment beside the one that was open.
+                    # One page of every head, while the old open page still exists.
                     self.page_cache.make_room(rows.shape[0] * rows.shape[1] * self.pages.form.n_bytes)
                     rest.append(rows)
                 self.table.crop(self.table.length - first)
@@ -207,13 +207,13 @@ class PagedRows:
         """Keep these sequences of the batch, in this order: full pages are shared, open ones copied."""
         with self.page_cache.lock:
             if len(sequences) != self.heads[0]:
-                # Copies of pages go before the sequences find no room.
+                # Drop page copies to make room for the sequences.
                 self.page_cache.make_room(self.n_bytes * len(sequences) // max(1, self.heads[0]))
             self.table.select(sequences)
             self.open.select(sequences)
 
     def clear(self) -> None:
-        """Free the tables; pages go with their file, copies with the frames."""
+        """Free the tables. The file frees its pages, the page cache its copies."""
         self.table.clear()
         self.open.clear()
         self.length = 0

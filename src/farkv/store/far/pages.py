@@ -1,7 +1,7 @@
 """All pages of one cache by number: first those of a saved session, then those written since.
 
-In: rows of whole pages. Out: their numbers, and verified pages by number. Pages never change once they are written,
-so copies of a cache share them.
+In: rows of whole pages. Out: their numbers, and verified pages by number. Written pages never change, so copies of a
+cache share them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from farkv._axes import Int, Tensor
 from farkv.store.far.page_file import PageFile, PageReader
 
-# What one read from disk brings at least, on real shapes.
+# Least bytes of a page on real shapes: what makes a disk read efficient.
 PAGE_BYTES = 64 * 1024
-# Tokens of a page where records are tiny: a page of a toy model must not be its whole context.
+# Most tokens of a page: where records are tiny, a page must not be the whole context.
 MOST_TOKENS = 256
-# Pages that a context should have at least, so that a share of them can be chosen; and the least tokens of one.
+# Pages that a short context should have, so that a step can choose some of them; least tokens of a page then.
 SOME_PAGES, LEAST_TOKENS = 64, 16
 
 
@@ -36,12 +36,12 @@ class PageForm(NamedTuple):
 
 
 def count_page_tokens(record_bytes: int, context: int = 0) -> int:
-    """Return the tokens of a page: a power of two, of 64 KiB or more where records have 256 bytes or more.
+    """Return the tokens of a page: a power of two, at least 64 KiB where records have 256 bytes or more.
 
-    A short context gets smaller pages: of SOME_PAGES a step can still choose some.
+    A short context gets smaller pages, SOME_PAGES or more, so that a step can choose some of them.
 
     Args:
-        context: tokens that are expected; 0: many.
+        context: expected tokens; 0: long, or not known.
     """
     tokens = 1
     while tokens * record_bytes < PAGE_BYTES and tokens < MOST_TOKENS:
@@ -52,11 +52,11 @@ def count_page_tokens(record_bytes: int, context: int = 0) -> int:
 
 
 class NumberedPages:
-    """Numbered pages, read through whichever file they are in."""
+    """Pages by number, each read from the file that it is in."""
 
     def __init__(self, form: PageForm, file: PageFile | None, saved: PageReader | None = None, n_saved: int = 0):
         self.form, self.file, self.saved, self.n_saved = form, file, saved, n_saved
-        # Told the bytes of every read.
+        # Called with the bytes of every read.
         self.on_read: Callable[[int], None] = lambda n_bytes: None
 
     def write(self, rows: Tensor) -> int:
@@ -69,14 +69,14 @@ class NumberedPages:
         return self.n_saved + self.file.write(rows)
 
     def read(self, numbers: Int[Tensor, " N"], out: Tensor) -> None:
-        """Bring pages, verified, into `out` ([N, tokens, W], contiguous).
+        """Read pages into `out` ([N, tokens, W], contiguous), verified.
 
         Raises:
             StoreError: a page is damaged or cannot be read.
         """
         old = numbers < self.n_saved
         if bool(old.any()) and not bool(old.all()):
-            # Rare: records of the saved text beside records of this run.
+            # Rare: pages of the saved text and of this run in one read.
             for part in (old, ~old):
                 at = part.nonzero()[:, 0]
                 piece = torch.empty(len(at), *out.shape[1:], dtype=out.dtype)

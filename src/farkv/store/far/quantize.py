@@ -1,25 +1,26 @@
-"""Records in fewer bits: each stored row is rounded on its own, in groups of 32 values, K and V apart.
+"""Quantised records: each row is rounded by itself, in groups of 32 values, K and V separately.
 
-In: keys and values of any tokens. Out: rows of bytes, and values again. Knows numbers and bytes, no places: a row
-needs nothing but itself to be read, so rows can be appended, moved, evicted and paged like any others.
+In: keys and values of any tokens. Out: rows of bytes, and decoded values. A row is decoded from its own bytes alone, so
+rows can be appended, moved, evicted and paged like any others.
 
-A row is [codes of K | codes of V | marks of K | marks of V]; the marks start at an even byte and are bfloat16.
+A row is [codes of K | codes of V | params of K | params of V]. Params are the parameters of the groups, in bfloat16;
+they start at an even byte.
 
-int8   marks = steps, one per group; x ~ code * step, the code a signed byte in [-127, 127]
-int4   marks = steps of all groups, then their low ends; x ~ low + code * step, the code in [0, 15]. In a group of n
-       values, byte j holds code j in its low half and code j + ceil(n / 2) in its high half.
+int8   params = steps, one per group; x ~ code * step, with a signed code in [-127, 127]
+int4   params = steps of all groups, then their minima (low); x ~ low + code * step, with a code in [0, 15]. In a group
+       of n values, byte j holds code j in its low half and code j + ceil(n / 2) in its high half.
 
-The last group is shorter where the head dimension is no multiple of 32. Steps are rounded up and low ends down, so
+The last group is shorter where the head dimension is no multiple of 32. Steps are rounded up and minima down, so that
 nothing is clipped, and for every value (finite; float32 up to 1e38)
 
     |x - decoded| <= step / 2 * (1 + 2^-7) + the rounding of the model's dtype at `decoded`
 
-A value that is not finite spoils its own group, which then decodes to anything, and no other.
+A value that is not finite makes its own group, and no other, decode to arbitrary values.
 
 Why not the quantised tensors of torchao or quanto: here the unit is one record. Rows are appended while the model
-runs, gathered by position, moved when others go, and written to files page by page, so the layout of a row must be
-ours to state and one uint8 tensor must hold it all. A quantised tensor as a type of its own keeps codes and scales
-apart and owns that layout; we would take it to pieces at each of these steps.
+runs, gathered by position, moved at evictions, and written to files page by page: a row's layout must be fixed, in
+one uint8 tensor. A quantised tensor type stores codes and scales apart and hides its layout; each of these steps would
+have to take it apart.
 """
 
 from __future__ import annotations
@@ -34,25 +35,25 @@ from farkv._axes import Float, Tensor
 from farkv.errors import ConfigError
 
 GROUP = 32
-# Values that are worked on at once: float32 scratch that stays in a core's cache, and that no ledger counts.
+# Values converted at a time: float32 scratch that fits a core's cache, not charged to any ledger.
 PIECE = 1 << 19
-# The least step: the smallest normal number, so that neither it nor its reciprocal is lost.
+# The least step: the smallest normal number, whose reciprocal is finite too.
 TINY = 2.0**-126
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Form(NamedTuple):
-    """One way to write a group of values [..., n, g] as codes (uint8) and marks (bfloat16, [..., n] each)."""
+class CodeForm(NamedTuple):
+    """How values in groups, [..., n, g], are written: codes (uint8), and `n_params` parameters per group ([..., n])."""
 
     bits: int
-    n_marks: int
+    n_params: int
     pack: Callable[[Tensor], tuple[Tensor, ...]]
     unpack: Callable[..., Tensor]
 
 
 def _round_up(x: Tensor) -> Tensor:
     """Return the least bfloat16 that is not below x >= 0, in float32."""
-    # The upper half of a float32 is a bfloat16; any bit in the lower half carries into it.
+    # The upper half of a float32 is a bfloat16; any bit set in the lower half carries into it.
     return ((x.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
 
 
@@ -91,18 +92,18 @@ def _unpack_int4(codes: Tensor, size: int, step: Tensor, low: Tensor) -> Tensor:
     return x.mul_(step[..., None]).add_(low[..., None])
 
 
-FORMS = {"int8": Form(8, 1, _pack_int8, _unpack_int8), "int4": Form(4, 2, _pack_int4, _unpack_int4)}
+FORMS = {"int8": CodeForm(8, 1, _pack_int8, _unpack_int8), "int4": CodeForm(4, 2, _pack_int4, _unpack_int4)}
 
 
 def _code_bytes(bits: int, dim: int) -> int:
     return -(-dim * bits // 8)
 
 
-def _mark_bytes(n_marks: int, dim: int) -> int:
-    return 2 * n_marks * -(-dim // GROUP)
+def _param_bytes(n_params: int, dim: int) -> int:
+    return 2 * n_params * -(-dim // GROUP)
 
 
-def _marks_start(bits: int, k_dim: int, v_dim: int) -> int:
+def _params_start(bits: int, k_dim: int, v_dim: int) -> int:
     n_bytes = _code_bytes(bits, k_dim) + _code_bytes(bits, v_dim)
     return n_bytes + n_bytes % 2
 
@@ -111,12 +112,12 @@ def encoded_bytes(name: str, k_dim: int, v_dim: int) -> int:
     """Return the bytes of one encoded record.
 
     Raises:
-        ConfigError: there is no such form.
+        ConfigError: the name is not known.
     """
     if name not in FORMS:
         raise ConfigError(f"quantization: expected one of {', '.join(FORMS)}, got {name!r}; name one of these")
-    bits, n_marks = FORMS[name][:2]
-    return _marks_start(bits, k_dim, v_dim) + _mark_bytes(n_marks, k_dim) + _mark_bytes(n_marks, v_dim)
+    bits, n_params = FORMS[name][:2]
+    return _params_start(bits, k_dim, v_dim) + _param_bytes(n_params, k_dim) + _param_bytes(n_params, v_dim)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Codec:
     """How one record is stored: rounded to int8 or int4 per group of 32 values, K and V apart.
 
     Raises:
-        ConfigError: the name is not known, or the model's dtype is not one that can be rounded within the bound.
+        ConfigError: the name is not known, or the error bound does not hold for the model's dtype.
     """
 
     name: str
@@ -149,23 +150,23 @@ class Codec:
     def encode(self, k: Float[Tensor, "B Hkv T Dk"], v: Float[Tensor, "B Hkv T Dv"]) -> Tensor:
         """Return the rows as bytes, uint8 [B, Hkv, T, row_bytes], on the device of `k`.
 
-        Cost: a few passes over pieces that stay in the cache; row_bytes written per record.
+        Cost: a few passes over pieces that fit the CPU's cache; row_bytes written per record.
         """
         assert k.shape[-1] == self.k_dim and v.shape[-1] == self.v_dim
         rows = torch.empty(*k.shape[:-1], self.row_bytes, dtype=torch.uint8, device=k.device)
-        # One byte that nobody writes where the codes end at an odd one: equal records have equal bytes.
-        rows[..., sum(self._code_widths) : self._marks_at].zero_()
+        # Padding where the codes have an odd number of bytes: zero, so that equal records have equal bytes.
+        rows[..., sum(self._code_widths) : self._params_at].zero_()
         for a, b in self._pieces(rows):
-            marks = self._write(k[:, :, a:b], rows[:, :, a:b], 0)
-            marks += self._write(v[:, :, a:b], rows[:, :, a:b], self._code_widths[0])
-            # Deliberate small copies: bytes of bfloat16 that stand at any offset of a row.
-            rows[:, :, a:b, self._marks_at :] = torch.cat(marks, -1).bfloat16().view(torch.uint8)
+            params = self._write(k[:, :, a:b], rows[:, :, a:b], 0)
+            params += self._write(v[:, :, a:b], rows[:, :, a:b], self._code_widths[0])
+            # Deliberate small copies: params may be unaligned in a row.
+            rows[:, :, a:b, self._params_at :] = torch.cat(params, -1).bfloat16().view(torch.uint8)
         return rows
 
     def decode(self, rows: Tensor) -> Tensor:
         """Return K and V side by side in the model's dtype, [..., Dk + Dv], of rows of bytes [..., row_bytes].
 
-        Cost: a few passes over pieces that stay in the cache; one record written per row.
+        Cost: a few passes over pieces that fit the CPU's cache; one record written per row.
         """
         assert rows.shape[-1] == self.row_bytes
         out = torch.empty(*rows.shape[:-1], self.k_dim + self.v_dim, dtype=self.dtype, device=rows.device)
@@ -189,8 +190,8 @@ class Codec:
         return _code_bytes(bits, self.k_dim), _code_bytes(bits, self.v_dim)
 
     @property
-    def _marks_at(self) -> int:
-        return _marks_start(FORMS[self.name].bits, self.k_dim, self.v_dim)
+    def _params_at(self) -> int:
+        return _params_start(FORMS[self.name].bits, self.k_dim, self.v_dim)
 
     def _pieces(self, rows: Tensor) -> Iterator[tuple[int, int]]:
         """Cut the tokens, the axis before the last, into pieces."""
@@ -200,38 +201,38 @@ class Codec:
         return ((a, min(a + size, n)) for a in range(0, n, size))
 
     def _write(self, x: Tensor, rows: Tensor, at: int) -> list[Tensor]:
-        """Write the codes of x from byte `at` of the rows on; return the marks, kind by kind."""
+        """Write the codes of x from byte `at` of the rows; return the params, all steps before all minima."""
         form, parts = FORMS[self.name], []
         for group in _split(x):
-            codes, *marks = form.pack(group.float())
+            codes, *params = form.pack(group.float())
             rows[..., at : at + codes.shape[-2] * codes.shape[-1]].unflatten(-1, codes.shape[-2:]).copy_(codes)
             at += codes.shape[-2] * codes.shape[-1]
-            parts.append(marks)
-        return [mark for kind in zip(*parts, strict=True) for mark in kind]
+            parts.append(params)
+        return [param for kind in zip(*parts, strict=True) for param in kind]
 
     def _read(self, rows: Tensor, out: Tensor) -> None:
         form = FORMS[self.name]
-        # A deliberate small copy: the marks stand at any offset of a row.
-        marks = rows[..., self._marks_at :].contiguous().view(torch.bfloat16).float()
-        ends = _mark_bytes(form.n_marks, self.k_dim) // 2
+        # A deliberate small copy: params may be unaligned in a row.
+        params = rows[..., self._params_at :].contiguous().view(torch.bfloat16).float()
+        ends = _param_bytes(form.n_params, self.k_dim) // 2
         at = 0
         of_k, of_v = out[..., : self.k_dim], out[..., self.k_dim :]
-        for x, kept in ((of_k, marks[..., :ends]), (of_v, marks[..., ends:])):
-            by_kind, g = kept.unflatten(-1, (form.n_marks, -1)), 0
+        for x, kept in ((of_k, params[..., :ends]), (of_v, params[..., ends:])):
+            by_kind, g = kept.unflatten(-1, (form.n_params, -1)), 0
             for group in _split(x):
                 n, size = group.shape[-2:]
                 width = n * _code_bytes(form.bits, size)
                 codes = rows[..., at : at + width].unflatten(-1, (n, -1))
                 values = form.unpack(codes, size, *by_kind[..., g : g + n].unbind(-2))
                 if self.dtype == torch.float16:
-                    # Half a step above the largest float16 there is infinity.
+                    # Half a step above the largest float16 would be infinity.
                     values.clamp_(-65504, 65504)
                 group.copy_(values)
                 at, g = at + width, g + n
 
 
 def _split(x: Tensor) -> list[Tensor]:
-    """Return views of the whole groups, [..., n, 32], and of what is left, [..., 1, less]."""
+    """Return views of the whole groups, [..., n, 32], and of the shorter last one, [..., 1, m]."""
     whole = x.shape[-1] // GROUP * GROUP
     parts = [x[..., :whole].unflatten(-1, (-1, GROUP))] if whole else []
     return [*parts, x[..., None, whole:]] if whole < x.shape[-1] else parts

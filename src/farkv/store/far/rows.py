@@ -1,6 +1,6 @@
-"""One growing tensor of rows, [B, Hkv, capacity, W]: the ground form of pool and index.
+"""A growing tensor of rows, [B, Hkv, capacity, W]: how pool, index and metadata are stored.
 
-In: new rows. Out: a view of the stored ones, in place. Knows bytes, not what the rows mean.
+In: new rows. Out: views of the stored rows. Knows bytes, not what the rows mean.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from farkv.store.ledger import Ledger
 from farkv.store.memory import Mover, allocate
 from farkv.store.sizes import grow_capacity
 
-# Tokens that a reordering moves at once: its scratch memory, which no ledger counts.
+# Tokens that a reordering moves at a time, through scratch memory that is not charged to any ledger.
 REORDER_TOKENS = 64
-# Rows that an eviction moves at once, likewise.
+# Rows that an eviction moves at a time, likewise.
 MOVE_ROWS = 512
 
 
 class Rows:
-    """Rows per token, appended at the end, cropped from the end, charged to a ledger by capacity.
+    """Rows per token, appended and cropped at the end; the ledger is charged for the capacity.
 
     Args:
-        row_tokens: tokens that a row stands for.
+        reserve: rows of the first allocation.
+        row_tokens: tokens per row.
     """
 
     def __init__(
@@ -53,18 +54,18 @@ class Rows:
 
     @property
     def capacity(self) -> int:
-        """Return the tokens that there is room for."""
+        """Return the number of rows that there is room for."""
         return 0 if self.data is None else self.data.shape[2]
 
     @property
     def width(self) -> int:
-        """Return the elements of a row."""
+        """Return the number of elements of a row."""
         assert self.data is not None
         return self.data.shape[3]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the elements' type."""
+        """Return the dtype of the elements."""
         assert self.data is not None
         return self.data.dtype
 
@@ -83,7 +84,7 @@ class Rows:
 
         Cost: N * W elements read and written.
         """
-        # One reference: the model's thread may replace the rows by more of them meanwhile.
+        # A local reference: the model's thread may replace `self.data` by a larger allocation meanwhile.
         data = self.data
         assert data is not None
         if self.mover is not None and data.device.type == out.device.type == "cpu":
@@ -100,7 +101,7 @@ class Rows:
         if out.is_contiguous():
             self.take(heads, places, out.view(-1, out.shape[3]))
         elif self.mover is not None and self.device.type == out.device.type == "cpu" and self.data is not None:
-            # A head's rows lie together in a buffer that has room for more.
+            # `out` is part of a larger buffer: each head's rows are contiguous, heads are not.
             self.mover.gather(self.data, heads, places, out.view(-1, *out.shape[2:]))
         else:
             rows = torch.empty(len(places), out.shape[3], dtype=out.dtype, device=out.device)
@@ -108,7 +109,7 @@ class Rows:
             out.copy_(rows.view(out.shape))
 
     def append(self, *parts: Tensor) -> None:
-        """Write new rows; `parts` ([B, Hkv, T, w] each) lie side by side in a row.
+        """Append rows, made of `parts` ([B, Hkv, T, w] each) side by side.
 
         Cost: T * W elements written; when the capacity grows, one copy of all rows.
         """
@@ -120,13 +121,13 @@ class Rows:
         place, at = self.data.narrow(2, self.length, n_new), 0
         for part in parts:
             width = part.shape[-1]
-            # A deliberate copy: records live in the pool from here on (device to host on a GPU).
+            # A deliberate copy into the pool (device to host on a GPU).
             place.narrow(3, at, width).copy_(part)
             at += width
         self.length += n_new
 
     def ensure(self, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-        """Make room for shape[2] tokens in all, growing by a quarter where the ledger has room for it."""
+        """Make room for shape[2] rows in all, and a quarter more where the ledger has room for it."""
         batch, heads, need, width = shape
         capacity = self.capacity
         if need <= capacity:
@@ -136,7 +137,7 @@ class Rows:
             wanted = self.reserve
         else:
             n = self.row_tokens
-            # In tokens: whoever admits the context counts on steps of so many of them.
+            # In tokens: admission assumes growth in steps of tokens.
             wanted = -(-grow_capacity(capacity * n, need * n) // n) if self.ledger.roomy else need
         if not self.ledger.has_room(wanted * row_bytes):
             wanted = need
@@ -155,9 +156,9 @@ class Rows:
         self.data = grown
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Keep the rows at ascending `positions` of every sequence and head, and free what they no longer need.
+        """Keep the rows at ascending `positions` of every sequence and head, and free the rest.
 
-        Where the allocation stays (its reserve is that small, or nothing larger may be charged) rows move within it.
+        Rows move within the allocation where a smaller one is not allowed (the reserve) or has no room beside it.
 
         Cost: K rows of every head read and written.
         """
@@ -167,7 +168,7 @@ class Rows:
         wanted = max(n, min(self.reserve, capacity))
         row_bytes = batch * heads * width * self.data.element_size()
         if wanted == capacity or not self.ledger.has_room(wanted * row_bytes):
-            # In place is safe in ascending order: row j moves to a place no later than its own.
+            # Safe in place: positions are ascending, so no row moves to a later place.
             for start in range(0, n, MOVE_ROWS):
                 piece = gather_rows(self.data, positions[..., start : start + MOVE_ROWS])
                 self.data[:, :, start : start + piece.shape[2]].copy_(piece)
@@ -182,7 +183,7 @@ class Rows:
         self.data, self.length = kept, n
 
     def crop(self, n_tokens: int) -> None:
-        """Forget the `n_tokens` newest rows."""
+        """Remove the `n_tokens` newest rows."""
         self.length = max(0, self.length - n_tokens)
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
@@ -190,10 +191,10 @@ class Rows:
         if self.data is None:
             return
         if sequences.tolist() == list(range(self.data.shape[0])):
-            return  # Beams that did not move: nothing to copy. (Beam search itself waits for the device here.)
+            return  # Beams that stayed: nothing to copy. (Beam search waits for the device here anyway.)
         where = sequences.to(self.device)
         if len(sequences) == self.data.shape[0]:
-            # In place, a few tokens at a time: beams need no second copy of a layer under a tight limit.
+            # In place, a few tokens at a time: no second copy of a layer, which a tight limit may not allow.
             for start in range(0, self.length, REORDER_TOKENS):
                 piece = self.data[:, :, start : min(start + REORDER_TOKENS, self.length)]
                 piece.copy_(piece.index_select(0, where))
@@ -206,12 +207,12 @@ class Rows:
         self.ledger.release(old_bytes)
 
     def join(self, other: Rows, length: int, batches: tuple[int, int]) -> None:
-        """Put another's sequences behind these, all of `length` rows: zeros before those that have fewer, or none.
+        """Append another's sequences to the batch, all with `length` rows; shorter ones are left-padded with zeros.
 
         `other` is empty afterwards.
 
         Args:
-            batches: the sequences of both, where one has no rows yet.
+            batches: the number of sequences of both: one may have no rows yet.
 
         Cost: one copy of both.
         """
@@ -239,7 +240,7 @@ class Rows:
 
 
 def spread_heads(positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, " N"]:
-    """Return, for every position, the number of its head over all sequences."""
+    """Return the head of every position, numbered over all sequences."""
     batch, heads, n = positions.shape
     return torch.arange(batch * heads, device=positions.device).repeat_interleave(n)
 

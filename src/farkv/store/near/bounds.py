@@ -1,7 +1,7 @@
-"""The page bounds of one layer: what is scored instead of the keys where whole pages are chosen.
+"""The page bounds of one layer: scored in place of the keys where whole pages are chosen (Quest).
 
-In: bounds of new keys. Out: the bounds of every page, in place, the unfinished one's included. Knows bytes;
-`math.bounds` knows the maths.
+In: bounds of new keys. Out: the bounds of every page, the unfinished one included, in place. Knows bytes;
+`math.bounds` has the maths.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from farkv.store.ledger import Ledger
 
 
 class PageBounds:
-    """A row per page: the keys' least coordinates, then their greatest."""
+    """One row per page: the minimum of every key coordinate, then the maxima."""
 
     def __init__(self, ledger: Ledger, device: torch.device, reserve: int, page: int):
-        """Make room for `reserve` tokens at first."""
+        """Make the first allocation for `reserve` tokens."""
         self.rows = Rows(ledger, device=device, reserve=-(-reserve // page), row_tokens=page)
         self.page = page
-        # Tokens whose keys the bounds hold.
+        # Tokens that the bounds cover.
         self.length = 0
 
     @property
     def unfinished(self) -> int:
-        """Return the tokens of the last page, 0 where it is full."""
+        """Return the number of tokens in the last page, 0 where it is full."""
         return self.length % self.page
 
     def append(self, bounds: Tensor, n_tokens: int) -> None:
-        """Add bounds of `n_tokens` new tokens, [B, Hkv, P, 2D]; the first joins the unfinished page, if there is one.
+        """Add bounds of `n_tokens` new tokens, [B, Hkv, P, 2D]; the first is merged into the unfinished page, if any.
 
         Cost: P rows written; when the capacity grows, one copy of all rows.
         """
@@ -49,14 +49,14 @@ class PageBounds:
         return self.rows.view()[:, :, : -(-n_tokens // self.page)]
 
     def crop(self, now: Cropped) -> None:
-        """Forget the newest tokens, and the page that they leave unfinished: its bounds hold theirs."""
+        """Remove the newest tokens, and the page that they leave unfinished: its bounds still include them."""
         if self.length > now.length:
             self.length = now.length
             self.length -= self.unfinished
             self.rows.length = self.length // self.page
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Forget everything: what is left of the records stands on other pages."""
+        """Remove everything: after an eviction records are on other pages."""
         self.clear()
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:

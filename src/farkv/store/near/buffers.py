@@ -1,6 +1,6 @@
-"""Near memory where it is a tier of its own: two fetch buffers in turn, and each layer's recent window.
+"""Near memory where it is a tier of its own: two alternating fetch buffers, and each layer's recent window.
 
-In: rows. Out: places to fetch into, and the window's rows. Everything is charged to the near ledger.
+In: rows. Out: buffers to fetch into, and the window's rows. Everything is charged to the near ledger.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from farkv.store.ledger import Ledger
 
 
 class Buffers:
-    """Two row buffers used in turn by consecutive layers, so that one is filled while the other is read."""
+    """Two buffers that consecutive layers use in turn: one is filled while the other is read."""
 
     def __init__(self, ledger: Ledger, device: torch.device):
         self.ledger, self.device = ledger, device
         self._areas: list[Tensor | None] = [None, None]
 
     def take(self, turn: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
-        """Return the buffer of this turn as [B, Hkv, K, W]; it grows only with the context."""
+        """Return this turn's buffer as [B, Hkv, K, W]; it grows as needed."""
         n = shape[0] * shape[1] * shape[2] * shape[3]
         area = self._areas[turn]
         if area is None or area.numel() < n or area.dtype != dtype:
@@ -28,7 +28,7 @@ class Buffers:
                 self._areas[turn] = None
                 self.ledger.release(area.numel() * area.element_size())
             self.ledger.charge(n * torch.empty((), dtype=dtype).element_size())
-            # Zeros, not garbage: a row that was never fetched is masked, and 0 * NaN would not be.
+            # Zeros: a row that was never fetched is masked, but must be finite, since 0 * NaN is NaN.
             area = torch.zeros(n, dtype=dtype, device=self.device)
             self._areas[turn] = area
         return area[:n].view(shape)
@@ -42,7 +42,7 @@ class Buffers:
 
 
 class RecentWindow:
-    """The newest records of one layer, near: [B, Hkv, up to 2n, W], slid to the front when full."""
+    """The newest records of one layer, near: [B, Hkv, up to 2n, W], moved to the front when full."""
 
     def __init__(self, ledger: Ledger, device: torch.device, n: int):
         self.ledger, self.device, self.n = ledger, device, n
@@ -50,7 +50,10 @@ class RecentWindow:
         self.length = 0
 
     def push(self, *parts: Tensor) -> None:
-        """Add new rows, whose parts lie side by side; only the last `n` are kept."""
+        """Add new rows, made of `parts` side by side; only the last `n` are kept."""
+        if parts[0].shape[2] > self.n:
+            # The rows before these are not kept here: older rows must not take their place after a crop.
+            self.length = 0
         parts = tuple(part[:, :, -self.n :] for part in parts)
         batch, heads, n_new, _ = parts[0].shape
         if self.data is None:
@@ -69,20 +72,20 @@ class RecentWindow:
         self.length += n_new
 
     def newest(self, n: int) -> Tensor | None:
-        """Return the last `n` rows, [B, Hkv, n, W], or None where a crop has left fewer."""
+        """Return the last `n` rows, [B, Hkv, n, W], or None where fewer are left after a crop."""
         if self.data is None or self.length < n:
             return None
         return self.data[:, :, self.length - n : self.length]
 
     def crop(self, now: Cropped) -> None:
-        """Forget the newest rows."""
+        """Remove the newest rows."""
         self.length = max(0, self.length - now.n_tokens)
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Nothing: an eviction leaves the newest rows."""
+        """Do nothing: an eviction never removes the newest rows."""
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
-        """Forget the rows: the pool has them."""
+        """Drop the rows: the pool has them."""
         self.clear()
 
     def clear(self) -> None:

@@ -1,7 +1,7 @@
-"""The near index of one layer: what is scored instead of the keys.
+"""The near index of one layer: scored in place of the keys.
 
-In: codes of new keys. Out: the stored codes, in place, with what turns a query into their space. Rows hold int8
-codes (ours) or the model's own dtype (the paper's partial keys). Knows bytes; `math.index` knows the maths.
+In: codes of new keys. Out: the stored codes, in place, and the projection of queries. Rows hold int8 codes (ours) or
+the model's dtype (the paper's partial keys). Knows bytes; `math.index` has the maths.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from farkv.store.ledger import Ledger
 
 
 class Projection(NamedTuple):
-    """How a query and a key meet in the index: score = (q @ query * scale) . ((k - mean) @ key / scale).
+    """How queries and keys are projected: score = (q @ query * scale) . ((k - mean) @ key / scale).
 
-    The batch axis is 1 where a profile serves all sequences.
+    The batch axis is 1 where all sequences share a profile.
     """
 
     query: Float32[Tensor, "b Hkv D R"]
@@ -47,13 +47,13 @@ class LayerIndex:
         return 0 if data is None else data.shape[0] * data.shape[1] * data.shape[3] * data.element_size()
 
     def append(self, codes: Tensor, room: int = 0) -> None:
-        """Add codes of new tokens, [B, Hkv, T, R], of `room` tokens in all where more are to come."""
+        """Add codes of new tokens, [B, Hkv, T, R]; make room for `room` tokens in all where more are to come."""
         if room:
             self.rows.ensure((codes.shape[0], codes.shape[1], room, codes.shape[3]), codes.dtype)
         self.rows.append(codes)
 
     def replace(self, new: Projection, sequences: Int[Tensor, " n"], batch: int) -> None:
-        """Give some of the `batch` sequences another projection; their codes are to be written anew."""
+        """Replace the projection of some of the `batch` sequences; the caller then rewrites their codes."""
         old = self.projection or Projection._make(torch.zeros_like(t[:1]) for t in new)
         self.projection = Projection._make(
             was.expand(batch, -1, -1, -1).index_copy(0, sequences, now.expand(len(sequences), -1, -1, -1))
@@ -61,11 +61,11 @@ class LayerIndex:
         )
 
     def write(self, sequences: Int[Tensor, " n"], start: int, codes: Tensor) -> None:
-        """Write other codes, [n, Hkv, T, R], of some sequences' tokens from `start` on."""
+        """Overwrite some sequences' codes, [n, Hkv, T, R], from token `start` on."""
         self.rows.read(start, start + codes.shape[2])[sequences] = codes
 
     def join(self, other: LayerIndex, length: int, batches: tuple[int, int]) -> None:
-        """Put another's sequences behind these, all with `length` codes; a projection that is missing is zeros."""
+        """Append another's sequences to the batch, all with `length` codes; a missing projection becomes zeros."""
         known = [p for p in (self.projection, other.projection) if p is not None]
         if not known:
             return
@@ -84,12 +84,12 @@ class LayerIndex:
         return self.rows.view()
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Keep the codes at these positions; all rows were indexed before."""
+        """Keep the codes at these positions; all rows are indexed."""
         if self.rows.data is not None:
             self.rows.keep(positions.to(self.rows.device))
 
     def crop(self, now: Cropped) -> None:
-        """Forget the newest tokens, as far as they are indexed."""
+        """Remove the newest tokens, as far as they are indexed."""
         if self.length > now.length:
             self.rows.crop(self.length - now.length)
 
@@ -99,7 +99,7 @@ class LayerIndex:
         if self.projection is not None:
             *shared, scale = self.projection
             at = sequences.to(scale.device)
-            # A batch axis of 1 serves all sequences; the scale has one row per sequence, even where that is one.
+            # A batch axis of 1 is shared by all sequences; the scale always has one row per sequence.
             shared = [p if p.shape[0] == 1 else p.index_select(0, at) for p in shared]
             self.projection = Projection._make([*shared, scale.index_select(0, at)])
 

@@ -1,7 +1,7 @@
-"""Records of a layer that a plan keeps near for the whole answer, so that no fetch need bring them.
+"""Records of a layer that a plan pins near for the whole answer, so that fetches skip them.
 
-In: rows and their places in the pool. Out: where their copies are. Copies are charged to the near ledger, the table of
-their places to the pool's.
+In: rows and their positions in the pool. Out: the slots of their copies. Copies are charged to the near ledger, the
+table of slots to the pool's ledger.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from farkv.store.far.rows import Rows
 from farkv.store.follow import Cropped
 from farkv.store.ledger import Ledger
 
-# The place of a pinned copy, int32, per record of the pool.
+# Per record of the pool: the slot of its copy, int32.
 SLOT_BYTES = 4
 
 
 class Pinned:
-    """Records of one layer that stay near: their rows, and for every pool row the place of its copy, -1 without one."""
+    """Pinned records of one layer: their rows, and for every pool row the slot of its copy, -1 without one."""
 
     def __init__(self, near: Ledger, device: torch.device, home: Ledger, home_device: torch.device):
         self.rows = Rows(near, device=device)
         self.slots = Rows(home, device=home_device)
 
     def pin(self, rows: Tensor, positions: Int[Tensor, "B Hkv K"], size: tuple[int, int]) -> None:
-        """Copy the rows at `positions` of the pool near; they replace what was pinned before.
+        """Pin copies of the rows at `positions` of the pool, in place of those pinned before.
 
         Args:
-            size: rows of the pool, and how many it has room for.
+            size: rows of the pool, and its capacity.
         """
         self.clear()
         batch, heads, n = positions.shape
@@ -37,29 +37,29 @@ class Pinned:
         self.rows.append(rows)
         slots = torch.full((batch, heads, size[0]), -1, dtype=torch.int32, device=positions.device)
         slots.scatter_(-1, positions, torch.arange(n, dtype=torch.int32, device=slots.device).expand(batch, heads, n))
-        # It grows when the pool does, not before: only then is new memory admitted.
+        # It grows when the pool does: admission counts on it.
         self.slots.reserve = size[1]
         self.slots.append(slots[..., None])
 
     def append(self, n: int) -> None:
-        """Note `n` new pool rows, none of them pinned."""
+        """Add `n` new pool rows, none of them pinned."""
         if self.slots.data is not None:
             batch, heads = self.slots.data.shape[:2]
             self.slots.append(torch.full((batch, heads, n, 1), -1, dtype=torch.int32, device=self.slots.device))
 
     def find(self, positions: Int[Tensor, "B Hkv K"]) -> Int[Tensor, "B Hkv K"] | None:
-        """Return where the records at `positions` are pinned, -1 where they are not; None where nothing is."""
+        """Return the slots of the records at `positions`, -1 where they are not pinned; None where none is."""
         if self.slots.data is None:
             return None
         return self.slots.view()[..., 0].gather(-1, positions).long()
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Follow an eviction from the pool; a pinned copy of an evicted record is never asked for again."""
+        """Follow an eviction from the pool; pinned copies of evicted records stay, unused."""
         if self.slots.data is not None:
             self.slots.keep(positions.to(self.slots.device))
 
     def crop(self, now: Cropped) -> None:
-        """Forget the newest pool rows."""
+        """Remove the newest pool rows."""
         self.slots.crop(now.n_tokens)
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:

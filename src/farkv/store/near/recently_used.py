@@ -1,7 +1,7 @@
-"""The hot set of one layer: recently fetched records stay near, so that the next fetch brings only the others.
+"""The recently used set of one layer: fetched records stay near, so that the next fetch brings only the others.
 
-In: positions that a step chose. Out: where their copies are, and which slots the missing ones may take. What is chosen
-never depends on it. The least recently read copy goes first; a record and its copy are the same bytes.
+In: positions that a step chose. Out: the slots of their copies, and free slots for those that are missing. It never
+influences what is chosen. The least recently read copy is evicted first; a copy equals its record byte for byte.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from farkv.store.far.rows import Rows
 from farkv.store.follow import Cropped
 from farkv.store.ledger import Ledger
 
-# Host memory: a record's slot, int32; a slot's record and the fetch that read it last, int32 each.
+# Host memory: a record's slot, int32; a slot's record and the number of its last fetch, int32 each.
 RECORD_BYTES = 4
 SLOT_BYTES = 8
 
 
 class RecentSize(NamedTuple):
-    """What a hot set is made of: `slots` near rows of every KV head, for a pool of up to `records`."""
+    """The size of a recently used set: `slots` near rows of every KV head, for a pool of up to `records`."""
 
     batch: int
     kv_heads: int
@@ -37,54 +37,54 @@ class RecentSize(NamedTuple):
 
     @property
     def metadata_bytes(self) -> int:
-        """Bytes of the books."""
+        """Bytes of the tables that find the rows."""
         return self.batch * self.kv_heads * (self.records * RECORD_BYTES + self.slots * SLOT_BYTES)
 
 
 class Wanted(NamedTuple):
-    """One fetch against the hot set; a place is a head over all sequences, and a column of the positions.
+    """The result of looking up one fetch; `missing` is heads, numbered over all sequences, and columns of positions.
 
-    enter: which of the missing ones found a slot, None where all did.
+    enter: which of the missing records get a slot, None where all do.
     """
 
     records: Int[Tensor, "G K"]
-    # Where each record is or will be; anywhere for one that finds no slot.
+    # The slot where each record is or will be; undefined for one that gets no slot.
     slots: Int[Tensor, "G K"]
     missing: tuple[Int[Tensor, " M"], Int[Tensor, " M"]]
     enter: Bool[Tensor, " M"] | None
 
 
 class RecentlyUsed:
-    """Copies of recently fetched rows of one layer, [B, Hkv, slots, W], and the books that find them."""
+    """Copies of recently fetched rows of one layer, [B, Hkv, slots, W], and the tables that find them."""
 
     def __init__(self, near: Ledger, device: torch.device, home: Ledger, size: RecentSize):
         self.size, self.home = size, home
         self.rows = Rows(near, device=device, reserve=size.slots)
         self.rows.ensure((size.batch, size.kv_heads, size.slots, size.width), size.dtype)
         self.rows.length = size.slots
-        # A slot without a record may be read where a choice is not valid: that is masked, but must be finite.
+        # An empty slot may be read where a position is invalid: it is masked, but must be finite.
         self.rows.view().zero_()
         home.charge(size.metadata_bytes)
         heads = size.batch * size.kv_heads
-        # A record's slot is only right where that slot's owner is the record: so nothing is undone when a copy goes.
+        # A record's slot is valid only if that slot's owner is the record, so evicting a copy needs no update here.
         self.slot_of = torch.zeros(heads, size.records, dtype=torch.int32)
         self.owner = torch.full((heads, size.slots), -1, dtype=torch.int32)
         self.last_read = torch.zeros(heads, size.slots, dtype=torch.int32)
         self.n_fetches = 0
-        # Of every head the first slot, counted over all heads.
+        # The first slot of every head, in the numbering over all heads.
         self.first = (torch.arange(heads) * size.slots)[:, None]
 
     @property
     def metadata(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what finds the copies."""
+        """Return the tables that find the copies."""
         return self.slot_of, self.owner, self.last_read
 
     # --- one fetch ------------------------------------------------------------------------------------------
 
     def find(self, positions: Int[Tensor, "G K"], valid: Bool[Tensor, "G K"] | None) -> Wanted:
-        """Say which records are missing, and which slots they get; those that are here count as read.
+        """Return which records are missing, and the slots that they get; the others count as read.
 
-        Cost: some ten operations on G * K elements, and where some are missing one choice among G * slots.
+        Cost: some ten operations on G * K elements, and where records are missing, one top-k over G * slots.
         """
         self.n_fetches += 1
         slots = self.slot_of.gather(1, positions).long()
@@ -94,7 +94,7 @@ class RecentlyUsed:
         head, column = is_missing.nonzero(as_tuple=True)
         if len(head) == 0:
             return Wanted(positions, slots, (head, column), None)
-        # In host memory: reading a count waits for nothing.
+        # In host memory: reading a count needs no sync.
         rank = is_missing.cumsum(1)
         n = min(self.size.slots, int(rank[:, -1].max()))
         oldest = self.last_read.topk(n, largest=False)
@@ -102,13 +102,13 @@ class RecentlyUsed:
         if positions.shape[1] <= self.size.slots:
             slots[head, column] = oldest.indices[head, at]
             return Wanted(positions, slots, (head, column), None)
-        # What this fetch reads stays.
+        # Copies that this fetch reads must stay.
         enter = (at < n) & (oldest.values[head, at.clamp(max=n - 1)] < self.n_fetches)
         slots[head[enter], column[enter]] = oldest.indices[head[enter], at[enter]]
         return Wanted(positions, slots, (head, column), enter)
 
     def take_in(self, wanted: Wanted, rows: Tensor) -> None:
-        """Keep those of the missing `rows` ([M, W], near) that found a slot."""
+        """Store those of the missing `rows` ([M, W], near) that get a slot."""
         head, column = wanted.missing
         if wanted.enter is not None:
             rows, head, column = rows[wanted.enter.to(rows.device)], head[wanted.enter], column[wanted.enter]
@@ -120,18 +120,18 @@ class RecentlyUsed:
         self.slot_of[head, records] = slots.int()
 
     def read(self, wanted: Wanted, out: Tensor) -> None:
-        """Copy what has a slot into `out`, [B, Hkv, K, W], near to near; elsewhere stands some other row."""
+        """Copy the records that have a slot into `out`, [B, Hkv, K, W], near to near; other rows are undefined."""
         shape = self.size.batch, self.size.kv_heads, out.shape[2]
         self.rows.take_each(wanted.slots.view(shape).to(out.device), out)
 
     # --- the pool changes -----------------------------------------------------------------------------------
 
     def crop(self, now: Cropped) -> None:
-        """Forget copies of all records but a layer's first ones: others will stand in their places."""
+        """Drop the copies of cropped records: other records will take their positions."""
         self.owner.masked_fill_(self.owner >= now.length, -1)
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
-        """Follow an eviction from the pool: record positions[j] is record j from now on."""
+        """Follow an eviction from the pool: record positions[j] becomes record j."""
         old = positions.to(self.owner.device).reshape(self.owner.shape[0], -1)
         slots = self.slot_of.gather(1, old)
         head, record = (self.owner.gather(1, slots.long()) == old).nonzero(as_tuple=True)
@@ -140,7 +140,7 @@ class RecentlyUsed:
         self.slot_of[:, : old.shape[1]] = slots
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
-        """Put the sequences in this order, repeats allowed; their number stays."""
+        """Reorder the sequences, repeats allowed; their number must stay the same."""
         self.rows.select(sequences)
         batch, heads = self.size.batch, self.size.kv_heads
         order = (sequences.cpu()[:, None] * heads + torch.arange(heads)).reshape(batch * heads)

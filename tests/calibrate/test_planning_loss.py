@@ -13,13 +13,13 @@ from farkv.calibrate import planning
 from farkv.calibrate.curves import GRID
 from farkv.calibrate.losses import SHARES, Losses
 from farkv.calibrate.plan import Plan
-from farkv.calibrate.planning import Budget, Choice, make_plan
+from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
 from farkv.calibrate.profile import Profile
 from farkv.errors import ConfigError, ProfileError
 from farkv.show import draw_plan
 from tests.calibrate.test_planning import LAYERS, draw_curves, make_profile
 
-LOSS = Choice(rule="loss")
+LOSS = Sharing(rule="loss")
 
 
 def draw_losses(seed: int = 0) -> Losses:
@@ -46,7 +46,7 @@ def test_no_combination_of_levels_loses_less(profile: Profile, ratio: float, mon
     monkeypatch.setattr(planning, "LEVELS", 9)
     levels = np.unique(np.round(np.geomspace(max(1, round(SHARES[0] * GRID)), GRID, 9)).astype(int))
     for lever, kind in (("keep", "keep"), ("fetch", "fetch")):
-        plan = make_plan(profile, Budget(ratio=ratio), (lever,), LOSS)  # type: ignore[arg-type]
+        plan = make_plan(profile, PlanBudget(ratio=ratio), (lever,), LOSS)  # type: ignore[arg-type]
         assert profile.limited is not None
         lost = profile.limited.interpolate(kind, levels, GRID)  # type: ignore[arg-type]
         total = int(ratio * LAYERS * GRID + 1e-9)
@@ -62,15 +62,15 @@ def test_no_combination_of_levels_loses_less(profile: Profile, ratio: float, mon
 
 
 def test_what_is_held_near_has_no_loss_to_share_by(profile: Profile) -> None:
-    plan = make_plan(profile, Budget(ratio=0.2), choice=LOSS)
+    plan = make_plan(profile, PlanBudget(ratio=0.2), sharing=LOSS)
     assert [plan.get(lever).rule for lever in ("keep", "near", "fetch")] == ["loss", "xkv", "loss"]
     assert not plan.get("near").losses
 
 
 def test_every_rule_is_told_what_it_loses(profile: Profile) -> None:
-    budget = Budget(ratio=0.2)
+    budget = PlanBudget(ratio=0.2)
     for rule in ("xkv", "uniform", "pyramid", "maxmin", "paper", "loss"):
-        losses = make_plan(profile, budget, ("keep",), Choice(rule=rule)).get("keep").losses
+        losses = make_plan(profile, budget, ("keep",), Sharing(rule=rule)).get("keep").losses
         assert set(losses) == {"planned", "uniform", "least"}
         assert losses["least"] <= losses["planned"] + 1e-6
         if rule in ("uniform", "loss"):
@@ -78,7 +78,7 @@ def test_every_rule_is_told_what_it_loses(profile: Profile) -> None:
 
 
 def test_a_plan_file_holds_the_losses(profile: Profile, tmp_path) -> None:
-    plan = make_plan(profile, Budget(ratio=0.2), choice=LOSS)
+    plan = make_plan(profile, PlanBudget(ratio=0.2), sharing=LOSS)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert draw_plan(plan) is not None
@@ -86,17 +86,17 @@ def test_a_plan_file_holds_the_losses(profile: Profile, tmp_path) -> None:
 
 def test_it_refuses_what_it_cannot_do(profile: Profile) -> None:
     with pytest.raises(ConfigError, match="retention"):
-        make_plan(profile, Budget(retention=0.9), ("keep",), LOSS)
+        make_plan(profile, PlanBudget(retention=0.9), ("keep",), LOSS)
     with pytest.raises(ConfigError):
-        make_plan(profile, Budget(ratio=0.001), ("keep",), LOSS)
+        make_plan(profile, PlanBudget(ratio=0.001), ("keep",), LOSS)
     with pytest.raises(ProfileError, match="--losses"):
-        make_plan(make_profile(draw_curves()), Budget(ratio=0.2), ("keep",), LOSS)
+        make_plan(make_profile(draw_curves()), PlanBudget(ratio=0.2), ("keep",), LOSS)
 
 
 def test_bytes_and_tokens_are_budgets_too(profile: Profile) -> None:
-    by_bytes = make_plan(profile, Budget(n_bytes=256 * LAYERS * 100, context=1000), ("keep",), LOSS)
-    by_ratio = make_plan(profile, Budget(ratio=0.1), ("keep",), LOSS)
-    by_tokens = make_plan(profile, Budget(tokens=LAYERS * 100, context=1000), ("keep",), LOSS)
+    by_bytes = make_plan(profile, PlanBudget(n_bytes=256 * LAYERS * 100, context=1000), ("keep",), LOSS)
+    by_ratio = make_plan(profile, PlanBudget(ratio=0.1), ("keep",), LOSS)
+    by_tokens = make_plan(profile, PlanBudget(tokens=LAYERS * 100, context=1000), ("keep",), LOSS)
     assert cells_of(by_bytes, "keep").tolist() == cells_of(by_ratio, "keep").tolist()
     assert cells_of(by_tokens, "keep").tolist() == cells_of(by_ratio, "keep").tolist()
     assert by_tokens.get("keep").base == 8, "the window comes besides"

@@ -17,7 +17,7 @@ from tests.hf.tape import Tape, check_replay
 from tests.models import VOCAB, forward, make_model, make_prompt
 
 LAYERS, CAPACITY, CHUNK = 2, 32, 8
-# K and V of one head, float32, with place, mark and the policy's mark.
+# K and V of one head, float32, with place, score and the policy's use.
 ROW = 2 * 8 * 4 + ROW_BYTES + 4
 METHODS: dict[str, Method] = {
     "full": Full(),
@@ -49,21 +49,21 @@ def read(model: Any, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = 
 
 
 def check(cache: Any) -> None:
-    """The books agree with one another, sinks and the newest are there, and the limit holds."""
-    recipe = cache.engine
-    store, spiller = recipe.store, recipe.spiller
+    """The numbers agree with one another, sinks and the newest are there, and the limit holds."""
+    engine = cache.engine
+    store, policy = engine.store, engine.parts.eviction.policy
     assert store.host.peak <= store.host.limit
     for layer in range(LAYERS):
         n_rows, seen = store.length(layer), store.seen(layer)
-        assert n_rows <= spiller.capacity
+        assert n_rows <= policy.capacity
         assert store.evicted[layer] == seen - n_rows
         places = store.kept[layer].places.view()[..., 0]
         assert (places.diff(dim=-1) > 0).all(), "every record is there once, in the order of the text"
         assert (places[..., -1] == seen - 1).all()
-        recent = min(spiller.recent, seen)
+        recent = min(policy.recent, seen)
         assert torch.equal(places[..., -recent:], torch.arange(seen - recent, seen).expand(places[..., -recent:].shape))
-        if recipe.padding.real is None:
-            sinks = min(spiller.sinks, n_rows)
+        if engine.padding.real is None:
+            sinks = min(policy.sinks, n_rows)
             assert torch.equal(places[..., :sinks], torch.arange(sinks).expand(places[..., :sinks].shape))
 
 
@@ -161,23 +161,18 @@ class RowTape(Tape):
 
     def __enter__(self) -> RowTape:
         super().__enter__()
-        recipe = self.cache.engine
-        read, attend = recipe.store.read, recipe.attend
-
-        def record_read(layer: int, *args: Any) -> Any:
-            out = read(layer, *args)
-            _, valid = self.passes[-1].reads[layer]
-            self.passes[-1].reads[layer] = (recipe.store.locate(layer, out.positions), valid)
-            return out
+        engine = self.cache.engine
+        attend = engine.attend
 
         def record_attend(layer: int, step: Any, kernel: Any) -> Any:
-            n_rows, (batch, heads) = recipe.store.length(layer), recipe.store.heads(layer)
-            if recipe.store.evicted[layer]:
+            store = engine.store
+            n_rows, (batch, heads) = store.length(layer), store.heads(layer)
+            if store.evicted[layer] and step.n_new > 1:
                 rows = torch.arange(n_rows).expand(batch, heads, -1)
-                self.passes[-1].reads[layer] = (recipe.store.locate(layer, rows).clone(), None)
+                self.passes[-1].reads[layer] = (store.locate(layer, rows).clone(), None)
             return attend(layer, step, kernel)
 
-        recipe.store.read, recipe.attend = record_read, record_attend
+        engine.attend = record_attend
         return self
 
     def __exit__(self, *error: object) -> None:

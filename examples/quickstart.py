@@ -1,0 +1,30 @@
+"""Ask about a text while every step reads a tenth of its KV cache: an unmodified model, three lines of farkv.
+
+python examples/quickstart.py
+"""
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import farkv
+from farkv.demo import MODEL_PATH
+from farkv.demo.text import draw_prompt
+from farkv.show import draw_receipt
+
+# The model inside the package; any folder or hub id will do.
+model = AutoModelForCausalLM.from_pretrained(MODEL_PATH)
+tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
+prompt = draw_prompt(tokens=1500)
+inputs = tokenizer(prompt.text + prompt.question, return_tensors="pt")
+
+with farkv.attach(model, farkv.InfiniGen(fraction=0.1)) as far:
+    out = model.generate(**inputs, past_key_values=far.new_cache(), max_new_tokens=4, do_sample=False)
+    receipt = far.receipt()
+
+# After the `with` block the model is what it was: this reads everything.
+plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :])
+print(f"{prompt.question}{answer}, expected {prompt.answer}; the full cache's tokens: {torch.equal(out, plain)}")
+Console().print(draw_receipt(receipt))

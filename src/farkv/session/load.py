@@ -1,0 +1,117 @@
+"""Lets an engine hold a saved text, whose pages stay in the file. Nothing in the file is trusted.
+
+In: an open file, an engine, what its caller knows of the model. Out: the engine goes on from the text, or an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from farkv._axes import Int, Tensor
+from farkv.config import QUANT
+from farkv.engine.build import Choice
+from farkv.engine.setup import Levers
+from farkv.engine.step import Engine
+from farkv.errors import SessionError
+from farkv.methods import XKV
+from farkv.session.file import Saved
+from farkv.session.pages import take_text
+from farkv.session.save import describe_text
+from farkv.store.far.pages import MOST_TOKENS
+from farkv.store.records import SavedText
+from farkv.store.sizes import LayerShape
+
+# How messages call the notes, where the word is another.
+_WORDS = {"identity": "model", "record": "records"}
+
+
+class Text(NamedTuple):
+    """A saved text: its file, its tokens, how its records are coded, its pages."""
+
+    saved: Saved
+    ids: Int[Tensor, " N"]
+    quant: str | None
+    pages: SavedText
+
+
+def check_levers(choice: Choice, levers: Levers) -> None:
+    """Raise SessionError where a method does not keep the whole text, or holds some of it where it was read."""
+    if choice.keeps and not isinstance(choice.evicts, XKV):
+        raise SessionError("a session holds the whole text, and this method evicts some of it; ask with another one")
+    if choice.keeps or levers.near is not None:
+        raise SessionError("a session holds the whole text, and XKV's levers keep and near do not; ask without them")
+
+
+def open_text(path: Path, quant: str | None) -> Text:
+    """Open a saved text, as far as an engine for it must know it.
+
+    Args:
+        quant: how records are to be coded; None: as they are.
+
+    Raises:
+        SessionError: it is damaged, or its records are coded in another way.
+    """
+    saved = Saved.open(path)
+    try:
+        tokens, coding = saved.notes["page"][0], saved.notes["quant"]
+    except (LookupError, TypeError) as error:
+        raise SessionError(f"its notes are not a farkv session's ({error!r}); make it anew") from error
+    # An open page takes memory, however few tokens are in it.
+    if type(tokens) is not int or not 0 < tokens <= MOST_TOKENS or coding not in (None, *QUANT):
+        raise SessionError("its notes are not a farkv session's; make it anew")
+    if quant not in (None, coding):
+        raise SessionError(f"its quant: {coding}, expected {quant}; use what it was made with, or make another")
+    ids = saved.tensor("tokens")
+    if ids.dim() != 1 or ids.dtype != torch.int64 or len(ids) == 0:
+        raise SessionError(f"its tokens are {list(ids.shape)}, {ids.dtype}, expected a row of int64; make it anew")
+    return Text(saved, ids, coding, SavedText(saved.reader, saved.n_pages, tokens))
+
+
+def fill_engine(
+    engine: Engine, text: Text, shape: LayerShape, dtype: torch.dtype, model: dict[str, Any], chunk: int
+) -> None:
+    """Let an empty engine hold a saved text: page tables and index are filled, no page is read.
+
+    Args:
+        shape, dtype: of the model's records.
+        model: the notes on it that must be the text's; None for any.
+        chunk: tokens of what follows that will be read at once.
+
+    Raises:
+        SessionError: the text is of another model, dtype or method, or contradicts itself.
+        CapacityError: a limit cannot hold index, buffers and open pages.
+    """
+    saved, store = text.saved, engine.store
+    check_notes(saved.notes, model | describe_text(engine, shape, dtype))
+    form, (n_pages, n_open) = store.page_form(shape, dtype), divmod(len(text.ids), text.pages.page_tokens)
+    if (saved.page_bytes, saved.n_pages) != (form.n_bytes, n_pages * shape.kv_heads * len(engine.layers)):
+        raise SessionError("its pages are not those of its text; make it anew")
+    made, wanted = saved.notes.get("index"), engine.selector.describe()
+    if wanted is not None and made != wanted:
+        raise SessionError(
+            f"its index was made with {made or 'a method that has none'}, this method needs {wanted}; ask with the "
+            "options that the session was made with, or make another session"
+        )
+    # Refused before anything is read. The text is there; what comes near of it and after it needs room.
+    engine.admit(shape, dtype, store.limits.reserve_tokens, chunk)
+    tails = {layer: saved.tensor(f"tail/{layer}") for layer in store.pool}
+    ends = {(tuple(tail.shape), tail.dtype) for tail in tails.values()}
+    if ends != {((1, shape.kv_heads, n_open, form.width), form.dtype)}:
+        raise SessionError("the end of its text has another shape than its pages; make it anew")
+    engine.take_text(shape, dtype, lambda: take_text(store, n_pages, tails))
+    if wanted is not None:
+        engine.selector.take_tensors(saved.tensors("index/"), dtype, engine.records)
+
+
+def check_notes(notes: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise SessionError unless a session's notes are these; a tokenizer counts where both are known."""
+    for key, value in expected.items():
+        got = notes.get(key, "nothing")
+        if key not in notes or (got != value and not (key == "tokenizer" and None in (got, value))):
+            said, wanted = (", ".join(map(str, v.values())) if isinstance(v, dict) else v for v in (got, value))
+            raise SessionError(
+                f"its {_WORDS.get(key, key)}: {said}, expected {wanted}; use what it was made with, or make another"
+            )
