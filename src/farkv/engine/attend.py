@@ -74,7 +74,7 @@ class Attention:
         n_read = n if positions is None else positions.shape[-1] + n_tail
         self._count(records, step, step.k.shape[0] * step.k.shape[1] * n_read)
         self._trace(records, positions, None, n_tail)
-        reads = Reads(self.store.pool[layer].read(0, n), n, positions, n_tail)
+        reads = Reads(self.store.get_rows(layer), n, positions, n_tail)
         return self.fast.attend(layer, step, attention, reads)
 
     # --- chosen records -------------------------------------------------------------------------------------

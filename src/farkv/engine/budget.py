@@ -84,6 +84,8 @@ class Budgets:
         # Of a padded batch, until its mask changes.
         self._joined: dict[tuple[float, ...], Budget] = {}
         self._version = -1
+        # Layers of one step mostly ask for the same.
+        self._last: tuple[tuple[int, float], Budget] | None = None
 
     def share_of(self, layer: int) -> float:
         """Return the share of the context that a layer may read: the plan's, or the method's own."""
@@ -110,8 +112,15 @@ class Budgets:
 
     def get(self, tokens: int, layer: int) -> Budget:
         """Return a layer's budget; in a padded batch every sequence's is what it would be alone."""
+        if self.padding.real is None:
+            if self.store.evicted[layer]:
+                return self.split(tokens, layer)
+            key = tokens, self.share_of(layer)
+            if self._last is None or self._last[0] != key:
+                self._last = key, self.split(tokens, layer)
+            return self._last[1]
         budget = self.split(tokens, layer)
-        if self.padding.real is None or budget.total >= tokens:
+        if budget.total >= tokens:
             # Where everything is read, the mask alone hides padding, as in the plain model.
             return budget
         if self._version != self.padding.version:

@@ -113,7 +113,7 @@ class IndexSelector(Selector):
             return None
         fit = self.fits[layer]
         projection = fit.get_projection()
-        return IndexView(fit.index.codes(), self.coder.bits, projection.query, projection.scale)
+        return IndexView(fit.index.rows.get(), self.coder.bits, projection.query, projection.scale)
 
     # --- bytes ----------------------------------------------------------------------------------------------
 

@@ -242,6 +242,12 @@ class FarStore:
             return positions
         return self.kept[layer].places.view()[..., 0].to(positions.device).gather(-1, positions).long()
 
+    def get_rows(self, layer: int) -> Tensor:
+        """Return a layer's pool, [B, Hkv, capacity, W], as it is stored; only where it is not paged."""
+        rows = self.pool[layer]
+        assert isinstance(rows, Rows)
+        return rows.get()
+
     def rows(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Return records of a layer, [B, Hkv, n, Dk + Dv], in the pool's memory; a view unless coded or on disk."""
         stop = self.length(layer) if stop is None else stop

@@ -69,6 +69,11 @@ class Rows:
         assert self.data is not None
         return self.data.dtype
 
+    def get(self) -> Tensor:
+        """Return the allocation, [B, Hkv, capacity, W]; what lies behind the stored rows is garbage."""
+        assert self.data is not None
+        return self.data
+
     def view(self) -> Tensor:
         """Return the stored rows, [B, Hkv, S, W], without a copy."""
         assert self.data is not None
@@ -119,9 +124,13 @@ class Rows:
             self.ensure((batch, heads, self.length + n_new, width), parts[0].dtype)
             assert self.data is not None
         place, at = self.data.narrow(2, self.length, n_new), 0
+        # Deliberate copies: records live in the pool from here on (device to host on a GPU).
+        if n_new == 1 and len(parts) > 1 and parts[0].device == place.device:
+            # One token's parts are joined first: one copy is called instead of one for each.
+            place.copy_(torch.cat(parts, -1))
+            parts = ()
         for part in parts:
             width = part.shape[-1]
-            # A deliberate copy into the pool (device to host on a GPU).
             place.narrow(3, at, width).copy_(part)
             at += width
         self.length += n_new
