@@ -49,5 +49,5 @@ def run_process(*arguments: str, text: str = "") -> subprocess.CompletedProcess[
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     return subprocess.run(
         [sys.executable, "-m", "farkv.cli", *arguments],
-        capture_output=True, text=True, input=text, timeout=240, env=environment, check=False,
+        capture_output=True, text=True, input=text, timeout=600, env=environment, check=False,
     )  # fmt: skip

@@ -34,7 +34,7 @@ def run_on_terminal(*arguments: str) -> str:
                 found += piece
         except OSError:
             pass  # Linux says so that the last writer has gone.
-        assert process.wait(timeout=60) == 0, found.decode()
+        assert process.wait(timeout=600) == 0, found.decode()
     os.close(ours)
     return found.decode()
 

@@ -74,7 +74,7 @@ def test_curves_that_do_not_fit_are_refused(made: Profile, tmp_path: Path) -> No
 
 
 def test_missing_layers_and_other_models_are_named(made: Profile) -> None:
-    with pytest.raises(ProfileError, match="nothing for layer 1"):
+    with pytest.raises(ProfileError, match="lacks layer 1"):
         made.svd(1)
     made.check(WHO)
     with pytest.raises(ProfileError, match="weights is 'abc', the model's is 'xyz'"):

@@ -98,13 +98,20 @@ def test_a_near_store_asks_for_no_estimate(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_hooks_where_nothing_is_speculated() -> None:
     model = make_model("llama")
-    with farkv.attach(model, Full()):
-        blocks = [len(block._forward_pre_hooks) for block in model.model.layers]
-        after = [len(block.self_attn._forward_hooks) for block in model.model.layers]
-    with farkv.attach(model, InfiniGen(), near="1MiB"):
-        before_managed = [len(block._forward_pre_hooks) for block in model.model.layers]
-    assert sum(blocks) + sum(after) == 0
-    assert before_managed == [1, 1, 1, 0]
+
+    def count(method: Any, near: str | None, n_caches: int) -> tuple[list[int], list[int]]:
+        with farkv.attach(model, method, near=near) as far:
+            for _ in range(n_caches):
+                far.new_cache()
+            blocks = [len(block._forward_pre_hooks) for block in model.model.layers]
+            return blocks, [len(block.self_attn._forward_hooks) for block in model.model.layers]
+
+    # Records that do not travel need no estimate, nor does a handle that has no cache yet.
+    for nothing in ((Full(), "1MiB", 1), (InfiniGen(), None, 1), (InfiniGen(), "1MiB", 0)):
+        assert count(*nothing) == ([0] * 4, [0] * 4)
+    for n_caches in (1, 2):
+        assert count(InfiniGen(), "1MiB", n_caches) == ([1, 1, 1, 0], [1, 1, 1, 0])
+    assert count(InfiniGen(), None, 0) == ([0] * 4, [0] * 4), "detached"
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.startswith("gemma")])

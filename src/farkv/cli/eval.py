@@ -127,7 +127,7 @@ def split(text: str, option: str) -> tuple[str, ...]:
     """
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not parts:
-        raise ConfigError(f"{option}: expected names separated by commas, got {text!r}")
+        raise ConfigError(f"{option}: expected comma-separated names, got {text!r}")
     return parts
 
 
@@ -140,7 +140,7 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in split(text, "--fractions"))
     except ValueError as error:
-        raise ConfigError(f"--fractions: expected numbers separated by commas, got {text!r}") from error
+        raise ConfigError(f"--fractions: expected comma-separated numbers, got {text!r}") from error
     for fraction in found:
         check_fraction(fraction)
     return found

@@ -126,7 +126,7 @@ def parse_weights(text: str | None, rule: str) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise ConfigError(f"--weights: expected numbers separated by commas, got {text!r}") from error
+        raise ConfigError(f"--weights: expected comma-separated numbers, got {text!r}") from error
 
 
 def find_profile_of(model: str) -> Path:
