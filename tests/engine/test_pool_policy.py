@@ -212,3 +212,27 @@ def test_the_token_after_a_prompt_that_fills_the_pool_has_room() -> None:
             for token in ids[0, :8]:
                 model(input_ids=token[None, None], past_key_values=cache)
             assert far.receipt().kv_bytes.host_peak <= host
+
+
+@pytest.mark.parametrize("announced", [0, 600, 6000])
+@pytest.mark.parametrize("place", [{"quant": "int8"}, {"near": 60_000}, {"near": 200_000}], ids=str)
+def test_what_was_admitted_finds_room_to_its_end(place: dict[str, Any], announced: int) -> None:
+    # What is beside the records (index, buffers, uses) is as large as steps of the whole context make it.
+    model, ids, done = make_model("llama", max_position_embeddings=8192), make_prompt(1, tokens=320)["input_ids"], 0
+    for host in range(60_000, 240_000, 30_000):
+        with farkv.attach(model, InfiniGen(fraction=0.3), host=host, evict="lru", profile=False, **place) as far:
+            try:
+                cache = far.new_cache(tokens=announced, chunk_tokens=16)
+                forward(model, ids[:, : cache.engine.announce_prompt(320, 16)], cache)
+            except CapacityError:
+                assert not done, "what had room has room under a larger limit"
+                continue
+            at = cache.get_seq_length()
+            for part in ids[:, at:].split(cache.engine.announce_prompt(320, 16), 1):
+                forward(model, part, cache)
+            for token in ids[0, :4]:
+                forward(model, token[None, None], cache)
+            assert far.receipt().kv_bytes.host_peak <= host
+            assert cache.engine.store.near.peak <= place.get("near", host)
+            done += 1
+    assert done or (announced == 6000 and place.get("near") == 60_000), "the index of a long context has no room"
