@@ -10,15 +10,15 @@ from farkv.hf.load import load_model
 from farkv.methods import METHODS
 
 model, tokenizer = load_model("demo")
-drawn = draw_prompt(tokens=1000)
+drawn = draw_prompt(tokens=800)
 prompt = build_prompt(tokenizer, drawn.text, drawn.question)
 
 print(f"{'method':10} answer    read   index    kept  KL to full  mass found")
-for name in ("full", "infinigen", "pages", "lowbit", "oracle", "window", "snapkv", "h2o"):
+for name in ("full", "infinigen", "pages", "lowbit", "oracle", "window", "snapkv"):
     config = METHODS[name].config
     method = config() if name == "full" else config(fraction=0.1)
     with farkv.attach(model, method) as far:
-        cache = far.new_cache(tokens=prompt.n_tokens + 4, verify=8)
+        cache = far.new_cache(tokens=prompt.n_tokens + 4, verify=6)
         # As `farkv run`: the text is read, then the question is fed token by token, as decode steps.
         answer = ask(far, tokenizer, prompt, cache=cache, decoding=Decoding(max_new_tokens=4))
         receipt = far.receipt(cache)
