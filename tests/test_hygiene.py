@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import farkv
 from farkv.engine import bytes_recent
-from farkv.store import link
 from farkv.methods import METHODS as TABLE
 from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.store import link
 from tests.models import forward, make_model, make_prompt
 
 SOURCE = Path(farkv.__file__).parent
