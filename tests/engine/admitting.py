@@ -7,7 +7,7 @@ from typing import Any
 from farkv.engine.admit import Admission
 from farkv.engine.budget import Budgets
 from farkv.engine.bytes_near import plan_near
-from farkv.engine.bytes_need import Limits, Need
+from farkv.engine.bytes_need import ByteLimits, Need
 from farkv.engine.mode import Mode
 from farkv.engine.padding import Padding
 from farkv.methods.base import Cap, Place, Selector
@@ -43,7 +43,7 @@ class Gate(Admission):
         need = super()._count_need(shape, *numbers)
         return need._replace(pinned_bytes=lambda n: self.spare * shape.batch) if self.spare else need
 
-    def count(self, shape: LayerShape, tokens: int) -> tuple[Need, Limits]:
+    def count(self, shape: LayerShape, tokens: int) -> tuple[Need, ByteLimits]:
         """Return what a decode step of a context of so many tokens needs, and what is allowed."""
         return self.count_join(shape, tokens)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from hypothesis import strategies as st
 
 from farkv.engine.bytes import BytePlan, plan_bytes
-from farkv.engine.bytes_need import Held, Keep, Limits, Need, Page, Pages, Pool, Sets
+from farkv.engine.bytes_need import ByteLimits, Held, Need, PagesHeld, PageSize, PoolNeed, SetsHeld, SharesNeed
 from farkv.errors import CapacityError
 from farkv.store.sizes import LayerShape, grow_capacity
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     place: str
     need: Need
     held: Held
-    limits: Limits
+    limits: ByteLimits
 
     def plan(self) -> BytePlan | CapacityError:
         """Return the plan, or its refusal."""
@@ -80,9 +80,9 @@ def needs(draw: st.DrawFn, place: str) -> Need:
     stored = draw(st.integers(1, shape.record_bytes)) if coded else shape.record_bytes
     keep = pool = None
     if kind == "keep":
-        keep = Keep({i: draw(st.integers(1, tokens)) for i in layers}, draw(st.integers(0, 10**5)))
+        keep = SharesNeed({i: draw(st.integers(1, tokens)) for i in layers}, draw(st.integers(0, 10**5)))
     if kind == "pool":
-        pool = Pool(draw(st.integers(0, 4)), draw(st.integers(1, 17)), stored + 10, 0, 0)
+        pool = PoolNeed(draw(st.integers(0, 4)), draw(st.integers(1, 17)), stored + 10, 0, 0)
     return Need(
         shape=shape,
         layers=layers,
@@ -123,9 +123,9 @@ def cases(draw: st.DrawFn, place: str) -> Case:
     page = None
     if place.startswith("disk"):
         tokens = draw(st.sampled_from([1, 4, 16, 64]))
-        page = Page(tokens, tokens * need.stored_bytes)
+        page = PageSize(tokens, tokens * need.stored_bytes)
     home = near if place == "near" else host
-    limits = Limits(
+    limits = ByteLimits(
         near, host, home, "near" if place == "near" else "host", far, shares, need.pinned_bytes(1000) > 0, page,
         limit() if page else None,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn, place: str) -> Case:
     return Case(place, need, hold_nothing(need, limits), limits)
 
 
-def begin(need: Need, limits: Limits, place: str) -> Case:
+def begin(need: Need, limits: ByteLimits, place: str) -> Case:
     """Return the case of a pass where an earlier plan, of a context half as long, was used to the full."""
     empty = hold_nothing(need, limits)
     before = need._replace(tokens=max(1, need.tokens // 2), n_rows=max(1, need.n_rows // 2), n_new=1, chunk=0)
@@ -148,17 +148,17 @@ def begin(need: Need, limits: Limits, place: str) -> Case:
     return Case(place, need, hold(before, limits, plan), limits)
 
 
-def hold_nothing(need: Need, limits: Limits) -> Held:
+def hold_nothing(need: Need, limits: ByteLimits) -> Held:
     """Return what an empty cache holds."""
     return Held(dict.fromkeys(need.layers, 0), dict.fromkeys(need.layers, 0), pages=no_pages(limits))
 
 
-def no_pages(limits: Limits) -> Pages | None:
+def no_pages(limits: ByteLimits) -> PagesHeld | None:
     """Return the pages of an empty cache."""
-    return None if limits.page is None else Pages(limits.disk is not None, 0, 0, 0, 0, 0, 0)
+    return None if limits.page is None else PagesHeld(limits.disk is not None, 0, 0, 0, 0, 0, 0)
 
 
-def hold(need: Need, limits: Limits, plan: BytePlan) -> Held:
+def hold(need: Need, limits: ByteLimits, plan: BytePlan) -> Held:
     """Return what is held where a plan was used to the full."""
     heads = need.shape.batch * need.shape.kv_heads
     capacity = {i: grow_capacity(0, n) if plan.home_grows else n for i, n in plan.rows.items()}
@@ -166,12 +166,12 @@ def hold(need: Need, limits: Limits, plan: BytePlan) -> Held:
     pages, sets = None, None
     if plan.recent.records:
         n_bytes = len(plan.recent.records) * plan.recent.slots * heads * need.stored_bytes
-        sets = Sets(plan.recent.records, need.shape.batch, n_bytes, count_metadata(need, plan))
+        sets = SetsHeld(plan.recent.records, need.shape.batch, n_bytes, count_metadata(need, plan))
     if limits.page is not None and plan.cache is not None:
         n = len(need.layers) * heads * (need.n_rows // limits.page.tokens)
         room = plan.cache.room - plan.recent.pages
         on_disk = n * limits.page.n_bytes if limits.disk is not None else 0
-        pages = Pages(limits.disk is not None, 0, n, room, min(n, room), plan.cache.piece, on_disk)
+        pages = PagesHeld(limits.disk is not None, 0, n, room, min(n, room), plan.cache.piece, on_disk)
         capacity = dict.fromkeys(need.layers, need.n_rows)
         layer_bytes = dict.fromkeys(need.layers, 0)
     near = plan.near.need

@@ -21,7 +21,7 @@ from farkv.bench.report import draw_machine, format_ms, make_table
 from farkv.bench.shapes import SHAPES, ModelShape, format_tokens
 from farkv.bench.timing import measure_interleaved, summarize
 from farkv.calibrate.crossover import read_cpu_model, save_crossover
-from farkv.engine.build import Choice, make_engine
+from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Setup
 from farkv.kernels.native import IndexView, Native, Rows
 from farkv.math.logits import Logits
@@ -52,7 +52,7 @@ class SelectRunner:
     def __init__(self, dense: DenseNativeRunner):
         self.dense, self.n_layers = dense, dense.n_layers
         case = dense.case
-        engine = make_engine(Choice(InfiniGen()), Setup([0], case.device, Account()))
+        engine = make_engine(Roles(InfiniGen()), Setup([0], case.device, Account()))
         cap = engine.parts.budgets.split(case.context + 1, 0)
         self.sinks, self.tail, self.cap = cap.sinks, cap.tail, cap.early + cap.late
         coder = InfiniGen().make_coder(engine.selector.place)

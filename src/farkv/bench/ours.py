@@ -11,7 +11,7 @@ from farkv._axes import Tensor
 from farkv.bench.case import Case, Traffic
 from farkv.bench.fill import CHUNK_TOKENS, KVSource
 from farkv.bench.torch_attention import Attention
-from farkv.engine.build import Choice, make_engine
+from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Kernels, Setting, Setup
 from farkv.engine.step import Engine
 from farkv.kernels.native import Native, Rows
@@ -50,7 +50,7 @@ class InfiniGenRunner:
         limits = StoreLimits(reserve_tokens=case.context + MOST_GROWTH + 2 * self.least_tokens, quant=quant)
         layers = list(range(self.n_layers))
         setup = Setup(layers, case.device, self.account, Setting(limits, kernels=Kernels(kernels)))
-        self.engine = make_engine(Choice(config), setup)
+        self.engine = make_engine(Roles(config), setup)
         self.engine.announce_prompt(case.context, CHUNK_TOKENS)
         self.attention = Attention(case.shape)
         for layer in layers:

@@ -6,7 +6,7 @@ import gc
 
 from farkv.engine.budget import Budgets
 from farkv.engine.bytes import BytePlan, plan_bytes
-from farkv.engine.bytes_need import Held, Limits, Need, Page, Pages, Pool, Sets
+from farkv.engine.bytes_need import ByteLimits, Held, Need, PagesHeld, PageSize, PoolNeed, SetsHeld
 from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import USE_BYTES, PoolPolicy
 from farkv.engine.shares import Shares
@@ -83,7 +83,7 @@ class Admission:
         capacity, pinned = self.policy.capacity, self.policy.sinks + self.policy.recent
         return min(n_tokens, max(1, min(capacity // 4, capacity - pinned)))
 
-    def count_join(self, shape: LayerShape, tokens: int) -> tuple[Need, Limits]:
+    def count_join(self, shape: LayerShape, tokens: int) -> tuple[Need, ByteLimits]:
         """Return what a joined batch of `tokens` needs at its next step, and what is allowed."""
         return self._count_need(shape, tokens, tokens, 1, 0), self._take_limits()
 
@@ -128,15 +128,15 @@ class Admission:
             pool=None if self.policy is None else self._count_pool(self.policy, stored),
         )
 
-    def _count_pool(self, policy: PoolPolicy, stored_bytes: int) -> Pool:
+    def _count_pool(self, policy: PoolPolicy, stored_bytes: int) -> PoolNeed:
         row_bytes = stored_bytes + ROW_BYTES + USE_BYTES
-        return Pool(policy.sinks, policy.recent, row_bytes, self.store.length(self.layers[0]), policy.capacity)
+        return PoolNeed(policy.sinks, policy.recent, row_bytes, self.store.length(self.layers[0]), policy.capacity)
 
-    def _take_limits(self) -> Limits:
+    def _take_limits(self) -> ByteLimits:
         store = self.store
         cache, disk = store.page_cache, store.limits.disk
         form = None if cache is None else cache.pages.form
-        return Limits(
+        return ByteLimits(
             near=store.near.limit,
             host=store.host.limit,
             home=store.home.limit,
@@ -144,7 +144,7 @@ class Admission:
             is_far=store.is_far,
             near_shares_host=store.near.parent is not None,
             pins=store.pins,
-            page=None if form is None else Page(form.tokens, form.n_bytes),
+            page=None if form is None else PageSize(form.tokens, form.n_bytes),
             disk=None if disk is None else disk.ledger.limit,
         )
 
@@ -163,7 +163,7 @@ class Admission:
             metadata_has_room=all(part.capacity > part.length for part in [*metadata, *store.shadow.values()]),
             sets=None
             if not sets
-            else Sets(
+            else SetsHeld(
                 {i: each.size.records for i, each in sets.items()},
                 next(iter(sets.values())).size.batch,
                 sum(each.rows.n_bytes for each in sets.values()),
@@ -204,7 +204,7 @@ def count_held(store: Store, layer: int) -> int:
     return store.pool[layer].n_bytes + metadata + (pinned.slots.n_bytes if pinned else 0)
 
 
-def take_pages(store: Store) -> Pages | None:
+def take_pages(store: Store) -> PagesHeld | None:
     """Return the pages that there are; None where records are not on disk."""
     cache = store.page_cache
     if cache is None:
@@ -212,7 +212,7 @@ def take_pages(store: Store) -> Pages | None:
     n_tabled = sum(
         rows.heads[0] * rows.heads[1] * rows.table.length for rows in store.pool.values() if isinstance(rows, PagedRows)
     )
-    return Pages(
+    return PagesHeld(
         has_file=cache.pages.file is not None,
         n_saved=cache.pages.n_saved,
         n_tabled=n_tabled,

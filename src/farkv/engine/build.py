@@ -25,7 +25,7 @@ from farkv.store.records import Needs, StoreLimits
 from farkv.store.tiers import Store
 
 
-class Choice(NamedTuple):
+class Roles(NamedTuple):
     """The methods of one engine: what selects, and what evicts; None where neither does so.
 
     keeps: layers keep shares; without it the evictor's scores only say what is pinned near.
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
     keeps: bool = False
 
 
-def make_engine(choice: Choice, setup: Setup) -> Engine:
+def make_engine(roles: Roles, setup: Setup) -> Engine:
     """Set up the engine of one cache.
 
     Raises:
@@ -44,10 +44,10 @@ def make_engine(choice: Choice, setup: Setup) -> Engine:
     """
     setting, levers = setup.setting, setup.setting.levers
     # What keeps only what it reads is read whole, and lives near.
-    lives_near = choice.selects is None
-    config: Method = Full() if choice.selects is None else choice.selects
-    row, evicting = find_row(config), None if choice.evicts is None else find_row(choice.evicts)
-    store = make_store(setup, row, evicting, choice, lives_near=lives_near)
+    lives_near = roles.selects is None
+    config: Method = Full() if roles.selects is None else roles.selects
+    row, evicting = find_row(config), None if roles.evicts is None else find_row(roles.evicts)
+    store = make_store(setup, row, evicting, roles, lives_near=lives_near)
     place = Place(
         setup.layers,
         setup.device,
@@ -66,10 +66,10 @@ def make_engine(choice: Choice, setup: Setup) -> Engine:
     if spills(store.limits):
         policy = PoolPolicy(store, selector.cap.sinks, store.window)
     evictor = None
-    if choice.evicts is not None and evicting is not None and evicting.evictor is not None:
-        evictor = evicting.evictor(choice.evicts, place)
+    if roles.evicts is not None and evicting is not None and evicting.evictor is not None:
+        evictor = evicting.evictor(roles.evicts, place)
     shares = None
-    if evictor is not None and choice.keeps:
+    if evictor is not None and roles.keeps:
         shares = Shares(evictor.rule, levers.kept, store, passes_by=lives_near)
     follow(store, padding, selector, evictor)
     budgets = Budgets(selector.cap, levers.fetch, store, padding)
@@ -91,15 +91,15 @@ def make_engine(choice: Choice, setup: Setup) -> Engine:
     return Engine(setup, parts)
 
 
-def make_store(setup: Setup, row: Row, evicting: Row | None, choice: Choice, *, lives_near: bool) -> Store:
+def make_store(setup: Setup, row: Row, evicting: Row | None, roles: Roles, *, lives_near: bool) -> Store:
     """Set up a cache's store, as the methods need it."""
     assert row.selector is not None
-    window = 0 if choice.selects is None else row.selector.find_window(choice.selects)
+    window = 0 if roles.selects is None else row.selector.find_window(roles.selects)
     exact = evicting is not None and evicting.evictor is not None and evicting.evictor.sums_scores
     needs = Needs(
         window=window,
         lives_near=lives_near,
-        evicts=choice.keeps or spills(setup.setting.limits),
+        evicts=roles.keeps or spills(setup.setting.limits),
         pins=setup.setting.levers.near is not None,
         mover=setup.setting.kernels.fast,
         exact_scores=exact,

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 from farkv.engine.bytes_near import LEAST_BLOCK, Near, plan_near
-from farkv.engine.bytes_need import Held, Limits, Need, Pool
+from farkv.engine.bytes_need import ByteLimits, Held, Need, PoolNeed
 from farkv.engine.bytes_pages import Cache, plan_pages
 from farkv.engine.bytes_recent import Recent, plan_recent
 from farkv.engine.pool_policy import USE_BYTES
@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
     remember_tokens: int
 
 
-def plan_bytes(need: Need, held: Held, limits: Limits) -> BytePlan:
+def plan_bytes(need: Need, held: Held, limits: ByteLimits) -> BytePlan:
     """Plan a pass, or refuse it.
 
     An announced prompt is planned with passes of `need.chunk` tokens, and with smaller ones where those do not fit and
@@ -79,7 +79,7 @@ def plan_bytes(need: Need, held: Held, limits: Limits) -> BytePlan:
             chunk //= 2
 
 
-def _plan_pass(need: Need, held: Held, limits: Limits) -> BytePlan:
+def _plan_pass(need: Need, held: Held, limits: ByteLimits) -> BytePlan:
     wide = _count_rows(need, held, limits)
     n_rows = need.tokens if need.pool is None else max(wide.rows.values())
     near = plan_near(need, limits, n_rows)
@@ -105,7 +105,7 @@ def _plan_pass(need: Need, held: Held, limits: Limits) -> BytePlan:
     )  # fmt: skip
 
 
-def _count_rows(need: Need, held: Held, limits: Limits) -> _Rows:
+def _count_rows(need: Need, held: Held, limits: ByteLimits) -> _Rows:
     rows, besides, reserve, pool_rows = dict.fromkeys(need.layers, need.n_rows), 0, None, 0
     if need.keep is not None:
         rows, besides = need.keep.rows, need.keep.besides
@@ -122,7 +122,7 @@ def _count_rows(need: Need, held: Held, limits: Limits) -> _Rows:
     return _Rows(rows, besides, reserve, pool_rows, remember_tokens)
 
 
-def _fit_pool(need: Need, pool: Pool, limits: Limits, besides: int) -> tuple[dict[int, int], int]:
+def _fit_pool(need: Need, pool: PoolNeed, limits: ByteLimits, besides: int) -> tuple[dict[int, int], int]:
     """Return the rows that every layer holds at the widest moment, for a pool that evicts, and its rows when full."""
     assert limits.home is not None
     if not need.is_announced:
@@ -146,7 +146,7 @@ def _fit_pool(need: Need, pool: Pool, limits: Limits, besides: int) -> tuple[dic
     return dict.fromkeys(need.layers, rows), capacity
 
 
-def _count_capacity(need: Need, pool: Pool, limits: Limits, besides: int) -> int:
+def _count_capacity(need: Need, pool: PoolNeed, limits: ByteLimits, besides: int) -> int:
     """Return the most rows per layer and KV head that every limit has room for."""
     home, near = limits.home, limits.near if limits.is_far else None
     assert home is not None
@@ -159,7 +159,7 @@ def _count_capacity(need: Need, pool: Pool, limits: Limits, besides: int) -> int
     return bisect_left(range(1, home + 1), True, key=is_too_much)
 
 
-def _count_home(need: Need, pool: Pool, limits: Limits, besides: int, n_rows: int) -> int:
+def _count_home(need: Need, pool: PoolNeed, limits: ByteLimits, besides: int, n_rows: int) -> int:
     """Return the bytes in the tier of a pool that evicts, where every layer holds `n_rows` rows."""
     # While a layer grows, its old rows are still there; what was announced is allocated at once.
     n_layers = len(need.layers) + (0 if n_rows <= need.reserve_tokens else 1)
@@ -170,7 +170,7 @@ def _count_home(need: Need, pool: Pool, limits: Limits, besides: int, n_rows: in
     return n_layers * n_rows * row_bytes * need.shape.batch * need.shape.kv_heads + besides + near_bytes
 
 
-def _plan_paged(need: Need, held: Held, limits: Limits, near: Near) -> tuple[Near, Cache]:
+def _plan_paged(need: Need, held: Held, limits: ByteLimits, near: Near) -> tuple[Near, Cache]:
     """Plan pages; with the smallest blocks of a dense read if host memory has no room for those that near memory has.
 
     What is read from pages is gathered in host memory first.
@@ -182,7 +182,7 @@ def _plan_paged(need: Need, held: Held, limits: Limits, near: Near) -> tuple[Nea
         return least, plan_pages(need, held, limits, least.need)
 
 
-def _plan_rows(need: Need, held: Held, limits: Limits, wide: _Rows, near: NearNeed) -> bool:
+def _plan_rows(need: Need, held: Held, limits: ByteLimits, wide: _Rows, near: NearNeed) -> bool:
     """Refuse rows that the host pool, or near memory as their home, cannot hold; say whether they may grow freely."""
     rows, besides = wide.rows, wide.besides
     token_bytes = (need.stored_bytes + need.row_bytes) * need.shape.batch * need.shape.kv_heads

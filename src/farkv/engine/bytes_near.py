@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from farkv.engine.bytes_need import Limits, Need
+from farkv.engine.bytes_need import ByteLimits, Need
 from farkv.engine.pool_policy import USE_BYTES
 from farkv.store.sizes import NearNeed
 from farkv.store.tiers import BLOCK_TOKENS
@@ -21,7 +21,7 @@ class Near(NamedTuple):
     block_tokens: int
 
 
-def plan_near(need: Need, limits: Limits, n_rows: int, most: int = BLOCK_TOKENS) -> Near:
+def plan_near(need: Need, limits: ByteLimits, n_rows: int, most: int = BLOCK_TOKENS) -> Near:
     """Return the near bytes at the widest moments of a pass and of the steps after it.
 
     A dense read has the whole layer near where that fits, else two blocks of it in turn.
@@ -49,7 +49,7 @@ def plan_near(need: Need, limits: Limits, n_rows: int, most: int = BLOCK_TOKENS)
     return Near(streamed._replace(prefill=streamed.prefill + own), True, block)
 
 
-def must_stream(need: Need, limits: Limits, whole: NearNeed) -> bool:
+def must_stream(need: Need, limits: ByteLimits, whole: NearNeed) -> bool:
     """Say whether dense reads come block by block: records are coded or paged, or a layer is too much."""
     if not limits.is_far or (need.verifies and need.evicts):
         return False

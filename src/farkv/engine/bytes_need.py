@@ -11,14 +11,14 @@ from typing import NamedTuple
 from farkv.store.sizes import LayerShape
 
 
-class Keep(NamedTuple):
+class SharesNeed(NamedTuple):
     """For layers with shares: each one's rows at the widest moment, and further bytes counted with them."""
 
     rows: dict[int, int]
     besides: int
 
 
-class Pool(NamedTuple):
+class PoolNeed(NamedTuple):
     """For a pool that evicts when full: what is never evicted, bytes per row, rows held, rows it has room for.
 
     capacity: 0 where it is not known yet.
@@ -59,8 +59,8 @@ class Need(NamedTuple):
     evicts: bool = False
     verifies: bool = False
     decodes: bool = False
-    keep: Keep | None = None
-    pool: Pool | None = None
+    keep: SharesNeed | None = None
+    pool: PoolNeed | None = None
 
     @property
     def n_at_once(self) -> int:
@@ -73,14 +73,14 @@ class Need(NamedTuple):
         return self.reserve_tokens >= self.tokens
 
 
-class Page(NamedTuple):
+class PageSize(NamedTuple):
     """The form of a disk's pages."""
 
     tokens: int
     n_bytes: int
 
 
-class Limits(NamedTuple):
+class ByteLimits(NamedTuple):
     """What is allowed, in bytes; None where there is no limit.
 
     home: of the tier where records live, `home_name`.  near_shares_host: near memory is no tier of its own, its bytes
@@ -95,11 +95,11 @@ class Limits(NamedTuple):
     is_far: bool
     near_shares_host: bool = False
     pins: bool = False
-    page: Page | None = None
+    page: PageSize | None = None
     disk: int | None = None
 
 
-class Sets(NamedTuple):
+class SetsHeld(NamedTuple):
     """Recently used sets that there are: records each layer's can find, sequences, near bytes, metadata bytes."""
 
     records: dict[int, int]
@@ -108,7 +108,7 @@ class Sets(NamedTuple):
     metadata_bytes: int
 
 
-class Pages(NamedTuple):
+class PagesHeld(NamedTuple):
     """Pages that there are: on disk, of a saved text, in page tables; copies there is room for, and those used."""
 
     has_file: bool
@@ -134,5 +134,5 @@ class Held(NamedTuple):
     home_grows: bool = True
     remembers: bool = False
     metadata_has_room: bool = True
-    sets: Sets | None = None
-    pages: Pages | None = None
+    sets: SetsHeld | None = None
+    pages: PagesHeld | None = None

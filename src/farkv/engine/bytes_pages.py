@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from farkv.engine.bytes_need import Held, Limits, Need
+from farkv.engine.bytes_need import ByteLimits, Held, Need
 from farkv.store.far.page_cache import LEAST_PAGES, LEAST_SCRATCH, SCRATCH_PAGES
 from farkv.store.far.page_rows import NUMBER_BYTES
 from farkv.store.ledger import refuse
@@ -18,7 +18,7 @@ class Cache(NamedTuple):
     piece: int = SCRATCH_PAGES
 
 
-def plan_pages(need: Need, held: Held, limits: Limits, near: NearNeed) -> Cache:
+def plan_pages(need: Need, held: Held, limits: ByteLimits, near: NearNeed) -> Cache:
     """Refuse a context whose pages the disk cannot hold; give the remaining host memory to page copies.
 
     Raises:

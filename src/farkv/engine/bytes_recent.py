@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from farkv.engine.bytes_need import Held, Limits, Need
+from farkv.engine.bytes_need import ByteLimits, Held, Need
 from farkv.engine.bytes_pages import Cache
 from farkv.store.far.page_cache import LEAST_PAGES
 from farkv.store.near.recently_used import RECORD_BYTES, SLOT_BYTES
@@ -43,7 +43,7 @@ class _Pass(NamedTuple):
 
 
 def plan_recent(
-    need: Need, held: Held, limits: Limits, wide: tuple[dict[int, int], NearNeed, Cache | None], index_grows: bool
+    need: Need, held: Held, limits: ByteLimits, wide: tuple[dict[int, int], NearNeed, Cache | None], index_grows: bool
 ) -> tuple[Recent, bool]:
     """Plan the recently used sets; and say whether the index may still grow by more than it needs.
 
@@ -81,14 +81,14 @@ def fits_near(need: Need, held: Held, limit: int, now: _Pass) -> bool:
     return known and now.near.total + count_excess(held, now.near) + sets.near_bytes <= limit
 
 
-def fits_host(held: Held, limits: Limits, rows: dict[int, int]) -> bool:
+def fits_host(held: Held, limits: ByteLimits, rows: dict[int, int]) -> bool:
     """Say whether the pool's limit, if there is one, has room for metadata: not while a layer must still grow."""
     if limits.home is None or limits.page is not None:
         return True
     return held.metadata_has_room and all(held.capacity[layer] >= n for layer, n in rows.items())
 
 
-def count_pages(cache: Cache | None, limits: Limits, metadata_bytes: int) -> int | None:
+def count_pages(cache: Cache | None, limits: ByteLimits, metadata_bytes: int) -> int | None:
     """Return how many page copies must go for so much metadata; None where too few would be left."""
     if cache is None or limits.host is None:
         return 0
@@ -98,7 +98,7 @@ def count_pages(cache: Cache | None, limits: Limits, metadata_bytes: int) -> int
     return None if cache.room - n_pages < LEAST_PAGES or 4 * n_pages > cache.room else n_pages
 
 
-def make_sets(need: Need, held: Held, limits: Limits, now: _Pass) -> tuple[Recent, int]:
+def make_sets(need: Need, held: Held, limits: ByteLimits, now: _Pass) -> tuple[Recent, int]:
     """Make sets from what is left of the near limit if they are large enough to pay; return their near bytes too."""
     assert limits.near is not None
     drops, near, heads = held.sets is not None, now.near, need.shape.batch * need.shape.kv_heads
@@ -123,7 +123,7 @@ def make_sets(need: Need, held: Held, limits: Limits, now: _Pass) -> tuple[Recen
     return Recent(drops, slots, records, pages), near_bytes
 
 
-def count_freed(held: Held, limits: Limits, now: _Pass, pages: int) -> int:
+def count_freed(held: Held, limits: ByteLimits, now: _Pass, pages: int) -> int:
     """Return the host bytes of page copies that the plan drops."""
     if now.cache is None or held.pages is None or limits.page is None:
         return 0

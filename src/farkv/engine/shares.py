@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from farkv.engine.bytes_need import Keep
+from farkv.engine.bytes_need import SharesNeed
 from farkv.math.allocate import allocate
 from farkv.methods.base import KeepRule
 from farkv.store.sizes import Allowed, LayerShape, count_cap, share_out
@@ -81,7 +81,7 @@ class Shares:
             self._counted = (tokens, dict(zip(self.layers, share_out(wanted, least, int(total + 1e-9)), strict=True)))
         return self._counted[1][layer]
 
-    def plan(self, shape: LayerShape, tokens: int, n_new: int, prompt_tokens: int) -> Keep:
+    def plan(self, shape: LayerShape, tokens: int, n_new: int, prompt_tokens: int) -> SharesNeed:
         """Return the rows that every layer holds when a context of `tokens` is at its widest, and bytes beside them.
 
         While a layer is evicted, its old and its new rows exist side by side.
@@ -96,8 +96,8 @@ class Shares:
             rows = dict.fromkeys(self.layers, tokens)
         if max(rows.values()) < tokens:
             # With a selector, a layer's whole prompt is stored before it is known which records stay.
-            return Keep(rows, tokens * row_bytes if at_once and not self.passes_by else 0)
-        return Keep(rows, max(self.count(i, tokens) for i in self.layers) * row_bytes)
+            return SharesNeed(rows, tokens * row_bytes if at_once and not self.passes_by else 0)
+        return SharesNeed(rows, max(self.count(i, tokens) for i in self.layers) * row_bytes)
 
     def keeps_at_once(self, n_new: int, prompt_tokens: int) -> bool:
         """Say whether this pass is a whole prompt of which a plan says how much each layer keeps."""

@@ -10,7 +10,7 @@ from farkv.calibrate.crossover import load_crossover
 from farkv.calibrate.plan import Plan
 from farkv.calibrate.profile import Profile
 from farkv.config import KERNELS, check_name, check_storage, parse_bytes, parse_disk
-from farkv.engine.build import Choice
+from farkv.engine.build import Roles
 from farkv.engine.setup import Kernels, Levers, Setting
 from farkv.errors import CacheStateError, ConfigError, FarKVError, PlanError
 from farkv.hf.attention import NAME
@@ -74,16 +74,16 @@ def attach(
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
         raise CacheStateError("attach: the model is attached already; detach it first")
     loaded_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    choice = choose_methods(methods, loaded_plan)
-    levers = make_levers(choice, loaded_plan)
-    check_levers(choice, levers, limits, has_disk=place is not None)
+    roles = choose_methods(methods, loaded_plan)
+    levers = make_levers(roles, loaded_plan)
+    check_levers(roles, levers, limits, has_disk=place is not None)
     loaded = find_profile(model, profile)
     if loaded is not None:
         loaded.check(identify_model(model))
     if place is not None:
         limits = limits._replace(disk=DiskSpace(*place))
     try:
-        handle = Handle(model, choice, Setting(limits, loaded, levers, kernels))
+        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels))
     except FarKVError:
         if limits.disk is not None:
             limits.disk.close()
@@ -119,7 +119,7 @@ def find_kernels(kernel: str, model: PreTrainedModel) -> Kernels:
     return Kernels(kernels, kernel == "native", DENSE_TOKENS if measured is None else measured)
 
 
-def choose_methods(methods: tuple[Method, ...], plan: Plan | None) -> Choice:
+def choose_methods(methods: tuple[Method, ...], plan: Plan | None) -> Roles:
     """Return what selects and what evicts among the methods that were given."""
     xkv = [m for m in methods if isinstance(m, XKV)]
     others = [m for m in methods if not isinstance(m, XKV)]
@@ -131,11 +131,11 @@ def choose_methods(methods: tuple[Method, ...], plan: Plan | None) -> Choice:
         if xkv or plan is not None:
             name = type(method).__name__
             raise ConfigError(f"{name}: evicts by a rule of its own, so it takes no XKV and no plan; use it alone")
-        return Choice(None, method, keeps=True)
+        return Roles(None, method, keeps=True)
     if isinstance(method, Full) and (xkv or plan is not None):
         raise ConfigError("Full: reads everything, so it takes no XKV and no plan; use XKV alone, or a selector")
     if not xkv:
-        return Choice(method or InfiniGen())
+        return Roles(method or InfiniGen())
     levers = xkv[0].levers
     if method is None and levers != ("keep",):
         raise ConfigError(
@@ -148,39 +148,39 @@ def choose_methods(methods: tuple[Method, ...], plan: Plan | None) -> Choice:
         raise ConfigError(
             "XKV: the plan says how much each layer keeps; leave out fraction, retention, tokens and rule"
         )
-    return Choice(method, xkv[0], keeps="keep" in levers)
+    return Roles(method, xkv[0], keeps="keep" in levers)
 
 
-def make_levers(choice: Choice, plan: Plan | None) -> Levers:
+def make_levers(roles: Roles, plan: Plan | None) -> Levers:
     """Return what a plan limits in each layer: XKV's levers, or what a selector may fetch."""
     if plan is None:
         return Levers()
-    names = choice.evicts.levers if isinstance(choice.evicts, XKV) else ("fetch",)
+    names = roles.evicts.levers if isinstance(roles.evicts, XKV) else ("fetch",)
     kept = None
     if "keep" in names:
         keep = plan.get("keep")
         kept = {i: Allowed(keep.base, share) for i, share in zip(plan.layers, keep.shares, strict=True)}
     fetch = dict(zip(plan.layers, plan.get("fetch").shares, strict=True)) if "fetch" in names else None
     if fetch is not None:
-        check_cap(choice.selects, plan.get("fetch").ratio)
+        check_cap(roles.selects, plan.get("fetch").ratio)
     near = dict(zip(plan.layers, plan.get("near").shares, strict=True)) if "near" in names else None
     return Levers(kept, near, fetch)
 
 
-def check_levers(choice: Choice, levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:
+def check_levers(roles: Roles, levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:
     """Raise ConfigError where levers and storage contradict each other."""
-    if not choice.keeps and levers.near is None:
+    if not roles.keeps and levers.near is None:
         return
-    evictor = type(choice.evicts).__name__
+    evictor = type(roles.evicts).__name__
     if has_disk or limits.quant is not None:
         name = "disk" if has_disk else "quant"
-        if not isinstance(choice.evicts, XKV):
+        if not isinstance(roles.evicts, XKV):
             raise ConfigError(
                 f"{name}: {evictor} reads whole layers in place, as the model made them; leave {name} out, or choose a "
                 "method that evicts nothing"
             )
         raise ConfigError(f"{name}: XKV's levers keep and near read whole layers in place; with {name} use lever fetch")
-    if choice.keeps and limits.evict != "refuse":
+    if roles.keeps and limits.evict != "refuse":
         raise ConfigError(f"evict: {evictor} evicts by its own scores, so {limits.evict!r} has no say; leave evict out")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from farkv.engine.build import Choice, make_engine
+from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
@@ -44,8 +44,8 @@ CHUNK_TOKENS = 2048
 class Handle(AbstractContextManager["Handle"]):
     """An attached model. Leave the `with` block or call `detach()` to have the model as it was."""
 
-    def __init__(self, model: PreTrainedModel, choice: Choice, setting: Setting = Setting()):  # noqa: B008 - immutable
-        self.model, self.choice, self.setting = model, choice, setting
+    def __init__(self, model: PreTrainedModel, roles: Roles, setting: Setting = Setting()):  # noqa: B008 - immutable
+        self.model, self.roles, self.setting = model, roles, setting
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
@@ -59,7 +59,7 @@ class Handle(AbstractContextManager["Handle"]):
                 'load the model with attn_implementation="sdpa"'
             )
         # A method that cannot work with this model says so now, not when the first cache is made.
-        make_engine(choice, Setup(self.managed, self.device, Account(), setting))
+        make_engine(roles, Setup(self.managed, self.device, Account(), setting))
         layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
         self._ahead = Lookahead(layers)
         self._attach()
@@ -68,7 +68,7 @@ class Handle(AbstractContextManager["Handle"]):
     @property
     def method(self) -> Method:
         """Return the config of what selects, or of what evicts where nothing does."""
-        method = self.choice.selects or self.choice.evicts
+        method = self.roles.selects or self.roles.evicts
         assert method is not None
         return method
 
@@ -176,7 +176,7 @@ class Handle(AbstractContextManager["Handle"]):
         if saved is not None:
             limits = limits._replace(saved=saved, quant=quant)
         setting = self.setting._replace(limits=limits)
-        engine = make_engine(self.choice, Setup(self.managed, self.device, account, setting, verifies=verify > 0))
+        engine = make_engine(self.roles, Setup(self.managed, self.device, account, setting, verifies=verify > 0))
         if engine.selector.source is not None:
             # Where no cache's records travel, no pass pays for looking ahead.
             self._hooks += self._ahead.start(self.decoder, engine.selector.source)
@@ -219,7 +219,7 @@ class Handle(AbstractContextManager["Handle"]):
             raise CacheStateError("receipt: no cache was made yet; call new_cache() and generate with it")
         # What read everything, the prompt at least, is the model's own attention.
         kernel = "+".join([*sorted(cache.account.kernels), f"torch-{self.base}"])
-        return make_receipt(self.model, self.choice, self.setting, self.layer_types, kernel, cache)
+        return make_receipt(self.model, self.roles, self.setting, self.layer_types, kernel, cache)
 
     # --- hooks: each returns None unless the pass runs on one of our caches ---------------------------------
 

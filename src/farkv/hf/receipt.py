@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from farkv.config import LEVERS
-from farkv.engine.build import Choice
+from farkv.engine.build import Roles
 from farkv.engine.setup import Setting
 from farkv.engine.usage import Usage, count_holding, count_usage
 from farkv.hf import _compat
@@ -21,21 +21,21 @@ from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Ti
 from farkv.store.records import StoreLimits
 
 
-def name_method(method: Method, choice: Choice, setting: Setting) -> str:
+def name_method(method: Method, roles: Roles, setting: Setting) -> str:
     """Return the method's name as on the command line; the published variant, and a plan's levers, are named."""
     name = find_name(method)
     if getattr(method, "paper", False):
         name += "-paper"
-    if choice.selects is None:
+    if roles.selects is None:
         return name
     levers = setting.levers
-    drives = {"keep": choice.keeps, "near": levers.near is not None, "fetch": levers.fetch is not None}
+    drives = {"keep": roles.keeps, "near": levers.near is not None, "fetch": levers.fetch is not None}
     pulled = [lever for lever in LEVERS if drives[lever]]
     return f"{name}+xkv({','.join(pulled)})" if pulled else name
 
 
 def make_receipt(
-    model: PreTrainedModel, choice: Choice, setting: Setting, layer_types: list[str], kernel: str, cache: FarCache
+    model: PreTrainedModel, roles: Roles, setting: Setting, layer_types: list[str], kernel: str, cache: FarCache
 ) -> Receipt:
     """Read the counters (one device sync) and fill in the receipt."""
     account, usage = cache.account, count_usage(cache.engine)
@@ -43,7 +43,7 @@ def make_receipt(
     steps = max(1, account.decode_steps)
     return Receipt(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
-        method=name_method(choice.selects or choice.evicts or Full(), choice, setting),
+        method=name_method(roles.selects or roles.evicts or Full(), roles, setting),
         answer="",
         context_tokens=account.context_tokens,
         generated_tokens=account.generated_tokens or account.decode_steps,

@@ -46,7 +46,7 @@ def load_cache(
     if handle is None:
         raise CacheStateError("load_cache: the model is not attached; call it inside `with farkv.attach(model):`")
     try:
-        check_levers(handle.choice, handle.setting.levers)
+        check_levers(handle.roles, handle.setting.levers)
         text = open_text(Path(path), handle.setting.limits.quant)
         n_tokens, (shape, dtype) = len(text.ids), handle.measure_shape()
         cache = handle.make_cache(max(tokens, n_tokens + 1), verify, text.pages, text.quant)

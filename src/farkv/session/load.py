@@ -12,7 +12,7 @@ import torch
 
 from farkv._axes import Int, Tensor
 from farkv.config import QUANT
-from farkv.engine.build import Choice
+from farkv.engine.build import Roles
 from farkv.engine.setup import Levers
 from farkv.engine.step import Engine
 from farkv.errors import SessionError
@@ -37,11 +37,11 @@ class Text(NamedTuple):
     pages: SavedText
 
 
-def check_levers(choice: Choice, levers: Levers) -> None:
+def check_levers(roles: Roles, levers: Levers) -> None:
     """Raise SessionError where a method does not keep the whole text, or holds some of it where it was read."""
-    if choice.keeps and not isinstance(choice.evicts, XKV):
+    if roles.keeps and not isinstance(roles.evicts, XKV):
         raise SessionError("a session holds the whole text, and this method evicts some of it; ask with another one")
-    if choice.keeps or levers.near is not None:
+    if roles.keeps or levers.near is not None:
         raise SessionError("a session holds the whole text, and XKV's levers keep and near do not; ask without them")
 
 
