@@ -318,10 +318,14 @@ class StoreMachine(RuleBasedStateMachine):
         for layer in LAYERS:
             new.describe(layer, self.shape(), torch.float32)
         take_text(new, n_pages, {layer: saved.tensor(str(layer)) for layer in LAYERS})
+        # A read that is still under way holds the file that it reads.
+        old.link.drain()
         self.store, self.gate = new, gate
 
     @rule()
     def copy(self) -> None:
+        if self.twin is not None:
+            self.twin[0].link.drain()
         self.twin = (self.store, self.model, self.gate)
         self.store, self.model, self.gate = copy.deepcopy(self.twin)
 
