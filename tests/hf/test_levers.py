@@ -317,7 +317,7 @@ def test_pinned_and_fetched_are_all_that_is_chosen() -> None:
         fetched = far.receipt().fetched_bytes_per_token
     missing = 0
     for layer, (positions, _) in tape.passes[1].reads.items():
-        chosen = positions[..., : -cache.engine.parts.budgets.split(61, layer).tail]
+        chosen = positions[..., : -cache.engine.parts.budgets.split(61, layer).newest]
         missing += int((pinned[layer].gather(-1, chosen) < 0).sum())
         assert int((pinned[layer] >= 0).sum()) == int(SHARES[layer] * 60) * 4
     assert missing > 0

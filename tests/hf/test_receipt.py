@@ -101,7 +101,7 @@ def test_the_counts_are_those_of_the_run() -> None:
 
 def test_the_index_is_counted() -> None:
     receipt = run(InfiniGen(fraction=0.3, top_up=0.0, columns=4), near="1MiB")
-    # Four 4-bit columns of an 8-wide head against 16 float32 of its record, of all but the tail.
+    # Four 4-bit columns of an 8-wide head against 16 float32 of its record, of all but the newest.
     assert 0.9 * 2 / 64 < receipt.index_fraction < 2 / 64
     tokens = receipt.context_tokens - 1
     assert receipt.kv_bytes.index_peak >= 4 * 2 * 2 * tokens

@@ -174,24 +174,24 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(is_filled)
     @rule(
         layer=st.sampled_from(LAYERS), n=st.integers(0, MOST_CHOSEN), late=st.integers(0, MOST_CHOSEN),
-        n_tail=st.integers(1, WINDOW + 1), masks=st.tuples(st.booleans(), st.booleans()),
+        n_newest=st.integers(1, WINDOW + 1), masks=st.tuples(st.booleans(), st.booleans()),
     )  # fmt: skip
-    def read(self, layer: int, n: int, late: int, n_tail: int, masks: tuple[bool, bool]) -> None:
+    def read(self, layer: int, n: int, late: int, n_newest: int, masks: tuple[bool, bool]) -> None:
         model, store = self.model, self.store
-        n_tail = min(n_tail, model.length)
-        n_old = model.length - n_tail
+        n_newest = min(n_newest, model.length)
+        n_old = model.length - n_newest
         n, late = (n, late) if n_old else (0, 0)
         chosen = [self.choose(n_old, k, masked=m) for k, m in zip((n, late), masks, strict=True)]
-        early = store.fetch(layer, *chosen[0], late + n_tail)
+        early = store.fetch(layer, *chosen[0], late + n_newest)
         top_up = Fetch(*chosen[1], None, None) if late else None
-        out = store.read(layer, early, top_up, n_tail)
-        tail = torch.arange(n_old, model.length).expand(model.batch, HEADS, -1)
-        parts = [p for p, _ in chosen[: 2 if late else 1]] + [tail]
+        out = store.read(layer, early, top_up, n_newest)
+        newest = torch.arange(n_old, model.length).expand(model.batch, HEADS, -1)
+        parts = [p for p, _ in chosen[: 2 if late else 1]] + [newest]
         assert torch.equal(out.positions, torch.cat(parts, -1))
         rows = torch.cat([out.k, out.v], -1)
         assert rows.isfinite().all()
         flags = [torch.ones_like(p, dtype=torch.bool) if v is None else v for p, v in chosen[: 2 if late else 1]]
-        valid = torch.cat([*flags, torch.ones_like(tail, dtype=torch.bool)], -1)
+        valid = torch.cat([*flags, torch.ones_like(newest, dtype=torch.bool)], -1)
         assert valid.all() if out.valid is None else torch.equal(out.valid, valid)
         assert torch.equal(rows[valid], model.pick(layer, out.positions)[valid])
         where = model.tokens[layer].gather(2, out.positions)

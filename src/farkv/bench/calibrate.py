@@ -54,7 +54,7 @@ class SelectRunner:
         case = dense.case
         engine = make_engine(Roles(InfiniGen()), Setup([0], case.device, Account()))
         cap = engine.parts.budgets.split(case.context + 1, 0)
-        self.sinks, self.tail, self.cap = cap.sinks, cap.tail, cap.early + cap.late
+        self.sinks, self.newest, self.cap = cap.sinks, cap.newest, cap.early + cap.late
         coder = InfiniGen().make_coder(engine.selector.place)
         columns = coder.count_columns(case.shape.head_dim, case.shape.record_bytes())
         heads = (case.batch, case.shape.kv_heads)
@@ -74,9 +74,9 @@ class SelectRunner:
         n, dim = dense.case.context + 1, dense.case.shape.head_dim
         dense.write(layer)
         q, logits = dense.queries[layer], Logits(dense.case.shape.scaling)
-        chosen = native.select(q, self.index[layer], logits, cap=self.cap, n=n - self.tail, sinks=self.sinks)
+        chosen = native.select(q, self.index[layer], logits, cap=self.cap, n=n - self.newest, sinks=self.sinks)
         rows = Rows(dense.rows[layer], dim, dim)
-        native.attend(q, rows, logits, positions=chosen, n=n, tail=self.tail)
+        native.attend(q, rows, logits, positions=chosen, n=n, tail=self.newest)
 
     def restore(self) -> None:
         """Do nothing: every step writes the same record."""

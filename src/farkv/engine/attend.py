@@ -29,7 +29,7 @@ class Fetched(NamedTuple):
 
     early: Fetch
     late: Fetch | None
-    n_tail: int
+    n_newest: int
 
     @property
     def is_whole(self) -> bool:
@@ -67,14 +67,14 @@ class Attention:
         step: Step,
         attention: AttentionFunction,
         positions: Int[Tensor, "B Hkv K"] | None,
-        n_tail: int,
+        n_newest: int,
     ) -> object:
-        """Attend to the rows at `positions` (all without them) and the `n_tail` newest, in the pool's memory."""
+        """Attend to the rows at `positions` (all without them) and the `n_newest` newest, in the pool's memory."""
         layer, n = records.layer, records.length
-        n_read = n if positions is None else positions.shape[-1] + n_tail
+        n_read = n if positions is None else positions.shape[-1] + n_newest
         self._count(records, step, step.k.shape[0] * step.k.shape[1] * n_read)
-        self._trace(records, positions, None, n_tail)
-        reads = Reads(self.store.get_rows(layer), n, positions, n_tail)
+        self._trace(records, positions, None, n_newest)
+        reads = Reads(self.store.get_rows(layer), n, positions, n_newest)
         return self.fast.attend(layer, step, attention, reads)
 
     # --- chosen records -------------------------------------------------------------------------------------
@@ -159,17 +159,17 @@ class Attention:
         records: LayerRecords,
         rows: Int[Tensor, "B Hkv K"] | None,
         valid: Bool[Tensor, "B Hkv K"] | None,
-        n_tail: int = 0,
+        n_newest: int = 0,
     ) -> None:
         """Report to the trace which rows (None: all) and how many of the newest a decode step reads."""
         trace, store, layer = self.account.trace, self.store, records.layer
         if trace is None:
             return
         n, heads = records.length, store.heads(layer)
-        if rows is None or n_tail:
+        if rows is None or n_newest:
             device = store.device if rows is None else rows.device
-            tail = torch.arange(0 if rows is None else n - n_tail, n, device=device).expand(*heads, -1)
-            rows = tail if rows is None else torch.cat([rows, tail], -1)
+            newest = torch.arange(0 if rows is None else n - n_newest, n, device=device).expand(*heads, -1)
+            rows = newest if rows is None else torch.cat([rows, newest], -1)
         trace.note(layer, store.locate(layer, rows), valid, records.seen)
 
     def _measure(self, records: LayerRecords, step: Step, read: Read | None) -> None:

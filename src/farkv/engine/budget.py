@@ -19,7 +19,7 @@ from farkv.store.tiers import Store
 class Own(NamedTuple):
     """What each sequence of a padded batch may read: as many records as it would alone.
 
-    recent: of its window, the tokens before the tail; they are chosen early, before all others. None: none have any.
+    recent: of its window, the tokens before `newest`; they are chosen early, before all others. None: none have any.
     """
 
     sinks: Int[Tensor, "b 1 1"]
@@ -32,22 +32,22 @@ class Budget(NamedTuple):
     """How the records of one layer and step are split; their sum is the cap.
 
     sinks: of the early ones, those that are forced.  early: chosen before, or by, the layer's query.  late: chosen by
-    the true query after an estimated one.  tail: the newest, always read.
+    the true query after an estimated one.  newest: so many of the newest, always read.
 
-    In a padded batch these are the largest of all sequences, but for the tail, which is the smallest; `own` says what
+    In a padded batch these are the largest of all sequences, but for `newest`, which is the smallest; `own` says what
     each may read.
     """
 
     sinks: int
     early: int
     late: int
-    tail: int
+    newest: int
     own: Own | None = None
 
     @property
     def total(self) -> int:
         """Return the cap."""
-        return self.early + self.late + self.tail
+        return self.early + self.late + self.newest
 
     @property
     def own_sinks(self) -> int | Int[Tensor, "b 1 1"]:
@@ -148,15 +148,17 @@ class Budgets:
 def join_budgets(budgets: list[Budget], runs: list[int], device: torch.device) -> Budget:
     """Return the sizes that hold every sequence's budget, and what of them is each one's own.
 
-    The tail is read from all sequences alike: it is the smallest, and has no padding; what a sequence's window has
-    beyond it is read early.
+    As many of the newest are read from all sequences: the smallest number, which has no padding; what a sequence's
+    window has beyond it is read early.
 
     Args:
         runs: of each sequence, the newest columns that are real without a gap.
     """
-    tail = max(1, min(min(b.tail, run) for b, run in zip(budgets, runs, strict=True)))
-    recent = [b.tail - tail for b in budgets]
+    newest = max(1, min(min(b.newest, run) for b, run in zip(budgets, runs, strict=True)))
+    recent = [b.newest - newest for b in budgets]
     early = [b.early + n for b, n in zip(budgets, recent, strict=True)]
     late, sinks = [b.late for b in budgets], [b.sinks for b in budgets]
     own = torch.tensor([sinks, early, late, recent], device=device)[:, :, None, None]
-    return Budget(max(sinks), max(early), max(late), tail, Own(own[0], own[1], own[2], own[3] if any(recent) else None))
+    return Budget(
+        max(sinks), max(early), max(late), newest, Own(own[0], own[1], own[2], own[3] if any(recent) else None)
+    )

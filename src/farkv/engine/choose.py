@@ -48,7 +48,7 @@ class Chooser:
 
         1. Bring the method's index up to date.  2. Score.  3. Sinks and each sequence's window first.  4. The best.
         """
-        n_old = n_rows - budget.tail
+        n_old = n_rows - budget.newest
         self.selector.prepare(records, n_old)
         self._count_scored(records, n_old)
         scored = self._find_fast(records.layer, query, n_rows, budget)
@@ -62,7 +62,7 @@ class Chooser:
         """Choose `budget.late` more by the true query: the best of what the estimated one left out."""
         if budget.late == 0:
             return None
-        layer, n_old = records.layer, records.length - budget.tail
+        layer, n_old = records.layer, records.length - budget.newest
         self._count_scored(records, n_old)
         scored = self._find_fast(layer, query, records.length, budget)
         if scored is not None:
@@ -89,7 +89,7 @@ class Chooser:
             lengths = self.fast.padding.count(n_rows)
             assert lengths is not None
             starts = [n_rows - n for n in lengths.real]
-        return Scored(self.fast.use(), view, query, n_rows - budget.tail, starts)
+        return Scored(self.fast.use(), view, query, n_rows - budget.newest, starts)
 
     def _find_open(self, records: LayerRecords, n_rows: int, budget: Budget) -> Open:
         valid = records.visible(n_rows)

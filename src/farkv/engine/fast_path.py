@@ -21,12 +21,12 @@ from farkv.store.tiers import Store
 
 
 class Reads(NamedTuple):
-    """What a kernel attends to: the first `n` of these rows, or those at `positions` and the `tail` newest."""
+    """What a kernel attends to: the first `n` of these rows, or those at `positions` and the `n_newest` newest."""
 
     rows: Tensor
     n: int
     positions: Int[Tensor, "B Hkv K"] | None = None
-    tail: int = 0
+    n_newest: int = 0
 
 
 class FastPath:
@@ -77,7 +77,7 @@ class FastPath:
             step.query.logits,
             positions=reads.positions,
             n=reads.n,
-            tail=reads.tail,
+            tail=reads.n_newest,
             sinks=attention.sinks,
         )
         return attention.wrap(out)

@@ -70,7 +70,7 @@ class Engine:
         records = self.records[layer]
         budget = self.parts.budgets.get(records.seen + 1, layer)
         early = self.parts.chooser.choose(records, estimate, records.length + 1, budget)
-        self.pending[layer] = self.store.fetch(layer, *early, spare=budget.late + budget.tail), budget
+        self.pending[layer] = self.store.fetch(layer, *early, spare=budget.late + budget.newest), budget
 
     # --- 3. attend ------------------------------------------------------------------------------------------
 
@@ -99,16 +99,16 @@ class Engine:
             early, budget = self.pending.pop(layer)
             rest = parts.chooser.choose_rest(records, step.query, budget, Choice(early.positions, early.valid))
             late = None if rest is None else Fetch(*rest, None, None)
-            return parts.attention.read_chosen(records, step, attention, Fetched(early, late, budget.tail))
+            return parts.attention.read_chosen(records, step, attention, Fetched(early, late, budget.newest))
         budget = parts.budgets.get(records.seen, layer).join_late()
         in_place = parts.attention.may_read_in_place(layer, step)
-        if in_place and budget.early + budget.tail >= records.length:
+        if in_place and budget.early + budget.newest >= records.length:
             return parts.attention.read_in_place(records, step, attention, None, 0)
         chosen = parts.chooser.choose(records, step.query, records.length, budget)
         if in_place and chosen.valid is None:
-            return parts.attention.read_in_place(records, step, attention, chosen.positions, budget.tail)
-        early = self.store.fetch(layer, *chosen, spare=budget.tail)
-        return parts.attention.read_chosen(records, step, attention, Fetched(early, None, budget.tail))
+            return parts.attention.read_in_place(records, step, attention, chosen.positions, budget.newest)
+        early = self.store.fetch(layer, *chosen, spare=budget.newest)
+        return parts.attention.read_chosen(records, step, attention, Fetched(early, None, budget.newest))
 
     # --- a prompt -------------------------------------------------------------------------------------------
 

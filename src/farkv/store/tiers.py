@@ -214,31 +214,31 @@ class Store(FarStore):
         ticket = self.link.fetch(pool, positions, valid, buffer, self.on_fetch, self.find_near(layer)) if n else None
         return Fetch(positions, valid, ticket, buffer)
 
-    def read(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Read:
-        """Join the early fetch, a late top-up and the `n_tail` newest records.
+    def read(self, layer: int, early: Fetch, late: Fetch | None, n_newest: int) -> Read:
+        """Join the early fetch, a late top-up and the `n_newest` newest records.
 
         Returns:
             K and V, [B, Hkv, K, D], with positions; rows at invalid positions are finite but otherwise undefined.
         """
-        stored = self.join(layer, early, late, n_tail)
+        stored = self.join(layer, early, late, n_newest)
         rows, k_dim = self.decode(layer, stored.rows), self.shapes[layer].k_dim
         return Read(rows[..., :k_dim], rows[..., k_dim:], stored.positions, stored.valid)
 
-    def join(self, layer: int, early: Fetch, late: Fetch | None, n_tail: int) -> Stored:
+    def join(self, layer: int, early: Fetch, late: Fetch | None, n_newest: int) -> Stored:
         """As `read`, but return the rows as they are stored."""
         batch, heads = early.positions.shape[:2]
         total = self.length(layer)
         device = early.positions.device
-        tail = torch.arange(total - n_tail, total, device=device).expand(batch, heads, n_tail)
+        newest = torch.arange(total - n_newest, total, device=device).expand(batch, heads, n_newest)
         parts = [early, late] if late is not None else [early]
-        positions = torch.cat([p.positions for p in parts] + [tail], -1)
+        positions = torch.cat([p.positions for p in parts] + [newest], -1)
         valid = None
         if any(p.valid is not None for p in parts):
             flags = [torch.ones_like(p.positions, dtype=torch.bool) if p.valid is None else p.valid for p in parts]
-            valid = torch.cat([*flags, torch.ones_like(tail, dtype=torch.bool)], -1)
-        return Stored(self._join(layer, parts, positions, n_tail), positions, valid)
+            valid = torch.cat([*flags, torch.ones_like(newest, dtype=torch.bool)], -1)
+        return Stored(self._join(layer, parts, positions, n_newest), positions, valid)
 
-    def _join(self, layer: int, parts: list[Fetch], positions: Tensor, n_tail: int) -> Tensor:
+    def _join(self, layer: int, parts: list[Fetch], positions: Tensor, n_newest: int) -> Tensor:
         if not self.is_far:
             return self.gather(layer, positions)
         buffer = parts[0].buffer
@@ -249,10 +249,10 @@ class Store(FarStore):
             place, near = buffer[:, :, at : at + n], self.find_near(layer)
             self.link.fetch(self.pool[layer], part.positions, part.valid, place, self.on_fetch, near).wait()
             at += n
-        buffer[:, :, at : at + n_tail].copy_(self._newest(layer, n_tail))
+        buffer[:, :, at : at + n_newest].copy_(self._newest(layer, n_newest))
         if parts[0].ticket is not None:
             parts[0].ticket.wait()
-        return buffer[:, :, : at + n_tail]
+        return buffer[:, :, : at + n_newest]
 
     def _newest(self, layer: int, n: int) -> Tensor:
         """Return the newest rows, from the recent window, or from the pool after a crop or a reordering."""
