@@ -182,7 +182,7 @@ def cancelled_request(stage: Stage) -> str:
 
 def exception_in_the_worker(stage: Stage) -> str:
     """The link's thread fails; the step is asked again."""
-    left = [stage.rng.randrange(1, 4)]  # What is hot does not cross, so few fetches come by.
+    left = [stage.rng.randrange(1, 4)]  # What was used recently is near and does not cross, so few fetches come by.
 
     def work() -> torch.Tensor:
         with stage.attach("near") as far:

@@ -60,7 +60,7 @@ FACTS: dict[str, Callable[[Line], bool]] = {
     "sparse": lambda r: 0 < r["read_fraction"] < 0.6,
     "index": lambda r: r["index_fraction"] > 0 and r["kv_bytes"]["index_peak"] > 0,
     "far": lambda r: r["fetched_bytes_per_token"] > 0,
-    # Less crosses than is read and is not in the window: the hot set, or what is held near, has the rest.
+    # Less crosses than is read and is not in the window: the recently used set, or what is held near, has the rest.
     "hot": lambda r: 0 < r["fetched_bytes_per_token"] < 0.7 * r["read_fraction"] * r["kv_bytes"]["total"],
     # Near memory is smaller than one layer of four: dense passes read it block by block.
     "blocks": lambda r: r["limits"]["near"] < r["kv_bytes"]["total"] / 4,

@@ -33,7 +33,7 @@ def row(name: str, *methods: Any, means: str = "", **options: Any) -> Row:
 OURS, OPEN, LEAN = InfiniGen(fraction=0.2), InfiniGen(fraction=0.2, top_up=0.0), InfiniGen(fraction=0.1)
 PAPER, ORACLE, PAGES, LOWBIT = InfiniGen(paper=True, fraction=0.4), Oracle(fraction=0.2), Pages(), LowBit(fraction=0.2)
 PADDED: dict[str, Any] = {"batch": 3, "pad": 90}
-# Near memory for less than a layer of a longer text; for one of the usual text; for a hot set besides.
+# Near memory for less than a layer of a longer text; for one of the usual text; for a recently used set besides.
 TIGHT: dict[str, Any] = {"near": "150KiB", "text": 600, "chunk": 64}
 NEAR, ROOMY = {"near": "140KiB"}, {"near": "260KiB"}
 DISK: dict[str, Any] = {"disk": "4MiB", "host": "230KiB", "chunk": 64}

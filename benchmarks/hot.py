@@ -1,12 +1,12 @@
-"""How much does a hot set spare the link? Its hit rate by size, real and from the trace of what was chosen.
+"""How much does a recently used set spare the link? Its hit rate by size, real and from the trace of what was chosen.
 
     python benchmarks/hot.py
 
 In: the demo model, held-out standard-library code of 4 K tokens, 64 tokens generated greedily. Out: a JSON line per
 text, method and size. A run is real: the near limit is what decoding needs and a share of the KV besides, which becomes
-the hot set; its answer must equal that of a run under the same limit without one. From the choices other rules of
-replacement are simulated at the same sizes; there too what a fetch reads is never replaced by it. Every set begins
-empty: the first fetch of each layer is all misses. The link is memory here: bytes are what counts, not times.
+the recently used set; its answer must equal that of a run under the same limit without one. From the choices other
+rules of replacement are simulated at the same sizes; there too what a fetch reads is never replaced by it. Every set
+begins empty: the first fetch of each layer is all misses. The link is memory here: bytes are what counts, not times.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run_real(model: Any, method: Method, ids: list[int], n_new: int, share: floa
 
 
 def run_without(model: Any, method: Method, ids: list[int], n_new: int, share: float) -> Run:
-    """Run under the same limit, without a hot set."""
+    """Run under the same limit, without a recently used set."""
     least, bytes_recent.LEAST_SLOTS = bytes_recent.LEAST_SLOTS, sys.maxsize
     try:
         return run_real(model, method, ids, n_new, share)
@@ -99,7 +99,7 @@ def count_asked(trace: Trace) -> int:
 
 @dataclass
 class Entry:
-    """A record of a simulated hot set: when it came, when it was read last, how often, and the clock's mark."""
+    """A record of a simulated set: when it came, when it was read last, how often, and the clock's mark."""
 
     came: int
     read: int
@@ -116,7 +116,7 @@ KEYS: dict[str, Callable[[Entry], Any]] = {
 
 
 def simulate(fetches: list[np.ndarray], slots: int, rule: str) -> int:
-    """Return the hits of one KV head's hot set."""
+    """Return the hits of one KV head's recently used set."""
     hot: dict[int, Entry] = {}
     ring: deque[int] = deque()
     n_hits = 0
@@ -181,7 +181,14 @@ def format_table(path: Path = RESULTS / "hot.jsonl") -> str:
         cells += [percent(r[key] for r in mine) for key in ("hits", "lru", "fifo", "clock", "counter")]
         cells += [f"{1000 * mean(r[key] / r['new'] for r in mine):.0f}" for key in ("decode_s", "decode_s_without")]
         lines.append(cells)
-    head = ["choice", "hot set, of the context", "KiB per token over the link", "hits", "simulated: LRU", "FIFO"]
+    head = [
+        "choice",
+        "recently used set, of the context",
+        "KiB per token over the link",
+        "hits",
+        "simulated: LRU",
+        "FIFO",
+    ]
     tokens, new, n = rows[0]["tokens"], rows[0]["new"], len({r["text"] for r in rows})
     note = f"{n} texts of {tokens} tokens, {new} generated after each: the same without."
     return format_rows([*head, "clock", "counter", "ms per token", "without"], lines, note)

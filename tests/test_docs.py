@@ -6,6 +6,8 @@ import ast
 import dataclasses
 import inspect
 import re
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from importlib import import_module
@@ -233,3 +235,11 @@ def test_the_index_is_one_screen_and_has_every_page() -> None:
     assert len(text.splitlines()) <= 40
     pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/papers").glob("*.md"), *(ROOT / "examples").glob("*.py")]
     assert [p.name for p in pages if p.name != "index.md" and p.name not in text] == []
+
+
+def test_tables_are_those_of_the_results() -> None:
+    script = ROOT / "benchmarks/tables.py"
+    if not script.exists():
+        pytest.skip("the benchmarks are not part of a source distribution")
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
