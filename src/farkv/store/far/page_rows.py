@@ -85,7 +85,7 @@ class PagedRows:
             try:
                 with self.page_cache.lock:
                     self._write_full()
-            except Exception:
+            except BaseException:  # an interrupt, too, is raised again below
                 # No table names the partly written page: undo the append.
                 self.open.crop(self.length - n_before)
                 self.length = n_before
