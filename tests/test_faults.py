@@ -17,7 +17,7 @@ import torch
 
 import farkv
 from farkv.errors import CacheStateError
-from farkv.methods import XKV, InfiniGen
+from farkv.methods import H2O, XKV, InfiniGen, PyramidKV, SnapKV
 from tests.models import forward, make_model, make_prompt, plain_cache
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -146,56 +146,79 @@ def test_a_stopped_pass_is_forgotten_by_reset_save_and_crop(tmp_path: Path) -> N
 
 def test_what_cannot_be_taken_back_is_said() -> None:
     model, prompt = make_model("qwen3_next"), make_prompt(1)["input_ids"]
-    evicting = make_model("llama")
 
     def fail(module: Any, args: Any, out: Any) -> None:
         raise Stop
 
-    for one, method in ((model, InfiniGen(fraction=0.5)), (evicting, XKV(fraction=0.5))):
-        with farkv.attach(one, method) as far:
-            cache = far.new_cache()
-            hook = one.model.layers[3].register_forward_hook(fail)
-            with pytest.raises(Stop):
-                forward(one, prompt, cache)
-            hook.remove()
-            with pytest.raises(CacheStateError, match="start a new cache"):
-                forward(one, prompt, cache)
-            cache.reset()
-            forward(one, prompt, cache)
+    with farkv.attach(model, InfiniGen(fraction=0.5)) as far:
+        cache = far.new_cache()
+        hook = model.model.layers[3].register_forward_hook(fail)
+        with pytest.raises(Stop):
+            forward(model, prompt, cache)
+        hook.remove()
+        for _ in range(2):
+            with pytest.raises(CacheStateError, match=r"layer 0 \(.*\) cannot step back.*start a new cache"):
+                forward(model, prompt, cache)
+        cache.reset()
+        forward(model, prompt, cache)
 
 
-@pytest.mark.filterwarnings("ignore:module forward hook with ``always_call=True``:UserWarning")
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["drain", "crop", "restore"])
+@pytest.mark.parametrize("where", ["drain", "cut", "restore"])
 @pytest.mark.parametrize("n_new", [1, 9])
-def test_a_take_back_that_fails_is_never_a_wrong_answer(
+def test_a_take_back_that_fails_is_refused_until_it_succeeds(
     where: str, error: type[BaseException], n_new: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch warns of what a hook raises while an error is on its way, and goes on: the cache itself must remember."""
     model, text = make_model("llama"), make_prompt(1, tokens=30)["input_ids"]
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise error
 
     with farkv.attach(model, InfiniGen(fraction=0.4), near="1MiB") as far:
-        cache = far.new_cache()
-        expected = forward(model, text, cache)
-        owner: Any = {"drain": cache.engine.store.link, "crop": cache.layers[1], "restore": farkv.hf.cache}[where]
-        name = "restore_state" if where == "restore" else where
+        calm, cache = far.new_cache(), far.new_cache()
+        for each in (calm, cache):
+            forward(model, text, each)
+        engine = cache.engine
+        owner: Any = {"drain": engine.store.link, "cut": farkv.engine.undo, "restore": engine.selector}[where]
         hook = model.model.layers[2].mlp.register_forward_hook(fail)
-        with monkeypatch.context() as patch, pytest.raises(error):
-            patch.setattr(owner, name, fail)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "cut_layer" if where == "cut" else where, fail)
             try:
-                forward(model, text[:, :n_new], cache)
+                with pytest.raises(error):
+                    forward(model, text[:, :n_new], cache)
             finally:
-                # Of a pass that Ctrl-C stopped torch calls no hook: it is taken back here.
-                cache.settle()
-        hook.remove()
-        for ids in (text[:, :1], text):
-            with pytest.raises(CacheStateError, match=r"to hold the same tokens, but .*; start a new cache"):
-                forward(model, ids, cache)
-        cache.reset()
-        assert torch.equal(forward(model, text, cache), expected)
+                hook.remove()
+            for ids in (text[:, :1], text):
+                with pytest.raises((CacheStateError, KeyboardInterrupt)) as said:
+                    forward(model, ids, cache)
+                if error is RuntimeError:
+                    assert "cannot be taken back" in str(said.value)
+            assert cache.get_seq_length() == 30, "of a pass that is not over nothing counts"
+        for ids in (text[:, :n_new], text[:, :1]):
+            assert torch.equal(forward(model, ids, cache), forward(model, ids, calm))
+
+
+@pytest.mark.parametrize("method", [SnapKV(), PyramidKV(), H2O(), XKV(fraction=0.3), InfiniGen(fraction=0.4)], ids=repr)
+@pytest.mark.parametrize("where", ["prompt", "chunk", "step"])
+def test_a_stopped_pass_has_evicted_nothing(method: Any, where: str) -> None:
+    model, text = make_model("llama"), make_prompt(1, tokens=150)["input_ids"]
+    pieces = text.split([70, 40, *[1] * 40], 1)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with farkv.attach(model, method) as far:
+        calm, cache = far.new_cache(), far.new_cache()
+        for each in (calm, cache):
+            each.engine.announce_prompt(110, 2048)
+        for i, ids in enumerate(pieces):
+            if i == {"prompt": 0, "chunk": 1}.get(where, i if i > 1 else -1):
+                hook = model.model.layers[i % 4].register_forward_hook(fail)
+                with pytest.raises(KeyboardInterrupt):
+                    forward(model, ids, cache)
+                hook.remove()
+            assert torch.equal(forward(model, ids, cache), forward(model, ids, calm)), i
+        assert far.receipt(cache).evicted_records == far.receipt(calm).evicted_records
 
 
 def test_layers_that_hold_different_tokens_refuse_to_go_on() -> None:

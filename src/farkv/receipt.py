@@ -177,6 +177,16 @@ class Account:
             count = self.layers[layer] = LayerCount()
         return count
 
+    def count_pass(self, seconds: float, *, measures: bool) -> None:
+        """Count a forward pass; a verified step, which `measures`, is not timed."""
+        if not self.decoding:
+            self.prefill_s += seconds
+            return
+        self.decode_steps += 1
+        if not measures:
+            self.timed_steps += 1
+            self.decode_s += seconds
+
     def add_fallback(self, name: str) -> None:
         """Count one use of a slower or different path than the one requested."""
         self.fallbacks[name] = self.fallbacks.get(name, 0) + 1

@@ -12,6 +12,7 @@ from farkv.errors import CapacityError
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.records import Needs, StoreLimits
 from farkv.store.tiers import Store
+from farkv.store.whole import crop
 from tests.engine.admitting import Gate
 from tests.store.far.test_page_rows import HEADS, B, T, open_store, some
 from tests.store.far.test_page_rows import SHAPE as PAGED
@@ -48,7 +49,7 @@ def test_disk_is_admitted_for_what_is_held_not_for_what_was_ever_written(
             Gate(store, 1).admit(PAGED, 6 * T)
         for layer in (0, 1):
             store.append(layer, torch.zeros(B, HEADS, 4 * T, 2), torch.zeros(B, HEADS, 4 * T, 3))
-            store.crop(layer, 3 * T)
+            crop(store, layer, 3 * T)
         Gate(store, 1).admit(PAGED, T)
         with pytest.raises(CapacityError, match="disk limit"):
             Gate(store, 1).admit(PAGED, 2 * T)

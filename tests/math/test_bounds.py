@@ -48,7 +48,7 @@ def test_bounds_do_not_depend_on_how_tokens_come(seed: int, page: int, sizes: li
     assert torch.equal(index.view(start), whole)
     assert ledger.used == index.rows.n_bytes
     # The keys that a crop takes back are in the bounds of the last page: it goes too, and is made anew.
-    index.crop(Cropped(1, start - 1, start - 1))
+    index.crop(Cropped(start - 1, start - 1))
     assert index.length == (start - 1) // page * page
     assert index.length == 0 or torch.equal(index.view(index.length), whole[:, :, : index.length // page])
 

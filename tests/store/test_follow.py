@@ -21,6 +21,7 @@ from farkv.store.placement import Placement
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
+from farkv.store.whole import crop
 from tests.models import make_model, make_prompt
 
 B, HEADS, D, TOKENS = 2, 2, 4, 20
@@ -92,9 +93,9 @@ def test_followers_are_told_what_happens_to_their_layer(store: Store) -> None:
 
     store.append(3, *torch.randn(2, B, HEADS, 1, D).unbind(0))
     assert take() == [], "who follows sees new records when it looks"
-    store.crop(3, 4)
+    crop(store, 3, 4)
     # When it is told, the rows are gone.
-    assert take() == [("crop", Cropped(4, TOKENS - 3, TOKENS - 3), TOKENS - 3)]
+    assert take() == [("crop", Cropped(TOKENS - 3, TOKENS - 3), TOKENS - 3)]
     length = TOKENS - 3
     if store.placement is not Placement.DISK:
         positions = torch.arange(5, length).expand(B, HEADS, -1)
@@ -102,11 +103,11 @@ def test_followers_are_told_what_happens_to_their_layer(store: Store) -> None:
         # When it is told, the rows are all there.
         assert take() == [("keep", positions.tolist(), length)]
         length -= 5
-        store.crop(3, 2)
+        crop(store, 3, 2)
         length -= 2
-        assert take() == [("crop", Cropped(2, length, length + 5), length)]
+        assert take() == [("crop", Cropped(length, length + 5), length)]
         with pytest.raises(CacheStateError):
-            store.crop(3, length + 1)
+            crop(store, 3, length + 1)
         assert take() == [], "what is refused has not happened"
     store.select(3, torch.tensor([1, 0, 1]))
     assert take() == [("select", [1, 0, 1], length)]

@@ -28,6 +28,7 @@ from farkv.store.far.quantize import Codec
 from farkv.store.records import Fetch, Keep, Needs, SavedText, StoreLimits
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
+from farkv.store.whole import crop
 from tests.engine.admitting import Gate
 from tests.store.far.test_page_cache import check_copies
 
@@ -263,10 +264,10 @@ class StoreMachine(RuleBasedStateMachine):
         if model.seen > model.length and n > model.gapless:
             for layer in LAYERS:
                 with pytest.raises(CacheStateError):
-                    self.store.crop(layer, n)
+                    crop(self.store, layer, n)
             return
         for layer in LAYERS:
-            self.store.crop(layer, n)
+            crop(self.store, layer, n)
             model.rows[layer], model.tokens[layer] = model.rows[layer][:, :, :left], model.tokens[layer][:, :, :left]
         model.seen -= n
         model.gapless = max(0, model.gapless - n)

@@ -11,6 +11,7 @@ from farkv.kernels.native import load_native
 from farkv.store.records import Needs, StoreLimits
 from farkv.store.sizes import LayerShape, fetched_bytes
 from farkv.store.tiers import Store
+from farkv.store.whole import crop
 
 B, HKV, D, DV = 2, 2, 4, 3
 CPU = torch.device("cpu")
@@ -113,7 +114,7 @@ def test_crop_select_and_clear_keep_reads_right() -> None:
     store, k, v, _ = fill(1 << 20)
     order = torch.tensor([1, 0])
     for layer in (0, 1):
-        store.crop(layer, 5)
+        crop(store, layer, 5)
         store.select(layer, order)
         positions = some(5, 20)
         read = store.read(layer, store.fetch(layer, positions, None, 4), None, 4)

@@ -102,6 +102,7 @@ def make_store(setup: Setup, row: Row, evicting: Row | None, roles: Roles, *, li
         evicts=roles.keeps or spills(setup.setting.limits),
         pins=setup.setting.levers.near is not None,
         mover=setup.setting.kernels.fast,
+        worker=setup.setting.worker,
         exact_scores=exact,
     )
     store = Store(setup.layers, setup.setting.limits, setup.device, needs)

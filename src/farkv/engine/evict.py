@@ -1,24 +1,38 @@
 """What is evicted and when: at the end of a prompt, when a layer exceeds its share, when the pool is full.
 
-In: the passes. Out: fewer records, in the store and in everything that follows it. An evictor scores (`methods.base`),
-shares say how many stay (`engine.shares`), a pool's policy says what was not read of late (`engine.pool_policy`).
+In: the passes. Out: fewer records, in the store and in everything that follows it. What a pass makes due waits until it
+is committed, so that one that fails or is stopped has evicted nothing; only a full pool makes room before. An evictor
+scores (`methods.base`), shares say how many stay (`engine.shares`), a pool's policy says what was not read of late
+(`engine.pool_policy`).
 docs/papers/xkv.md has equation, function and deviation.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
+
 from farkv._axes import Bool, Tensor
 from farkv.engine.budget import Budgets
-from farkv.engine.pool_policy import PoolPolicy
+from farkv.engine.pool_policy import VOTERS, PoolPolicy
 from farkv.engine.records import LayerRecords
 from farkv.engine.shares import Shares
 from farkv.math.importance import PADDING, sort_gains
 from farkv.math.keep import choose_kept
 from farkv.math.select import force_sinks
-from farkv.math.step import AttentionFunction, Step
+from farkv.math.step import AttentionFunction, Query, Step
 from farkv.methods.base import Evictor, Selector
 from farkv.store.records import Keep
 from farkv.store.tiers import Store
+
+
+class Due(NamedTuple):
+    """A layer's part of a pass that is not committed yet: its new tokens, and the queries that vote in a full pool."""
+
+    n_new: int
+    voters: Query | None
+    device: torch.device
 
 
 class Eviction:
@@ -48,12 +62,17 @@ class Eviction:
         self.is_active = any(part is not None for part in (shares, pins, policy))
         # True while a prompt is attended to before the records that stay are stored.
         self.passing = False
+        # The first pass of all: undone, there is nothing that it could have evicted, so nothing waits.
+        self.is_first = True
+        # True while layers are evicted one after the other.
+        self.is_committing = False
+        self._due: dict[int, Due] = {}
 
     # --- before attention -----------------------------------------------------------------------------------
 
     def begin(self, n_new: int, prompt_tokens: int) -> None:
         """Begin a pass; a whole prompt with planned shares is attended to before the records that stay are stored."""
-        shares = self.shares
+        shares, self.is_first = self.shares, self.store.seen(next(iter(self.records))) == 0
         self.passing = shares is not None and shares.passes_by and shares.keeps_at_once(n_new, prompt_tokens)
 
     def make_room(self, layer: int, n_new: int) -> None:
@@ -69,20 +88,44 @@ class Eviction:
     # --- after attention ------------------------------------------------------------------------------------
 
     def settle(self, layer: int, step: Step) -> None:
-        """1. At the end of the prompt evict and pin.  2. Evict where a layer is over its share, or the pool is full."""
+        """Note what is due for a layer: it is done when the pass is committed, after the first pass at once."""
         if not self.is_active:
             return
+        if self.evictor is not None and self.shares is not None and self.evictor.sums_scores:
+            self.evictor.settle(self.records[layer], self._scores(layer))
+        # A copy: a view would keep the whole pass's queries of every layer.
+        voters = None if self.policy is None else step.query._replace(q=step.query.q[:, :, -VOTERS:].clone())
+        self._due[layer] = Due(step.n_new, voters, step.k.device)
+        if self.is_first:
+            self.commit()
+
+    def commit(self) -> None:
+        """Do what is due in every layer: nothing of this pass will be taken back."""
+        self.is_committing = bool(self._due)
+        for layer, due in self._due.items():
+            self._settle(layer, due)
+        self.forget_due()
+        self.is_committing = False
+
+    def forget_due(self) -> None:
+        """Do nothing of what is due: the pass is taken back."""
+        self._due = {}
+        if self.policy is not None:
+            self.policy.forget_noted()
+
+    def _settle(self, layer: int, due: Due) -> None:
+        """1. At the end of the prompt evict and pin.  2. Evict where a layer is over its share, or the pool is full."""
         records, shares = self.records[layer], self.shares
-        if self.evictor is not None and shares is not None and self.evictor.sums_scores:
-            self.evictor.settle(records, self._scores(layer))
-        if step.n_new > 1 or records.seen <= records.prompt_tokens:
+        if self.policy is not None:
+            self.policy.count_noted(layer)
+        if due.n_new > 1 or records.seen <= records.prompt_tokens:
             if records.seen >= records.prompt_tokens:
                 self._end_prompt(layer)
         elif shares is not None and shares.is_over(layer):
             self._rescore(layer)
             self._evict_least(layer, shares.count_slack(layer))
         if self.policy is not None:
-            self._spare(layer, step)
+            self._spare(layer, due)
 
     def _end_prompt(self, layer: int) -> None:
         """Evict what exceeds a layer's share, and pin; where shares depend on all layers, wait for the last."""
@@ -164,16 +207,17 @@ class Eviction:
 
     # --- a full pool ----------------------------------------------------------------------------------------
 
-    def _spare(self, layer: int, step: Step) -> None:
+    def _spare(self, layer: int, due: Due) -> None:
         """Count what the pass's last queries would read; evict if the next token has no room."""
         assert self.policy is not None
-        decodes = step.n_new == 1
+        assert due.voters is not None
+        decodes = due.n_new == 1
         if not decodes or self.selector.reads_all(layer):
             cap = self.budgets.count(self.records[layer].seen, layer)
-            own = self.budgets.count_own(layer, step.k.device)
-            self.policy.vote(self.records[layer], step.query, cap, own)
-        # Never this pass's own tokens: if a later layer fails, all of them can still be taken back.
-        self._evict_unread(layer, self.policy.count_excess(layer, 1, spare=decodes), newest=step.n_new)
+            own = self.budgets.count_own(layer, due.device)
+            self.policy.vote(self.records[layer], due.voters, cap, own)
+        # Never this pass's own tokens: where it was the first, all of them can still be taken back.
+        self._evict_unread(layer, self.policy.count_excess(layer, 1, spare=decodes), newest=due.n_new)
 
     def _evict_unread(self, layer: int, n: int, newest: int = 0) -> None:
         """Evict `n` records of every KV head by the pool's policy.
@@ -207,6 +251,7 @@ class Eviction:
 
     def clear(self) -> None:
         """Forget what was counted of the context."""
-        self.passing = False
+        self.passing = self.is_committing = False
+        self.forget_due()
         if self.shares is not None:
             self.shares.clear()

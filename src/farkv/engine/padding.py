@@ -39,9 +39,9 @@ class Padding:
 
     def set(self, real: Bool[Tensor, "b S"] | None) -> None:
         """Say which tokens are real."""
-        self.real = real
         self.version += 1
         self._lengths.clear()
+        self.real = real
 
     def of_tokens(self, n_tokens: int) -> Bool[Tensor, "b S"] | None:
         """Return which of the first `n_tokens` are real; tokens younger than the last mask are."""

@@ -47,7 +47,7 @@ class LayerUses:
 
     def crop(self, now: Cropped) -> None:
         """Forget the newest rows."""
-        self.rows.crop(max(0, self.rows.length - now.length))
+        self.rows.cut(now.length)
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Keep the uses at these positions."""
@@ -78,6 +78,8 @@ class PoolPolicy:
         # Records of every KV head and layer that the limit has room for; 0: not known yet.
         self.capacity = 0
         self.now = 0
+        # Reads of a pass that is not committed yet: positions, which are valid, and weights.
+        self._noted: dict[int, list[tuple[Tensor, Tensor | None, Tensor | None]]] = {}
         self.uses = {layer: LayerUses(store, layer, self.policy) for layer in store.order}
         for layer, uses in self.uses.items():
             store.follow(layer, uses)
@@ -100,13 +102,22 @@ class PoolPolicy:
     # --- what is read ---------------------------------------------------------------------------------------
 
     def note(self, layer: int, query: Query, read: Read) -> None:
-        """Note what attention reads at a decode step."""
-        self.now += 1
+        """Note what attention reads at a decode step; it counts when the pass is committed."""
         weights = None
         if self.policy.dtype.is_floating_point:
             seen = None if read.valid is None else read.valid[:, :, None]
             weights = weigh_rows(query.q, [read.k], seen, query.logits)[:, :, 0]
-        self.policy.touch(self.uses[layer].get(self.now), read.positions, read.valid, self.now, weights)
+        self._noted.setdefault(layer, []).append((read.positions, read.valid, weights))
+
+    def count_noted(self, layer: int) -> None:
+        """Count what a layer's attention has read."""
+        for positions, valid, weights in self._noted.pop(layer, ()):
+            self.now += 1
+            self.policy.touch(self.uses[layer].get(self.now), positions, valid, self.now, weights)
+
+    def forget_noted(self) -> None:
+        """Count none of it."""
+        self._noted = {}
 
     def vote(self, records: LayerRecords, query: Query, cap: int, own: Int[Tensor, "b 1 1"] | None) -> None:
         """Count the `cap` records that each of the pass's last queries would read.

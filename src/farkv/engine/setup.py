@@ -12,6 +12,7 @@ from farkv.kernels.native import Native
 from farkv.receipt import Account
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
+from farkv.store.worker import Worker
 
 
 class Levers(NamedTuple):
@@ -46,6 +47,8 @@ class Setting(NamedTuple):
     profile: Profile | None = None
     levers: Levers = Levers()
     kernels: Kernels = Kernels()
+    # Of the attached model; None: every cache starts its own.
+    worker: Worker | None = None
 
 
 class Setup(NamedTuple):

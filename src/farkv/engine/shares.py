@@ -166,6 +166,15 @@ class Shares:
             share = Allowed(0, rule.fraction)
         self.allowed = dict.fromkeys(self.layers, share)
 
+    def snapshot(self) -> tuple[Any, Any]:
+        """Return what a pass changes, for `restore`."""
+        return self.allowed, dict(self.gains)
+
+    def restore(self, state: tuple[Any, Any]) -> None:
+        """Restore what `snapshot` returned."""
+        self._counted = (-1, {})
+        self.allowed, self.gains = state[0], dict(state[1])
+
     def clear(self) -> None:
         """Forget what was counted; without a plan, the shares too."""
         self._counted = (-1, {})

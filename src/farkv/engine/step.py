@@ -2,10 +2,11 @@
 
   append      admit new keys and values under the byte limits, store them           (`engine.admit`, `store`)
   speculate   one layer ahead: choose by an estimated query, start the fetch        (`engine.choose`, `store.link`)
-  attend      choose, or top up what was speculated; attend; observe; evict         (`engine.attend`, `engine.evict`)
+  attend      choose, or top up what was speculated; attend; observe               (`engine.attend`)
+  commit      the pass is over in all layers: evict what is due                    (`engine.evict`)
 
-A pass over more than one token attends to everything, exactly. Whoever runs the model calls these three, per layer in
-the model's order, and takes a pass back with `crop` and `restore` where it fails (`engine.build` makes an engine).
+A pass over more than one token attends to everything, exactly. Whoever runs the model calls the first three per layer,
+in the model's order, and then commits the pass, or takes it back (`engine.undo`). `engine.build` makes an engine.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from farkv.math.select import Choice
 from farkv.math.step import AttentionFunction, Query, Step
 from farkv.store.records import Fetch
 from farkv.store.sizes import LayerShape
+from farkv.store.whole import crop, cut_layer, find_fault
 
 
 class Engine:
@@ -75,7 +77,7 @@ class Engine:
     # --- 3. attend ------------------------------------------------------------------------------------------
 
     def attend(self, layer: int, step: Step, attention: AttentionFunction) -> object:
-        """Attend to all records, or at a decode step to the chosen ones; then update the method and evict."""
+        """Attend to all records, or at a decode step to the chosen ones; then update the method, note what is due."""
         parts = self.parts
         self.padding.note(step.mask)
         if self.mode.dense:
@@ -109,6 +111,12 @@ class Engine:
             return parts.attention.read_in_place(records, step, attention, chosen.positions, budget.newest)
         early = self.store.fetch(layer, *chosen, spare=budget.newest)
         return parts.attention.read_chosen(records, step, attention, Fetched(early, None, budget.newest))
+
+    # --- 4. commit ------------------------------------------------------------------------------------------
+
+    def commit(self) -> None:
+        """Evict what the pass made due, in every layer: it has succeeded, and will not be taken back."""
+        self.parts.eviction.commit()
 
     # --- a prompt -------------------------------------------------------------------------------------------
 
@@ -149,9 +157,9 @@ class Engine:
         """Return the tokens a layer was given, evicted ones included."""
         return self.store.seen(layer)
 
-    def find_uneven(self) -> list[int]:
-        """Return layers that were given different numbers of tokens; one where all were given the same."""
-        return self.store.find_uneven()
+    def find_fault(self) -> str:
+        """Return what is wrong with the numbers of records; nothing where all layers hold the same tokens."""
+        return find_fault(self.store)
 
     def count_sequences(self, layer: int) -> int:
         """Return the sequences of the batch."""
@@ -178,7 +186,16 @@ class Engine:
             CacheStateError: what came before them is evicted.
         """
         self.pending.clear()
-        self.store.crop(layer, n_tokens)
+        crop(self.store, layer, n_tokens)
+
+    def cut(self, layer: int, seen: int) -> None:
+        """Forget a layer's tokens from number `seen` on, however many of its parts have them; it can be repeated.
+
+        Raises:
+            CacheStateError: what came before them is evicted.
+        """
+        self.pending.clear()
+        cut_layer(self.store, layer, seen)
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""

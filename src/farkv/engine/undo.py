@@ -6,39 +6,74 @@ from typing import Any, NamedTuple
 
 from farkv._axes import Tensor
 from farkv.engine.step import Engine
+from farkv.errors import CacheStateError
+from farkv.store.whole import cut_layer, find_fault
 
 
 class State(NamedTuple):
-    """The state of all layers before a pass; `Engine.crop` takes back the rows.
+    """The state of all layers before a pass.
 
-    real: which tokens are no padding.  sums: scores that a pass adds to.
+    seen, evicted: tokens that every layer was given, and those of each layer that were evicted.  real: which tokens are
+    no padding.  sums: scores that a pass adds to.  shares: what layers may keep.
     """
 
+    seen: int
+    evicted: dict[int, int]
     real: Tensor | None
     selector: Any
     evictor: Any
     sums: dict[int, Tensor]
+    shares: Any
 
 
 def note_state(engine: Engine) -> State:
     """Note what a pass changes; only sums are copied, because a pass changes nothing else in place."""
-    evictor, store = engine.parts.evictor, engine.store
+    parts, store = engine.parts, engine.store
+    evictor, shares = parts.evictor, parts.eviction.shares
     sums: dict[int, Tensor] = {}
     if evictor is not None and evictor.sums_scores:
         sums = {i: store.kept[i].scores.view().clone() for i in engine.layers if store.length(i) > 0}
-    noted = None if evictor is None else evictor.snapshot()
-    return State(engine.padding.real, engine.selector.snapshot(), noted, sums)
+    return State(
+        store.seen(engine.layers[0]) if engine.layers else 0,
+        dict(store.evicted),
+        engine.padding.real,
+        engine.selector.snapshot(),
+        None if evictor is None else evictor.snapshot(),
+        sums,
+        None if shares is None else shares.snapshot(),
+    )
 
 
-def restore_state(engine: Engine, state: State) -> None:
-    """Restore the noted state; the rows must have been cropped to it before."""
+def take_back(engine: Engine, state: State) -> None:
+    """Put every layer back to the noted state; it can be repeated, should it be stopped half way.
+
+    Raises:
+        CacheStateError: records that were there have been evicted meanwhile, or a layer is otherwise not whole.
+    """
+    parts, store = engine.parts, engine.store
+    # What was on its way near must not arrive in the middle of the next pass.
+    engine.wait()
     engine.pending.clear()
+    if state.seen and parts.eviction.is_committing:
+        raise CacheStateError("evicting was stopped half way")
+    parts.eviction.forget_due()
+    parts.admission.forget()
+    for layer in engine.layers:
+        if not state.seen and store.evicted[layer]:
+            # Before there was nothing, of which nothing can be gone.
+            store.clear(layer)
+        # A full pool has made room before the pass, and would make the same room again.
+        if parts.eviction.policy is None and store.evicted[layer] != state.evicted[layer]:
+            raise CacheStateError(f"layer {layer} has evicted records that the pass found")
+        cut_layer(store, layer, state.seen)
     engine.padding.set(state.real)
     engine.selector.restore(state.selector)
-    if engine.parts.evictor is not None:
-        engine.parts.evictor.restore(state.evictor)
+    if parts.evictor is not None:
+        parts.evictor.restore(state.evictor)
+    if parts.eviction.shares is not None:
+        parts.eviction.shares.restore(state.shares)
     for layer, sums in state.sums.items():
-        scores = engine.store.kept[layer].scores
-        # If records were evicted meanwhile, the remaining ones keep their current sums.
-        if scores.length == sums.shape[2]:
-            scores.view().copy_(sums)
+        store.kept[layer].scores.view().copy_(sums)
+    fault = find_fault(store)
+    if fault:
+        raise CacheStateError(f"taking back a failed pass: expected all layers whole, but {fault}; start a new cache")

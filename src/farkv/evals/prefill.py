@@ -78,6 +78,7 @@ def fill_cache(far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int
             layers[i].update(step.k, step.v)
             # The text's attention outputs are not needed: the pass was already run.
             cache.engine.attend(i, step, _attend_nothing)
+        cache.engine.commit()
     for i, layer in prefilled.unmanaged.items():
         layers[i] = copy.deepcopy(layer)
     return cache

@@ -12,7 +12,7 @@ from farkv.calibrate.profile import Profile
 from farkv.config import KERNELS, check_name, check_storage, parse_bytes, parse_disk
 from farkv.engine.build import Roles
 from farkv.engine.setup import Kernels, Levers, Setting
-from farkv.errors import CacheStateError, ConfigError, FarKVError, PlanError
+from farkv.errors import CacheStateError, ConfigError, PlanError
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
@@ -23,6 +23,7 @@ from farkv.methods.table import evicts
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
+from farkv.store.worker import Worker
 
 PROFILE_NAME = "profile.safetensors"
 # Up to here reading everything is faster than choosing, where `farkv bench --calibrate` has not measured it.
@@ -83,8 +84,8 @@ def attach(
     if place is not None:
         limits = limits._replace(disk=DiskSpace(*place))
     try:
-        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels))
-    except FarKVError:
+        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels, Worker()))
+    except BaseException:
         if limits.disk is not None:
             limits.disk.close()
         raise

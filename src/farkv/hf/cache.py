@@ -7,39 +7,25 @@ Lengths are logical (tokens seen). The cache holds no model, hook or stream, so 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from farkv._axes import Int, Tensor
 from farkv.engine.join import join_engines
 from farkv.engine.step import Engine
-from farkv.engine.undo import State, note_state, restore_state
 from farkv.errors import CacheStateError, FarKVError
 from farkv.hf import _compat
 from farkv.hf.identity import identify_tokenizer
 from farkv.hf.layer import FarLayer
-from farkv.hf.unmanaged import check_unmanaged, join_unmanaged, list_unmanaged
+from farkv.hf.owner import Owner
+from farkv.hf.transaction import Pass, describe_stuck, find_fault, note_pass, undo_pass
+from farkv.hf.unmanaged import check_unmanaged, count_reads, join_unmanaged, list_unmanaged
 from farkv.session.save import save_text
-
-
-class Before(NamedTuple):
-    """What a pass finds: enough to take it back."""
-
-    tokens: int
-    # Of layers that are left to Hugging Face: their attributes.
-    unmanaged: dict[int, dict[str, Any]]
-    state: State
-
-
-class Outer(NamedTuple):
-    """A module around the one that reads; the identity, not the module: a cache must not hold a model."""
-
-    module: int
-    started: float
-    ids: Tensor | None
 
 
 class FarCache(_compat.Cache):
@@ -56,10 +42,10 @@ class FarCache(_compat.Cache):
         self._ids: list[Tensor] = []
         self._n_ids = 0
         self.identity = identity or {}
-        self._before: Before | None = None
-        self._is_reading = False
-        self._outer: Outer | None = None
-        self._started = self._seconds = 0.0
+        self.owner = Owner()
+        # The pass that is neither committed nor undone.
+        self._pass: Pass | None = None
+        # Why no pass may go on from what the cache holds; set before anything is changed, cleared when all is.
         self._broken = ""
 
     @property
@@ -125,79 +111,126 @@ class FarCache(_compat.Cache):
 
     def note_tokens(self, ids: Tensor | None) -> None:
         """Note the ids of the pass that begins; without them what is cached is no text that can be saved."""
-        n = self.get_seq_length()
-        if self._n_ids > n:
-            self._ids, self._n_ids = [torch.cat(self._ids)[:n]], n
+        n, n_ids = self.get_seq_length(), self._n_ids
+        if n_ids < 0:
+            # It was stopped between the two last lines.
+            n_ids = sum(map(len, self._ids))
+        if n_ids > n:
+            self._ids, n_ids = [torch.cat(self._ids)[:n]], n
+        self._n_ids = -1
         if ids is not None:
             self._ids.append(ids[0].detach())
-            self._n_ids += ids.shape[1]
+            n_ids += ids.shape[1]
+        self._n_ids = n_ids
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens seen; those of a pass that is not over do not count, it may yet be taken back."""
+        if layer_idx == 0 and self._pass is not None:
+            return self._pass.tokens
+        return super().get_seq_length(layer_idx)
+
+    # --- a pass -----------------------------------------------------------------------------------------------
 
     def begin(self, module: object, n_new: int, ids: Tensor | None, *, reads: bool) -> None:
-        """Note that a forward pass over `n_new` tokens starts.
+        """Note that a forward pass over `n_new` tokens starts; one that was stopped before is taken back first.
 
         Args:
             reads: this module's pass is what stores the tokens; another one holds such a pass.
 
         Raises:
-            CacheStateError: a pass failed half way before, and what it had stored cannot be taken back.
+            CacheStateError: a pass failed half way before, and what it had stored cannot be taken back; or another
+                thread uses this cache.
         """
-        now = time.perf_counter()
+        self.owner.check()
+        now, found = time.perf_counter(), self._pass
+        if found is None or not (reads and found.is_around(ids)):
+            self.settle()
+            self.check_whole()
+            self.engine.set_mode()
+            tokens = self.get_seq_length()
+            self._pass = found = note_pass(self.layers, self.engine, tokens, module=id(module), ids=ids, now=now)
         if not reads:
-            self._outer = Outer(id(module), now, ids)
             return
-        self.settle()
-        self.check_whole()
-        self._before, self._is_reading, self._started = self._note(), True, now
-        if ids is None and self._outer is not None:
+        found.stage = "reading"
+        if ids is None and found.ids is not None and found.ids.shape[1] == n_new:
             # A decoder is often called with the embeddings of the tokens that the whole model was called with.
-            given = self._outer.ids
-            ids = given if given is not None and given.shape[1] == n_new else None
+            ids = found.ids
         self.note_tokens(ids)
-        self.account.decoding = n_new == 1 and self._before.tokens > 0
+        self.account.decoding = n_new == 1 and found.tokens > 0
 
-    def _note(self) -> Before:
-        layers: list[Any] = self.layers
-        # Layers of keys and values get new tensors in every pass: what they hold now stays as it is.
-        unmanaged = {
-            i: dict(vars(layer))
-            for i, layer in enumerate(layers)
-            if not isinstance(layer, FarLayer) and not hasattr(layer, "conv_states")
-        }
-        return Before(self.get_seq_length(), unmanaged, note_state(self.engine))
+    def restart_clock(self) -> None:
+        """Count the pass's seconds from now on."""
+        if self._pass is not None:
+            self._pass.started = time.perf_counter()
 
     def settle(self) -> None:
-        """Take back a pass that ended with neither output nor exception: it was killed, by Ctrl-C for example."""
-        if self._is_reading:
+        """Take back a pass that ended with neither output nor exception: it was killed, by Ctrl-C for example.
+
+        Raises:
+            CacheStateError: it cannot be taken back; or another thread uses this cache.
+        """
+        self.owner.check()
+        if self._pass is not None:
             self.take_back()
 
     def take_back(self) -> None:
-        """Forget the tokens of a pass that failed: what was there before it is there after it."""
-        before = self._before
-        if before is not None:
-            # First: if this is interrupted, by Ctrl-C too, no later pass may continue from a half-undone state.
-            self._broken = "a pass failed, and taking it back failed too"
-        self._before, self._is_reading = None, False
-        if before is not None:
-            self._broken = self._undo(before)
+        """Forget the tokens of a pass that failed: what was there before it is there after it.
 
-    def _undo(self, before: Before) -> str:
-        """Put everything back to what a pass found; return what cannot be."""
-        # What was on its way near must not arrive in the middle of the next pass.
-        self.engine.wait()
-        layers: list[Any] = self.layers
-        broken = ""
-        for i, layer in enumerate(layers):
-            if isinstance(layer, FarLayer):
-                n_new = layer.get_seq_length() - before.tokens
-                broken = (self._crop_layer(i, n_new) if n_new > 0 else "") or broken
-            elif i in before.unmanaged:
-                vars(layer).clear()
-                vars(layer).update(before.unmanaged[i])
-            else:
-                # Linear attention writes its states in place.
-                broken = self._describe_stuck(i)
-        restore_state(self.engine, before.state)
-        return broken
+        Where this is stopped too, the next pass tries again: until all is undone, none goes on.
+
+        Raises:
+            CacheStateError: what was there before is gone.
+        """
+        found = self._pass
+        if found is None:
+            return
+        if not self._broken:
+            self._broken = "a pass failed, and taking it back failed too"
+        try:
+            undo_pass(self.layers, self.engine, found)
+        except Exception as error:
+            self._broken = f"a pass failed, and cannot be taken back ({error})"
+            raise CacheStateError(self._describe_broken()) from error
+        self._pass, self._broken = None, ""
+
+    def end(self, module: object, *, reads: bool, failed: bool) -> None:
+        """Commit the forward pass that ends, or take it back where it failed; verified steps are not timed."""
+        found = self._pass
+        if found is None or not self.owner.is_here():
+            return
+        if failed:
+            # Where that fails too, the cache knows, and the next pass says so; the error on its way matters more.
+            if not self._broken:
+                with suppress(CacheStateError):
+                    self.take_back()
+            return
+        if reads:
+            found.stage = "read"
+        if found.module != id(module):
+            return
+        if found.stage == "read":
+            # Where this fails, the pass is still there to be taken back.
+            self.engine.commit()
+        self._pass = None
+        if found.stage == "read":
+            self.account.context_tokens = self.get_seq_length()
+            self.account.count_pass(time.perf_counter() - found.started, measures=self.engine.mode.measures)
+            if self.account.decoding:
+                count_reads(self.layers, self.account)
+
+    @contextmanager
+    def _changing(self, what: str) -> Iterator[None]:
+        """Change all layers outside a pass: where it is stopped between two of them, no pass goes on."""
+        self.settle()
+        self.check_whole()
+        self._broken = f"{what} was stopped half way"
+        try:
+            yield
+        except Exception:
+            # Refused before anything was changed, or half way.
+            self._broken = find_fault(self.layers, self.engine)
+            raise
+        self._broken = ""
 
     def step_back(self, n_tokens: int) -> None:
         """Forget the newest tokens of every layer.
@@ -205,11 +238,10 @@ class FarCache(_compat.Cache):
         Raises:
             CacheStateError: a layer cannot: what came before them is gone.
         """
-        self.settle()
-        self.check_whole()
-        self._broken, broken = "stepping back was stopped half way", ""
-        for i in range(len(self.layers) if n_tokens else 0):
-            broken = self._crop_layer(i, n_tokens) or broken
+        with self._changing("stepping back"):
+            broken = ""
+            for i in range(len(self.layers) if n_tokens else 0):
+                broken = self._crop_layer(i, n_tokens) or broken
         self._broken = broken
         self.check_whole()
 
@@ -219,75 +251,49 @@ class FarCache(_compat.Cache):
         try:
             layers[i].crop(-n_tokens)
         except (FarKVError, ValueError, RuntimeError, AttributeError):
-            return self._describe_stuck(i)
+            return describe_stuck(layers, i)
         return ""
-
-    def _describe_stuck(self, i: int) -> str:
-        return f"some were to be forgotten and layer {i} ({type(self.layers[i]).__name__}) cannot step back"
 
     def check_whole(self) -> None:
         """Raise CacheStateError where layers hold different tokens."""
-        why, uneven = self._broken, self.engine.find_uneven()
-        if not why and len(uneven) > 1:
-            first, other = ((i, self.engine.count_tokens(i)) for i in uneven[:2])
-            why = f"layer {first[0]} holds {first[1]} and layer {other[0]} holds {other[1]}"
-        if why:
-            raise CacheStateError(
-                f"this cache: expected all layers to hold the same tokens, but {why}; start a new cache"
-            )
+        self._broken = self._broken or find_fault(self.layers, self.engine)
+        if self._broken:
+            raise CacheStateError(self._describe_broken())
+
+    def _describe_broken(self) -> str:
+        return f"this cache: expected all layers to hold the same tokens, but {self._broken}; start a new cache"
+
+    def hand_over(self) -> None:
+        """Let another thread go on with this cache: until then the thread that used it first has it."""
+        self.settle()
+        self.owner.hand_over()
+
+    # --- what Hugging Face asks -------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything."""
+        self.owner.check()
+        self._broken = "forgetting everything was stopped half way"
         super().reset()
-        self._ids, self._n_ids, self._broken = [], 0, ""
-        self._before, self._is_reading = None, False
+        self._ids, self._n_ids = [], 0
+        self._pass, self._broken = None, ""
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Forget the newest tokens, in the form of the transformers release in use."""
-        self.settle()
-        super().crop(*args, **kwargs)
+        with self._changing("cropping"):
+            super().crop(*args, **kwargs)
 
-    def end(self, module: object, *, reads: bool, failed: bool) -> None:
-        """Count the forward pass that ends; verified steps are not timed. What a failed one stored is taken back."""
-        now, outer = time.perf_counter(), self._outer
-        if not reads:
-            if outer is None or outer.module != id(module):
-                return
-            self._outer = None
-            if failed:
-                self.take_back()
-            elif self._before is not None:
-                self._add_seconds(now - outer.started - self._seconds)
-        elif failed:
-            self.take_back()
-        elif self._is_reading:
-            self._is_reading = False
-            self._count_pass(now - self._started)
-        if not reads or outer is None:
-            self._before = None
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Follow the beams."""
+        with self._changing("reordering"):
+            super().reorder_cache(beam_idx)
 
-    def _count_pass(self, seconds: float) -> None:
-        self.account.context_tokens = self.get_seq_length()
-        self._seconds = seconds
-        self._add_seconds(seconds)
-        if self.account.decoding:
-            self.account.decode_steps += 1
-            self.account.timed_steps += not self.engine.mode.measures
-            self._count_unmanaged_layers()
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        with self._changing("repeating sequences"):
+            super().batch_repeat_interleave(repeats)
 
-    def _add_seconds(self, seconds: float) -> None:
-        if not self.account.decoding:
-            self.account.prefill_s += seconds
-        elif not self.engine.mode.measures:
-            self.account.decode_s += seconds
-
-    def _count_unmanaged_layers(self) -> None:
-        """Layers left to Hugging Face read all they hold."""
-        layers: list[Any] = self.layers
-        for i, layer in enumerate(layers):
-            keys = getattr(layer, "keys", None)
-            if isinstance(layer, FarLayer) or keys is None or keys.dim() != 4:
-                continue
-            self.account.record_bytes[i] = (keys.shape[-1] + layer.values.shape[-1]) * keys.element_size()
-            held = keys.shape[0] * keys.shape[1] * keys.shape[2]
-            self.account.layer(i).add_read(held, held)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        with self._changing("selecting sequences"):
+            super().batch_select_indices(indices)

@@ -22,7 +22,7 @@ from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
-from farkv.hf.arguments import count_new, find_cache, find_ids
+from farkv.hf.arguments import count_new, find_cache, find_ids, find_layers
 from farkv.hf.attention import NAME
 from farkv.hf.cache import FarCache
 from farkv.hf.identity import digest_weights, identify_model
@@ -62,7 +62,12 @@ class Handle(AbstractContextManager["Handle"]):
         make_engine(roles, Setup(self.managed, self.device, Account(), setting))
         layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
         self._ahead = Lookahead(layers)
-        self._attach()
+        try:
+            self._attach()
+        except BaseException:
+            # Stopped half way: the model is as it was.
+            self._detach()
+            raise
         _handles[id(model)] = self
 
     @property
@@ -108,20 +113,22 @@ class Handle(AbstractContextManager["Handle"]):
             module.farkv_base = base  # type: ignore[assignment]
         hooks = self._hooks
         verifier = Verifier()
-        # Order matters: the verifying dense pass runs before the clock starts, the comparison after it stops.
-        hooks.append(model.register_forward_pre_hook(verifier.before, with_kwargs=True))
         for module in {model, self.decoder}:
             hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             # Called after an exception too: what a pass had stored is then taken back.
             hooks.append(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+        # Order matters: the verifying dense pass is part of the pass, the comparison comes after it.
+        hooks.append(model.register_forward_pre_hook(verifier.before, with_kwargs=True))
         hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
         for i in self.managed:
             hooks.append(self.attention[i].register_forward_pre_hook(make_inject(i), with_kwargs=True))
 
     def detach(self) -> None:
         """Remove every hook and restore the model's attention. Caches made before can no longer be used."""
-        if not self._hooks:
-            return
+        if self._hooks:
+            self._detach()
+
+    def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -225,12 +232,12 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
-        if cache is not None and not cache.engine.mode.dense:
+        if cache is not None:
             cache.begin(module, count_new(args, kwargs), find_ids(args, kwargs), reads=module is self.decoder)
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         cache = find_cache(args, kwargs)
-        if cache is not None and not cache.engine.mode.dense:
+        if cache is not None:
             cache.end(module, reads=module is self.decoder, failed=out is None)
         self._ahead.land()
 
@@ -239,8 +246,8 @@ def make_inject(i: int) -> Any:
     """Return a hook that hands layer i of one of our caches to the attention function."""
 
     def inject(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        cache = find_cache(args, kwargs)
-        layer = None if cache is None else cache.layers[i]
+        layers = find_layers(args, kwargs)
+        layer = None if layers is None else layers[i]
         if not isinstance(layer, FarLayer):
             return None
         # The dict is this call's own.

@@ -13,6 +13,7 @@ from farkv._axes import Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
 from farkv.hf.layer import FarLayer
+from farkv.receipt import Account
 
 
 def check_unmanaged(layer: Any) -> None:
@@ -31,6 +32,17 @@ def join_unmanaged(layer: Any, more: Any) -> None:
     layer.keys, layer.values = join_left(layer.keys, more.keys), join_left(layer.values, more.values)
     if hasattr(layer, "cumulative_length"):
         layer.cumulative_length = n_tokens
+
+
+def count_reads(layers: list[Any], account: Account) -> None:
+    """Count a decode step of the layers that are left to Hugging Face: they read all they hold."""
+    for i, layer in enumerate(layers):
+        keys = getattr(layer, "keys", None)
+        if isinstance(layer, FarLayer) or keys is None or keys.dim() != 4:
+            continue
+        account.record_bytes[i] = (keys.shape[-1] + layer.values.shape[-1]) * keys.element_size()
+        held = keys.shape[0] * keys.shape[1] * keys.shape[2]
+        account.layer(i).add_read(held, held)
 
 
 def join_left(rows: Tensor, more: Tensor) -> Tensor:

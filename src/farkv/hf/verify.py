@@ -1,12 +1,12 @@
 """Compare decode steps with full attention over the same records during generation.
 
 In: the forward passes of an attached model whose cache asks for it. Out: KL, top-1 agreement and attention mass in
-the cache's account. Each verified token runs twice: densely first, then, after that token is forgotten, sparsely.
+the cache's account. Each verified token runs twice: densely first, then, after that token is forgotten, sparsely. Both
+are one pass to the cache: wherever it is stopped, it is taken back as a whole.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from farkv._axes import Tensor
+from farkv.hf.arguments import count_new, find_cache, replace_cache
 from farkv.hf.cache import FarCache
-from farkv.hf.layer import FarLayer
+from farkv.hf.dense_cache import DenseCache
 
 
 class Verifier(threading.local):
@@ -25,27 +26,23 @@ class Verifier(threading.local):
         self.reference: Tensor | None = None
 
     def before(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Run the dense pass and keep its logits."""
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, FarCache) or cache.engine.mode.dense:
+        """Run the dense pass and keep its logits; the cache has noted already what this pass finds."""
+        cache = find_cache(args, kwargs)
+        if cache is None:
             return
         # A step that failed before its comparison has left these.
         self.reference = None
-        cache.engine.set_mode()
-        if cache.verify_steps <= 0:
-            return
-        tokens = kwargs.get("input_ids")
-        tokens = tokens if tokens is not None else kwargs.get("inputs_embeds")
-        if tokens is None or tokens.shape[1] != 1 or cache.get_seq_length() == 0:
+        if cache.verify_steps <= 0 or count_new(args, kwargs) != 1 or cache.get_seq_length() == 0:
             return
         self.reference = run_dense(model, cache, args, kwargs)
-        cache.engine.set_mode(measures=True)
         cache.verify_steps -= 1
+        cache.engine.set_mode(measures=True)
+        cache.restart_clock()
 
     def after(self, model: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         """Compare."""
-        cache = kwargs.get("past_key_values")
-        if self.reference is None or not isinstance(cache, FarCache) or cache.engine.mode.dense:
+        cache = find_cache(args, kwargs)
+        if self.reference is None or cache is None:
             return
         reference, self.reference = self.reference, None
         cache.engine.set_mode()
@@ -60,22 +57,10 @@ class Verifier(threading.local):
 @torch.no_grad()
 def run_dense(model: nn.Module, cache: FarCache, args: Any, kwargs: dict[str, Any]) -> Tensor:
     """Run one token with full attention and leave the cache as it was."""
-    layers: list[Any] = cache.layers
-    unmanaged = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
-    before = {i: layer.get_seq_length() for i, layer in enumerate(layers) if i not in unmanaged}
+    tokens = cache.get_seq_length()
+    args, kwargs = replace_cache(args, kwargs, DenseCache(cache.layers))
     cache.engine.set_mode(dense=True)
-    try:
-        for i, layer in unmanaged.items():
-            # Sliding and linear layers cannot step back; they are small, so the dense pass gets copies.
-            layers[i] = copy.deepcopy(layer)
-        return model(*args, **kwargs).logits[:, -1]
-    finally:
-        for i, layer in unmanaged.items():
-            layers[i] = layer
-        try:
-            for i, length in before.items():
-                # An exception may have stopped the pass half way: only layers that took the token give it back.
-                layers[i].crop(length - layers[i].get_seq_length())
-        finally:
-            # Stopped once more: the next pass finds that layers differ.
-            cache.engine.set_mode()
+    logits = model(*args, **kwargs).logits[:, -1]
+    for layer in cache.engine.layers:
+        cache.engine.cut(layer, tokens)
+    return logits

@@ -25,7 +25,7 @@ def join_fits(fit: LayerFit, other: LayerFit, batches: tuple[int, int], lengths:
     known = [(each, n) for each, n in pair if each.index.projection is not None]
     lag = max((n - each.index.length for each, n in known), default=0)
     for each, n in known:
-        each.index.rows.crop(max(0, each.index.length - (n - lag)))
+        each.index.rows.cut(n - lag)
     fitted = [*(fit.phase.fitted or [0] * batches[0]), *(other.phase.fitted or [0] * batches[1])]
     samples, strides = join_samples(fit, other, batches)
     fit.index.join(other.index, max(lengths) - lag, batches)

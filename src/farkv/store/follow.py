@@ -11,9 +11,8 @@ from farkv._axes import Int, Tensor
 
 
 class Cropped(NamedTuple):
-    """A layer after a crop of its `n_tokens` newest: `length` rows are left, of `seen` tokens."""
+    """A layer after a crop: `length` rows are left, of `seen` tokens. Absolute numbers: a crop can be repeated."""
 
-    n_tokens: int
     length: int
     seen: int
 
@@ -23,7 +22,7 @@ class Follower(Protocol):
     """State that is kept per row, or per sequence, of one layer."""
 
     def crop(self, now: Cropped) -> None:
-        """Remove the state of the newest tokens."""
+        """Remove the state of all tokens but those that are left; do nothing where there is none."""
         ...
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from farkv.store.far.rows import Rows, spread_heads
 from farkv.store.memory import Fetcher
 from farkv.store.near.pinned import Pinned
 from farkv.store.near.recently_used import RecentlyUsed
+from farkv.store.worker import Worker
 
 
 class Ticket:
@@ -59,12 +60,15 @@ class FetchJob(NamedTuple):
 
 
 class Link:
-    """The path from host to near memory: one worker thread and, on a GPU, one side stream."""
+    """The path from host to near memory: a worker thread and, on a GPU, one side stream.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._worker: ThreadPoolExecutor | None = None
-        self._owner = 0
+    Args:
+        worker: of the attached model; None: a thread of its own, where one is needed.
+    """
+
+    def __init__(self, device: torch.device, worker: Worker | None = None):
+        self.device, self._worker = device, worker
+        self._process = os.getpid()
         # The work that was submitted last: when it is done, so is all before it.
         self._latest: Future[Any] | None = None
         self._stream: Any = None
@@ -73,19 +77,22 @@ class Link:
         self._staging: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
-        return Link(self.device)
+        return Link(self.device, self._worker)
 
     def submit(self, work: Callable[[], Any]) -> Ticket:
         """Run `work` on the link's thread."""
-        if self._worker is None or self._owner != os.getpid():
-            # A forked child has none of its parent's threads.
-            self._worker, self._owner = ThreadPoolExecutor(1, thread_name_prefix="farkv-link"), os.getpid()
-        self._latest = self._worker.submit(work)
+        if self._worker is None:
+            self._worker = Worker()
+        self._latest, self._process = self._worker.submit(work), os.getpid()
         return Ticket(self._latest)
+
+    def _is_idle(self) -> bool:
+        """Say whether all that was submitted is done; what a forked process was waiting for will never be."""
+        return self._latest is None or self._latest.done() or self._process != os.getpid()
 
     def _run(self, work: Callable[[], Any], n_bytes: int) -> Ticket:
         """Run `work`, which copies `n_bytes`: here if that is little and the worker is idle, else on its thread."""
-        if n_bytes > INLINE_BYTES or (self._latest is not None and not self._latest.done()):
+        if n_bytes > INLINE_BYTES or not self._is_idle():
             return self.submit(work)
         done: Future[Any] = Future()
         try:
@@ -96,8 +103,10 @@ class Link:
 
     def drain(self) -> None:
         """Wait for all submitted work, so that the next choice sees the effects of every read."""
-        if self._worker is not None:
-            self.submit(lambda: None).result()
+        if self._latest is not None and self._worker is not None and self._process == os.getpid():
+            # Errors are raised where a ticket is waited for. The thread lets go of its last work when it gets more.
+            self._worker.submit(int).result()
+        self._latest = None
 
     def fetch(
         self,

@@ -8,6 +8,7 @@ from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.store.far.page_file import DiskSpace, PageReader
 from farkv.store.link import Ticket
 from farkv.store.memory import Mover
+from farkv.store.worker import Worker
 
 
 class SavedText(NamedTuple):
@@ -46,6 +47,8 @@ class Needs(NamedTuple):
     pins: bool = False
     # Kernels that move rows; None: plain operations.
     mover: Mover | None = None
+    # The thread that brings records near; None: the store starts its own.
+    worker: Worker | None = None
     # Keep scores in float32: sums that grow by small amounts.
     exact_scores: bool = False
 

@@ -41,7 +41,7 @@ class Store(FarStore):
         # In the rest of the near limit, where no plan pins records: admission creates and frees these.
         self.recently_used: dict[int, RecentlyUsed] = {}
         self.buffers = Buffers(self.near, device)
-        self.link = Link(device)
+        self.link = Link(device, needs.worker)
         # Whether dense reads go block by block; set by admission.
         self.streams = False
         self.block_tokens = BLOCK_TOKENS
@@ -71,7 +71,7 @@ class Store(FarStore):
         if layer in self.pinned:
             self.pinned[layer].append(k.shape[2])
         if self.is_far:
-            self.windows[layer].push(*parts)
+            self.windows[layer].push(*parts, seen=self.seen(layer))
 
     def reserve(self, rows: dict[int, int]) -> None:
         """Set the rows of every layer's first allocation."""
@@ -256,15 +256,16 @@ class Store(FarStore):
 
     def _newest(self, layer: int, n: int) -> Tensor:
         """Return the newest rows, from the recent window, or from the pool after a crop or a reordering."""
-        near = self.windows[layer].newest(n)
+        window, seen = self.windows[layer], self.seen(layer)
+        near = window.newest(n, seen)
         if near is not None:
             return near
         total = self.length(layer)
         rows = self.pool[layer].read(total - n, total)
         self.on_fetch(rows.numel() * rows.element_size())
-        self.windows[layer].length = 0
+        window.length = 0
         near = rows.to(self.device)
-        self.windows[layer].push(near)
+        window.push(near, seen=seen)
         return near
 
     # --- the batch ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from farkv.store.far.rows import Rows
 from farkv.store.ledger import Ledger
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.tiers import Store
+from farkv.store.whole import crop
 
 B, HEADS, WIDTH = 2, 2, 3
 CPU = torch.device("cpu")
@@ -67,10 +68,10 @@ def test_places_and_scores_follow_every_operation() -> None:
     assert torch.equal(kept.scores.view()[..., 0], scores.bfloat16())
     kept.append(torch.zeros(B, HEADS, 2, 1), 20)
     assert kept.gapless == 5
-    kept.crop(4, evicted=12)
+    kept.cut(6, evicted=12)
     assert torch.equal(kept.places.view()[..., 0].long(), positions[..., :6])
     with pytest.raises(CacheStateError, match="at most 1 tokens to take back, got 2"):
-        kept.crop(2, evicted=12)
+        kept.cut(4, evicted=12)
     kept.select(torch.tensor([1, 1, 0]))
     assert torch.equal(kept.places.view()[..., 0].long(), positions[[1, 1, 0], :, :6])
     assert ledger.used == kept.places.n_bytes + kept.scores.n_bytes
@@ -82,7 +83,7 @@ def test_places_and_scores_follow_every_operation() -> None:
 def test_nothing_that_was_evicted_can_be_taken_back_but_all_else_can() -> None:
     kept = Kept(Ledger("host"), CPU)
     kept.append(torch.zeros(B, HEADS, 20, 1), 0)
-    kept.crop(20, evicted=0)
+    kept.cut(0, evicted=0)
     assert kept.places.length == 0
 
 
@@ -107,7 +108,7 @@ def test_an_evicted_layer_reads_and_locates_what_is_left() -> None:
     assert slots is not None
     assert sum(moved) == int((slots < 0).sum()) * 7 * 4
     with pytest.raises(CacheStateError):
-        store.crop(0, 11)
+        crop(store, 0, 11)
     assert store.seen(0) == 30, "a refused crop changes nothing"
     store.clear(0)
     assert store.near.used == store.host.used == store.evicted[0] == 0

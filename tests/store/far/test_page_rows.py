@@ -128,7 +128,7 @@ def test_a_dense_read_brings_no_copies_and_reads_what_has_none(space: DiskSpace)
 def test_crop_into_full_pages_and_go_on(space: DiskSpace, left: int) -> None:
     rows, model = make(space, room=2), some(3 * T + 5)
     add(rows, model)
-    rows.crop(model.shape[2] - left)
+    rows.cut(left)
     model = model[:, :, :left]
     check(rows, model)
     for n in (1, T, 3):
@@ -136,7 +136,7 @@ def test_crop_into_full_pages_and_go_on(space: DiskSpace, left: int) -> None:
         add(rows, new)
         model = torch.cat([model, new], 2)
         check(rows, model)
-    rows.crop(1000)
+    rows.cut(0)
     assert rows.length == 0
     add(rows, model)
     check(rows, model)
@@ -234,7 +234,7 @@ def test_a_host_without_room_loses_nothing(space: DiskSpace, spare: int) -> None
     check(rows, model)
     rows.ledger.limit = rows.ledger.used + spare // 4
     try:
-        rows.crop(model.shape[2] - 3)
+        rows.cut(3)
         model = model[:, :, :3]
     except CapacityError as error:
         assert "host limit" in str(error)
@@ -256,7 +256,7 @@ def test_zero_rows(space: DiskSpace) -> None:
     rows = make(space)
     assert rows.heads == (0, 0)
     assert rows.resident().shape == (0, 0, 0)
-    rows.crop(3)
+    rows.cut(0)
     rows.clear()
     rows.select(torch.tensor([0, 1]))
     model = some(T)

@@ -59,7 +59,7 @@ def test_rows_equal_a_plain_tensor(operations: list[tuple[str, Any]], reserve: i
                 case "append":
                     rows.append(new[..., :1], new[..., 1:])  # type: ignore[index]
                 case "crop":
-                    rows.crop(value)
+                    rows.cut(rows.length - value)
                 case "select":
                     rows.select(torch.tensor([i % model.shape[0] for i in value]))
                 case _:

@@ -30,7 +30,7 @@ def test_held_copies_are_found_where_they_are_through_every_operation() -> None:
     check(pool[:, :, :20], 10)
     assert near.used == held.rows.n_bytes == 10 * B * HEADS * WIDTH * 4
     held.append(4)
-    held.crop(Cropped(2, 22, 22))
+    held.crop(Cropped(22, 22))
     check(pool[:, :, :22], 10)
     keep = torch.cat([chosen[..., :6], torch.full((B, HEADS, 1), 21)], -1).sort(-1).values
     held.keep(keep)

@@ -14,6 +14,7 @@ from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.records import Keep, Needs, StoreLimits
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import Store
+from farkv.store.whole import crop
 from tests.engine.admitting import Gate
 from tests.store.test_stateful import check_recently_used
 
@@ -130,7 +131,7 @@ def test_a_late_top_up_is_found_too() -> None:
 def test_records_that_come_after_a_crop_are_others() -> None:
     store, rows, moved = fill(16)
     read(store, rows[0], pick([1, 50, 51, 52], [2, 50, 51, 52]))
-    store.crop(0, 12)
+    crop(store, 0, 12)
     new = torch.randn(1, HKV, 12, D + DV)
     store.append(0, new[..., :D], new[..., D:])
     rows[0] = torch.cat([rows[0][:, :, :48], new], 2)

@@ -51,20 +51,21 @@ class Kept:
         # After an earlier crop the run without a gap may be shorter than the caller assumes.
         self.gapless = min(gapless, self.gapless)
 
-    def crop(self, n_tokens: int, evicted: int) -> None:
-        """Forget the newest rows.
+    def cut(self, length: int, evicted: int) -> None:
+        """Forget all rows but the first `length`.
 
         Raises:
-            CacheStateError: tokens before them are gone.
+            CacheStateError: tokens before the others are gone.
         """
+        n_tokens = max(0, self.places.length - length)
         if evicted and n_tokens > self.gapless:
             raise CacheStateError(
                 f"crop: expected at most {self.gapless} tokens to take back, got {n_tokens}; what came before them "
                 "was evicted; keep more (a larger window or fraction), or start a new cache"
             )
         self.gapless = max(0, self.gapless - n_tokens)
-        self.places.crop(n_tokens)
-        self.scores.crop(n_tokens)
+        self.places.cut(length)
+        self.scores.cut(length)
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""

@@ -212,9 +212,10 @@ class PageCache:
             victims = self.policy.choose(self.uses, self.births, n - fresh, closed, None)
             self.slot_of[self.page_of[victims]] = -1
             slots = torch.cat([slots, victims])
+        # In this order: where it is stopped, no page is said to be where it is not.
         self.data[slots] = rows
-        self.slot_of[pages] = slots.int()
         self.page_of[slots] = pages
+        self.slot_of[pages] = slots.int()
         self.births[slots] = self.now
         self.policy.renew(self.uses, slots, self.now)
         return slots

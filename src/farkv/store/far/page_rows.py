@@ -65,6 +65,11 @@ class PagedRows:
         """Tokens in full pages, which are on disk."""
         return self.table.length * self.pages.form.tokens
 
+    @property
+    def is_whole(self) -> bool:
+        """Say whether the pages hold as many rows as there are."""
+        return self.length == self.n_written + self.open.length
+
     def append(self, *parts: Tensor) -> None:
         """Add rows, and write the pages that become full.
 
@@ -87,15 +92,14 @@ class PagedRows:
                     self._write_full()
             except BaseException:  # an interrupt, too, is raised again below
                 # No table names the partly written page: undo the append.
-                self.open.crop(self.length - n_before)
-                self.length = n_before
+                self.cut(n_before)
                 raise
 
     def _write_full(self) -> None:
         """Write the open rows that fill whole pages: head by head, in the order of tokens."""
         tokens = self.pages.form.tokens
         batch, heads = self.open.heads
-        n = self.open.length // tokens
+        n, n_tabled = self.open.length // tokens, self.table.length
         rest = Rows(self.ledger, device=self.device, reserve=tokens)
         try:
             if self.open.length > n * tokens:
@@ -104,11 +108,12 @@ class PagedRows:
             rows = self.open.view()[:, :, : n * tokens].reshape(-1, tokens, self.width).contiguous()
             first = self.pages.write(rows)
             self.table.append(torch.arange(first, first + len(rows)).view(batch, heads, n, 1))
+            old, self.open = self.open, rest
         except BaseException:
+            self.table.cut(n_tabled)
             rest.clear()
             raise
-        self.open.clear()
-        self.open = rest
+        old.clear()
         self.page_cache.offer(first, rows)
 
     def take_pages(self, numbers: Int[Tensor, "B Hkv P 1"]) -> None:
@@ -184,12 +189,12 @@ class PagedRows:
             return torch.empty(*self.heads, 0, dtype=torch.bool)
         return self.page_cache.resident(self.table.view()[..., 0])
 
-    def crop(self, n_tokens: int) -> None:
-        """Remove the `n_tokens` newest rows; a full page that is cut becomes the open page."""
-        length, tokens = max(0, self.length - n_tokens), self.pages.form.tokens
+    def cut(self, length: int) -> None:
+        """Remove all rows but the first `length`; a full page that is cut becomes the open page."""
+        length, tokens = min(max(0, length), self.n_written + self.open.length), self.pages.form.tokens
         with self.page_cache.lock:
             if length >= self.n_written:
-                self.open.crop(self.length - length)
+                self.open.cut(length - self.n_written)
             else:
                 first = length // tokens
                 rest = Rows(self.ledger, device=self.device, reserve=tokens)
@@ -198,9 +203,9 @@ class PagedRows:
                     # One page of every head, while the old open page still exists.
                     self.page_cache.make_room(rows.shape[0] * rows.shape[1] * self.pages.form.n_bytes)
                     rest.append(rows)
-                self.table.crop(self.table.length - first)
-                self.open.clear()
-                self.open = rest
+                # Table and open page belong together: nothing may come between these.
+                old, self.table.length, self.open = self.open, first, rest
+                old.clear()
             self.length = length
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:

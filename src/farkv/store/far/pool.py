@@ -18,7 +18,7 @@ from farkv.store.far.page_rows import PagedRows
 from farkv.store.far.pages import NumberedPages, PageForm, count_page_tokens
 from farkv.store.far.quantize import Codec, encoded_bytes
 from farkv.store.far.rows import Rows
-from farkv.store.follow import Cropped, Follower
+from farkv.store.follow import Follower
 from farkv.store.ledger import Ledger
 from farkv.store.placement import Placement, counts_near, place_records
 from farkv.store.records import Keep, Needs, StoreLimits
@@ -55,6 +55,8 @@ class FarStore:
         # Bytes of one record's place and score, where the method evicts.
         self.metadata_bytes = 0 if not needs.evicts else EXACT_ROW_BYTES if exact else ROW_BYTES
         self.evicted = dict.fromkeys(layers, 0)
+        # What moves rows in place, while it does. Where that was stopped half way, nobody knows which row is whose.
+        self.moving = ""
         # All records, to compare with while an evicting method's steps are verified.
         self.shadow: dict[int, Rows] = {}
         self.shapes: dict[int, LayerShape] = {}
@@ -80,13 +82,6 @@ class FarStore:
     def seen(self, layer: int) -> int:
         """Return the tokens that a layer has seen, evicted ones included."""
         return self.pool[layer].length + self.evicted[layer]
-
-    def find_uneven(self) -> list[int]:
-        """Return one layer for each distinct number of tokens seen: one layer in all where they agree."""
-        first: dict[int, int] = {}
-        for layer, n in self.evicted.items():
-            first.setdefault(self.pool[layer].length + n, layer)
-        return list(first.values())
 
     def heads(self, layer: int) -> tuple[int, int]:
         """Return the number of sequences and of KV heads; zeros before anything is stored."""
@@ -216,12 +211,14 @@ class FarStore:
         before = self.length(layer)
         rows = self.pool[layer]
         assert isinstance(rows, Rows)
+        self.moving = f"an eviction from layer {layer}"
         for follower in self.following(layer):
             follower.keep(kept.positions)
         at = kept.positions.to(rows.device)
         rows.keep(at)
         self.kept[layer].keep(at, kept.scores.to(at.device), kept.gapless)
         self.evicted[layer] += before - self.length(layer)
+        self.moving = ""
 
     def remember_all(self, tokens: int) -> None:
         """Also keep every record from now on, to verify against, under the same limit.
@@ -270,26 +267,13 @@ class FarStore:
 
     # --- the batch ------------------------------------------------------------------------------------------
 
-    def crop(self, layer: int, n_tokens: int) -> None:
-        """Remove the newest tokens of a layer.
-
-        Raises:
-            CacheStateError: tokens before them were evicted.
-        """
-        if layer in self.kept:
-            self.kept[layer].crop(n_tokens, self.evicted[layer])
-        self.pool[layer].crop(n_tokens)
-        if layer in self.shadow:
-            self.shadow[layer].crop(n_tokens)
-        now = Cropped(n_tokens, self.length(layer), self.seen(layer))
-        for follower in self.following(layer):
-            follower.crop(now)
-
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
+        self.moving = f"a reordering of layer {layer}"
         for each in (self.pool[layer], self.kept.get(layer), self.shadow.get(layer), *self.following(layer)):
             if each is not None:
                 each.select(sequences)
+        self.moving = ""
 
     def clear(self, layer: int) -> None:
         """Free a layer."""
@@ -297,3 +281,4 @@ class FarStore:
             if each is not None:
                 each.clear()
         self.evicted[layer] = 0
+        self.moving = ""

@@ -191,9 +191,9 @@ class Rows:
         self.ledger.release(self.n_bytes)
         self.data, self.length = kept, n
 
-    def crop(self, n_tokens: int) -> None:
-        """Remove the `n_tokens` newest rows."""
-        self.length = max(0, self.length - n_tokens)
+    def cut(self, length: int) -> None:
+        """Remove all rows but the first `length`."""
+        self.length = min(self.length, max(0, length))
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order, repeats allowed."""

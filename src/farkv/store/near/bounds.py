@@ -49,11 +49,10 @@ class PageBounds:
         return self.rows.view()[:, :, : -(-n_tokens // self.page)]
 
     def crop(self, now: Cropped) -> None:
-        """Remove the newest tokens, and the page that they leave unfinished: its bounds still include them."""
-        if self.length > now.length:
-            self.length = now.length
-            self.length -= self.unfinished
-            self.rows.length = self.length // self.page
+        """Remove the newest tokens, and the unfinished page: its bounds may still include them."""
+        length = min(self.length, now.length)
+        length -= length % self.page
+        self.length, self.rows.length = length, length // self.page
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Remove everything: after an eviction records are on other pages."""

@@ -47,10 +47,11 @@ class RecentWindow:
     def __init__(self, ledger: Ledger, device: torch.device, n: int):
         self.ledger, self.device, self.n = ledger, device, n
         self.data: Tensor | None = None
-        self.length = 0
+        # Rows, and the tokens that the layer had seen when the last of them was added.
+        self.length = self.seen = 0
 
-    def push(self, *parts: Tensor) -> None:
-        """Add new rows, made of `parts` side by side; only the last `n` are kept."""
+    def push(self, *parts: Tensor, seen: int) -> None:
+        """Add new rows, made of `parts` side by side, the newest of `seen` tokens; only the last `n` are kept."""
         if parts[0].shape[2] > self.n:
             # The rows before these are not kept here: older rows must not take their place after a crop.
             self.length = 0
@@ -62,24 +63,27 @@ class RecentWindow:
             self.data = torch.empty(shape, dtype=parts[0].dtype, device=self.device)
         if self.length + n_new > 2 * self.n:
             keep = min(self.n - n_new, self.length) if n_new < self.n else 0
-            if keep:
-                self.data[:, :, :keep] = self.data[:, :, self.length - keep : self.length].clone()
+            newest = self.data[:, :, self.length - keep : self.length].clone()
+            # Stopped in between, the window is empty, not wrong: the pool has all rows.
+            self.length = 0
+            self.data[:, :, :keep] = newest
             self.length = keep
         at = 0
         for part in parts:
             self.data[:, :, self.length : self.length + n_new, at : at + part.shape[-1]] = part
             at += part.shape[-1]
-        self.length += n_new
+        self.length, self.seen = self.length + n_new, seen
 
-    def newest(self, n: int) -> Tensor | None:
-        """Return the last `n` rows, [B, Hkv, n, W], or None where fewer are left after a crop."""
-        if self.data is None or self.length < n:
+    def newest(self, n: int, seen: int) -> Tensor | None:
+        """Return the last `n` of `seen` tokens' rows, [B, Hkv, n, W], or None where they are not all here."""
+        if self.data is None or self.length < n or self.seen != seen:
             return None
         return self.data[:, :, self.length - n : self.length]
 
     def crop(self, now: Cropped) -> None:
         """Remove the newest rows."""
-        self.length = max(0, self.length - now.n_tokens)
+        length = max(0, self.length - max(0, self.seen - now.seen))
+        self.length, self.seen = length, min(self.seen, now.seen)
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Do nothing: an eviction never removes the newest rows."""
@@ -92,4 +96,4 @@ class RecentWindow:
         """Free it."""
         if self.data is not None:
             self.ledger.release(self.data.numel() * self.data.element_size())
-        self.data, self.length = None, 0
+        self.data, self.length, self.seen = None, 0, 0

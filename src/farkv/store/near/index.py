@@ -90,8 +90,7 @@ class LayerIndex:
 
     def crop(self, now: Cropped) -> None:
         """Remove the newest tokens, as far as they are indexed."""
-        if self.length > now.length:
-            self.rows.crop(self.length - now.length)
+        self.rows.cut(now.length)
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""

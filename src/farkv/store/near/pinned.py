@@ -60,7 +60,7 @@ class Pinned:
 
     def crop(self, now: Cropped) -> None:
         """Remove the newest pool rows."""
-        self.slots.crop(now.n_tokens)
+        self.slots.cut(now.length)
 
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""

@@ -114,6 +114,8 @@ class RecentlyUsed:
             rows, head, column = rows[wanted.enter.to(rows.device)], head[wanted.enter], column[wanted.enter]
         slots, records = wanted.slots[head, column], wanted.records[head, column]
         at = slots + self.first[head, 0]
+        # Nobody's until the row is there: a copy that is stopped half way is never read.
+        self.owner.view(-1).index_fill_(0, at, -1)
         self.rows.view().view(-1, self.size.width).index_copy_(0, at.to(rows.device), rows)
         self.owner.view(-1).index_copy_(0, at, records.int())
         self.last_read.view(-1).index_fill_(0, at, self.n_fetches)
