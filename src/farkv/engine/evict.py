@@ -76,8 +76,8 @@ class Eviction:
         self.passing = shares is not None and shares.passes_by and shares.keeps_at_once(n_new, prompt_tokens)
 
     def make_room(self, layer: int, n_new: int) -> None:
-        """Make room in a full pool for a pass of several tokens."""
-        if self.policy is not None and n_new > 1:
+        """Make room in a full pool for a pass of several tokens; the same pass never asks for more."""
+        if self.policy is not None and n_new > 1 and self.policy.may_fit(layer, n_new):
             self._evict_unread(layer, self.policy.count_excess(layer, n_new))
 
     def observe(self, layer: int, step: Step) -> None:

@@ -90,6 +90,10 @@ class PoolPolicy:
         for uses in self.uses.values():
             uses.rows.reserve = capacity if uses.rows.data is None else rows
 
+    def may_fit(self, layer: int, n_new: int) -> bool:
+        """Say whether the limit, if it is known yet, has room for so many new records beside those that always stay."""
+        return 0 < min(self.store.length(layer), self.sinks + self.recent) + n_new <= self.capacity
+
     def count_excess(self, layer: int, n_new: int, *, spare: bool = False) -> int:
         """Return how many records must go before `n_new` more find room; with `spare` a few more than that."""
         n_rows = self.store.length(layer)

@@ -51,6 +51,9 @@ class Engine:
         if layer == self.layers[0]:
             shape = LayerShape.of(k, v)
             parts.eviction.begin(k.shape[2], self.mode.prompt_tokens)
+            if k.shape[2] > 1:
+                # A dense read takes the near memory that decode steps had: admission counts the wider of both.
+                self.store.free_buffers()
             self.store.open_pages(shape, k.dtype)
             parts.admission.admit(shape, k.shape[2])
         if parts.eviction.passing:
@@ -58,6 +61,11 @@ class Engine:
             return
         parts.eviction.make_room(layer, k.shape[2])
         self.store.append(layer, k, v)
+
+    def make_room(self, n_new: int) -> None:
+        """Make room in a full pool, in all layers, before a pass begins: where that fails, the room stays made."""
+        for layer in self.layers:
+            self.parts.eviction.make_room(layer, n_new)
 
     # --- 2. speculate ---------------------------------------------------------------------------------------
 

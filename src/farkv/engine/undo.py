@@ -62,8 +62,7 @@ def take_back(engine: Engine, state: State) -> None:
         if not state.seen and store.evicted[layer]:
             # Before there was nothing, of which nothing can be gone.
             store.clear(layer)
-        # A full pool has made room before the pass, and would make the same room again.
-        if parts.eviction.policy is None and store.evicted[layer] != state.evicted[layer]:
+        if store.evicted[layer] != state.evicted[layer]:
             raise CacheStateError(f"layer {layer} has evicted records that the pass found")
         cut_layer(store, layer, state.seen)
     engine.padding.set(state.real)

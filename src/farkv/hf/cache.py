@@ -147,6 +147,7 @@ class FarCache(_compat.Cache):
             self.settle()
             self.check_whole()
             self.engine.set_mode()
+            self.engine.make_room(n_new)
             tokens = self.get_seq_length()
             self._pass = found = note_pass(self.layers, self.engine, tokens, module=id(module), ids=ids, now=now)
         if not reads:

@@ -97,6 +97,10 @@ class Store(FarStore):
         while self.recently_used:
             self.recently_used.popitem()[1].clear()
 
+    def free_buffers(self) -> None:
+        """Free what decode steps fetch into; no fetch is under way between passes."""
+        self.buffers.clear()
+
     def find_near(self, layer: int) -> Pinned | RecentlyUsed | None:
         """Return the near copies of a layer's records that fetches skip."""
         return self.pinned.get(layer) or self.recently_used.get(layer)
