@@ -49,6 +49,8 @@ class Handle(AbstractContextManager["Handle"]):
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
+        # Managed layers, as one token showed them.
+        self.shapes: dict[int, LayerShape] = {}
         # Layers left to Hugging Face, as one token leaves them.
         self.unmanaged: dict[int, Any] = {}
         self._read_architecture()
@@ -205,6 +207,7 @@ class Handle(AbstractContextManager["Handle"]):
                 k, v = layers[i].keys, layers[i].values
                 shapes.append((LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype))
             self._shape = max(shapes, key=lambda s: s[0].token_bytes)
+            self.shapes = {i: shape for i, (shape, _) in zip(self.managed, shapes, strict=True)}
             self.unmanaged = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
 from farkv.calibrate.curves import Curves, fill_layers
-from farkv.calibrate.profile import Profile, make_profile
+from farkv.calibrate.profile import MAX_BYTES, Profile, make_profile
+from farkv.calibrate.tensor_file import pack_tensors, unpack_tensors
 from farkv.errors import ConfigError, InputError, ProfileError, UnsupportedModelError
 from farkv.files import write_file
 from farkv.hf.attach import attach
@@ -33,8 +33,9 @@ from farkv.math.skew import Gram
 from farkv.measure.losses import LEAST_TOKENS, measure_losses
 from farkv.measure.mini import Light, Look, PromptSample, draw_runs, run_mini, thin_blocks
 from farkv.methods import Full
+from farkv.untrusted import parse_json, read_file
 
-PART_FORMAT = "farkv-profile-part-1"
+PART_FORMAT = "farkv-profile-part-2"
 # Minimum interval between writes of an unfinished measurement.
 SECONDS_BETWEEN_WRITES = 5.0
 GRAM_PARTS = ("queries", "keys", "key_sum", "n_keys")
@@ -173,7 +174,11 @@ def add_sample(sums: Sums, sample: PromptSample, n_tokens: int, layers: list[int
     Args:
         n_tokens: the prompt's length.
         layers: all managed layers; curves of layers that were not run are interpolated.
+
+    Raises:
+        ProfileError: a measurement is not finite; nothing was added.
     """
+    check_finite(sample, sums.n_done)
     old = sums.grams
     grams = {i: old[i].add(gram) if i in old else gram for i, gram in sample.grams.items()}
     keep, spread, tokens = sums.keep, sums.spread, sums.tokens
@@ -182,6 +187,20 @@ def add_sample(sums: Sums, sample: PromptSample, n_tokens: int, layers: list[int
         spread = [*spread, fill_layers(sample.spread, tuple(layers))]
         tokens = [*tokens, n_tokens]
     return Sums(sums.n_done + 1, {**old, **grams}, keep, spread, tokens, sample.token_bytes)
+
+
+def check_finite(sample: PromptSample, n_done: int) -> None:
+    """Raise ProfileError where the model computed something that is not finite: it would spoil every sum."""
+    for layer in sorted(sample.grams.keys() | sample.keep.keys()):
+        gram = sample.grams.get(layer)
+        found = [getattr(gram, name) for name in GRAM_PARTS] if gram is not None else []
+        found += [rows[layer] for rows in (sample.keep, sample.spread) if layer in rows]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in found):
+            raise ProfileError(
+                f"prompt {n_done + 1}, layer {layer}: expected finite queries and keys, got NaN, infinity or numbers "
+                "whose squares overflow; look for NaN in the weights, or load the model in a dtype of more range "
+                "(bfloat16, float32)"
+            )
 
 
 def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> Curves | None:
@@ -228,12 +247,10 @@ class Part:
         if self.path is None or not self.path.exists():
             return Sums(0, {}, [], [], [], {})
         try:
-            with safe_open(str(self.path), framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if about.get("format") == PART_FORMAT and about.get("digest") == self.digest:
-                return unpack_sums(tensors, json.loads(about["sums"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            tensors, about = unpack_tensors(read_file(self.path, MAX_BYTES), PART_FORMAT)
+            if about.get("task") == self.digest:
+                return unpack_sums(tensors, parse_json(about["sums"]))
+        except (OSError, LookupError, TypeError, ValueError) as error:
             raise ProfileError(f"resume {self.path}: cannot be read ({error}); delete it to start over") from error
         raise ProfileError(
             f"resume {self.path}: expected an unfinished profile of these prompts, settings and model, got another; "
@@ -245,8 +262,8 @@ class Part:
         if self.path is None or sums.n_done == 0 or time.monotonic() - self._written < pause:
             return
         tensors, about = pack_sums(sums)
-        metadata = {"format": PART_FORMAT, "digest": self.digest, "sums": json.dumps(about)}
-        write_file(self.path, save(tensors, metadata))
+        metadata = {"format": PART_FORMAT, "task": self.digest, "sums": json.dumps(about)}
+        write_file(self.path, pack_tensors(tensors, metadata))
         self._written = time.monotonic()
 
     def delete(self) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from farkv._axes import Bool, Float, Tensor
-from farkv.calibrate.profile import MAX_COLUMNS, Profile
+from farkv.calibrate.profile import Profile
+from farkv.calibrate.skews import MAX_COLUMNS
 from farkv.config import SOURCES, Source, check_counts, check_fraction
 from farkv.errors import ConfigError
 from farkv.math.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
