@@ -51,8 +51,11 @@ class Profile:
     limited: Losses | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not all(isinstance(text, str) for pair in self.identity.items() for text in pair):
-            raise ProfileError(f"{self._name}: expected an identity of texts; create a new one: farkv profile")
+        whole = isinstance(self.identity, dict) and isinstance(self.tensors, dict)
+        if not whole or not all(isinstance(text, str) for pair in self.identity.items() for text in pair):
+            raise ProfileError(
+                f"{self._name}: expected an identity of texts, and tensors by name; create a new one: farkv profile"
+            )
         try:
             check_skews(self.tensors)
         except ValueError as error:

@@ -40,9 +40,9 @@ def check_skews(tensors: dict[str, Tensor]) -> dict[int, HeadForm]:
     """
     layers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise ValueError(f"expected tensors layer.N.{'|'.join(PARTS)}, got {name[:60]!r}")
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
+        if match is None or not isinstance(tensor, Tensor):
+            raise ValueError(f"expected tensors layer.N.{'|'.join(PARTS)}, got {str(name)[:60]!r}")
         layers.setdefault(int(match[1]), {})[match[2]] = tensor
     return {layer: _check_layer(layer, layers[layer]) for layer in sorted(layers)}
 
