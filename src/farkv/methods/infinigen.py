@@ -12,6 +12,7 @@ The steps, in the paper's order (docs/papers/infinigen.md has equation, function
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from farkv.errors import ConfigError
 from farkv.math.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
 from farkv.math.score import pool_group, pool_group_by_best, unpack_codes
 from farkv.math.select import select_mass, select_mean_count, select_within
-from farkv.math.skew import measure_gram, solve_bilinear, solve_svd
+from farkv.math.skew import measure_gram, solve_bilinear, solve_safely, solve_svd
 from farkv.methods.base import LEAST_RECORDS, Cap, Place
 from farkv.methods.coder import Coder
 from farkv.methods.indexed import IndexRule
@@ -124,8 +125,8 @@ class InfiniGen:
         # A light profile has curves alone: the skew is then the prompt's.
         profile = place.profile if place.profile is not None and place.profile.has_skew else None
         if self.paper:
-            return PaperCoder(self.columns, profile)
-        return BilinearCoder(self.columns, self.index_bits or 4, profile)
+            return PaperCoder(self.columns, profile, place.on_fallback)
+        return BilinearCoder(self.columns, self.index_bits or 4, profile, place.on_fallback)
 
     def share_beside_dense(self, n_layers: int) -> float:
         """Return the fraction left to other layers where the first of `n_layers` reads everything.
@@ -158,8 +159,8 @@ def select_by_mass(scores: Tensor, cap: int, own: Tensor | None, *, top_p: float
 class BilinearCoder:
     """Ours: the best rank-R score from the profile, or from a prompt's queries and keys, in four or eight bits."""
 
-    def __init__(self, columns: int | None, bits: int, profile: Profile | None):
-        self.columns, self.bits, self.profile = columns, bits, profile
+    def __init__(self, columns: int | None, bits: int, profile: Profile | None, on_fallback: Callable[[str], None]):
+        self.columns, self.bits, self.profile, self.on_fallback = columns, bits, profile, on_fallback
         self.needs_queries = self.fits_skew = profile is None
         self.is_settled = profile is not None
 
@@ -178,7 +179,9 @@ class BilinearCoder:
             query, key, mean = (t.to(keys.device) for t in self.profile.bilinear(layer))
         else:
             assert queries is not None
-            query, key, mean = solve_bilinear(measure_gram(queries, keys, valid))
+            (query, key, mean), unskewed = solve_safely(measure_gram(queries, keys, valid), solve_bilinear)
+            if unskewed:
+                self.on_fallback("identity_skew")
         # Kernels read them as they lie.
         query, key = query[..., :n_columns].contiguous(), key[..., :n_columns].contiguous()
         return Projection(query, key, mean, fit_scale(project_keys(keys, key, mean), valid, self.bits))
@@ -203,8 +206,8 @@ class PaperCoder:
     bits = 0
     needs_queries = True
 
-    def __init__(self, columns: int | None, profile: Profile | None):
-        self.columns, self.profile = columns, profile
+    def __init__(self, columns: int | None, profile: Profile | None, on_fallback: Callable[[str], None]):
+        self.columns, self.profile, self.on_fallback = columns, profile, on_fallback
         self.fits_skew, self.is_settled = profile is None, profile is not None
 
     def count_columns(self, k_dim: int, record_bytes: int) -> int:
@@ -226,7 +229,9 @@ class PaperCoder:
         if self.profile is not None:
             skew = self.profile.svd(layer).to(keys.device)
         else:
-            skew = solve_svd(measure_gram(queries, keys, valid))
+            (skew,), unskewed = solve_safely(measure_gram(queries, keys, valid), lambda gram: (solve_svd(gram),))
+            if unskewed:
+                self.on_fallback("identity_skew")
         key = choose_columns(queries.reshape(batch, heads, -1, dim), keys, skew, n_columns)
         zero = torch.zeros(batch, heads, 1, dim, device=keys.device)
         return Projection(key, key, zero, torch.ones(batch, heads, 1, n_columns, device=keys.device))
