@@ -35,7 +35,8 @@ def test_any_bytes_are_a_value_or_a_value_error(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("NaN", "finite"), ("[-Infinity]", "finite"), ("1e400", "finite"), ("9" * 20, "digits"), ("-" + "9" * 5000, "digits"),
+        ("NaN", "finite"), ("[-Infinity]", "finite"), ("1e400", "finite"), ("9" * 20, "digits"),
+        ("-" + "9" * 5000, "digits"),
         ('{"a": 1, "a": 1}', "twice"), ('[{"b": {"a": 1, "a": 2}}]', "twice"), ('"\\ud800"', "surrogate"),
         ("[" * 100_000, "deep"), ('{"a":' * 100_000, "deep"), ("", "Expecting"), ("\ufeff1", "BOM"), ("1 2", "Extra"),
     ],

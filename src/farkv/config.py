@@ -33,6 +33,7 @@ RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
 # More tokens, records or bytes than any machine will count; far below where float64 or int64 would round or overflow.
 MOST_COUNT = 2**50
 MOST_BYTES = 2**60
+MOST_WINDOW = 2**20
 # Characters of a value in a message.
 MOST_SHOWN = 60
 
@@ -79,6 +80,8 @@ def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
     """
     if disk is None:
         return None
+    if not isinstance(disk, str | Path) or "\0" in str(disk):
+        raise ConfigError(f"{option}: expected a folder and a limit as text, got {show_value(disk)}")
     folder, size = str(disk).rsplit(":", 1) if ":" in str(disk) else (str(disk), "")
     if not folder:
         raise ConfigError(f"{option}: expected a folder and a limit, for example /data/kv:100GiB; got {disk!r}")
@@ -120,6 +123,20 @@ def check_counts(least: int = 0, **counts: int) -> None:
     for name, count in counts.items():
         if type(count) is not int or not least <= count <= MOST_COUNT:
             raise ConfigError(f"{name}: expected an integer of at least {least}, got {show_value(count)}")
+
+
+def check_flag(**flags: bool) -> None:
+    """Raise ConfigError unless all values are True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(f"{name}: expected True or False, got {show_value(flag)}")
+
+
+def check_window(window: int, pool: int) -> None:
+    """Raise ConfigError unless a window has 1 query or more, and an average over neighbours a middle."""
+    check_counts(1, window=window, pool=pool)
+    if max(window, pool) > MOST_WINDOW or pool % 2 == 0:
+        raise ConfigError(f"window and pool: expected at most {MOST_WINDOW}, pool odd; got {window} and {pool}")
 
 
 def check_seed(seed: int) -> None:

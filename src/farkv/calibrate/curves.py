@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from farkv._axes import Float32, Int, Tensor
+from farkv.config import check_seed, is_number, show_value
 from farkv.errors import ConfigError, ProfileError
 from farkv.untrusted import parse_json
 
@@ -111,9 +112,11 @@ class Curves:
             ConfigError: there are fewer than two prompts, or the fraction is not between 0 and 1.
         """
         n = len(self)
-        if n < 2 or not 0 < fraction < 1:
+        check_seed(seed)
+        if n < 2 or not is_number(fraction) or not 0 < fraction < 1:
             raise ConfigError(
-                f"split: expected at least two prompts and a fraction between 0 and 1, got {n} and {fraction}; "
+                f"split: expected at least two prompts and a fraction between 0 and 1, got {n} and "
+                f"{show_value(fraction)}; "
                 "profile more prompts"
             )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from farkv.config import read_count
 from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Setting, Setup
-from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
+from farkv.errors import CacheStateError, UnsupportedModelError
 from farkv.hf import _compat
 from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.attention import NAME
@@ -162,8 +163,8 @@ class Handle(AbstractContextManager["Handle"]):
         """
         if not self._hooks:
             raise CacheStateError("new_cache: the model is detached; call farkv.attach again")
-        if tokens < 0 or verify < 0:
-            raise ConfigError(f"new_cache: expected tokens >= 0 and verify >= 0, got {tokens} and {verify}")
+        tokens, verify = read_count("new_cache: tokens", tokens), read_count("new_cache: verify", verify)
+        batch, chunk_tokens = read_count("new_cache: batch", batch, 1), read_count("chunk_tokens", chunk_tokens, 1)
         cache = self.make_cache(tokens, verify)
         if tokens and self.managed:
             shape, dtype = self.measure_shape()

@@ -51,7 +51,7 @@ def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"
     group = scores.shape[2]
     logs = scores.log_softmax(-1)
     pooled = logs[:, :, 0] if group == 1 else logs.logsumexp(2) - torch.log(torch.tensor(float(group)))
-    # A row of padding only, and a query or key that is not finite, has a softmax of NaN, which a top-k would rank first.
+    # A row of padding, or a query or key that is not finite, has a softmax of NaN, which a top-k would rank first.
     return pooled.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
 
 

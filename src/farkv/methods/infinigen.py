@@ -11,7 +11,6 @@ The steps, in the paper's order (docs/papers/infinigen.md has equation, function
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 from farkv._axes import Bool, Float, Tensor
 from farkv.calibrate.profile import Profile
 from farkv.calibrate.skews import MAX_COLUMNS
-from farkv.config import SOURCES, Source, check_counts, check_fraction
+from farkv.config import SOURCES, Source, check_counts, check_flag, check_fraction, check_name, is_number, show_value
 from farkv.errors import ConfigError
 from farkv.math.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
 from farkv.math.score import pool_group, pool_group_by_best, unpack_codes
@@ -69,23 +68,25 @@ class InfiniGen:
     top_up: float | None = None
 
     def __post_init__(self) -> None:
+        check_flag(paper=self.paper)
         cap = self.cap
         check_fraction(cap.fraction)
-        if self.source is not None and self.source not in SOURCES:
-            raise ConfigError(f"source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
+        if self.source is not None:
+            check_name("source", self.source, SOURCES)
         check_counts(sinks=cap.sinks, window=cap.window)
-        if self.columns is not None and self.columns < 1:
-            raise ConfigError(f"columns: expected at least 1, got {self.columns!r}")
-        if self.index_bits not in ((None,) if self.paper else (None, 4, 8)):
-            raise ConfigError(f"index_bits: expected 4 or 8, and none with paper=True; got {self.index_bits!r}")
-        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"alpha: expected a positive number of logits, got {self.alpha!r}")
+        if self.columns is not None:
+            check_counts(1, columns=self.columns)
+        bits = self.index_bits
+        if bits is not None and (self.paper or type(bits) is not int or bits not in (4, 8)):
+            raise ConfigError(f"index_bits: expected 4 or 8, and none with paper=True; got {show_value(bits)}")
+        if self.alpha is not None and not (is_number(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha: expected a positive number of logits, got {show_value(self.alpha)}")
         if self.top_p is not None and (self.paper or self.alpha is not None):
             raise ConfigError("alpha and top_p: give one of them, got both")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
-        if not 0 <= cap.top_up < 1:
-            raise ConfigError(f"top_up: expected a share in [0, 1), got {self.top_up!r}")
+        if self.top_p is not None:
+            check_fraction(self.top_p, "top_p")
+        if not is_number(cap.top_up) or not 0 <= cap.top_up < 1:
+            raise ConfigError(f"top_up: expected a share in [0, 1), got {show_value(self.top_up)}")
 
     # --- after defaults are filled in ---------------------------------------------------------------------------
 

@@ -99,9 +99,7 @@ def parse(path: Path, line: int, text: str) -> Any:
         raise InputError(f"{path}:{line + error.lineno - 1}: expected JSON; got {error.msg}") from error
     except (ValueError, RecursionError) as error:
         # A number of thousands of digits, or brackets in brackets.
-        raise InputError(
-            f"{path}:{line}: expected JSON that can be read; got {type(error).__name__}: {error}"
-        ) from error
+        raise InputError(f"{path}:{line}: expected JSON that can be read; got {error}") from error
 
 
 def check(path: Path, line: int, value: Any) -> Record:

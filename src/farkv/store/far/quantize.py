@@ -15,8 +15,8 @@ nothing is clipped, and for every value (finite; float32 up to 1e38)
 
     |x - decoded| <= step / 2 * (1 + 2^-7) + the rounding of the model's dtype at `decoded`
 
-A value that is not finite, or in int4 a range that overflows, makes its own group, and no other, decode to NaN: what was
-no number before does not become one.
+A value that is not finite, or in int4 a range that overflows, makes its own group, and no other, decode to NaN: what
+was no number does not become one.
 
 Why not the quantised tensors of torchao or quanto: here the unit is one record. Rows are appended while the model
 runs, gathered by position, moved at evictions, and written to files page by page: a row's layout must be fixed, in
