@@ -96,9 +96,10 @@ def attack_full(rng: random.Random) -> Verdict:
 
 
 METHODS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
-    (InfiniGen, {}), (InfiniGen, {"fraction": 0.5, "paper": True}), (InfiniGen, {"alpha": 3.0}), (InfiniGen, {"top_p": 0.8}),
-    (LowBit, {}), (LowBit, {"bits": 4}), (Pages, {"page": 8}), (Oracle, {}), (Random, {}), (Window, {}),
-    (XKV, {}), (XKV, {"scorer": "value"}), (XKV, {"scorer": "expected"}), (H2O, {}), (SnapKV, {}), (PyramidKV, {}),
+    (InfiniGen, {}), (InfiniGen, {"fraction": 0.5, "paper": True}), (InfiniGen, {"alpha": 3.0}),
+    (InfiniGen, {"top_p": 0.8}), (LowBit, {}), (LowBit, {"bits": 4}), (Pages, {"page": 8}),
+    (Oracle, {}), (Random, {}), (Window, {}), (XKV, {}), (XKV, {"scorer": "value"}), (XKV, {"scorer": "expected"}),
+    (H2O, {}), (SnapKV, {}), (PyramidKV, {}),
 ]  # fmt: skip
 EVICTORS = (XKV, H2O, SnapKV)
 

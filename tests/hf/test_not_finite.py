@@ -1,4 +1,4 @@
-"""NaN, infinity and overflow in queries, keys, values: exact where all is read, else as a dense replay, never a crash."""
+"""NaN, infinity and overflow in queries, keys and values: exact where all is read, else as a dense replay."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ class Allocation:
             raise PlanError(f"expected the name of a rule, got {show_value(self.rule)}")
         for name in ("budget", "losses"):
             numbers = getattr(self, name)
-            pairs = numbers.items() if isinstance(numbers, dict) else [(None, None)]
-            if not all(isinstance(key, str) and is_number(x) and x >= 0 for key, x in pairs):
+            named = isinstance(numbers, dict) and all(isinstance(key, str) for key in numbers)
+            if not named or not all(is_number(x) and x >= 0 for x in numbers.values()):
                 raise PlanError(f"expected {name} as names and numbers of 0 or more, got {show_value(numbers)}")
 
     @property

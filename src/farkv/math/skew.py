@@ -115,7 +115,7 @@ def solve_safely(gram: Gram, solve: Callable[[Gram], tuple[Tensor, ...]]) -> tup
     for known_now in (known, torch.zeros_like(known)):
         try:
             found = solve(_leave_unskewed(gram, known_now))
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
             continue
         if all(bool(part.isfinite().all()) for part in found):
             return found, not bool(known_now.all())

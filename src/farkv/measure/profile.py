@@ -77,8 +77,8 @@ def profile(
     losses = read_count("losses", losses)
     if losses and light is not None:
         raise ConfigError(f"losses: expected 0 prompts with light, got {losses}")
-    n_words = model.get_input_embeddings().weight.shape[0]
-    rows = [row for i, prompt in enumerate(prompts) if len(row := read_prompt(i, prompt, n_words)) > 1]
+    embedding: Any = model.get_input_embeddings()
+    rows = [row for i, prompt in enumerate(prompts) if len(row := read_prompt(i, prompt, len(embedding.weight))) > 1]
     if not rows:
         raise InputError("profile: expected at least one prompt of two or more tokens, got none")
     identity, total = identify_model(model), len(rows) + (len(pick_long(rows, losses)) if losses else 0)
