@@ -5,9 +5,11 @@ In: text or numbers. Out: checked values. No tensors.
 
 from __future__ import annotations
 
+import math
+import operator
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from farkv.errors import ConfigError
 
@@ -27,6 +29,13 @@ LEVERS: tuple[Lever, ...] = ("keep", "near", "fetch")
 # How a budget is divided among layers.
 Rule = Literal["xkv", "maxmin", "pyramid", "uniform"]
 RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
+
+# More tokens, records or bytes than any machine will count; far below where float64 or int64 would round or overflow.
+MOST_COUNT = 2**50
+MOST_BYTES = 2**60
+MOST_WINDOW = 2**20
+# Characters of a value in a message.
+MOST_SHOWN = 60
 
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
@@ -49,16 +58,17 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
     if size is None:
         return None
     if isinstance(size, str):
-        match = _SIZE.fullmatch(size)
+        # Nobody writes a size of more characters, and reading one would take long.
+        match = _SIZE.fullmatch(size) if len(size) <= MOST_SHOWN else None
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise ConfigError(
-                f"{option}: cannot read {size!r} as a byte size; expected a number with an optional unit, "
+                f"{option}: cannot read {show_value(size)} as a byte size; expected a number with an optional unit, "
                 "for example 512MiB, 2GiB or 1.5GB"
             )
         size = int(float(match[1]) * unit)
-    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise ConfigError(f"{option}: expected a positive number of bytes, got {size!r}")
+    if type(size) is not int or not 0 < size <= MOST_BYTES:
+        raise ConfigError(f"{option}: expected a positive number of bytes, below 2^60, got {show_value(size)}")
     return size
 
 
@@ -70,6 +80,8 @@ def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
     """
     if disk is None:
         return None
+    if not isinstance(disk, str | Path) or "\0" in str(disk):
+        raise ConfigError(f"{option}: expected a folder and a limit as text, got {show_value(disk)}")
     folder, size = str(disk).rsplit(":", 1) if ":" in str(disk) else (str(disk), "")
     if not folder:
         raise ConfigError(f"{option}: expected a folder and a limit, for example /data/kv:100GiB; got {disk!r}")
@@ -100,20 +112,73 @@ def format_bytes(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
-def check_fraction(fraction: float) -> None:
+def check_fraction(fraction: float, option: str = "fraction") -> None:
     """Raise ConfigError unless 0 < fraction <= 1."""
-    if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ConfigError(f"fraction: expected a number in (0, 1], got {fraction!r}")
+    if not is_number(fraction) or not 0 < fraction <= 1:
+        raise ConfigError(f"{option}: expected a number in (0, 1], got {show_value(fraction)}")
 
 
-def check_counts(**counts: int) -> None:
-    """Raise ConfigError unless all values are integers of at least 0."""
+def check_counts(least: int = 0, **counts: int) -> None:
+    """Raise ConfigError unless all values are integers of at least `least`, and small enough to count tokens by."""
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 0:
-            raise ConfigError(f"{name}: expected an integer of at least 0, got {count!r}")
+        if type(count) is not int or not least <= count <= MOST_COUNT:
+            raise ConfigError(f"{name}: expected an integer of at least {least}, got {show_value(count)}")
 
 
-def check_name(option: str, got: str, names: tuple[str, ...]) -> None:
+def check_flag(**flags: bool) -> None:
+    """Raise ConfigError unless all values are True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(f"{name}: expected True or False, got {show_value(flag)}")
+
+
+def check_window(window: int, pool: int) -> None:
+    """Raise ConfigError unless a window has 1 query or more, and an average over neighbours a middle."""
+    check_counts(1, window=window, pool=pool)
+    if max(window, pool) > MOST_WINDOW or pool % 2 == 0:
+        raise ConfigError(f"window and pool: expected at most {MOST_WINDOW}, pool odd; got {window} and {pool}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError unless a seed fits the 64 bits that a generator takes."""
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise ConfigError(f"seed: expected an integer from 0 to 2^64 - 1, got {show_value(seed)}")
+
+
+def read_count(option: str, value: Any, least: int = 0) -> int:
+    """Return a whole number of any integer type, numpy's too.
+
+    Raises:
+        ConfigError: it is none, or out of range.
+    """
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or not least <= count <= MOST_COUNT:
+        raise ConfigError(f"{option}: expected an integer of at least {least}, got {show_value(value)}")
+    return count
+
+
+def is_number(value: object) -> bool:
+    """Say whether a value is a finite number that a float can hold; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= MOST_COUNT
+
+
+def show_value(value: object) -> str:
+    """Return a value as a message shows it: on one line, however long it is."""
+    try:
+        text = repr(value)
+    except Exception:
+        # A whole number of thousands of digits, or a foreign class.
+        return f"{type(value).__name__} that cannot be shown"
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def check_name(option: str, got: object, names: tuple[str, ...]) -> None:
     """Raise ConfigError unless an option's value is one of the accepted names."""
-    if got not in names:
-        raise ConfigError(f"{option}: expected {', '.join(names[:-1])} or {names[-1]}, got {got!r}")
+    if not isinstance(got, str) or got not in names:
+        raise ConfigError(f"{option}: expected {', '.join(names[:-1])} or {names[-1]}, got {show_value(got)}")

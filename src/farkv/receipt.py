@@ -7,6 +7,7 @@ stable keys. Knows nothing of models or tensor contents.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,7 +136,9 @@ class LayerCount:
         return self.read + (0.0 if self.device_read is None else float(self.device_read))
 
     def add_mass(self, mean: float, least: float) -> None:
-        """Add the attention mass that one verified step found."""
+        """Add the attention mass that one verified step found; NaN is none: there was no attention weight."""
+        if not math.isfinite(mean):
+            mean = least = 0.0
         self.mass_sum += mean
         self.mass_min = min(self.mass_min, least)
         self.mass_steps += 1

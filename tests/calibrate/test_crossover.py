@@ -42,6 +42,10 @@ def test_another_processor_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         "", "{", "[]", "{}", '{"format": "other", "entries": {}}',
         '{"format": "farkv-calibration-1", "entries": {"x": {"tokens": "many"}}}',
         '{"format": "farkv-calibration-1", "entries": {"x": {}}}', "\0",
+        *(
+            f'{{"format": "farkv-calibration-1", "entries": {{"x": {{"tokens": {odd}}}}}}}'
+            for odd in ("NaN", "1e400", "9" * 5000, "1" + "0" * 18, "-1", "true", "2.0", "[" * 9999, '1, "tokens": 2')
+        ),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_named_and_left_alone(folder: Path, text: str) -> None:
@@ -52,6 +56,12 @@ def test_a_damaged_file_is_named_and_left_alone(folder: Path, text: str) -> None
         with pytest.raises(ConfigError, match=r"calibration\.json: cannot be read.*farkv bench --calibrate"):
             call()
     assert path.read_text() == text
+
+
+def test_what_is_not_finite_is_never_written(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        save_crossover("k", 1, {"seconds": float("nan")})
+    assert not (folder / "calibration.json").exists()
 
 
 def test_a_file_that_cannot_be_written_is_named(folder: Path) -> None:

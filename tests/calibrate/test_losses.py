@@ -22,7 +22,7 @@ def make(rows: torch.Tensor) -> Losses:
 
 @given(st.integers(0, 2**31))
 def test_a_larger_share_never_loses_more(seed: int) -> None:
-    rows = torch.rand(3, len(SHARES), generator=torch.Generator().manual_seed(seed)) - 0.1
+    rows = (torch.rand(3, len(SHARES), generator=torch.Generator().manual_seed(seed)) - 0.1).clamp_min(0)
     found = make(rows).interpolate("keep", CELLS, 1000)
     assert (np.diff(found, axis=1) <= 0).all()
     assert (found >= 0).all()
@@ -45,7 +45,7 @@ def test_a_file_holds_them() -> None:
     assert (again.shares, again.layers, again.prompts) == (losses.shares, losses.layers, losses.prompts)
 
 
-@pytest.mark.parametrize("damage", ["notes", "missing", "shape", "nan"])
+@pytest.mark.parametrize("damage", ["notes", "missing", "shape", "nan", "negative", "shares", "prompts", "layers"])
 def test_damage_is_said(damage: str) -> None:
     losses = make(torch.rand(2, len(SHARES)))
     tensors, notes = losses.to_tensors(), losses.notes
@@ -55,7 +55,10 @@ def test_damage_is_said(damage: str) -> None:
         del tensors["losses.fetch"]
     elif damage == "shape":
         notes = json.dumps({**json.loads(notes), "layers": [0]})
+    elif damage in ("shares", "prompts", "layers"):
+        wrong = {"shares": [0.5, *SHARES[1:]], "prompts": True, "layers": [1, 0]}
+        notes = json.dumps({**json.loads(notes), damage: wrong[damage]})
     else:
-        tensors["losses.keep"][0, 0] = torch.nan
+        tensors["losses.keep"][0, 0] = torch.nan if damage == "nan" else -1.0
     with pytest.raises(ProfileError, match="farkv profile"):
         Losses.from_tensors(tensors, notes)

@@ -88,7 +88,23 @@ def change_keep(**parts: Any) -> dict[str, Any]:
         (change(levers={"fly": make_plan().to_dict()["levers"]["keep"]}), "fly"),
         (change_keep(shares=[0.5, 0.25, 1.5]), r"shares in \[0, 1\]"),
         (change_keep(shares=[0.5, 0.25, -0.1]), r"shares in \[0, 1\]"),
-        (change_keep(shares=[0.5, 0.25, float("nan")]), r"shares in \[0, 1\]"),
+        (change_keep(shares=[0.5, 0.25, float("nan")]), "expected finite numbers, got NaN"),
+        (change_keep(shares=[0.5, 0.25, True]), r"shares in \[0, 1\]"),
+        (change_keep(shares="abc"), r"shares in \[0, 1\]"),
+        (change_keep(retention=[0.5, 0.5, 7]), r"retention in \[0, 1\]"),
+        (change_keep(base=1.5), "base"),
+        (change_keep(base=True), "base"),
+        (change_keep(base=10**400), "digits"),
+        (change_keep(rule=["xkv"]), "rule"),
+        (change_keep(budget={"ratio": "0.5"}), "budget"),
+        (change_keep(losses={"planned": -1}), "losses"),
+        (change_keep(more=1), "besides"),
+        (change(more=1), "besides"),
+        (change(layers=[0, 0, 3]), "ascending layer numbers"),
+        (change(layers=[0, 2, 10**12]), "ascending layer numbers"),
+        (change(layers=[0, True, 3]), "ascending layer numbers"),
+        (change(layers=[0.0, 2, 3]), "ascending layer numbers"),
+        (change(identity={"layers": 2}), "identity of texts"),
         (change_keep(shares=[0.5, 0.25]), "expected 3 shares"),
         (change_keep(shares=["a", "b", "c"]), "cannot be read"),
         (change_keep(retention=[0.5]), "expected 3"),
@@ -120,6 +136,65 @@ def test_damage_anywhere_is_an_error_and_never_another_plan(tmp_path: Path) -> N
         path.write_text(json.dumps({k: v for k, v in plan.to_dict().items() if k != missing}))
         with pytest.raises(PlanError, match=missing):
             Plan.load(path)
+
+
+ODD = ("NaN", "-Infinity", "1e400", "9" * 400, "-1", "2", "true", "null", '"0.5"', "[]", "{}", '"\\ud800"', "[" * 3000)
+
+
+def list_places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
+    return [path, *(place for key, inner in pairs for place in list_places(inner, (*path, key)))]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd[:12])
+def test_whatever_stands_in_a_values_place_is_refused_or_can_be_used(odd: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    whole = json.loads(json.dumps(make_plan().to_dict()))
+    n_used = 0
+    for place in list_places(whole):
+        row: Any = json.loads(json.dumps({"": whole}))
+        inner = row
+        for key in ("", *place)[:-1]:
+            inner = inner[key]
+        inner[("", *place)[-1]] = "@"
+        path.write_text(json.dumps(row[""]).replace('"@"', odd))
+        try:
+            plan = Plan.load(path)
+        except PlanError:
+            continue
+        n_used += 1
+        # A plan by hand: a number within bounds, a name or a budget, which nothing is computed with.
+        plan.save(path)
+        assert Plan.load(path) == plan
+        assert all(0 <= share <= 1 for a in plan.levers.values() for share in a.shares)
+        assert len(plan.to_kvpress()) <= 2**14
+    assert n_used == 0 or odd in ("2", "{}", '"0.5"'), f"{n_used} used"
+
+
+def test_bytes_that_are_no_plain_json_are_refused(tmp_path: Path) -> None:
+    path, plan = tmp_path / "plan.json", make_plan()
+    plan.save(path)
+    whole = path.read_bytes()
+    twice = whole.replace(b'"layers"', b'"layers": [0], "layers"')
+    for data in (b"\xef\xbb\xbf" + whole, whole.decode().encode("utf-16"), whole + b"\xff", whole + whole, twice, b""):
+        path.write_bytes(data)
+        with pytest.raises(PlanError, match="cannot be read"):
+            Plan.load(path)
+    with path.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(PlanError, match="expected at most"):
+        Plan.load(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PlanError, match="plain file"):
+        Plan.load(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("part", ["identity", "layers", "levers"])
+@pytest.mark.parametrize("odd", [None, 5, "text", [1], {"keep": None}])
+def test_a_plan_made_by_hand_is_checked_as_a_file_is(part: str, odd: Any) -> None:
+    parts = {"identity": IDENTITY, "layers": (0, 2, 3), "levers": {"keep": make_allocation()}}
+    with pytest.raises(PlanError):
+        Plan(**{**parts, part: odd})
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:

@@ -100,6 +100,10 @@ def replay_attention(
     """Attention by the book, in the dtype that comes in: every key, -inf where it was not read."""
     n_new, n_keys = q.shape[2], k.shape[2]
     groups = q.shape[1] // k.shape[1]
+    if module.layer_idx in Replay.reads:
+        # What was not read is not there: in 0 times NaN it would be.
+        unread = ~allow(*Replay.reads[module.layer_idx], n_keys)[..., None]
+        k, v = k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0)
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     logits = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if kwargs.get("softcap") is not None:

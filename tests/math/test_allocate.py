@@ -269,7 +269,7 @@ G = np.array([[3.0, 2, 1], [2, 2, 2]])
         (G, {"tokens": 6, "floor": 0.5}, "floor: expected"),
         (G, {"tokens": 6, "cap": [1, 2, 3]}, "cap: expected"),
         (G, {"tokens": 1, "unit": 0}, "unit"),
-        (G, {"tokens": 1, "rule": "best"}, "rule: expected one of"),
+        (G, {"tokens": 1, "rule": "best"}, "rule: expected xkv"),
         (G, {"tokens": 1, "weights": [1.0]}, "weights: expected 2"),
         (G, {"tokens": 1, "weights": [1.0, 0.0]}, "weights: expected 2"),
         (G, {"tokens": 1, "weights": [1.0, np.inf]}, "weights: expected 2"),

@@ -142,10 +142,10 @@ def test_infinigen_runs_with_a_profile_that_has_no_skew(paper: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"window": 0}, "window >= 1"),
-        ({"pool": 4}, "odd pool"),
-        ({"light": Light(0.0, 1)}, "0 < tokens"),
-        ({"light": Light(0.5, 0)}, "layers >= 1"),
+        ({"window": 0}, "window: expected an integer of at least 1"),
+        ({"pool": 4}, "pool odd"),
+        ({"light": Light(0.0, 1)}, "light: tokens"),
+        ({"light": Light(0.5, 0)}, "light: layers"),
         ({"light": Light(0.25, 2), "curves": False}, "drop one of them"),
     ],
 )

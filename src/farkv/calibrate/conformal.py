@@ -13,17 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from farkv.config import is_number, show_value
 from farkv.errors import ConfigError
-from farkv.math.allocate import (
-    accumulate,
-    allocate,
-    check_fraction,
-    look_up,
-    read_gains,
-    read_pages,
-    read_weights,
-    weigh,
-)
+from farkv.math.allocate import accumulate, allocate, look_up, weigh
+from farkv.math.gains import check_fraction, read_gains, read_pages, read_weights
 
 
 class Promise(NamedTuple):
@@ -137,8 +130,8 @@ def _average_curves(fit: np.ndarray) -> tuple[np.ndarray, Float64[np.ndarray, " 
 
 def _find_rank(n: int, confidence: float) -> int:
     """Return ceil((n + 1) confidence); raise ConfigError if that exceeds n."""
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
+    if not is_number(confidence) or not 0 < confidence < 1:
+        raise ConfigError(f"confidence: expected a number between 0 and 1, got {show_value(confidence)}")
     # Tolerance for decimal fractions in binary: 30 * 0.9 must not become 28.
     rank = math.ceil((n + 1) * confidence - 1e-9)
     if rank > n:

@@ -14,10 +14,13 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from farkv.config import MOST_COUNT
 from farkv.errors import ConfigError
 from farkv.files import write_file
+from farkv.untrusted import parse_json, read_file
 
 FORMAT = "farkv-calibration-1"
+MAX_BYTES = 2**20
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -65,10 +68,11 @@ def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
     entries = read_entries() | {make_key(kernel): {"tokens": tokens, **details}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1).encode())
-    except OSError as error:
+        write_file(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1, allow_nan=False).encode())
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"calibration file {path}: cannot be written ({error.strerror}); set FARKV_CACHE_DIR to a writable folder"
+            f"calibration file {path}: cannot be written ({said}); set FARKV_CACHE_DIR to a writable folder"
         ) from error
     return path
 
@@ -86,19 +90,20 @@ def read_entries() -> dict[str, dict[str, Any]]:
     """
     path = find_calibration_path()
     try:
-        row = json.loads(path.read_text())
-        entries = {str(key): dict(entry) for key, entry in row["entries"].items()}
+        row = parse_json(read_file(path, MAX_BYTES))
+        entries = row["entries"]
         if row["format"] != FORMAT or not all(is_count(entry["tokens"]) for entry in entries.values()):
-            raise ValueError("unknown format")
+            raise ValueError(f"expected format {FORMAT}, and of every entry its tokens")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"calibration file {path}: cannot be read ({error!r}); delete it and measure again: farkv bench --calibrate"
+            f"calibration file {path}: cannot be read ({error!r:.300}); delete it and measure again: farkv bench "
+            "--calibrate"
         ) from error
     return entries
 
 
 def is_count(value: object) -> bool:
     """Return whether a value from JSON is a token count."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return type(value) is int and 0 <= value <= MOST_COUNT

@@ -16,9 +16,14 @@ from typing import Any, Literal
 import torch
 
 from farkv._axes import Float32, Int, Tensor
+from farkv.config import check_seed, is_number, show_value
 from farkv.errors import ConfigError, ProfileError
+from farkv.untrusted import parse_json
 
 GRID = 1000
+# Of a gain and of a sum in half precision.
+SLACK = 2e-3
+MAX_WINDOW = 2**20
 Kind = Literal["keep", "spread"]
 
 
@@ -81,6 +86,13 @@ class Curves:
     layers: tuple[int, ...]
     settings: dict[str, Any]
 
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens)
+        check_settings(self.settings, len(self.layers))
+        shape = (len(self.tokens), len(self.layers), GRID)
+        for name, rows in (("keep", self.keep), ("spread", self.spread)):
+            check_gains(name, rows, shape, 1.0)
+
     def __len__(self) -> int:
         return self.keep.shape[0]
 
@@ -100,9 +112,11 @@ class Curves:
             ConfigError: there are fewer than two prompts, or the fraction is not between 0 and 1.
         """
         n = len(self)
-        if n < 2 or not 0 < fraction < 1:
+        check_seed(seed)
+        if n < 2 or not is_number(fraction) or not 0 < fraction < 1:
             raise ConfigError(
-                f"split: expected at least two prompts and a fraction between 0 and 1, got {n} and {fraction}; "
+                f"split: expected at least two prompts and a fraction between 0 and 1, got {n} and "
+                f"{show_value(fraction)}; "
                 "profile more prompts"
             )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -136,23 +150,76 @@ class Curves:
         """Restore curves from `to_tensors` and `notes`; rows are normalised again.
 
         Raises:
-            ProfileError: the tensors are inconsistent.
+            ProfileError: they are inconsistent, or no gains.
         """
         try:
-            about = json.loads(notes)
-            layers, settings = tuple(int(i) for i in about["layers"]), dict(about["settings"])
-            keep, spread = (tensors[f"curves.{kind}"].double() for kind in ("keep", "spread"))
+            about = parse_json(notes)
+            layers, settings = read_layers(about["layers"]), dict(about["settings"])
+            keep, spread = tensors["curves.keep"], tensors["curves.spread"]
             tokens = tensors["curves.tokens"]
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"curves: cannot be read ({error!r}); create a new profile: farkv profile") from error
-        shape = (len(tokens) if tokens.dim() == 1 else -1, len(layers), GRID)
+        check_tokens(tokens)
         for name, rows in (("keep", keep), ("spread", spread)):
-            if tuple(rows.shape) != shape or not bool((rows.isfinite() & (rows >= 0)).all()):
-                raise ProfileError(
-                    f"curves.{name}: expected finite gains of shape {shape}, got {tuple(rows.shape)}; "
-                    "create a new profile: farkv profile"
-                )
-        return cls(_normalise(keep).float(), _normalise(spread).float(), tokens, layers, settings)
+            if rows.dtype != torch.float16:
+                raise ProfileError(f"curves.{name}: expected float16 gains, got {rows.dtype}; create a new profile")
+            check_gains(name, rows, (len(tokens), len(layers), GRID), GRID)
+        keep, spread = (_normalise(rows.double()).float() for rows in (keep, spread))
+        return cls(keep, spread, tokens, layers, settings)
+
+
+def read_layers(numbers: Any) -> tuple[int, ...]:
+    """Return layer numbers from JSON: ascending, from 0.
+
+    Raises:
+        ValueError: they are none.
+    """
+    plain = isinstance(numbers, list) and all(type(n) is int for n in numbers)
+    if not plain or not numbers or numbers != sorted(set(numbers)) or numbers[0] < 0:
+        raise ValueError(f"expected ascending layer numbers, got {str(numbers)[:60]}")
+    return tuple(numbers)
+
+
+def check_tokens(tokens: Tensor) -> None:
+    """Raise ProfileError unless these are lengths of prompts."""
+    if tokens.dtype != torch.int64 or tokens.dim() != 1 or not len(tokens) or not bool((tokens > 0).all()):
+        raise ProfileError(
+            f"curves.tokens: expected the length of every prompt, int64 and above 0, got {tokens.dtype} of "
+            f"{list(tokens.shape)}; create a new profile: farkv profile"
+        )
+
+
+def check_settings(settings: dict[str, Any], n_layers: int) -> None:
+    """Raise ProfileError unless what planning reads of the settings can be used."""
+    window, sizes = settings.get("window", 0), settings.get("token_bytes", [1] * n_layers)
+    counted = type(window) is int and 0 <= window <= MAX_WINDOW
+    sized = isinstance(sizes, list) and len(sizes) == n_layers and all(type(n) is int and n > 0 for n in sizes)
+    if not (counted and sized):
+        raise ProfileError(
+            f"curves: expected a window of 0 to {MAX_WINDOW} tokens and the bytes of a token for each of {n_layers} "
+            f"layers, got {str(window)[:40]} and {str(sizes)[:60]}; create a new profile: farkv profile"
+        )
+
+
+def check_gains(name: str, rows: Tensor, shape: tuple[int, ...], total: float) -> None:
+    """Raise ProfileError unless these are gains: finite, of at least 0, not rising, of the sum `total` (or of 0)."""
+    said, got = f"curves.{name}: expected finite gains of shape {list(shape)}", f"{rows.dtype} of {list(rows.shape)}"
+    if tuple(rows.shape) != shape or not rows.is_floating_point():
+        raise ProfileError(f"{said}, got {got}; create a new profile: farkv profile")
+    if not bool((rows.isfinite() & (rows >= 0)).all()):
+        raise ProfileError(
+            f"{said}, got some that are not: the model computed NaN or infinity on a prompt, or the file is damaged; "
+            "look for NaN in the weights, load the model in a dtype of more range, create a new profile: farkv profile"
+        )
+    rows = rows.double()
+    sums = rows.sum(-1)
+    # By rounding, neighbours may swap and a sum may be off.
+    falls = (rows[..., 1:] <= rows[..., :-1] * (1 + SLACK) + SLACK * total / GRID).all()
+    if not bool(falls & (((sums - total).abs() <= SLACK * total) | (sums == 0)).all()):
+        raise ProfileError(
+            f"curves.{name}: expected gains that do not rise and sum to {total:g} (or to 0), got others; create a new "
+            "profile: farkv profile"
+        )
 
 
 def _normalise(rows: Tensor) -> Tensor:

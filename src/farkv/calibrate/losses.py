@@ -6,6 +6,7 @@ Unlike gains they need not be concave, so budgets are divided by an exact knapsa
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +16,9 @@ import torch
 from jaxtyping import Float64, Int64
 
 from farkv._axes import Float32, Tensor
+from farkv.calibrate.curves import read_layers
 from farkv.errors import ProfileError
+from farkv.untrusted import parse_json
 
 # The shares of the context at which a layer's loss is measured; at 1 the loss is 0.
 SHARES = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
@@ -34,6 +37,24 @@ class Losses:
     shares: tuple[float, ...]
     layers: tuple[int, ...]
     prompts: int
+
+    def __post_init__(self) -> None:
+        shape, rising = (len(self.layers), len(self.shares)), (0.0, *self.shares, 1.0)
+        for rows in (self.keep, self.fetch):
+            if tuple(rows.shape) != shape or rows.dtype != torch.float32:
+                raise ProfileError(
+                    f"losses: expected float32 numbers of shape {list(shape)}, got {rows.dtype} of "
+                    f"{list(rows.shape)}; create a new profile: farkv profile --losses 8"
+                )
+            if not bool((torch.isfinite(rows) & (rows >= 0)).all()):
+                raise ProfileError(
+                    "losses: expected finite losses of at least 0, got others: the model answered with NaN, or the "
+                    "file is damaged; create a new profile: farkv profile --losses 8"
+                )
+        if not self.shares or not all(a < b for a, b in itertools.pairwise(rising)):
+            raise ProfileError("losses: expected rising shares between 0 and 1; create a new profile: farkv profile")
+        if self.prompts < 1:
+            raise ProfileError(f"losses: expected 1 prompt or more, got {self.prompts}; create a new profile")
 
     def interpolate(self, kind: LossKind, cells: Int64[np.ndarray, " M"], grid: int) -> Float64[np.ndarray, "L M"]:
         """Return every layer's loss at cells / grid of the context.
@@ -63,16 +84,14 @@ class Losses:
             ProfileError: they are inconsistent.
         """
         try:
-            about = json.loads(notes)
-            shares, layers = tuple(map(float, about["shares"])), tuple(map(int, about["layers"]))
-            keep, fetch = tensors["losses.keep"].float(), tensors["losses.fetch"].float()
-            prompts = int(about["prompts"])
+            about = parse_json(notes)
+            shares, layers, prompts = about["shares"], read_layers(about["layers"]), about["prompts"]
+            if not isinstance(shares, list) or not all(type(share) is float for share in shares):
+                raise ValueError("expected a list of shares")
+            if type(prompts) is not int:
+                raise ValueError("expected a number of prompts")
+            return cls(tensors["losses.keep"], tensors["losses.fetch"], tuple(shares), layers, prompts)
+        except ProfileError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ProfileError(f"losses: cannot be read ({error!r}); create a new profile: farkv profile") from error
-        for rows in (keep, fetch):
-            if tuple(rows.shape) != (len(layers), len(shares)) or not bool(torch.isfinite(rows).all()):
-                raise ProfileError(
-                    f"losses: expected finite numbers of shape {(len(layers), len(shares))}, got {tuple(rows.shape)}; "
-                    "create a new profile: farkv profile"
-                )
-        return cls(keep, fetch, shares, layers, prompts)

@@ -17,7 +17,7 @@ from farkv.calibrate.curves import GRID, Curves, Kind
 from farkv.calibrate.losses import Losses
 from farkv.calibrate.plan import Allocation, Plan
 from farkv.calibrate.profile import Profile
-from farkv.config import Lever
+from farkv.config import LEVERS, Lever, check_fraction, check_name, is_number, read_count, show_value
 from farkv.errors import ConfigError, ProfileError
 from farkv.math.allocate import allocate, measure_layer_retention
 from farkv.math.knapsack import choose_levels
@@ -79,6 +79,9 @@ def make_plan(
     Raises:
         ProfileError: the profile has no curves. ConfigError: the budget cannot be used.
     """
+    check_budget(budget)
+    for lever in levers:
+        check_name("lever", lever, LEVERS)
     curves = profile.curves()
     sharing = sharing or Sharing()
     made: dict[Lever, Allocation] = {}
@@ -101,8 +104,8 @@ def make_plan(
 
 def find_cells(curves: Curves, budget: PlanBudget, kind: Kind, sharing: Sharing) -> np.ndarray:
     """Allocate a budget over the layers, in cells of the grid."""
-    if not 0 <= sharing.floor < 1:
-        raise ConfigError(f"floor: expected a fraction in [0, 1), got {sharing.floor!r}")
+    if not is_number(sharing.floor) or not 0 <= sharing.floor < 1:
+        raise ConfigError(f"floor: expected a fraction in [0, 1), got {show_value(sharing.floor)}")
     options = {"weights": sharing.weights, "floor": round(sharing.floor * GRID)}
     if budget.retention is not None and budget.confidence > 0 and sharing.rule == "xkv":
         return promise_cells(curves, budget, kind, options)
@@ -143,6 +146,20 @@ def share_cells(
     return allocate(curves.mean(kind).numpy(), rule=sharing.rule, **limit, **options)
 
 
+def check_budget(budget: PlanBudget) -> None:
+    """Raise ConfigError unless every number of a budget can be one."""
+    for name, count in (("tokens", budget.tokens), ("bytes", budget.n_bytes)):
+        if count is not None:
+            read_count(name, count)
+    if budget.context is not None:
+        read_count("context", budget.context, 1)
+    for name, fraction in (("ratio", budget.ratio), ("retention", budget.retention)):
+        if fraction is not None:
+            check_fraction(fraction, name)
+    if not is_number(budget.confidence) or not 0 <= budget.confidence < 1:
+        raise ConfigError(f"confidence: expected a number in [0, 1), got {show_value(budget.confidence)}")
+
+
 def limit_cells(curves: Curves, budget: PlanBudget) -> dict[str, Any]:
     """Convert a budget to the allocator's arguments, in cells of the grid.
 
@@ -155,8 +172,6 @@ def limit_cells(curves: Curves, budget: PlanBudget) -> dict[str, Any]:
             f"budget: expected one of tokens, ratio, bytes and retention, got {' and '.join(given) or 'none'}"
         )
     context = round(float(curves.tokens.float().mean())) if budget.context is None else budget.context
-    if context < 1:
-        raise ConfigError(f"context: expected at least 1 token, got {context}")
     n_layers = len(curves.layers)
     if budget.tokens is not None:
         return {"tokens": min(n_layers * GRID, int(budget.tokens * GRID / context))}

@@ -2,29 +2,35 @@
 
 In: Gram sums per layer, gain curves. Out: `Profile`, which can be saved and loaded. It holds, per managed layer, the
 bilinear skew's leading columns, the keys' mean and the paper's orthogonal skew; the gain curves of every prompt; in
-the metadata the model's identity. Skews or curves may be missing. No pickle.
+the metadata the model's identity. Skews or curves may be missing. No pickle. A file is loaded by itself where it lies
+beside weights, so it carries a digest, and what it holds is checked when it is made and when it is read.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from farkv._axes import Tensor
 from farkv.calibrate.curves import Curves
 from farkv.calibrate.losses import Losses
+from farkv.calibrate.skews import MAX_COLUMNS, HeadForm, check_skews
+from farkv.calibrate.tensor_file import pack_tensors, unpack_tensors
 from farkv.errors import ProfileError
 from farkv.files import write_file
 from farkv.math.skew import Gram, solve_bilinear, solve_svd
+from farkv.untrusted import parse_json, read_file
 
-FORMAT = "farkv-profile-1"
-# More columns than this never help; storing all D of both bases would make up most of the file.
-MAX_COLUMNS = 64
+FORMAT = "farkv-profile-2"
+# A hundred layers of 128 KV heads of 128 take half of it.
+MAX_BYTES = 4 * 2**30
+_KEYS = {"format", "digest", "identity", "curves", "losses"}
+_CURVES = ("curves.keep", "curves.spread", "curves.tokens")
+_LOSSES = ("losses.keep", "losses.fetch")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Profile:
 
     `identity` identifies the measured model: family, shape and a digest of some weights. `measured` are the curves,
     `limited` the losses of limited layers; each may be None.
+
+    Raises:
+        ProfileError: it cannot be one: a layer is not whole, a form or number is impossible, a skew is none.
     """
 
     identity: dict[str, str]
@@ -40,6 +49,21 @@ class Profile:
     path: str | None = None
     measured: Curves | None = field(default=None, repr=False)
     limited: Losses | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.identity, dict) and isinstance(self.tensors, dict)
+        if not whole or not all(isinstance(text, str) for pair in self.identity.items() for text in pair):
+            raise ProfileError(
+                f"{self._name}: expected an identity of texts, and tensors by name; create a new one: farkv profile"
+            )
+        try:
+            check_skews(self.tensors)
+        except ValueError as error:
+            raise ProfileError(f"{self._name}: {error}; create a new one: farkv profile") from error
+
+    @property
+    def _name(self) -> str:
+        return f"profile {self.path}" if self.path else "profile"
 
     @property
     def has_skew(self) -> bool:
@@ -54,7 +78,7 @@ class Profile:
         """
         if self.measured is None:
             raise ProfileError(
-                f"profile {self.path or ''}: has no gain curves; create a new one, with prompts longer than the "
+                f"{self._name}: has no gain curves; create a new one, with prompts longer than the "
                 "observation window: farkv profile"
             )
         return self.measured
@@ -66,9 +90,7 @@ class Profile:
             ProfileError: losses were not measured.
         """
         if self.limited is None:
-            raise ProfileError(
-                f"profile {self.path or ''}: has no measured losses; create a new one: farkv profile --losses 8"
-            )
+            raise ProfileError(f"{self._name}: has no measured losses; create a new one: farkv profile --losses 8")
         return self.limited
 
     def bilinear(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +104,7 @@ class Profile:
     def _get(self, layer: int, name: str) -> Tensor:
         tensor = self.tensors.get(f"layer.{layer}.{name}")
         if tensor is None:
-            raise ProfileError(f"profile {self.path or ''}: lacks layer {layer}; create a new one: farkv profile")
+            raise ProfileError(f"{self._name}: lacks layer {layer}; create a new one: farkv profile")
         return tensor
 
     def check(self, identity: dict[str, str]) -> None:
@@ -90,8 +112,23 @@ class Profile:
         for key, expected in identity.items():
             if self.identity.get(key) != expected:
                 raise ProfileError(
-                    f"profile {self.path or ''}: {key} is {self.identity.get(key)!r}, the model's is {expected!r}; "
+                    f"{self._name}: {key} is {self.identity.get(key)!r}, the model's is {expected!r}; "
                     "create one for this model: farkv profile"
+                )
+
+    def check_layers(self, layers: Mapping[int, HeadForm]) -> None:
+        """Raise ProfileError unless every skew fits the model's managed layers; without skews there is none to fit."""
+        found = check_skews(self.tensors) if self.has_skew else layers
+        if list(found) != sorted(layers):
+            raise ProfileError(
+                f"{self._name}: is of layers {list(found)}, the model's are {sorted(layers)}; create one for this "
+                "model: farkv profile"
+            )
+        for layer, form in found.items():
+            if form != layers[layer]:
+                raise ProfileError(
+                    f"{self._name}: layer {layer} is of {form}, the model's has {layers[layer]}; create one for this "
+                    "model: farkv profile"
                 )
 
     def save(self, path: str | Path) -> None:
@@ -103,7 +140,7 @@ class Profile:
         if self.limited is not None:
             tensors = tensors | self.limited.to_tensors()
             metadata["losses"] = self.limited.notes
-        write_file(Path(path), save(tensors, metadata))
+        write_file(Path(path), pack_tensors(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -113,22 +150,22 @@ class Profile:
             ProfileError: the file does not exist, is damaged, or is not a profile.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ProfileError(f"profile {path}: expected format {FORMAT}, got {metadata.get('format')!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-                identity = json.loads(metadata["identity"])
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            tensors, metadata = unpack_tensors(read_file(path, MAX_BYTES), FORMAT)
+            if not metadata.keys() <= _KEYS:
+                raise ValueError(f"expected no more than {', '.join(sorted(_KEYS))}, got {sorted(metadata)}")
+            identity = parse_json(metadata["identity"])
+            if not isinstance(identity, dict):
+                raise ValueError("expected an identity of texts")
+            curves = {name: tensors.pop(name) for name in _CURVES if "curves" in metadata}
+            losses = {name: tensors.pop(name) for name in _LOSSES if "losses" in metadata}
+        except (OSError, ValueError, KeyError) as error:
             raise ProfileError(f"profile {path}: cannot be read ({error}); create a new one: farkv profile") from error
-        skews = {name: tensor for name, tensor in tensors.items() if not name.startswith(("curves.", "losses."))}
         try:
-            has_curves, has_losses = ("curves.keep" in tensors, "losses.keep" in tensors)
-            measured = Curves.from_tensors(tensors, metadata.get("curves", "")) if has_curves else None
-            limited = Losses.from_tensors(tensors, metadata.get("losses", "")) if has_losses else None
+            measured = Curves.from_tensors(curves, metadata["curves"]) if curves else None
+            limited = Losses.from_tensors(losses, metadata["losses"]) if losses else None
         except ProfileError as error:
             raise ProfileError(f"profile {path}: {error}") from error
-        return cls(identity, skews, str(path), measured, limited)
+        return cls(identity, tensors, str(path), measured, limited)
 
 
 def make_profile(grams: dict[int, Gram], identity: dict[str, str], curves: Curves | None = None) -> Profile:
@@ -138,11 +175,14 @@ def make_profile(grams: dict[int, Gram], identity: dict[str, str], curves: Curve
     """
     tensors: dict[str, Tensor] = {}
     for layer, gram in grams.items():
+        # A norm that overflows says so too.
+        if not all(bool(torch.isfinite(moment).all()) for moment in (gram.queries, gram.keys, gram.key_sum)):
+            raise ProfileError(
+                f"layer {layer}: its queries or keys are not finite, so there is no skew; look for NaN in the weights, "
+                "or load the model in a dtype of more range (bfloat16, float32)"
+            )
         query, key, mean = solve_bilinear(gram)
         columns = slice(0, MAX_COLUMNS)
         parts = {"query": query[..., columns], "key": key[..., columns], "mean": mean, "svd": solve_svd(gram)}
-        for name, tensor in parts.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ProfileError(f"layer {layer}: the skew is not finite; use longer or more varied prompts")
-            tensors[f"layer.{layer}.{name}"] = tensor.contiguous()
+        tensors |= {f"layer.{layer}.{name}": tensor.contiguous() for name, tensor in parts.items()}
     return Profile(identity, tensors, measured=curves)

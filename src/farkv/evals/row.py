@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from farkv.config import is_number, show_value
 from farkv.errors import InputError
 from farkv.files import write_file
+from farkv.untrusted import parse_json, read_file
 
 RESULTS, RUN, READS, PROMPTS = "results.jsonl", "run.json", "reads.jsonl", "prompts.jsonl"
+
+
+# Of results, and of traces; a line of results takes a kilobyte.
+MAX_BYTES = 2**30
 
 
 class Key(NamedTuple):
@@ -71,8 +79,45 @@ class Row:
         return asdict(self)
 
     def to_json(self) -> str:
-        """Return the JSON line."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
+        """Return the JSON line.
+
+        Raises:
+            InputError: a number is not finite.
+        """
+        try:
+            return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
+        except ValueError as error:
+            raise InputError(
+                f"{self.task}, sample {self.seed}, {self.method}: expected finite numbers, the model computed NaN or "
+                "infinity; look for NaN in the weights, or load it in a dtype of more range: --dtype float32"
+            ) from error
+
+
+# What stands in a row's fields, by their annotation.
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda x: isinstance(x, str),
+    "int": lambda x: type(x) is int,
+    "float": is_number,
+    "float | None": lambda x: x is None or is_number(x),
+    "bool": lambda x: isinstance(x, bool),
+    "bool | None": lambda x: x is None or isinstance(x, bool),
+    "list[str]": lambda x: isinstance(x, list) and all(isinstance(text, str) for text in x),
+    "list[dict[str, Any]]": lambda x: isinstance(x, list) and all(isinstance(turn, dict) for turn in x),
+}
+
+
+def parse_row(line: str) -> Row:
+    """Return the row of a line.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    row = Row(**parse_json(line))
+    for about in fields(row):
+        value = getattr(row, about.name)
+        if not _KINDS[str(about.type)](value):
+            raise ValueError(f"{about.name}: expected {about.type}, got {show_value(value)}")
+    return row
 
 
 def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
@@ -86,13 +131,14 @@ def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
     """
     rows: list[Row] = []
     try:
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
+        # As a text file is read: other characters that end lines may stand in answers.
+        lines = io.StringIO(read_file(path, MAX_BYTES).decode("utf-8"), newline=None).readlines()
+    except (OSError, ValueError) as error:
         raise InputError(f"file {path}: cannot be read ({error}); expected the results of farkv eval") from error
     for n, line in enumerate(lines, start=1):
         try:
-            rows.append(Row(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
+            rows.append(parse_row(line))
+        except (ValueError, TypeError) as error:
             if mend and n == len(lines) and not line.endswith("\n"):
                 write_file(path, "".join(lines[:-1]).encode())
                 break

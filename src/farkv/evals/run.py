@@ -20,14 +20,17 @@ from typing import Any, NamedTuple
 from farkv.errors import ConfigError, InputError
 from farkv.evals.describe import EvalPlan, Variant, describe_run
 from farkv.evals.methods import FULL, list_methods
-from farkv.evals.row import PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
+from farkv.evals.row import MAX_BYTES, PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
 from farkv.evals.sample import Sample
 from farkv.evals.work import CellSamples, Loaded, WorkItem, run_item, start_worker
 from farkv.files import write_file
+from farkv.untrusted import parse_json, read_file
 
 # Cells where the full cache scores less are gated: such scores can come from guessing one of four letters, or from one
 # of four values. Continuations have no floor.
 FLOOR = 1 / 3
+# What identifies a skipped variant.
+VARIANT = ("method", "fraction")
 
 
 class Summary(NamedTuple):
@@ -79,9 +82,12 @@ def check_folder(out: Path, record: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        old = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"file {path}: cannot be read ({error}); expected the run of farkv eval") from error
+        old = parse_json(read_file(path, MAX_BYTES))
+        check_old(old)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"file {path}: cannot be read ({error}); expected the run of farkv eval; use another folder"
+        ) from error
     for name in ("model_sha", "seed", "filler", "form"):
         if old.get(name) != record[name]:
             raise ConfigError(
@@ -92,6 +98,34 @@ def check_folder(out: Path, record: dict[str, Any]) -> None:
         record[name] = list(dict.fromkeys([*old.get(name, []), *record[name]]))
     known = {(s["method"], s["fraction"]): s for s in [*old.get("skipped", []), *record["skipped"]]}
     record["skipped"] = list(known.values())
+
+
+def check_old(old: Any) -> None:
+    """Raise ValueError unless a run's record has what is merged into the next one's."""
+    if not isinstance(old, dict):
+        raise ValueError(f"expected a JSON object, got {type(old).__name__}")
+    for name in ("tasks", "methods", "fractions", "lengths", "skipped"):
+        kind = dict if name == "skipped" else (str, int, float)
+        values = old.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"{name}: expected a list")
+    if not all(isinstance(item.get(key), str | int | float) for item in old.get("skipped", []) for key in VARIANT):
+        raise ValueError(f"skipped: expected {' and '.join(VARIANT)} of every variant")
+
+
+def read_known(path: Path) -> set[str]:
+    """Return which prompts a file holds already.
+
+    Raises:
+        InputError: a line is damaged.
+    """
+    try:
+        lines = read_file(path, MAX_BYTES).decode("utf-8").split("\n") if path.exists() else []
+        return {parse_json(line)["prompt_sha"] for line in lines if line.strip()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"file {path}: expected the prompts of farkv eval ({error!r:.200}); delete it, or use another folder"
+        ) from error
 
 
 @contextmanager
@@ -199,7 +233,7 @@ class Runner:
         if not self.plan.save_prompts:
             return
         path = self.out / PROMPTS
-        known = {json.loads(line)["prompt_sha"] for line in path.open(encoding="utf-8")} if path.exists() else set()
+        known = read_known(path)
         for s in cell.samples:
             if s.prompt_sha not in known:
                 turns = [t._asdict() for t in s.turns]

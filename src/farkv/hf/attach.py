@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from farkv.calibrate.crossover import load_crossover
 from farkv.calibrate.plan import Plan
 from farkv.calibrate.profile import Profile
+from farkv.calibrate.skews import HeadForm
 from farkv.config import KERNELS, check_name, check_storage, parse_bytes, parse_disk
 from farkv.engine.build import Roles
 from farkv.engine.setup import Kernels, Levers, Setting
-from farkv.errors import CacheStateError, ConfigError, PlanError
+from farkv.errors import CacheStateError, ConfigError
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
@@ -75,6 +76,8 @@ def attach(
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
         raise CacheStateError("attach: the model is attached already; detach it first")
     loaded_plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    if loaded_plan is not None and not isinstance(loaded_plan, Plan):
+        raise ConfigError(f"plan: expected a Plan or its path, got {type(plan).__name__}")
     roles = choose_methods(methods, loaded_plan)
     levers = make_levers(roles, loaded_plan)
     check_levers(roles, levers, limits, has_disk=place is not None)
@@ -89,13 +92,24 @@ def attach(
         if limits.disk is not None:
             limits.disk.close()
         raise
-    if loaded_plan is not None:
-        try:
-            loaded_plan.check(identify_model(model), handle.managed)
-        except PlanError:
-            handle.detach()
-            raise
+    try:
+        check_files(handle, loaded, loaded_plan)
+    except BaseException:
+        handle.detach()
+        raise
     return handle
+
+
+def check_files(handle: Handle, profile: Profile | None, plan: Plan | None) -> None:
+    """Raise ProfileError or PlanError unless a profile and a plan fit the layers of an attached model.
+
+    Cost: with a profile of skews, one token through the model, which shows every layer's form exactly.
+    """
+    if profile is not None and profile.has_skew and handle.managed:
+        handle.measure_shape()
+        profile.check_layers({i: HeadForm(shape.kv_heads, shape.k_dim) for i, shape in handle.shapes.items()})
+    if plan is not None:
+        plan.check(identify_model(handle.model), handle.managed)
 
 
 def find_kernels(kernel: str, model: PreTrainedModel) -> Kernels:
@@ -202,9 +216,13 @@ def check_cap(method: Method | None, ratio: float) -> None:
 
 def find_profile(model: PreTrainedModel, profile: Profile | str | Path | bool | None) -> Profile | None:
     """Return the given profile, or the one beside the model's weights."""
-    if isinstance(profile, Profile) or profile is False:
+    if profile is False or isinstance(profile, Profile):
         return profile or None
     if isinstance(profile, str | Path):
         return Profile.load(profile)
-    beside = Path(getattr(model.config, "_name_or_path", "") or "") / PROFILE_NAME
-    return Profile.load(beside) if beside.is_file() else None
+    if profile is not None:
+        raise ConfigError(f"profile: expected a Profile, its path, False or None, got {type(profile).__name__}")
+    # A model that came from no folder has nothing beside it, least of all in the working one.
+    folder = getattr(model.config, "_name_or_path", "")
+    beside = Path(folder) / PROFILE_NAME if folder else None
+    return Profile.load(beside) if beside is not None and beside.is_file() else None

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from farkv.config import read_count
 from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Setting, Setup
-from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
+from farkv.errors import CacheStateError, UnsupportedModelError
 from farkv.hf import _compat
 from farkv.hf.arguments import count_new, find_cache, find_ids, find_layers
 from farkv.hf.attention import NAME
@@ -49,6 +50,8 @@ class Handle(AbstractContextManager["Handle"]):
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
+        # Managed layers, as one token showed them.
+        self.shapes: dict[int, LayerShape] = {}
         # Layers left to Hugging Face, as one token leaves them.
         self.unmanaged: dict[int, Any] = {}
         self._read_architecture()
@@ -167,8 +170,8 @@ class Handle(AbstractContextManager["Handle"]):
         """
         if not self._hooks:
             raise CacheStateError("new_cache: the model is detached; call farkv.attach again")
-        if tokens < 0 or verify < 0:
-            raise ConfigError(f"new_cache: expected tokens >= 0 and verify >= 0, got {tokens} and {verify}")
+        tokens, verify = read_count("new_cache: tokens", tokens), read_count("new_cache: verify", verify)
+        batch, chunk_tokens = read_count("new_cache: batch", batch, 1), read_count("chunk_tokens", chunk_tokens, 1)
         cache = self.make_cache(tokens, verify)
         if tokens and self.managed:
             shape, dtype = self.measure_shape()
@@ -212,6 +215,7 @@ class Handle(AbstractContextManager["Handle"]):
                 k, v = layers[i].keys, layers[i].values
                 shapes.append((LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype))
             self._shape = max(shapes, key=lambda s: s[0].token_bytes)
+            self.shapes = {i: shape for i, (shape, _) in zip(self.managed, shapes, strict=True)}
             self.unmanaged = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
 

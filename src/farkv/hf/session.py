@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from farkv.config import read_count
 from farkv.errors import CacheStateError, SessionError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, find_handle
@@ -42,6 +43,7 @@ def load_cache(
         CacheStateError: the model is not attached.
         CapacityError: a limit cannot hold the session's index, buffers and open pages.
     """
+    tokens, verify = read_count("load_cache: tokens", tokens), read_count("load_cache: verify", verify)
     handle = find_handle(model)
     if handle is None:
         raise CacheStateError("load_cache: the model is not attached; call it inside `with farkv.attach(model):`")

@@ -7,6 +7,7 @@ are one pass to the cache: wherever it is stopped, it is taken back as a whole.
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -48,10 +49,17 @@ class Verifier(threading.local):
         cache.engine.set_mode()
         logits = out.logits[:, -1].float().log_softmax(-1)
         full = reference.float().log_softmax(-1)
-        kl = (full.exp() * (full - logits)).sum(-1)
+        # A word that the model itself rules out adds nothing.
+        kl = torch.where(full == -torch.inf, 0.0, full.exp() * (full - logits)).sum(-1)
+        same = full.argmax(-1) == logits.argmax(-1)
         # Deliberate syncs: verified steps are not timed.
-        cache.account.kl += [max(0.0, x) for x in kl.tolist()]
-        cache.account.agreements += (full.argmax(-1) == logits.argmax(-1)).tolist()
+        for nats, agrees in zip(kl.tolist(), same.tolist(), strict=True):
+            if math.isfinite(nats):
+                cache.account.kl.append(max(0.0, nats))
+                cache.account.agreements.append(agrees)
+            else:
+                # Logits of NaN or infinity have no distance; a mean must not hide them, nor be one.
+                cache.account.add_fallback("not_finite")
 
 
 @torch.no_grad()

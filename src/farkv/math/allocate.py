@@ -14,31 +14,29 @@ Source: XKV (arXiv 2412.05896), both problems; PrefixKV (2412.03409), max-min; P
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from farkv.config import check_name, show_value
 from farkv.errors import ConfigError
 from farkv.math import knapsack
+from farkv.math.gains import (
+    PageRange,
+    check_fraction,
+    check_one_budget,
+    read_gains,
+    read_number,
+    read_pages,
+    read_per_layer,
+    read_weights,
+)
 
 RULES = ("xkv", "knapsack", "maxmin", "pyramid", "uniform")
 # PyramidKV's beta: the last layer gets 1 / beta of the mean budget.
 BETA = 20
 _ONE = int(np.float64(1).view(np.int64))
-
-
-class PageRange(NamedTuple):
-    """From `floor` to `cap` pages per layer, of `unit` tokens each; the last page may be cut off at `n_tokens`."""
-
-    floor: np.ndarray
-    cap: np.ndarray
-    unit: int
-    n_tokens: int
-
-    def count_tokens(self, pages: np.ndarray) -> np.ndarray:
-        """Return the tokens that these numbers of pages hold."""
-        return np.minimum(pages * self.unit, self.n_tokens)
 
 
 def allocate(
@@ -92,25 +90,26 @@ def allocate(
 
     Source: XKV's two problems; floors, caps, pages, weights and byte budgets are ours.
     """
-    if rule not in RULES:
-        raise ConfigError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    check_name("rule", rule, RULES)
     if weights is not None and rule not in ("xkv", "knapsack"):
-        raise ConfigError(f"weights: only the rules xkv and knapsack weigh layers, got rule={rule!r}; leave them out")
+        raise ConfigError(
+            f"weights: only the rules xkv and knapsack weigh layers, got rule={show_value(rule)}; leave them out"
+        )
     gains = read_gains(gains, ordered=rule in ("xkv", "maxmin"))
     pages = read_pages(gains.shape, floor, cap, unit)
     weight = read_weights(weights, len(gains))
-    _check_one_budget(token_bytes, tokens=tokens, ratio=ratio, n_bytes=n_bytes, retention=retention)
+    check_one_budget(token_bytes, tokens=tokens, ratio=ratio, n_bytes=n_bytes, retention=retention)
     if retention is not None:
         check_fraction("retention", retention)
         return pages.count_tokens(_reach(gains, weight, pages, rule, float(retention)))
     sizes = np.ones(len(gains), np.int64)
     if n_bytes is not None:
-        budget, sizes = _read_count("n_bytes", n_bytes), _read_per_layer("token_bytes", token_bytes, len(gains), 1)
+        budget, sizes = read_number("n_bytes", n_bytes), read_per_layer("token_bytes", token_bytes, len(gains), 1)
     elif ratio is not None:
         check_fraction("ratio", ratio)
         budget = math.floor(ratio * gains.size + 1e-9)
     else:
-        budget = _read_count("tokens", tokens)
+        budget = read_number("tokens", tokens)
     return pages.count_tokens(_spend(gains, weight, pages, rule, budget, sizes))
 
 
@@ -122,7 +121,7 @@ def measure_layer_retention(gains: Any, tokens: Any) -> Float64[np.ndarray, " L"
         tokens: c_l, one number or one per layer, each in [0, N].
     """
     gains = read_gains(gains, ordered=False)
-    tokens = _read_per_layer("tokens", tokens, len(gains), 0)
+    tokens = read_per_layer("tokens", tokens, len(gains), 0)
     if tokens.max() > gains.shape[1]:
         raise ConfigError(f"tokens: expected at most {gains.shape[1]} per layer, got {tokens.max()}")
     return look_up(accumulate(gains), tokens)
@@ -225,76 +224,3 @@ def _make_keys(gains: np.ndarray, weights: np.ndarray, pages: PageRange, rule: s
     if rule == "pyramid" and len(gains) > 1:
         quota = np.linspace(2 - 1 / BETA, 1 / BETA, len(gains))
     return lambda page: (quota / (page + 0.5)).view(np.int64)
-
-
-def read_gains(gains: Any, *, ordered: bool, rank: int = 2) -> np.ndarray:
-    """Return gains as a float32 or float64 array of this rank, without a copy where possible, or raise ConfigError."""
-    try:
-        array = np.asarray(gains)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"gains: numpy cannot read them ({error}); pass gains.detach().float().cpu()") from error
-    if array.ndim != rank or 0 in array.shape or array.dtype.kind not in "fiu":
-        raise ConfigError(f"gains: expected {rank} axes of real numbers, got {array.dtype} of shape {array.shape}")
-    if array.dtype not in (np.float32, np.float64):
-        array = array.astype(np.float64)
-    rows = array.reshape(-1, array.shape[-1])
-    # One pass: the ends of non-increasing rows bound the rest, and NaN fails every comparison.
-    falling = ordered and all(bool((row[1:] <= row[:-1]).all()) for row in rows)
-    least, most = (rows[:, -1].min(), rows[:, 0].max()) if falling else (rows.min(), rows.max())
-    if not (least >= 0 and float(most) <= np.finfo(np.float64).max / rows.shape[1]):
-        raise ConfigError(f"gains: expected numbers of at least 0 with finite sums, got from {least} to {most}")
-    if ordered and not falling:
-        raise ConfigError("gains: expected rows that never increase; sort them, or use rule='knapsack'")
-    return array
-
-
-def read_weights(weights: Any, n_layers: int) -> Float64[np.ndarray, " L"]:
-    """Return the layers' weights, ones for None, or raise ConfigError."""
-    if weights is None:
-        return np.ones(n_layers)
-    array = np.asarray(weights, np.float64)
-    if array.shape != (n_layers,) or not (np.isfinite(array) & (array > 0)).all():
-        raise ConfigError(f"weights: expected {n_layers} positive numbers, got {weights!r}")
-    return array
-
-
-def check_fraction(name: str, value: float) -> None:
-    """Raise ConfigError unless 0 < value <= 1."""
-    if not 0 < value <= 1:
-        raise ConfigError(f"{name}: expected a number in (0, 1], got {value!r}")
-
-
-def _check_one_budget(token_bytes: Any, **budgets: float | None) -> None:
-    given = [name for name, budget in budgets.items() if budget is not None]
-    if len(given) != 1:
-        raise ConfigError(f"budget: give exactly one of {', '.join(budgets)}; got {' and '.join(given) or 'none'}")
-    if (token_bytes is None) == (given == ["n_bytes"]):
-        raise ConfigError(f"token_bytes: give it with n_bytes, and only then; got {token_bytes!r} with {given[0]}")
-
-
-def read_pages(shape: tuple[int, ...], floor: Any, cap: Any, unit: int) -> PageRange:
-    """Return the range of whole pages between floor and cap, or raise ConfigError."""
-    n_layers, n_tokens = shape
-    unit = _read_count("unit", unit, 1)
-    least, most = -(-_read_per_layer("floor", floor, n_layers, 0) // unit), np.full(n_layers, -(-n_tokens // unit))
-    if cap is not None:
-        most = np.minimum(most, _read_per_layer("cap", cap, n_layers, 0) // unit)
-    if (least > most).any():
-        layer = int((least > most).argmax())
-        raise ConfigError(
-            f"floor: layer {layer} needs {least[layer]} pages of {unit}, and its cap and row allow {most[layer]}; "
-            "lower the floor or raise the cap"
-        )
-    return PageRange(least, most, unit, n_tokens)
-
-
-def _read_count(name: str, number: Any, least: int = 0) -> int:
-    return int(_read_per_layer(name, number, 1, least)[0])
-
-
-def _read_per_layer(name: str, numbers: Any, n_layers: int, least: int) -> Int64[np.ndarray, " L"]:
-    array = np.asarray(numbers)
-    if array.dtype.kind not in "iu" or array.shape not in ((), (n_layers,)) or (array < least).any():
-        many = "" if n_layers == 1 else f", or one for each of {n_layers} layers"
-        raise ConfigError(f"{name}: expected a whole number >= {least}{many}; got {numbers!r}")
-    return np.broadcast_to(array, n_layers).astype(np.int64)

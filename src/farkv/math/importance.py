@@ -216,6 +216,7 @@ def walk_weights(
         peak = higher
         del logits  # before the next block is allocated
     log_sum = peak + total.log()
+    log_sum.masked_fill_(total == 0, torch.inf)  # a query of NaN: nothing has weight
     if padded is not None:
         log_sum.masked_fill_(padded, torch.inf)  # makes all its weights 0; a real query sees at least itself
     for at in _split(n_tokens, BLOCK):
@@ -226,6 +227,8 @@ def _form_logits(q: Tensor, k: Tensor, visible: Tensor | None, how: Logits, at: 
     """Return the logits [B, Hkv, G, w, n] of the last w queries, scaled, on a block of keys; -inf where unseen."""
     n_tokens, w = k.shape[2], q.shape[3]
     logits = how.cap_((q.flatten(2, 3) @ k[:, :, at].float().mT).unflatten(2, q.shape[2:4]))
+    # A logit that is not a number weighs nothing, one that overflowed all: others' weights stay numbers.
+    logits.nan_to_num_(nan=-torch.inf, posinf=torch.finfo(torch.float32).max, neginf=-torch.inf)
     if visible is not None:
         logits.masked_fill_(~visible[:, :, None, None, at], -torch.inf)
     if at.stop > n_tokens - w:
@@ -264,9 +267,10 @@ def _expect(observed: Observed, k: Tensor, visible: Tensor | None, logits: Logit
         keys = k[:, :, at].float()
         product = (keys @ sides).view(batch, kv_heads, keys.shape[2], -1, dim)
         logs[..., at] = product.add_(shift).mul_(keys[:, :, :, None]).sum(-1).mT
+    floor = torch.finfo(torch.float32)
+    logs.nan_to_num_(nan=-torch.inf, posinf=floor.max, neginf=-torch.inf)
     if visible is not None:
         logs.masked_fill_(~visible[:, :, None, :n], -torch.inf)
-    floor = torch.finfo(torch.float32)
     logs.sub_(logs.amax(-1, keepdim=True).clamp_min(floor.min)).exp_()
     logs.div_(logs.sum(-1, keepdim=True).clamp_min(floor.tiny))
     return logs.mean(2)
@@ -277,6 +281,7 @@ def _measure_values(v: Tensor, visible: Tensor | None) -> Tensor:
     norms = v.new_empty(v.shape[:3], dtype=torch.float32)
     for at in _split(v.shape[2], BLOCK):
         norms[..., at] = torch.linalg.vector_norm(v[:, :, at].float(), dim=-1)
+    norms.nan_to_num_(nan=0.0, posinf=0.0)
     if visible is None:
         mean = norms.mean(-1, keepdim=True)
     else:

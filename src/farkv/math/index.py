@@ -26,7 +26,8 @@ def fit_scale(
     projected: Float32[Tensor, "B Hkv T R"], valid: Bool[Tensor, "B T"] | None, bits: int = 8
 ) -> Float32[Tensor, "B Hkv 1 R"]:
     """Return the step of each column's codes: its largest magnitude, with headroom, over the largest code."""
-    magnitude = projected.abs()
+    # What is not finite says nothing about the others.
+    magnitude = projected.abs().nan_to_num(nan=0.0, posinf=0.0)
     if valid is not None:
         magnitude = magnitude * valid[:, None, :, None]
     return magnitude.amax(2, keepdim=True).clamp_min(1e-12) * (HEADROOM[bits] / CODE_MAX[bits])
@@ -35,16 +36,23 @@ def fit_scale(
 def encode_keys(
     projected: Float32[Tensor, "B Hkv T R"], scale: Float32[Tensor, "B Hkv 1 R"], bits: int = 8
 ) -> Int8[Tensor, "B Hkv T R"]:
-    """Round to codes: clip(round(projected / scale), -127, 127), with 7 in place of 127 for four bits."""
-    return (projected / scale).round_().clamp_(-CODE_MAX[bits], CODE_MAX[bits]).char()
+    """Round to codes: clip(round(projected / scale), -127, 127), with 7 in place of 127 for four bits; NaN to 0."""
+    most = CODE_MAX[bits]
+    return (projected / scale).round_().nan_to_num_(nan=0.0).clamp_(-most, most).char()
 
 
 def measure_mean(k: Float[Tensor, "B Hkv T D"], valid: Bool[Tensor, "B T"] | None) -> Float32[Tensor, "B Hkv 1 D"]:
-    """Return every sequence's mean key."""
+    """Return every sequence's mean key; what is not finite counts as 0."""
+    k = k.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     if valid is None:
-        return k.float().mean(2, keepdim=True)
+        return _bound(k.mean(2, keepdim=True))
     real = valid[:, None, :, None]
-    return (k.float() * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1)
+    return _bound((k * real).sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp_min(1))
+
+
+def _bound(mean: Tensor) -> Tensor:
+    """Return a mean that overflowed as the largest number."""
+    return mean.nan_to_num(nan=0.0)
 
 
 def fit_levels(
@@ -63,9 +71,9 @@ def encode_levels(
 ) -> Int8[Tensor, "B Hkv T R"]:
     """Round to the code c, -2 .. 1, of the nearest level (c + 1/2) scale.
 
-    The 1/2 shifts all scores of a query equally, so codes are scored as they are.
+    The 1/2 shifts all scores of a query equally, so codes are scored as they are. NaN becomes 0.
     """
-    return (projected / scale).floor_().clamp_(-2, 1).char()
+    return (projected / scale).floor_().nan_to_num_(nan=0.0).clamp_(-2, 1).char()
 
 
 def pack_codes(codes: Int8[Tensor, "B Hkv T R"], bits: int = 4) -> Int8[Tensor, "B Hkv T R2"]:
@@ -94,7 +102,8 @@ def choose_columns(
 
     Source: InfiniGen §4.3; deviation: per sequence and KV head.
     """
-    weight = (q.float() @ skew).abs().sum(2) + (k.float() @ skew).abs().sum(2)
+    q, k = (x.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for x in (q, k))
+    weight = (q @ skew).abs().sum(2) + (k @ skew).abs().sum(2)
     columns = weight.topk(n_columns, -1).indices.sort(-1).values
     batch, heads = columns.shape[:2]
     wide = skew.expand(batch, heads, -1, -1)

@@ -51,7 +51,7 @@ def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"
     group = scores.shape[2]
     logs = scores.log_softmax(-1)
     pooled = logs[:, :, 0] if group == 1 else logs.logsumexp(2) - torch.log(torch.tensor(float(group)))
-    # A row of padding only has a softmax of NaN, which a top-k would rank first.
+    # A row of padding, or a query or key that is not finite, has a softmax of NaN, which a top-k would rank first.
     return pooled.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
 
 
@@ -65,7 +65,7 @@ def pool_group_by_best(
     if valid is not None:
         scores = scores.masked_fill(~valid[:, :, None], -torch.inf)
     best = scores.amax(-1, keepdim=True)
-    return (scores - best).amax(2).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    return (scores - best).amax(2).nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
 
 
 def score_keys(

@@ -8,6 +8,7 @@ Source: InfiniGen §4.2 (SVD of Q, `solve_svd`); the bilinear form is ours (docs
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +100,38 @@ def solve_bilinear(gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
     a_q = torch.linalg.solve_triangular(l_q.mT, u * root, upper=True)
     a_k = torch.linalg.solve_triangular(l_k.mT, vh.mT * root, upper=True)
     return a_q.float(), a_k.float(), mean[:, :, None].float()
+
+
+def solve_safely(gram: Gram, solve: Callable[[Gram], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], bool]:
+    """Return what `solve` makes of the moments, and whether a head got an unskewed basis because its have none.
+
+    Of queries and keys that are not finite, or whose squares overflow, nothing is learned. Every sequence and head is
+    judged by itself.
+
+    Cost: that of `solve`; it waits for the device.
+    """
+    moments = (gram.queries, gram.keys, gram.key_sum)
+    known = torch.stack([moment.isfinite().flatten(2).all(-1) for moment in moments]).all(0)
+    for known_now in (known, torch.zeros_like(known)):
+        try:
+            found = solve(_leave_unskewed(gram, known_now))
+        except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+            continue
+        if all(bool(part.isfinite().all()) for part in found):
+            return found, not bool(known_now.all())
+    raise AssertionError("the identity has a basis")
+
+
+def _leave_unskewed(gram: Gram, known: Bool[Tensor, "b Hkv"]) -> Gram:
+    """Return moments in which unknown heads have those of white queries and keys, whose basis is the identity."""
+    one = torch.eye(gram.queries.shape[-1], dtype=gram.queries.dtype, device=gram.queries.device)
+    wide = known[..., None, None]
+    return Gram(
+        torch.where(wide, gram.queries, one),
+        torch.where(wide, gram.keys, one),
+        torch.where(known[..., None], gram.key_sum, 0.0),
+        gram.n_keys,
+    )
 
 
 def solve_svd(gram: Gram) -> Tensor:

@@ -20,7 +20,7 @@ from torch import nn
 from farkv._axes import Int, Tensor
 from farkv.calibrate.curves import to_grid
 from farkv.engine.step import Engine
-from farkv.errors import ConfigError
+from farkv.errors import ConfigError, ProfileError
 from farkv.hf.handle import Handle
 from farkv.hf.layer import FarLayer
 from farkv.math.importance import Scorer, measure_spread, observe_queries, score_records, sort_gains
@@ -86,7 +86,16 @@ class MiniLayer(FarLayer):
         return self.n_seen
 
     def attend(self, step: Step, attention: AttentionFunction) -> object:
-        """Measure, then attend to the whole prompt; the last layer ends the pass instead."""
+        """Measure, then attend to the whole prompt; the last layer ends the pass instead.
+
+        Raises:
+            ProfileError: there is something that is not finite: it would spoil the mean of all prompts.
+        """
+        if not all(bool(torch.isfinite(x).all()) for x in (step.query.q, step.k, step.v)):
+            raise ProfileError(
+                f"layer {self.layer}: expected finite queries, keys and values, the model computed NaN or infinity; "
+                "look for NaN in the weights, or load it in a dtype of more range (bfloat16, float32)"
+            )
         width = step.k.shape[1] * (step.k.shape[-1] + step.v.shape[-1])
         self.sample.token_bytes[self.layer] = width * step.k.element_size()
         if self.look.grams:

@@ -8,36 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
 from farkv.calibrate.curves import Curves, fill_layers
 from farkv.calibrate.profile import Profile, make_profile
+from farkv.config import check_counts, check_flag, check_fraction, check_name, check_window, read_count
 from farkv.errors import ConfigError, InputError, ProfileError, UnsupportedModelError
-from farkv.files import write_file
 from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
 from farkv.math.importance import SCORERS, Scorer
-from farkv.math.skew import Gram
 from farkv.measure.losses import LEAST_TOKENS, measure_losses
 from farkv.measure.mini import Light, Look, PromptSample, draw_runs, run_mini, thin_blocks
+from farkv.measure.part import GRAM_PARTS, Part, Sums
 from farkv.methods import Full
 
-PART_FORMAT = "farkv-profile-part-1"
 # Minimum interval between writes of an unfinished measurement.
 SECONDS_BETWEEN_WRITES = 5.0
-GRAM_PARTS = ("queries", "keys", "key_sum", "n_keys")
 
 
 @torch.no_grad()
@@ -79,10 +74,11 @@ def profile(
     Cost: one pass per prompt (`run_mini`), and 2 (Hq + Hkv) D^2 operations per token and layer for the skew.
     """
     look = check_settings(Look(scorer, window, pool, curves, light is None), light)
-    if losses < 0 or (losses and light is not None):
-        raise ConfigError(f"losses: expected 0 or more prompts, and 0 with light, got {losses}")
-    rows = [torch.as_tensor(p, dtype=torch.long).reshape(-1).to("cpu") for p in prompts]
-    rows = [r for r in rows if r.shape[0] > 1]
+    losses = read_count("losses", losses)
+    if losses and light is not None:
+        raise ConfigError(f"losses: expected 0 prompts with light, got {losses}")
+    embedding: Any = model.get_input_embeddings()
+    rows = [row for i, prompt in enumerate(prompts) if len(row := read_prompt(i, prompt, len(embedding.weight))) > 1]
     if not rows:
         raise InputError("profile: expected at least one prompt of two or more tokens, got none")
     identity, total = identify_model(model), len(rows) + (len(pick_long(rows, losses)) if losses else 0)
@@ -139,32 +135,41 @@ def pick_long(rows: list[Tensor], n: int) -> list[Tensor]:
     return long[:: max(1, len(long) // n)][:n]
 
 
+def read_prompt(i: int, prompt: Tensor | Sequence[int], n_words: int) -> Tensor:
+    """Return a prompt's token ids, int64 on the CPU.
+
+    Raises:
+        InputError: they are not ids of the model's words.
+    """
+    try:
+        ids = torch.as_tensor(prompt).reshape(-1).to("cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InputError(f"prompt {i + 1}: expected token ids, got {type(prompt).__name__} ({error})") from error
+    if len(ids) and (ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex()):
+        raise InputError(f"prompt {i + 1}: expected token ids, got {ids.dtype}")
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_words:
+        raise InputError(
+            f"prompt {i + 1}: expected token ids from 0 to {n_words - 1}, got {int(ids.min())} to {int(ids.max())}; "
+            "use this model's tokenizer"
+        )
+    return ids.long()
+
+
 def check_settings(look: Look, light: Light | None) -> Look:
     """Return the settings unchanged.
 
     Raises:
         ConfigError: a setting is invalid, or there is nothing to measure.
     """
-    if look.scorer not in SCORERS:
-        raise ConfigError(f"scorer: expected one of {', '.join(SCORERS)}, got {look.scorer!r}")
-    if look.window < 1 or look.pool < 1 or look.pool % 2 == 0:
-        raise ConfigError(f"expected window >= 1 and an odd pool >= 1, got {look.window} and {look.pool}")
-    if light is not None and not (0 < light.tokens <= 1 and light.layers >= 1):
-        raise ConfigError(f"light: expected 0 < tokens <= 1 and layers >= 1, got {light.tokens} and {light.layers}")
+    check_name("scorer", look.scorer, SCORERS)
+    check_window(look.window, look.pool)
+    check_flag(curves=look.curves)
+    if light is not None:
+        check_fraction(light.tokens, "light: tokens")
+        check_counts(1, **{"light: layers": light.layers})
     if light is not None and not look.curves:
         raise ConfigError("light: measures curves only, which curves=False disables; drop one of them")
     return look
-
-
-class Sums(NamedTuple):
-    """The measurements of the prompts so far: summed moments by layer, and one row of curves ([L, GRID]) per prompt."""
-
-    n_done: int
-    grams: dict[int, Gram]
-    keep: list[Tensor]
-    spread: list[Tensor]
-    tokens: list[int]
-    token_bytes: dict[int, int]
 
 
 def add_sample(sums: Sums, sample: PromptSample, n_tokens: int, layers: list[int]) -> Sums:
@@ -173,7 +178,11 @@ def add_sample(sums: Sums, sample: PromptSample, n_tokens: int, layers: list[int
     Args:
         n_tokens: the prompt's length.
         layers: all managed layers; curves of layers that were not run are interpolated.
+
+    Raises:
+        ProfileError: a measurement is not finite; nothing was added.
     """
+    check_finite(sample, sums.n_done)
     old = sums.grams
     grams = {i: old[i].add(gram) if i in old else gram for i, gram in sample.grams.items()}
     keep, spread, tokens = sums.keep, sums.spread, sums.tokens
@@ -182,6 +191,20 @@ def add_sample(sums: Sums, sample: PromptSample, n_tokens: int, layers: list[int
         spread = [*spread, fill_layers(sample.spread, tuple(layers))]
         tokens = [*tokens, n_tokens]
     return Sums(sums.n_done + 1, {**old, **grams}, keep, spread, tokens, sample.token_bytes)
+
+
+def check_finite(sample: PromptSample, n_done: int) -> None:
+    """Raise ProfileError where the model computed something that is not finite: it would spoil every sum."""
+    for layer in sorted(sample.grams.keys() | sample.keep.keys()):
+        gram = sample.grams.get(layer)
+        found = [getattr(gram, name) for name in GRAM_PARTS] if gram is not None else []
+        found += [rows[layer] for rows in (sample.keep, sample.spread) if layer in rows]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in found):
+            raise ProfileError(
+                f"prompt {n_done + 1}, layer {layer}: expected finite queries and keys, got NaN, infinity or numbers "
+                "whose squares overflow; look for NaN in the weights, or load the model in a dtype of more range "
+                "(bfloat16, float32)"
+            )
 
 
 def make_curves(sums: Sums, handle: Handle, look: Look, light: Light | None) -> Curves | None:
@@ -209,71 +232,3 @@ def digest_task(rows: list[Tensor], look: Look, light: Light | None, identity: d
     for row in rows:
         digest.update(save({"ids": row.contiguous()}))
     return digest.hexdigest()
-
-
-class Part:
-    """The file of an unfinished measurement; does nothing without a path."""
-
-    def __init__(self, path: str | Path | None, digest: str):
-        self.path = None if path is None else Path(path)
-        self.digest = digest
-        self._written = time.monotonic()
-
-    def load(self) -> Sums:
-        """Return the sums so far.
-
-        Raises:
-            ProfileError: the file is damaged or belongs to another measurement.
-        """
-        if self.path is None or not self.path.exists():
-            return Sums(0, {}, [], [], [], {})
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if about.get("format") == PART_FORMAT and about.get("digest") == self.digest:
-                return unpack_sums(tensors, json.loads(about["sums"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ProfileError(f"resume {self.path}: cannot be read ({error}); delete it to start over") from error
-        raise ProfileError(
-            f"resume {self.path}: expected an unfinished profile of these prompts, settings and model, got another; "
-            "delete it to start over, or repeat the original call"
-        )
-
-    def write(self, sums: Sums, pause: float = 0.0) -> None:
-        """Write the sums unless the last write was less than `pause` seconds ago; the file is replaced atomically."""
-        if self.path is None or sums.n_done == 0 or time.monotonic() - self._written < pause:
-            return
-        tensors, about = pack_sums(sums)
-        metadata = {"format": PART_FORMAT, "digest": self.digest, "sums": json.dumps(about)}
-        write_file(self.path, save(tensors, metadata))
-        self._written = time.monotonic()
-
-    def delete(self) -> None:
-        """Delete the file: the measurement is complete."""
-        if self.path is not None:
-            with suppress(FileNotFoundError):
-                self.path.unlink()
-
-
-def pack_sums(sums: Sums) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the sums as named tensors and a dict of the rest."""
-    tensors = {f"{i}.{name}": getattr(gram, name) for i, gram in sums.grams.items() for name in GRAM_PARTS}
-    if sums.keep:
-        tensors |= {"keep": torch.stack(sums.keep), "spread": torch.stack(sums.spread)}
-    about = {
-        "n_done": sums.n_done,
-        "layers": sorted(sums.grams),
-        "tokens": sums.tokens,
-        "token_bytes": sums.token_bytes,
-    }
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
-
-
-def unpack_sums(tensors: dict[str, Tensor], about: dict[str, Any]) -> Sums:
-    """Restore the sums from `pack_sums`."""
-    grams = {i: Gram(*(tensors[f"{i}.{name}"] for name in GRAM_PARTS)) for i in about["layers"]}
-    n_curves = len(about["tokens"])
-    keep, spread = (list(tensors[name]) if n_curves else [] for name in ("keep", "spread"))
-    sizes = {int(i): n for i, n in about["token_bytes"].items()}
-    return Sums(about["n_done"], grams, keep, spread, about["tokens"], sizes)

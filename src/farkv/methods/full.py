@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from farkv.config import check_fraction
 from farkv.errors import ConfigError
 from farkv.methods.base import Selector
 
@@ -15,6 +16,7 @@ class Full:
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
+        check_fraction(self.fraction)
         if self.fraction != 1.0:
             raise ConfigError(f"fraction: full attention reads all, expected 1.0, got {self.fraction!r}")
 

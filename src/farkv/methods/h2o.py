@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from farkv._axes import Float32, Tensor
-from farkv.config import check_fraction
+from farkv.config import check_fraction, is_number, show_value
 from farkv.errors import ConfigError
 from farkv.math.accumulate import add_weights
 from farkv.math.importance import Observed
@@ -42,8 +42,8 @@ class H2O:
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
-        if not 0 < self.recent < 1:
-            raise ConfigError(f"recent: expected a share in (0, 1), got {self.recent!r}")
+        if not is_number(self.recent) or not 0 < self.recent < 1:
+            raise ConfigError(f"recent: expected a share in (0, 1), got {show_value(self.recent)}")
 
     @property
     def keep_rule(self) -> KeepRule:

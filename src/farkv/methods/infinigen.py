@@ -11,7 +11,7 @@ The steps, in the paper's order (docs/papers/infinigen.md has equation, function
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from farkv._axes import Bool, Float, Tensor
-from farkv.calibrate.profile import MAX_COLUMNS, Profile
-from farkv.config import SOURCES, Source, check_counts, check_fraction
+from farkv.calibrate.profile import Profile
+from farkv.calibrate.skews import MAX_COLUMNS
+from farkv.config import SOURCES, Source, check_counts, check_flag, check_fraction, check_name, is_number, show_value
 from farkv.errors import ConfigError
 from farkv.math.index import choose_columns, encode_keys, fit_scale, pack_codes, project_keys
 from farkv.math.score import pool_group, pool_group_by_best, unpack_codes
 from farkv.math.select import select_mass, select_mean_count, select_within
-from farkv.math.skew import measure_gram, solve_bilinear, solve_svd
+from farkv.math.skew import measure_gram, solve_bilinear, solve_safely, solve_svd
 from farkv.methods.base import LEAST_RECORDS, Cap, Place
 from farkv.methods.coder import Coder
 from farkv.methods.indexed import IndexRule
@@ -67,23 +68,25 @@ class InfiniGen:
     top_up: float | None = None
 
     def __post_init__(self) -> None:
+        check_flag(paper=self.paper)
         cap = self.cap
         check_fraction(cap.fraction)
-        if self.source is not None and self.source not in SOURCES:
-            raise ConfigError(f"source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
+        if self.source is not None:
+            check_name("source", self.source, SOURCES)
         check_counts(sinks=cap.sinks, window=cap.window)
-        if self.columns is not None and self.columns < 1:
-            raise ConfigError(f"columns: expected at least 1, got {self.columns!r}")
-        if self.index_bits not in ((None,) if self.paper else (None, 4, 8)):
-            raise ConfigError(f"index_bits: expected 4 or 8, and none with paper=True; got {self.index_bits!r}")
-        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ConfigError(f"alpha: expected a positive number of logits, got {self.alpha!r}")
+        if self.columns is not None:
+            check_counts(1, columns=self.columns)
+        bits = self.index_bits
+        if bits is not None and (self.paper or type(bits) is not int or bits not in (4, 8)):
+            raise ConfigError(f"index_bits: expected 4 or 8, and none with paper=True; got {show_value(bits)}")
+        if self.alpha is not None and not (is_number(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"alpha: expected a positive number of logits, got {show_value(self.alpha)}")
         if self.top_p is not None and (self.paper or self.alpha is not None):
             raise ConfigError("alpha and top_p: give one of them, got both")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: expected a number in (0, 1], got {self.top_p!r}")
-        if not 0 <= cap.top_up < 1:
-            raise ConfigError(f"top_up: expected a share in [0, 1), got {self.top_up!r}")
+        if self.top_p is not None:
+            check_fraction(self.top_p, "top_p")
+        if not is_number(cap.top_up) or not 0 <= cap.top_up < 1:
+            raise ConfigError(f"top_up: expected a share in [0, 1), got {show_value(self.top_up)}")
 
     # --- after defaults are filled in ---------------------------------------------------------------------------
 
@@ -123,8 +126,8 @@ class InfiniGen:
         # A light profile has curves alone: the skew is then the prompt's.
         profile = place.profile if place.profile is not None and place.profile.has_skew else None
         if self.paper:
-            return PaperCoder(self.columns, profile)
-        return BilinearCoder(self.columns, self.index_bits or 4, profile)
+            return PaperCoder(self.columns, profile, place.on_fallback)
+        return BilinearCoder(self.columns, self.index_bits or 4, profile, place.on_fallback)
 
     def share_beside_dense(self, n_layers: int) -> float:
         """Return the fraction left to other layers where the first of `n_layers` reads everything.
@@ -157,8 +160,8 @@ def select_by_mass(scores: Tensor, cap: int, own: Tensor | None, *, top_p: float
 class BilinearCoder:
     """Ours: the best rank-R score from the profile, or from a prompt's queries and keys, in four or eight bits."""
 
-    def __init__(self, columns: int | None, bits: int, profile: Profile | None):
-        self.columns, self.bits, self.profile = columns, bits, profile
+    def __init__(self, columns: int | None, bits: int, profile: Profile | None, on_fallback: Callable[[str], None]):
+        self.columns, self.bits, self.profile, self.on_fallback = columns, bits, profile, on_fallback
         self.needs_queries = self.fits_skew = profile is None
         self.is_settled = profile is not None
 
@@ -177,7 +180,9 @@ class BilinearCoder:
             query, key, mean = (t.to(keys.device) for t in self.profile.bilinear(layer))
         else:
             assert queries is not None
-            query, key, mean = solve_bilinear(measure_gram(queries, keys, valid))
+            (query, key, mean), unskewed = solve_safely(measure_gram(queries, keys, valid), solve_bilinear)
+            if unskewed:
+                self.on_fallback("identity_skew")
         # Kernels read them as they lie.
         query, key = query[..., :n_columns].contiguous(), key[..., :n_columns].contiguous()
         return Projection(query, key, mean, fit_scale(project_keys(keys, key, mean), valid, self.bits))
@@ -202,8 +207,8 @@ class PaperCoder:
     bits = 0
     needs_queries = True
 
-    def __init__(self, columns: int | None, profile: Profile | None):
-        self.columns, self.profile = columns, profile
+    def __init__(self, columns: int | None, profile: Profile | None, on_fallback: Callable[[str], None]):
+        self.columns, self.profile, self.on_fallback = columns, profile, on_fallback
         self.fits_skew, self.is_settled = profile is None, profile is not None
 
     def count_columns(self, k_dim: int, record_bytes: int) -> int:
@@ -225,7 +230,9 @@ class PaperCoder:
         if self.profile is not None:
             skew = self.profile.svd(layer).to(keys.device)
         else:
-            skew = solve_svd(measure_gram(queries, keys, valid))
+            (skew,), unskewed = solve_safely(measure_gram(queries, keys, valid), lambda gram: (solve_svd(gram),))
+            if unskewed:
+                self.on_fallback("identity_skew")
         key = choose_columns(queries.reshape(batch, heads, -1, dim), keys, skew, n_columns)
         zero = torch.zeros(batch, heads, 1, dim, device=keys.device)
         return Projection(key, key, zero, torch.ones(batch, heads, 1, n_columns, device=keys.device))

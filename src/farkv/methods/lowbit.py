@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from farkv._axes import Bool, Float, Tensor
-from farkv.config import check_counts, check_fraction
+from farkv.config import check_counts, check_fraction, show_value
 from farkv.errors import ConfigError
 from farkv.math.index import encode_keys, encode_levels, fit_levels, fit_scale, measure_mean, pack_codes, project_keys
 from farkv.math.score import unpack_codes
@@ -40,8 +40,8 @@ class LowBit:
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
         check_counts(sinks=self.sinks, window=self.window)
-        if self.bits not in (2, 4):
-            raise ConfigError(f"bits: expected 2 or 4, got {self.bits!r}")
+        if type(self.bits) is not int or self.bits not in (2, 4):
+            raise ConfigError(f"bits: expected 2 or 4, got {show_value(self.bits)}")
 
     @property
     def index_rule(self) -> IndexRule:

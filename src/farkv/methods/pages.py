@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from farkv._axes import Bool, Float, Float32, Tensor
-from farkv.config import check_counts, check_fraction
+from farkv.config import MOST_WINDOW, check_counts, check_fraction
 from farkv.errors import ConfigError
 from farkv.math.bounds import bound_pages, mark_pages, rank_tokens, score_bounds
 from farkv.math.score import pool_group
@@ -49,8 +49,9 @@ class Pages:
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
         check_counts(sinks=self.sinks, window=self.window)
-        if not isinstance(self.page, int) or self.page < 1:
-            raise ConfigError(f"page: expected at least 1 token, got {self.page!r}")
+        check_counts(1, page=self.page)
+        if self.page > MOST_WINDOW:
+            raise ConfigError(f"page: expected at most {MOST_WINDOW} tokens, got {self.page}")
 
 
 class PagesSelector(Selector):

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from farkv.config import Rule, check_counts, check_fraction
-from farkv.errors import ConfigError
+from farkv.config import Rule, check_fraction, check_window
 from farkv.methods.base import KeepRule
 
 
@@ -32,9 +31,7 @@ class SnapKV:
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
-        check_counts(window=self.window, pool=self.pool)
-        if self.window < 1 or self.pool % 2 == 0:
-            raise ConfigError(f"window and pool: expected at least 1, pool odd; got {self.window} and {self.pool}")
+        check_window(self.window, self.pool)
 
     @property
     def keep_rule(self) -> KeepRule:

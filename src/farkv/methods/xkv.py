@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from farkv._axes import Bool, Float32, Tensor
-from farkv.config import LEVERS, RULES, Lever, Rule, check_counts, check_fraction, check_name
+from farkv.config import (
+    LEVERS,
+    RULES,
+    Lever,
+    Rule,
+    check_counts,
+    check_flag,
+    check_fraction,
+    check_name,
+    check_window,
+    show_value,
+)
 from farkv.errors import ConfigError
 from farkv.math.importance import SCORERS, observe_queries, score_records
 from farkv.math.step import Query
@@ -64,11 +75,15 @@ class XKV:
             raise ConfigError(f"XKV: expected one of fraction, retention and tokens, got {' and '.join(given)}")
         if self.fraction is not None:
             check_fraction(self.fraction)
-        if self.retention is not None and not 0 < self.retention <= 1:
-            raise ConfigError(f"retention: expected a number in (0, 1], got {self.retention!r}")
-        check_counts(tokens=self.tokens or 0, window=self.window, sinks=self.sinks or 0)
-        if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
-            raise ConfigError(f"window and pool: expected at least 1, pool odd; got {self.window} and {self.pool}")
+        if self.retention is not None:
+            check_fraction(self.retention, "retention")
+        for name, count in (("tokens", self.tokens), ("sinks", self.sinks)):
+            if count is not None:
+                check_counts(**{name: count})
+        check_window(self.window, self.pool)
+        check_flag(paper=self.paper)
+        if not isinstance(self.levers, tuple):
+            raise ConfigError(f"levers: expected a tuple of names, got {show_value(self.levers)}")
         names = {"rule": (self.rule, RULES), "scorer": (self.scorer, SCORERS)}
         for option, (got, known) in [*names.items(), *(("levers", (lever, LEVERS)) for lever in self.levers)]:
             check_name(option, got, known)

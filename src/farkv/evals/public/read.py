@@ -97,6 +97,9 @@ def parse(path: Path, line: int, text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{line + error.lineno - 1}: expected JSON; got {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or brackets in brackets.
+        raise InputError(f"{path}:{line}: expected JSON that can be read; got {error}") from error
 
 
 def check(path: Path, line: int, value: Any) -> Record:

@@ -5,7 +5,6 @@ In: `run.json`, rows. Out: texts for `page.html`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 from farkv.errors import InputError
 from farkv.evals.cells import FULL, Setting, Study, as_float
 from farkv.evals.report.words import and_join, list_methods
-from farkv.evals.row import RUN, Row
+from farkv.evals.row import MAX_BYTES, RUN, Row
 from farkv.evals.show import fraction_text, length_text, percent
+from farkv.untrusted import parse_json, read_file
 
 # Maximum characters of an answer that are shown.
 MOST_CHARACTERS = 300
@@ -30,7 +30,7 @@ def load_run(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        run = json.loads(path.read_text("utf-8"))
+        run = parse_json(read_file(path, MAX_BYTES))
     except (ValueError, OSError) as error:
         raise InputError(f"file {path}: expected what farkv eval wrote ({error}); run farkv eval again") from error
     if not isinstance(run, dict):

@@ -7,7 +7,6 @@ and dark mode.
 from __future__ import annotations
 
 import base64
-import json
 import struct
 import zlib
 from collections.abc import Sequence
@@ -17,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from farkv.config import is_number
 from farkv.errors import InputError
 from farkv.evals.cells import Setting
 from farkv.evals.report.looks import order_methods
-from farkv.evals.row import READS
+from farkv.evals.row import MAX_BYTES, READS
+from farkv.untrusted import parse_json, read_file
 
 BLUE = (47, 128, 225)
 
@@ -49,30 +50,39 @@ def load_reads(folder: Path) -> list[Reads]:
     path = folder / READS
     if not path.is_file():
         return []
+    try:
+        lines = read_file(path, MAX_BYTES).decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"file {path}: cannot be read ({error}); remove it, or run farkv eval again") from error
     found = []
-    for n, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
+    for n, line in enumerate(lines, start=1):
         try:
-            found.append(parse_reads(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+            found.append(parse_reads(parse_json(line)))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
-                f"file {path}, line {n}: expected a trace of farkv eval, got {line[:60]!r} ({error!r}); remove it"
+                f"file {path}, line {n}: expected a trace of farkv eval, got {line[:60]!r} ({error!r:.200}); remove it"
             ) from error
     return found
 
 
 def parse_reads(line: dict[str, Any]) -> Reads:
-    """Parse one line."""
+    """Parse one line; a bucket that nothing was read of may be null."""
     read = [np.nan_to_num(np.asarray(layer, dtype=np.float64)) for layer in line["read"]]
-    if not read or any(layer.ndim != 2 or not layer.size for layer in read):
-        raise ValueError("read: expected layers of steps of positions")
-    if len(line["layers"]) != len(read):
+    if not read or any(layer.ndim != 2 or not layer.size or not (layer >= 0).all() for layer in read):
+        raise ValueError("read: expected layers of steps of positions, fractions of 0 or more")
+    layers = line["layers"]
+    if not isinstance(layers, list) or len(layers) != len(read) or not all(type(i) is int for i in layers):
         raise ValueError(f"layers: expected {len(read)} ids")
-    setting = Setting(str(line["method"]), float(line["fraction"]))
-    steps, positions = ([float(edge) for edge in line[name]] for name in ("step_edges", "position_edges"))
-    if not steps or not positions:
-        raise ValueError("step_edges and position_edges: expected numbers")
-    task, length, seed = str(line["task"]), int(line["length"]), int(line["seed"])
-    return Reads(task, setting, length, seed, list(line["layers"]), steps, positions, read)
+    fraction, steps, positions = line["fraction"], line["step_edges"], line["position_edges"]
+    for edges in (steps, positions):
+        if not isinstance(edges, list) or not edges or not all(is_number(edge) for edge in edges):
+            raise ValueError("step_edges and position_edges: expected numbers")
+    length, seed = line["length"], line["seed"]
+    if not is_number(fraction) or type(length) is not int or type(seed) is not int:
+        raise ValueError("fraction, length and seed: expected numbers")
+    setting = Setting(str(line["method"]), float(fraction))
+    steps, positions = [float(edge) for edge in steps], [float(edge) for edge in positions]
+    return Reads(str(line["task"]), setting, length, seed, layers, steps, positions, read)
 
 
 def choose_reads(reads: Sequence[Reads], fraction: float) -> list[Reads]:

@@ -15,7 +15,8 @@ nothing is clipped, and for every value (finite; float32 up to 1e38)
 
     |x - decoded| <= step / 2 * (1 + 2^-7) + the rounding of the model's dtype at `decoded`
 
-A value that is not finite makes its own group, and no other, decode to arbitrary values.
+A value that is not finite, or in int4 a range that overflows, makes its own group, and no other, decode to NaN: what
+was no number does not become one.
 
 Why not the quantised tensors of torchao or quanto: here the unit is one record. Rows are appended while the model
 runs, gathered by position, moved at evictions, and written to files page by page: a row's layout must be fixed, in
@@ -63,9 +64,16 @@ def _round_down(x: Tensor) -> Tensor:
     return torch.where(x < 0, -_round_up(-x), cut)
 
 
+def _make_step(size: Tensor) -> Tensor:
+    """Return the step for values of this size, NaN where it is not finite."""
+    step = _round_up(size).clamp(min=TINY)
+    return torch.where(step.isfinite() & size.isfinite(), step, torch.nan)
+
+
 def _pack_int8(x: Tensor) -> tuple[Tensor, ...]:
-    step = _round_up(x.abs().amax(-1, keepdim=True) / 127).clamp(min=TINY)
-    codes = (x * step.reciprocal()).round_().to(torch.int8)
+    step = _make_step(x.abs().amax(-1, keepdim=True) / 127)
+    # NaN has no integer: it is 0, so that equal records have equal bytes.
+    codes = (x * step.reciprocal()).round_().nan_to_num_(nan=0.0).to(torch.int8)
     return codes.view(torch.uint8), step.squeeze(-1)
 
 
@@ -76,8 +84,8 @@ def _unpack_int8(codes: Tensor, size: int, step: Tensor) -> Tensor:
 
 def _pack_int4(x: Tensor) -> tuple[Tensor, ...]:
     low = _round_down(x.amin(-1, keepdim=True))
-    step = _round_up((x.amax(-1, keepdim=True) - low) / 15).clamp(min=TINY)
-    codes = (x - low).mul_(step.reciprocal()).round_().to(torch.int8).view(torch.uint8)
+    step = _make_step((x.amax(-1, keepdim=True) - low) / 15)
+    codes = (x - low).mul_(step.reciprocal()).round_().nan_to_num_(nan=0.0).to(torch.int8).view(torch.uint8)
     half = -(-codes.shape[-1] // 2)
     packed = codes[..., :half].clone()
     packed[..., : codes.shape[-1] - half] |= codes[..., half:] << 4
@@ -176,12 +184,12 @@ class Codec:
         return out
 
     def measure_error(self, k: Float[Tensor, "B Hkv T Dk"], v: Float[Tensor, "B Hkv T Dv"], rows: Tensor) -> float:
-        """Return the largest |x - decoded| over all values of these records; waits for the device."""
+        """Return the largest |x - decoded| over all values that are decoded to a number; waits for the device."""
         worst = torch.zeros((), dtype=torch.float32, device=rows.device)
         for a, b in self._pieces(rows):
             decoded = self.decode(rows[:, :, a:b]).float()
             for x, y in ((k, decoded[..., : self.k_dim]), (v, decoded[..., self.k_dim :])):
-                worst = torch.maximum(worst, (x[:, :, a:b] - y).abs().amax())
+                worst = torch.maximum(worst, (x[:, :, a:b] - y).abs().nan_to_num_(nan=0.0).amax())
         return float(worst)
 
     @property

@@ -102,7 +102,8 @@ class Rows:
 
         Cost: B * Hkv * K * W elements read and written.
         """
-        heads, places = spread_heads(positions), positions.reshape(-1)
+        # Of one row per head the flat positions are a view with the stride of a row.
+        heads, places = spread_heads(positions), positions.reshape(-1).contiguous()
         if out.is_contiguous():
             self.take(heads, places, out.view(-1, out.shape[3]))
         elif self.mover is not None and self.device.type == out.device.type == "cpu" and self.data is not None:
