@@ -19,6 +19,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from farkv.engine.build import Roles, make_engine
+from farkv.engine.least import Least, find_least
 from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, ConfigError, UnsupportedModelError
 from farkv.hf import _compat
@@ -29,6 +30,7 @@ from farkv.hf.identity import digest_weights, identify_model
 from farkv.hf.layer import FarLayer
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.receipt import make_receipt
+from farkv.hf.unmanaged import count_unmanaged
 from farkv.hf.verify import Verifier
 from farkv.methods.table import Method
 from farkv.receipt import Account, Receipt
@@ -49,6 +51,7 @@ class Handle(AbstractContextManager["Handle"]):
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
+        self._token_bytes: dict[int, int] = {}
         # Layers left to Hugging Face, as one token leaves them.
         self.unmanaged: dict[int, Any] = {}
         self._read_architecture()
@@ -200,13 +203,27 @@ class Handle(AbstractContextManager["Handle"]):
             probe = DynamicCache(config=self.model.config)
             self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
             layers: list[Any] = probe.layers
-            shapes: list[tuple[LayerShape, torch.dtype]] = []
+            shapes: dict[int, tuple[LayerShape, torch.dtype]] = {}
             for i in self.managed:
                 k, v = layers[i].keys, layers[i].values
-                shapes.append((LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype))
-            self._shape = max(shapes, key=lambda s: s[0].token_bytes)
+                shapes[i] = LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype
+            self._shape = max(shapes.values(), key=lambda s: s[0].token_bytes)
+            self._token_bytes = {i: shape.token_bytes for i, (shape, _) in shapes.items()}
             self.unmanaged = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
+
+    def find_least(self, tokens: int) -> Least:
+        """Return the least fraction of the KV bytes that a step reads of `tokens`, and why the cap asks for less.
+
+        Layers that are left to Hugging Face read all they hold, and methods read a least number of records; its `note`
+        is empty where the cap is above both.
+        """
+        if not self.managed:
+            return Least(1.0)
+        self.measure_shape()
+        engine = make_engine(self.roles, Setup(self.managed, self.device, Account(), self.setting))
+        sizes = {i: n_bytes * tokens for i, n_bytes in self._token_bytes.items()}
+        return find_least(engine, tokens, sizes, count_unmanaged(self.unmanaged, tokens))
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
         """Return the account of `cache`, or of the last one made.
