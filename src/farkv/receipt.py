@@ -180,12 +180,12 @@ class Account:
     counts_bytes: bool = True
     # Records the positions that decode steps read; None: not traced.
     trace: ReadTrace | None = None
-    # The worst of `EXACT` of all passes so far, as a place in it.
-    inexactness: int = 0
+    # The worst of `EXACT` of all passes so far.
+    exact: str = BIT
 
     def note_exact(self, how: str) -> None:
         """Note how near a pass came to the plain model: what a later one reads was made by it."""
-        self.inexactness = max(self.inexactness, EXACT.index(how))
+        self.exact = max(self.exact, how, key=EXACT.index)
 
     def layer(self, layer: int) -> LayerCount:
         """Return the counts of one layer."""

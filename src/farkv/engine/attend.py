@@ -163,8 +163,8 @@ class Attention:
 
     def _note(self, records: LayerRecords, n_rows: int, how: str) -> None:
         """Note how near this read of `n_rows` rows is to the plain model's: no nearer than `how`."""
-        if self.mode.dense:
-            # A verifying pass is forgotten.
+        if self.mode.dense or self.account.exact == INEXACT:
+            # A verifying pass is forgotten; and there is nothing worse.
             return
         is_whole = n_rows == records.seen and not records.evicted
         # The first pass attends to what the model made, before it is coded; what follows does not.

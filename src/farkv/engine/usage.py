@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from farkv.engine.step import Engine
-from farkv.receipt import EXACT, INEXACT
+from farkv.receipt import INEXACT
 from farkv.store.placement import Placement
 
 
@@ -59,4 +59,4 @@ def find_exact(engine: Engine) -> str:
     if store.codecs or any(store.evicted.values()):
         # No pass has read what is left, or what it was coded to, yet: the next one will.
         return INEXACT
-    return EXACT[engine.account.inexactness]
+    return engine.account.exact
