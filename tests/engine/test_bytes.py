@@ -150,3 +150,17 @@ def test_the_same_numbers_give_the_same_plan_and_stay_as_they_are(place: str, da
     assert case == before
     if isinstance(first, BytePlan):
         assert plan_bytes(before.need, before.held, before.limits) == first
+
+
+@every_place
+@MANY
+@given(data=st.data())
+def test_whole_layers_are_refused_nothing_that_blocks_are_not(place: str, data: st.DataObject) -> None:
+    case = data.draw(cases(place))
+    assume(case.need.pool is None)
+    case, blocks = case._replace(need=case.need._replace(assembles=False)).raise_limits()
+    whole = case._replace(need=case.need._replace(assembles=True)).plan()
+    assert isinstance(whole, BytePlan)
+    # Nor is a prompt read in smaller passes for them.
+    assert whole.chunk_tokens >= blocks.chunk_tokens
+    assert blocks.near.streams or not whole.near.streams
