@@ -32,6 +32,12 @@ class Fetched(NamedTuple):
     n_newest: int
 
     @property
+    def n_rows(self) -> int:
+        """Return the rows of every KV head."""
+        parts = (self.early,) if self.late is None else (self.early, self.late)
+        return sum(part.positions.shape[-1] for part in parts) + self.n_newest
+
+    @property
     def is_whole(self) -> bool:
         """Say whether every place holds a record."""
         return self.early.valid is None and (self.late is None or self.late.valid is None)
@@ -83,19 +89,19 @@ class Attention:
     def read_chosen(self, records: LayerRecords, step: Step, attention: AttentionFunction, fetched: Fetched) -> object:
         """Attend to what was fetched, and to the newest records."""
         layer, store = records.layer, self.store
-        if store.is_far and fetched.is_whole and self.may_run_fast(layer, step):
+        is_fast = store.is_far and fetched.is_whole and self.may_run_fast(layer, step)
+        # What is not valid was left out; what was chosen late stands behind what is newer.
+        how = ROUNDING if is_fast or fetched.late is not None else BIT
+        self._note(records, fetched.n_rows if fetched.is_whole else 0, how)
+        if is_fast:
             stored = store.join(layer, *fetched)
             self._count(records, step, stored.positions.numel())
-            self._note(records, stored.positions.shape[-1], ROUNDING)
             self._trace(records, stored.positions, stored.valid)
             return self.fast.attend(layer, step, attention, Reads(stored.rows, stored.rows.shape[2]))
         read = store.read(layer, *fetched)
         if self.policy is not None:
             self.policy.note(layer, step.query, read)
         self._count(records, step, read.positions.numel() if read.valid is None else read.valid.sum())
-        # What is not valid was left out; what was chosen late stands behind what is newer.
-        n_rows = read.positions.shape[-1] if read.valid is None else 0
-        self._note(records, n_rows, BIT if fetched.late is None else ROUNDING)
         self._trace(records, read.positions, read.valid)
         self._measure(records, step, read)
         mask = step.mask

@@ -51,7 +51,8 @@ class Handle(AbstractContextManager["Handle"]):
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
-        self._token_bytes: dict[int, int] = {}
+        # Managed layers, as one token showed them.
+        self.shapes: dict[int, LayerShape] = {}
         # Layers left to Hugging Face, as one token leaves them.
         self.unmanaged: dict[int, Any] = {}
         self._read_architecture()
@@ -203,12 +204,12 @@ class Handle(AbstractContextManager["Handle"]):
             probe = DynamicCache(config=self.model.config)
             self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
             layers: list[Any] = probe.layers
-            shapes: dict[int, tuple[LayerShape, torch.dtype]] = {}
+            shapes: list[tuple[LayerShape, torch.dtype]] = []
             for i in self.managed:
                 k, v = layers[i].keys, layers[i].values
-                shapes[i] = LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype
-            self._shape = max(shapes.values(), key=lambda s: s[0].token_bytes)
-            self._token_bytes = {i: shape.token_bytes for i, (shape, _) in shapes.items()}
+                shapes.append((LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype))
+            self._shape = max(shapes, key=lambda s: s[0].token_bytes)
+            self.shapes = {i: shape for i, (shape, _) in zip(self.managed, shapes, strict=True)}
             self.unmanaged = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
 
@@ -222,7 +223,7 @@ class Handle(AbstractContextManager["Handle"]):
             return Least(1.0)
         self.measure_shape()
         engine = make_engine(self.roles, Setup(self.managed, self.device, Account(), self.setting))
-        sizes = {i: n_bytes * tokens for i, n_bytes in self._token_bytes.items()}
+        sizes = {i: shape.token_bytes * tokens for i, shape in self.shapes.items()}
         return find_least(engine, tokens, sizes, count_unmanaged(self.unmanaged, tokens))
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
