@@ -95,6 +95,18 @@ def test_answer_on_stdout_receipt_on_stderr(file: str) -> None:
         assert max(map(len, done.stderr.splitlines())) <= 80
 
 
+def test_a_fraction_that_cannot_be_kept_to_is_told_on_stderr(file: str) -> None:
+    done = farkv(
+        "run", "--file", file, "--method", "xkv", "--fraction", "0.001", "--json", "--max-new-tokens", "2", QUESTION
+    )
+    receipt = json.loads(done.stdout)
+    assert "fraction 0.001 cannot be kept to" in receipt["notes"][0]
+    assert "fraction 0.001 cannot be kept to" in " ".join(done.stderr.split())
+    assert receipt["read_fraction"] >= receipt["least_read_fraction"] > 0.001
+    done = farkv("run", "--file", file, "--method", "full", "--json", "--max-new-tokens", "2", QUESTION)
+    assert (json.loads(done.stdout)["exact"], json.loads(done.stdout)["notes"], done.stderr) == ("bit", [], "")
+
+
 def test_profile_writes_a_file_that_run_takes(file: str, tmp_path: Path) -> None:
     out = tmp_path / "p.safetensors"
     done = farkv("profile", "--prompts", file, "--out", str(out), "--tokens", "128", "--limit", "2", "--json")

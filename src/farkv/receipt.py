@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from farkv.trace import ReadTrace
+
+# How near a run is to the plain model: every pass was the model's own attention over all records as the model made
+# them; or over all of them, but in blocks, by a kernel or in another order of sums; or something was left out or coded.
+EXACT = BIT, ROUNDING, INEXACT = ("bit", "rounding", "no")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,12 @@ class Receipt:
     index_fraction: float
     resident_fraction: float
     kept_fraction: float
+    managed_read_fraction: float
+    managed_resident_fraction: float
+    managed_kept_fraction: float
+    least_read_fraction: float
+    exact: str
+    notes: tuple[str, ...]
     fetched_bytes_per_token: float
     disk_bytes_per_token: float
     evicted_records: int
@@ -106,7 +117,7 @@ class Receipt:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types with the stable keys of `--json`."""
         row = dataclasses.asdict(self)
-        row["layers"] = list(row["layers"])
+        row["layers"], row["notes"] = list(row["layers"]), list(row["notes"])
         return row
 
 
@@ -172,6 +183,12 @@ class Account:
     counts_bytes: bool = True
     # Records the positions that decode steps read; None: not traced.
     trace: ReadTrace | None = None
+    # The worst of `EXACT` of all passes so far.
+    exact: str = BIT
+
+    def note_exact(self, how: str) -> None:
+        """Note how near a pass came to the plain model: what a later one reads was made by it."""
+        self.exact = max(self.exact, how, key=EXACT.index)
 
     def layer(self, layer: int) -> LayerCount:
         """Return the counts of one layer."""
@@ -204,10 +221,15 @@ class Account:
         if self.decoding and self.counts_bytes:
             self.disk_bytes += n_bytes
 
-    def read_fraction(self) -> float:
-        """Return the bytes of the selected records over those of all records, over all layers and decode steps."""
-        read = sum(c.total_read() * self.record_bytes.get(i, 1) for i, c in self.layers.items())
-        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in self.layers.items())
+    def read_fraction(self, layers: Container[int] | None = None) -> float:
+        """Return the bytes of the selected records over those of all records, over all decode steps.
+
+        Args:
+            layers: count these alone; None: all.
+        """
+        counts = {i: c for i, c in self.layers.items() if layers is None or i in layers}
+        read = sum(c.total_read() * self.record_bytes.get(i, 1) for i, c in counts.items())
+        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in counts.items())
         return read / held if held else 0.0
 
     def index_fraction(self) -> float:

@@ -13,7 +13,13 @@ from rich.text import Text
 
 from farkv.calibrate.plan import Allocation, Plan
 from farkv.config import format_bytes
-from farkv.receipt import Receipt
+from farkv.receipt import BIT, INEXACT, ROUNDING, Receipt
+
+EXACT_WORDS = {
+    BIT: "the plain model's attention over all records",
+    ROUNDING: "all was read, sums in another order",
+    INEXACT: "records were left out or coded",
+}
 
 
 def draw_receipt(receipt: Receipt) -> RenderableType:
@@ -30,6 +36,7 @@ def draw_receipt(receipt: Receipt) -> RenderableType:
         names = ", ".join(f"{row.layer} ({row.why})" for row in unmanaged[:4])
         more = f" and {len(unmanaged) - 4} more" if len(unmanaged) > 4 else ""
         parts.append(Text(f"not managed: layer {names}{more}", style="yellow"))
+    parts += [Text(note, style="yellow") for note in receipt.notes]
     if receipt.fallbacks:
         parts.append(Text(f"fallbacks: {receipt.fallbacks}", style="yellow"))
     return Group(*parts)
@@ -48,6 +55,7 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
         ("index scored", f"{receipt.index_fraction:.1%}", "of the KV bytes, per step"),
         ("held near", f"{receipt.resident_fraction:.1%}", "of the KV bytes, at the peak"),
         ("kept", f"{receipt.kept_fraction:.1%}", f"{receipt.evicted_records:,} records evicted"),
+        *rows_of_managed(receipt),
         ("fetched", format_bytes(receipt.fetched_bytes_per_token), "per token, over the link"),
         ("near peak", format_bytes(size.near_peak), f"{of(limits.near)}; index {format_bytes(size.index_peak)}"),
         ("host peak", format_bytes(size.host_peak), of(limits.host)),
@@ -62,7 +70,22 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
             ("KL to full", f"{q.kl_mean:.2g}", "nats, mean"),
             ("mass found", f"{q.mass_mean:.1%}", f"of the attention weight; worst {q.mass_min:.1%}"),
         ]
-    rows.append(("kernel", receipt.kernel, ""))
+    rows += [("kernel", receipt.kernel, ""), ("exact", receipt.exact, EXACT_WORDS[receipt.exact])]
+    return rows
+
+
+def rows_of_managed(receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Return what is read and held of the managed layers alone, and the least of all, where they say more."""
+    rows: list[tuple[str, str, str]] = []
+    for name, whole, part in (
+        ("read", receipt.read_fraction, receipt.managed_read_fraction),
+        ("near", receipt.resident_fraction, receipt.managed_resident_fraction),
+        ("kept", receipt.kept_fraction, receipt.managed_kept_fraction),
+    ):
+        if f"{whole:.1%}" != f"{part:.1%}":
+            rows.append((f"managed, {name}", f"{part:.1%}", "of the KV bytes of managed layers"))
+    if receipt.notes:
+        rows.append(("least possible", f"{receipt.least_read_fraction:.1%}", "of the KV bytes, read per step"))
     return rows
 
 

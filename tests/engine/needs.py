@@ -104,6 +104,7 @@ def needs(draw: st.DrawFn, place: str) -> Need:
         decodes=n_new == 1 and not chunk and draw(st.booleans()),
         keep=keep,
         pool=pool,
+        assembles=pool is None and draw(st.booleans()),
     )
 
 

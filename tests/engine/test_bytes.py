@@ -54,7 +54,10 @@ def count_paged(case: Case, plan: BytePlan) -> int:
     n_open = page.tokens if case.held.pages.has_file else max(page.tokens, need.n_rows)
     fixed = len(need.layers) * heads * (n_open * need.stored_bytes + 8 * (n_full + 1))
     at_once = min(plan.chunk_tokens, need.n_new) if plan.chunk_tokens else need.n_new
-    fixed += 2 * heads * (at_once + page.tokens) * need.stored_bytes + plan.near.need.decode
+    gathered = plan.near.need.decode
+    if need.assembles and len(need.dense_layers) == len(need.layers):
+        gathered = min(gathered, 1024 * heads * need.stored_bytes)
+    fixed += 2 * heads * (at_once + page.tokens) * need.stored_bytes + gathered
     fixed += plan.near.need.total if case.limits.near_shares_host else 0
     sets = case.held.sets
     stay = sets.metadata_bytes if sets is not None and not plan.recent.drops and not plan.recent.records else 0
@@ -107,7 +110,8 @@ def test_what_fits_fits_under_larger_limits_and_is_no_smaller(place: str, data: 
     # A pool that evicts takes all rows at once where it could not grow.
     assert all(wider.rows[i] >= min(n, case.need.tokens) for i, n in plan.rows.items())
     # Over a disk near memory is filled through host memory: what one tier takes more, the other may have less.
-    if tier != "near" and plan.cache is not None and plan.near.block_tokens == wider.near.block_tokens:
+    # So have whole layers, which are put together where there is room for them.
+    if tier != "near" and plan.cache is not None and plan.near[1:] == wider.near[1:]:
         assert wider.cache is not None
         assert wider.cache.room >= plan.cache.room
     # So have a block and a pass, of which the pass is tried first, and a block and the rows of a pool.
@@ -146,3 +150,17 @@ def test_the_same_numbers_give_the_same_plan_and_stay_as_they_are(place: str, da
     assert case == before
     if isinstance(first, BytePlan):
         assert plan_bytes(before.need, before.held, before.limits) == first
+
+
+@every_place
+@MANY
+@given(data=st.data())
+def test_whole_layers_are_refused_nothing_that_blocks_are_not(place: str, data: st.DataObject) -> None:
+    case = data.draw(cases(place))
+    assume(case.need.pool is None)
+    case, blocks = case._replace(need=case.need._replace(assembles=False)).raise_limits()
+    whole = case._replace(need=case.need._replace(assembles=True)).plan()
+    assert isinstance(whole, BytePlan)
+    # Nor is a prompt read in smaller passes for them.
+    assert whole.chunk_tokens >= blocks.chunk_tokens
+    assert blocks.near.streams or not whole.near.streams

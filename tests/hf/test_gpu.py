@@ -30,11 +30,13 @@ def to_gpu(prompt: Any) -> Any:
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beam"])
 @pytest.mark.parametrize("method", [Full(), InfiniGen(fraction=1.0), InfiniGen(fraction=1.0, paper=True)], ids=repr)
-def test_reading_all_is_exact(method: Method, options: Any) -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_reading_all_is_exact(method: Method, options: Any, on_disk: bool, tmp_path: Path) -> None:
     model, prompt = on_gpu("llama"), to_gpu(PROMPT)
     plain = generate(model, prompt, **options)
-    with farkv.attach(model, method, near="64MiB") as far:
+    with farkv.attach(model, method, near="64MiB", disk=f"{tmp_path}:1GiB" if on_disk else None) as far:
         assert_same(generate(model, prompt, far.new_cache(), **options), plain)
+        assert far.receipt().exact == "bit"
 
 
 @pytest.mark.parametrize("method", [InfiniGen(fraction=0.3), InfiniGen(fraction=0.4, alpha=2.0)], ids=repr)

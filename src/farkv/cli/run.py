@@ -170,6 +170,8 @@ def run(
                 prompt, cache = open_session(request, session, listener)
             else:
                 prompt, cache = open_text(request, query_aware=query_aware)
+            if note := far.find_least(prompt.n_tokens).note:
+                err.print(note, highlight=False)
             prefill(far, cache, prompt.text[cache.get_seq_length() :], chunk_tokens, listener)
         # Only after the progress bar has stopped: while active it redirects stdout and ends the line after every write.
         text_out = answer(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)

@@ -126,6 +126,8 @@ class Admission:
             decodes=n_new == 1 and not chunk and store.length(self.layers[0]) > 0,
             keep=None if self.shares is None else self.shares.plan(shape, tokens, n_new, self.mode.prompt_tokens),
             pool=None if self.policy is None else self._count_pool(self.policy, stored),
+            # A pool that evicts has better use for the room.
+            assembles=self.policy is None and all(self.budgets.count(tokens, i) >= tokens for i in self.layers),
         )
 
     def _count_pool(self, policy: PoolPolicy, stored_bytes: int) -> PoolNeed:

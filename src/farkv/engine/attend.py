@@ -19,7 +19,7 @@ from farkv.engine.records import LayerRecords
 from farkv.math.attention import align_mask, align_rows
 from farkv.math.step import AttentionFunction, Step
 from farkv.math.stream import Stream
-from farkv.receipt import Account
+from farkv.receipt import BIT, INEXACT, ROUNDING, Account
 from farkv.store.records import Fetch, Read
 from farkv.store.tiers import Store
 
@@ -30,6 +30,12 @@ class Fetched(NamedTuple):
     early: Fetch
     late: Fetch | None
     n_newest: int
+
+    @property
+    def n_rows(self) -> int:
+        """Return the rows of every KV head."""
+        parts = (self.early,) if self.late is None else (self.early, self.late)
+        return sum(part.positions.shape[-1] for part in parts) + self.n_newest
 
     @property
     def is_whole(self) -> bool:
@@ -73,6 +79,7 @@ class Attention:
         layer, n = records.layer, records.length
         n_read = n if positions is None else positions.shape[-1] + n_newest
         self._count(records, step, step.k.shape[0] * step.k.shape[1] * n_read)
+        self._note(records, n_read, ROUNDING)
         self._trace(records, positions, None, n_newest)
         reads = Reads(self.store.get_rows(layer), n, positions, n_newest)
         return self.fast.attend(layer, step, attention, reads)
@@ -82,7 +89,11 @@ class Attention:
     def read_chosen(self, records: LayerRecords, step: Step, attention: AttentionFunction, fetched: Fetched) -> object:
         """Attend to what was fetched, and to the newest records."""
         layer, store = records.layer, self.store
-        if store.is_far and fetched.is_whole and self.may_run_fast(layer, step):
+        is_fast = store.is_far and fetched.is_whole and self.may_run_fast(layer, step)
+        # What is not valid was left out; what was chosen late stands behind what is newer.
+        how = ROUNDING if is_fast or fetched.late is not None else BIT
+        self._note(records, fetched.n_rows if fetched.is_whole else 0, how)
+        if is_fast:
             stored = store.join(layer, *fetched)
             self._count(records, step, stored.positions.numel())
             self._trace(records, stored.positions, stored.valid)
@@ -109,10 +120,12 @@ class Attention:
             self._count(records, step, step.k.shape[0] * step.k.shape[1] * records.length)
             self._trace(records, None, None)
             self._measure(records, step, None)
+        in_blocks = total > n_new and self.store.streams
+        self._note(records, total, ROUNDING if in_blocks else BIT)
         if total == n_new:
             with self.store.hold(step.new_bytes):
                 return attention(step.query.q, step.k, step.v, step.mask)
-        if self.store.streams:
+        if in_blocks:
             return self._read_blocks(records, step, attention)
         with self.store.read_all(layer, whole=self.mode.dense) as (k, v):
             mask = step.mask
@@ -153,6 +166,15 @@ class Attention:
         """Count one decode step's records of a layer."""
         held = step.k.shape[0] * step.k.shape[1] * records.seen
         self.account.layer(records.layer).add_read(n_records, held)
+
+    def _note(self, records: LayerRecords, n_rows: int, how: str) -> None:
+        """Note how near this read of `n_rows` rows is to the plain model's: no nearer than `how`."""
+        if self.mode.dense or self.account.exact == INEXACT:
+            # A verifying pass is forgotten; and there is nothing worse.
+            return
+        is_whole = n_rows == records.seen and not records.evicted
+        # The first pass attends to what the model made, before it is coded; what follows does not.
+        self.account.note_exact(how if is_whole and not records.is_coded else INEXACT)
 
     def _trace(
         self,

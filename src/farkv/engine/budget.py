@@ -91,10 +91,15 @@ class Budgets:
         """Return the share of the context that a layer may read: the plan's, or the method's own."""
         return self.cap.fraction if self.shares is None else self.shares[layer]
 
+    def count_floor(self, tokens: int) -> int:
+        """Return how many records per KV head a layer may read of `tokens`, however small its share is."""
+        if self.shares is not None:
+            return 1
+        return tokens if tokens <= self.cap.dense_tokens else self.cap.least
+
     def count(self, tokens: int, layer: int, pads: int = 0) -> int:
         """Return how many records per KV head a layer may read of `tokens` real tokens and `pads` of padding."""
-        least = tokens if tokens <= self.cap.dense_tokens else self.cap.least
-        cap = count_cap(self.share_of(layer), tokens, least if self.shares is None else 1)
+        cap = count_cap(self.share_of(layer), tokens, self.count_floor(tokens))
         evicted = self.store.evicted[layer]
         if evicted:
             # Of an evicted layer there are fewer rows than tokens; padding went first.

@@ -12,6 +12,7 @@ disk   full pages                                                   <= disk limi
 from __future__ import annotations
 
 from bisect import bisect_left
+from contextlib import suppress
 from typing import NamedTuple
 
 from farkv.engine.bytes_near import LEAST_BLOCK, Near, plan_near
@@ -71,6 +72,11 @@ def plan_bytes(need: Need, held: Held, limits: ByteLimits) -> BytePlan:
     chunk = need.chunk
     while True:
         now = need._replace(chunk=chunk)
+        if now.assembles:
+            # What whole layers have no room for may still be read in blocks.
+            with suppress(CapacityError):
+                return _plan_pass(now, held, limits)
+            now = now._replace(assembles=False)
         try:
             return _plan_pass(now, held, limits)
         except CapacityError:

@@ -38,7 +38,8 @@ class Need(NamedTuple):
     how many of them are read at once, where they are announced and not yet there; 0: they are there, all at once.
     stored_bytes: of one record as it is stored.  row_bytes: counted with it.  dense_layers: that are read whole by
     design.  index_bytes, read_rows, pinned_bytes: of a context of so many tokens: bytes of one layer's index, records
-    that one layer reads at most per KV head, bytes that a plan pins near.
+    that one layer reads at most per KV head, bytes that a plan pins near.  assembles: every step reads every record, so
+    that it is the model's own attention, bit for bit, where a layer that is paged or coded is put together near.
     """
 
     shape: LayerShape
@@ -61,6 +62,7 @@ class Need(NamedTuple):
     decodes: bool = False
     keep: SharesNeed | None = None
     pool: PoolNeed | None = None
+    assembles: bool = False
 
     @property
     def n_at_once(self) -> int:

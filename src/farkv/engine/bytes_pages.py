@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from farkv.engine.bytes_need import ByteLimits, Held, Need
 from farkv.store.far.page_cache import LEAST_PAGES, LEAST_SCRATCH, SCRATCH_PAGES
-from farkv.store.far.page_rows import NUMBER_BYTES
+from farkv.store.far.page_rows import NUMBER_BYTES, PIECE_TOKENS
 from farkv.store.ledger import refuse
 from farkv.store.sizes import NearNeed
 
@@ -40,8 +40,10 @@ def plan_pages(need: Need, held: Held, limits: ByteLimits, near: NearNeed) -> Ca
     fixed = n_layers * heads * (open_tokens * row_bytes + NUMBER_BYTES * (tokens // page.tokens + 1))
     # One layer at a time takes a whole pass before its full pages are written.
     passing = 2 * heads * (need.n_at_once + page.tokens) * row_bytes
-    # The gathered rows of a fetch, before they cross the link.
-    fixed += passing + near.decode + (near.total if limits.near_shares_host else 0)
+    # The gathered rows of a fetch, before they cross the link; of layers that are all read whole a piece, or a block.
+    straight = need.assembles and len(need.dense_layers) == n_layers
+    gathered = min(near.decode, PIECE_TOKENS * heads * row_bytes) if straight else near.decode
+    fixed += passing + gathered + (near.total if limits.near_shares_host else 0)
     if limits.host is None:
         return Cache(max(pages.room, n_pages))
     room = (limits.host - fixed) // page.n_bytes

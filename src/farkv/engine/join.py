@@ -12,7 +12,9 @@ import torch
 from farkv._axes import Bool, Tensor
 from farkv.engine.bytes_near import plan_near
 from farkv.engine.step import Engine
+from farkv.engine.usage import find_exact
 from farkv.errors import CacheStateError
+from farkv.receipt import ROUNDING
 from farkv.store.join import admit_join, check_join, join_layer
 
 
@@ -45,6 +47,9 @@ def join_engines(engine: Engine, other: Engine) -> None:
         lengths = engine.store.length(layer), other.store.length(layer)
         engine.selector.join(other.selector, layer, batches, lengths)
         join_layer(engine.store, other.store, layer)
+    # What each read alone the plain model would have read in one batch, or not at all.
+    for how in (find_exact(engine), find_exact(other), ROUNDING):
+        engine.account.note_exact(how)
     engine.store.max_error = max(engine.store.max_error, other.store.max_error)
     for layer in other.layers:
         other.clear(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from farkv.engine.step import Engine
+from farkv.receipt import INEXACT
 from farkv.store.placement import Placement
 
 
@@ -50,3 +51,12 @@ def count_holding(engine: Engine, layer: int) -> Holding:
     batch, heads = store.heads(layer)
     n = batch * heads
     return Holding(n * store.length(layer), n * store.evicted[layer], engine.account.record_bytes.get(layer, 0))
+
+
+def find_exact(engine: Engine) -> str:
+    """Return how near all passes so far came to the plain model: the worst of `EXACT`."""
+    store = engine.store
+    if store.codecs or any(store.evicted.values()):
+        # No pass has read what is left, or what it was coded to, yet: the next one will.
+        return INEXACT
+    return engine.account.exact

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from farkv.config import read_count
 from farkv.engine.build import Roles, make_engine
+from farkv.engine.least import Least, find_least
 from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, UnsupportedModelError
 from farkv.hf import _compat
@@ -30,6 +31,7 @@ from farkv.hf.identity import digest_weights, identify_model
 from farkv.hf.layer import FarLayer
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.receipt import make_receipt
+from farkv.hf.unmanaged import count_unmanaged
 from farkv.hf.verify import Verifier
 from farkv.methods.table import Method
 from farkv.receipt import Account, Receipt
@@ -218,6 +220,19 @@ class Handle(AbstractContextManager["Handle"]):
             self.shapes = {i: shape for i, (shape, _) in zip(self.managed, shapes, strict=True)}
             self.unmanaged = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
         return self._shape
+
+    def find_least(self, tokens: int) -> Least:
+        """Return the least fraction of the KV bytes that a step reads of `tokens`, and why the cap asks for less.
+
+        Layers that are left to Hugging Face read all they hold, and methods read a least number of records; its `note`
+        is empty where the cap is above both.
+        """
+        if not self.managed:
+            return Least(1.0)
+        self.measure_shape()
+        engine = make_engine(self.roles, Setup(self.managed, self.device, Account(), self.setting))
+        sizes = {i: shape.token_bytes * tokens for i, shape in self.shapes.items()}
+        return find_least(engine, tokens, sizes, count_unmanaged(self.unmanaged, tokens))
 
     def receipt(self, cache: FarCache | None = None) -> Receipt:
         """Return the account of `cache`, or of the last one made.

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from farkv.config import LEVERS
 from farkv.engine.build import Roles
+from farkv.engine.least import Least, find_least
 from farkv.engine.setup import Setting
-from farkv.engine.usage import Usage, count_holding, count_usage
+from farkv.engine.usage import Usage, count_holding, count_usage, find_exact
 from farkv.hf import _compat
 from farkv.hf.cache import FarCache
 from farkv.hf.layer import FarLayer
@@ -39,7 +40,9 @@ def make_receipt(
 ) -> Receipt:
     """Read the counters (one device sync) and fill in the receipt."""
     account, usage = cache.account, count_usage(cache.engine)
-    total = sum(count_layer_bytes(layer) for layer in cache.layers)
+    sizes, kept = ([count(layer) for layer in cache.layers] for count in (count_layer_bytes, count_kept_bytes))
+    total, managed = sum(sizes), cache.engine.layers
+    managed_total, least = sum(sizes[i] for i in managed), measure_least(cache, sizes)
     steps = max(1, account.decode_steps)
     return Receipt(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
@@ -58,7 +61,13 @@ def make_receipt(
         read_fraction=account.read_fraction(),
         index_fraction=account.index_fraction(),
         resident_fraction=min(1.0, usage.near_records / total) if total else 0.0,
-        kept_fraction=sum(count_kept_bytes(layer) for layer in cache.layers) / total if total else 1.0,
+        kept_fraction=sum(kept) / total if total else 1.0,
+        managed_read_fraction=account.read_fraction(managed),
+        managed_resident_fraction=min(1.0, usage.near_records / managed_total) if managed_total else 0.0,
+        managed_kept_fraction=sum(kept[i] for i in managed) / managed_total if managed_total else 1.0,
+        least_read_fraction=least.fraction,
+        exact=find_exact(cache.engine),
+        notes=(least.note,) if least.note else (),
         fetched_bytes_per_token=account.fetched_bytes / steps,
         disk_bytes_per_token=account.disk_bytes / steps,
         evicted_records=sum(count_evicted(layer) for layer in cache.layers),
@@ -75,6 +84,13 @@ def make_receipt(
             "python": platform.python_version(),
         },
     )
+
+
+def measure_least(cache: FarCache, sizes: list[int]) -> Least:
+    """Return the least that a step reads of a cache's context, of which every layer holds so many bytes."""
+    managed = {i: sizes[i] for i in cache.engine.layers}
+    others = {i: n for i, n in enumerate(sizes) if i not in managed}
+    return find_least(cache.engine, cache.get_seq_length(), managed, others)
 
 
 def make_limits(limits: StoreLimits) -> Limits:

@@ -16,6 +16,16 @@ from farkv.hf.layer import FarLayer
 from farkv.receipt import Account
 
 
+def count_unmanaged(layers: dict[int, Any], n_tokens: int) -> dict[int, int]:
+    """Return the KV bytes that each of these layers, which have read one token, holds of a context of `n_tokens`."""
+    sizes: dict[int, int] = {}
+    for i, layer in layers.items():
+        parts = [t for t in (getattr(layer, name, None) for name in ("keys", "values")) if isinstance(t, Tensor)]
+        rows = _compat.count_unmanaged_rows(layer, n_tokens)
+        sizes[i] = sum(t.numel() // t.shape[-2] * t.element_size() for t in parts if t.dim() == 4) * rows
+    return sizes
+
+
 def check_unmanaged(layer: Any) -> None:
     """Raise CacheStateError unless a layer that is left to Hugging Face holds keys and values by token, and no more."""
     plain = isinstance(layer, _compat.DynamicLayer) and not hasattr(layer, "conv_states")

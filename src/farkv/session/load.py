@@ -17,6 +17,7 @@ from farkv.engine.setup import Levers
 from farkv.engine.step import Engine
 from farkv.errors import SessionError
 from farkv.methods import XKV
+from farkv.receipt import EXACT, INEXACT
 from farkv.session.file import Saved
 from farkv.session.pages import take_text
 from farkv.session.save import describe_text
@@ -101,9 +102,22 @@ def fill_engine(
     ends = {(tuple(tail.shape), tail.dtype) for tail in tails.values()}
     if ends != {((1, shape.kv_heads, n_open, form.width), form.dtype)}:
         raise SessionError("the end of its text has another shape than its pages; make it anew")
+    engine.account.note_exact(read_exact(saved.notes))
     engine.take_text(shape, dtype, lambda: take_text(store, n_pages, tails))
     if wanted is not None:
         engine.selector.take_tensors(saved.tensors("index/"), dtype, engine.records)
+
+
+def read_exact(notes: dict[str, Any]) -> str:
+    """Return how near the text's passes came to the plain model; nobody knows of one that does not say.
+
+    Raises:
+        SessionError: its word is none of `EXACT`.
+    """
+    how = notes.get("exact", INEXACT)
+    if how not in EXACT:
+        raise SessionError(f"its exact: {how!r}, expected {', '.join(EXACT)}; make it anew")
+    return how
 
 
 def check_notes(notes: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from farkv._axes import Int, Tensor
 from farkv.engine.step import Engine
+from farkv.engine.usage import find_exact
 from farkv.errors import CacheStateError, SessionError
 from farkv.session.file import write_saved
 from farkv.session.pages import list_pages, open_tail
@@ -34,7 +35,8 @@ def save_text(
     codec, rows = store.codecs.get(engine.layers[0]), store.pool[engine.layers[0]]
     dtype = rows.dtype if codec is None else codec.dtype
     form = store.page_form(shape, dtype)
-    notes = model | describe_text(engine, shape, dtype) | {"index": engine.selector.describe()}
+    notes = model | describe_text(engine, shape, dtype)
+    notes |= {"index": engine.selector.describe(), "exact": find_exact(engine)}
     tensors = {"tokens": ids, "text": encode_text(text)} | others
     tensors |= {f"tail/{layer}": open_tail(store, layer, form).to("cpu") for layer in store.pool}
     tensors |= {f"index/{name}": t for name, t in engine.selector.list_tensors(engine.records).items()}

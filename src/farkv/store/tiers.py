@@ -137,11 +137,10 @@ class Store(FarStore):
             return
         pool = self.pool[layer] if remembered is None else remembered
         with self.hold(self.count_near_bytes(layer, pool)):
-            stored = pool.read(0, pool.length)
             # A deliberate copy over the link: a dense pass needs the whole layer near.
-            near = torch.empty(stored.shape, dtype=stored.dtype, device=self.device)
-            near.copy_(stored)
-            self.on_fetch(stored.numel() * stored.element_size())
+            near = torch.empty(*pool.heads, pool.length, pool.width, dtype=pool.dtype, device=self.device)
+            pool.copy_to(near)
+            self.on_fetch(near.numel() * near.element_size())
             rows = near if remembered is not None else self.decode(layer, near)
             yield rows[..., :k_dim], rows[..., k_dim:]
 

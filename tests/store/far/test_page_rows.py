@@ -62,6 +62,9 @@ def check(rows: PagedRows, model: torch.Tensor, others: int = 0) -> None:
     assert rows.length == n
     assert rows.heads == (batch, heads)
     assert torch.equal(rows.read(0, n), model)
+    whole = torch.full_like(model, torch.nan)
+    rows.copy_to(whole)
+    assert torch.equal(whole, model)
     for start, stop in ((0, 0), (n, n), (n // 2, n // 2), (n // 3, n), (0, n // 2), (n // 3, 2 * n // 3)):
         assert torch.equal(rows.read(start, stop), model[:, :, start:stop])
     if n:

@@ -17,6 +17,8 @@ from farkv.store.ledger import Ledger
 
 # Bytes of a page number, int64.
 NUMBER_BYTES = 8
+# Tokens that pass through host memory at once on their way to a GPU: whole pages.
+PIECE_TOKENS = 1024
 
 
 class PagedRows:
@@ -144,6 +146,26 @@ class PagedRows:
         if stop <= n_written:
             return rows[:, :, : stop - start]
         return torch.cat([rows, self.open.read(0, stop - n_written)], 2)
+
+    def copy_to(self, out: Tensor) -> None:
+        """Copy all rows into `out`, a new [B, Hkv, S, W] anywhere, without changing the page cache.
+
+        Cost: S * W elements of every head copied once; pages without a copy are read from disk, in host memory straight
+        to where they belong.
+        """
+        n, form = self.n_written, self.pages.form
+        if out.device.type != "cpu":
+            for start in range(0, self.length, PIECE_TOKENS):
+                stop = min(start + PIECE_TOKENS, self.length)
+                out[:, :, start:stop].copy_(self.read(start, stop))
+            return
+        if n:
+            with self.page_cache.lock:
+                # Head by head: in `out` only the pages of one head lie together.
+                for place, numbers in zip(out.flatten(0, 1), self.table.view().flatten(0, 1)[..., 0], strict=True):
+                    self._read_pages(numbers, place[:n].view(-1, form.tokens, form.width))
+        if n < self.length:
+            out[:, :, n:].copy_(self.open.view())
 
     def _read_pages(self, numbers: Tensor, out: Tensor) -> None:
         slots = self.page_cache.find(numbers)

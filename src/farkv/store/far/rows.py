@@ -84,6 +84,10 @@ class Rows:
         assert self.data is not None
         return self.data.narrow(2, start, stop - start)
 
+    def copy_to(self, out: Tensor) -> None:
+        """Copy all stored rows into `out`, [B, Hkv, S, W]."""
+        out.copy_(self.view())
+
     def take(self, heads: Int[Tensor, " N"], positions: Int[Tensor, " N"], out: Tensor) -> None:
         """Copy the row at `positions[j]` of head `heads[j]` (sequence * Hkv + head) into `out[j]`.
 
