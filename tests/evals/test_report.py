@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from farkv.errors import InputError
+from farkv.errors import InputError, StoreError
 from farkv.evals.cells import study_rows
 from farkv.evals.report import write_report
 from farkv.evals.report.curves import Axis, round_range
@@ -192,7 +192,7 @@ def test_damaged_run_is_one_error(tmp_path: Path, damage: str):
 
 def test_a_page_that_cannot_be_written_is_one_error(tmp_path: Path):
     write_folder(tmp_path, make_rows(("infinigen",), (0.1,), ("vt",), (2048,), 1))
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(StoreError, match="cannot be written"):
         write_report(tmp_path, tmp_path / "none" / "report.html")
 
 

@@ -15,7 +15,9 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from farkv.errors import ConfigError
-from farkv.files import write_file
+from farkv.files import read_file, replace_file, write_all
+from farkv.names import make_folder
+from farkv.quote import quote
 
 FORMAT = "farkv-calibration-1"
 CPU_INFO = Path("/proc/cpuinfo")
@@ -63,12 +65,15 @@ def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
     """
     path = find_calibration_path()
     entries = read_entries() | {make_key(kernel): {"tokens": tokens, **details}}
+    data = json.dumps({"format": FORMAT, "entries": entries}, indent=1).encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1).encode())
+        make_folder(path.parent)
+        with replace_file(path, len(data)) as fd:
+            write_all(fd, memoryview(data))
     except OSError as error:
         raise ConfigError(
-            f"calibration file {path}: cannot be written ({error.strerror}); set FARKV_CACHE_DIR to a writable folder"
+            f"calibration file {quote(path)}: cannot be written ({error.strerror}); "
+            "set FARKV_CACHE_DIR to a writable folder"
         ) from error
     return path
 
@@ -86,15 +91,16 @@ def read_entries() -> dict[str, dict[str, Any]]:
     """
     path = find_calibration_path()
     try:
-        row = json.loads(path.read_text())
+        row = json.loads(read_file(path))
         entries = {str(key): dict(entry) for key, entry in row["entries"].items()}
         if row["format"] != FORMAT or not all(is_count(entry["tokens"]) for entry in entries.values()):
             raise ValueError("unknown format")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"calibration file {path}: cannot be read ({error!r}); delete it and measure again: farkv bench --calibrate"
+            f"calibration file {quote(path)}: cannot be read ({error!r}); delete it and measure again: "
+            "farkv bench --calibrate"
         ) from error
     return entries
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from farkv.config import LEVERS, Lever
 from farkv.errors import PlanError
-from farkv.files import write_file
+from farkv.files import read_file, write_file
 
 FORMAT = "farkv-plan-1"
 
@@ -123,8 +123,8 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; a reader sees the old file or the whole new one."""
-        write_file(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        """Write the plan as JSON; a reader sees the old file or the whole new one; on StoreError the old one."""
+        write_file(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -134,7 +134,7 @@ class Plan:
             PlanError: the file does not exist, is damaged, or is not a plan.
         """
         try:
-            row = json.loads(Path(path).read_text())
+            row = json.loads(read_file(path))
             if row.get("format") != FORMAT:
                 raise PlanError(f"plan {path}: expected format {FORMAT}, got {row.get('format')!r}")
             levers = {name: read_allocation(a) for name, a in row["levers"].items()}

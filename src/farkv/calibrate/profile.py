@@ -19,7 +19,7 @@ from farkv._axes import Tensor
 from farkv.calibrate.curves import Curves
 from farkv.calibrate.losses import Losses
 from farkv.errors import ProfileError
-from farkv.files import write_file
+from farkv.files import pass_file, write_file
 from farkv.math.skew import Gram, solve_bilinear, solve_svd
 
 FORMAT = "farkv-profile-1"
@@ -95,7 +95,7 @@ class Profile:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the profile; a reader sees the old file or the whole new one."""
+        """Write the profile; a reader sees the old file or the whole new one; on StoreError the old one."""
         tensors, metadata = self.tensors, {"format": FORMAT, "identity": json.dumps(self.identity)}
         if self.measured is not None:
             tensors = tensors | self.measured.to_tensors()
@@ -103,7 +103,7 @@ class Profile:
         if self.limited is not None:
             tensors = tensors | self.limited.to_tensors()
             metadata["losses"] = self.limited.notes
-        write_file(Path(path), save(tensors, metadata))
+        write_file(path, save(tensors, metadata), "profile")
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:
@@ -113,11 +113,11 @@ class Profile:
             ProfileError: the file does not exist, is damaged, or is not a profile.
         """
         try:
-            with safe_open(str(path), framework="pt") as file:
+            with pass_file(path) as name, safe_open(name, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ProfileError(f"profile {path}: expected format {FORMAT}, got {metadata.get('format')!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
                 identity = json.loads(metadata["identity"])
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ProfileError(f"profile {path}: cannot be read ({error}); create a new one: farkv profile") from error

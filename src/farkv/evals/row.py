@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from farkv.errors import InputError
-from farkv.files import write_file
+from farkv.files import read_file, write_file
+from farkv.quote import quote
 
 RESULTS, RUN, READS, PROMPTS = "results.jsonl", "run.json", "reads.jsonl", "prompts.jsonl"
 
@@ -86,18 +87,19 @@ def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
     """
     rows: list[Row] = []
     try:
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"file {path}: cannot be read ({error}); expected the results of farkv eval") from error
+        # Not the text's lines: an answer may hold other separators, which JSON does not escape.
+        lines = read_file(path).splitlines(keepends=True)
+    except OSError as error:
+        raise InputError(f"file {quote(path)}: cannot be read ({error}); expected the results of farkv eval") from error
     for n, line in enumerate(lines, start=1):
         try:
-            rows.append(Row(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError) as error:
-            if mend and n == len(lines) and not line.endswith("\n"):
-                write_file(path, "".join(lines[:-1]).encode())
+            rows.append(Row(**json.loads(line.decode("utf-8"))))
+        except (ValueError, TypeError, RecursionError) as error:
+            if mend and n == len(lines) and not line.endswith(b"\n"):
+                write_file(path, b"".join(lines[:-1]), "file", private=True)
                 break
             raise InputError(
-                f"file {path}, line {n}: expected a row of farkv eval, got {line[:60]!r} ({error}); "
-                "delete the line, or use another --out"
+                f"file {quote(path)}, line {n}: expected a row of farkv eval, got "
+                f"{line[:60].decode(errors='replace')!r} ({error}); delete the line, or use another --out"
             ) from error
     return rows

@@ -23,7 +23,9 @@ from farkv.evals.methods import FULL, list_methods
 from farkv.evals.row import PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
 from farkv.evals.sample import Sample
 from farkv.evals.work import CellSamples, Loaded, WorkItem, run_item, start_worker
-from farkv.files import write_file
+from farkv.files import append_line, read_file, saying, write_file
+from farkv.names import make_folder
+from farkv.quote import quote
 
 # Cells where the full cache scores less are gated: such scores can come from guessing one of four letters, or from one
 # of four values. Continuations have no floor.
@@ -46,7 +48,8 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
         ConfigError: the folder has a run with another model, filler or seed.
         CacheStateError: a method read more than its fraction allows.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with saying("results folder", out):
+        make_folder(out)
     loaded = Loaded(plan)
     loaded.check_lengths(plan)
     variants = find_variants(plan)
@@ -54,7 +57,7 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
     variants = [v for v in variants if v not in skipped]
     record = describe_run(plan, loaded.model, skipped)
     check_folder(out, record)
-    write_file(out / RUN, (json.dumps(record, indent=1) + "\n").encode())
+    write_file(out / RUN, (json.dumps(record, indent=1) + "\n").encode(), "file", private=True)
     with open_workers(plan, loaded) as work:
         return Runner(plan, out, variants, work).run(loaded.cells(plan), on_progress, record["skipped"])
 
@@ -79,13 +82,15 @@ def check_folder(out: Path, record: dict[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        old = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"file {path}: cannot be read ({error}); expected the run of farkv eval") from error
+        old = json.loads(read_file(path))
+        if not isinstance(old, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"file {quote(path)}: cannot be read ({error}); expected the run of farkv eval") from error
     for name in ("model_sha", "seed", "filler", "form"):
         if old.get(name) != record[name]:
             raise ConfigError(
-                f"--out {out}: holds a run with {name} {old.get(name)!r}, this one has {record[name]!r}; "
+                f"--out {quote(out)}: holds a run with {name} {old.get(name)!r}, this one has {record[name]!r}; "
                 "use another folder, or the same options to resume it"
             )
     for name in ("tasks", "methods", "fractions", "lengths"):
@@ -106,6 +111,18 @@ def open_workers(plan: EvalPlan, loaded: Loaded) -> Iterator[Callable[[list[Work
         yield lambda items: pool.map(run_item, items)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def read_known(path: Path) -> set[str]:
+    """Return the digests of the prompts in a file.
+
+    Raises:
+        InputError: it cannot be read, or a line is no prompt.
+    """
+    try:
+        return {str(json.loads(line)["prompt_sha"]) for line in read_file(path).splitlines()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"file {quote(path)}: expected prompts of farkv eval, got {error!r}; delete it") from error
 
 
 class Runner:
@@ -179,8 +196,8 @@ class Runner:
         row = self.done.get(Key(sample.task, variant.method, variant.fraction, sample.length, sample.seed))
         if row is not None and row.prompt_sha != sample.prompt_sha:
             raise ConfigError(
-                f"--out {self.out}: sample {sample.task}/{sample.length}/{sample.seed} has another prompt than before "
-                "(another Python version's library?); use another folder"
+                f"--out {quote(self.out)}: sample {sample.task}/{sample.length}/{sample.seed} has another prompt than "
+                "before (another Python version's library?); use another folder"
             )
         return row
 
@@ -191,15 +208,15 @@ class Runner:
         self.written += 1
 
     def _append(self, name: str, line: str) -> None:
-        with (self.out / name).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with saying("file", self.out / name):
+            append_line(self.out / name, line)
 
     def _write_prompts(self, cell: CellSamples) -> None:
         """Write the prompts, if requested, so that other programs can answer them."""
         if not self.plan.save_prompts:
             return
         path = self.out / PROMPTS
-        known = {json.loads(line)["prompt_sha"] for line in path.open(encoding="utf-8")} if path.exists() else set()
+        known = read_known(path) if path.exists() else set[str]()
         for s in cell.samples:
             if s.prompt_sha not in known:
                 turns = [t._asdict() for t in s.turns]

@@ -24,7 +24,7 @@ from farkv._axes import Tensor
 from farkv.calibrate.curves import Curves, fill_layers
 from farkv.calibrate.profile import Profile, make_profile
 from farkv.errors import ConfigError, InputError, ProfileError, UnsupportedModelError
-from farkv.files import write_file
+from farkv.files import pass_file, write_file
 from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
@@ -33,6 +33,8 @@ from farkv.math.skew import Gram
 from farkv.measure.losses import LEAST_TOKENS, measure_losses
 from farkv.measure.mini import Light, Look, PromptSample, draw_runs, run_mini, thin_blocks
 from farkv.methods import Full
+from farkv.names import RefusedError, check_ours
+from farkv.quote import quote
 
 PART_FORMAT = "farkv-profile-part-1"
 # Minimum interval between writes of an unfinished measurement.
@@ -225,19 +227,24 @@ class Part:
         Raises:
             ProfileError: the file is damaged or belongs to another measurement.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return Sums(0, {}, [], [], [], {})
         try:
-            with safe_open(str(self.path), framework="pt") as file:
+            # Others may know where it will be: what it says would become the profile.
+            check_ours(self.path)
+            with pass_file(self.path) as name, safe_open(name, framework="pt") as file:
                 about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
             if about.get("format") == PART_FORMAT and about.get("digest") == self.digest:
                 return unpack_sums(tensors, json.loads(about["sums"]))
+        except FileNotFoundError:
+            return Sums(0, {}, [], [], [], {})
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ProfileError(f"resume {self.path}: cannot be read ({error}); delete it to start over") from error
+            why = error.strerror if isinstance(error, RefusedError) else f"cannot be read ({error})"
+            raise ProfileError(f"resume {quote(self.path)}: {why}; delete it to start over") from error
         raise ProfileError(
-            f"resume {self.path}: expected an unfinished profile of these prompts, settings and model, got another; "
-            "delete it to start over, or repeat the original call"
+            f"resume {quote(self.path)}: expected an unfinished profile of these prompts, settings and model, "
+            "got another; delete it to start over, or repeat the original call"
         )
 
     def write(self, sums: Sums, pause: float = 0.0) -> None:
@@ -246,7 +253,8 @@ class Part:
             return
         tensors, about = pack_sums(sums)
         metadata = {"format": PART_FORMAT, "digest": self.digest, "sums": json.dumps(about)}
-        write_file(self.path, save(tensors, metadata))
+        # Not for others, so that it is known on resuming who wrote it.
+        write_file(self.path, save(tensors, metadata), "profile", private=True)
         self._written = time.monotonic()
 
     def delete(self) -> None:

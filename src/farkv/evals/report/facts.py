@@ -15,6 +15,8 @@ from farkv.evals.cells import FULL, Setting, Study, as_float
 from farkv.evals.report.words import and_join, list_methods
 from farkv.evals.row import RUN, Row
 from farkv.evals.show import fraction_text, length_text, percent
+from farkv.files import read_file
+from farkv.quote import quote
 
 # Maximum characters of an answer that are shown.
 MOST_CHARACTERS = 300
@@ -30,11 +32,11 @@ def load_run(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        run = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"file {path}: expected what farkv eval wrote ({error}); run farkv eval again") from error
+        run = json.loads(read_file(path))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"file {quote(path)}: expected what farkv eval wrote ({error}); run it again") from error
     if not isinstance(run, dict):
-        raise InputError(f"file {path}: expected a JSON object, got {type(run).__name__}; run farkv eval again")
+        raise InputError(f"file {quote(path)}: expected a JSON object, got {type(run).__name__}; run farkv eval again")
     return run
 
 

@@ -21,6 +21,8 @@ from farkv.errors import InputError
 from farkv.evals.cells import Setting
 from farkv.evals.report.looks import order_methods
 from farkv.evals.row import READS
+from farkv.files import read_file
+from farkv.quote import quote
 
 BLUE = (47, 128, 225)
 
@@ -50,12 +52,17 @@ def load_reads(folder: Path) -> list[Reads]:
     if not path.is_file():
         return []
     found = []
-    for n, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), start=1):
+    try:
+        lines = read_file(path).decode("utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"file {quote(path)}: cannot be read ({error.strerror}); remove it") from error
+    for n, line in enumerate(lines, start=1):
         try:
             found.append(parse_reads(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise InputError(
-                f"file {path}, line {n}: expected a trace of farkv eval, got {line[:60]!r} ({error!r}); remove it"
+                f"file {quote(path)}, line {n}: expected a trace of farkv eval, got {line[:60]!r} ({error!r}); "
+                "remove it"
             ) from error
     return found
 
