@@ -6,10 +6,12 @@ In: text or numbers. Out: checked values. No tensors.
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
-from farkv.errors import ConfigError
+from farkv.errors import ConfigError, InputError
+from farkv.quote import quote, show_value
 
 # EVICT: which records are evicted when the host pool is full (with a disk: which cached copies). QUANT: storage format
 # of far records. KERNELS at decode steps: auto uses fast kernels where selected records are read, native also where all
@@ -31,6 +33,12 @@ RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_i, f"{_letter}IB": 1024**_i, f"{_letter}B": 1000**_i}
+# What a file, an address and torch's sizes can say.
+MOST_BYTES = 2**63 - 1
+# Tokens, layers, threads, rounds: there are never more.
+MOST_COUNT = 2**31 - 1
+# Sampling divides float32 logits by it: less is greedy to the last bit or overflows, more is a uniform draw.
+TEMPERATURES = (1e-6, 1e6)
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
 
 
@@ -53,25 +61,43 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise ConfigError(
-                f"{option}: cannot read {size!r} as a byte size; expected a number with an optional unit, "
+                f"{option}: cannot read {show_value(size)} as a byte size; expected a number with an optional unit, "
                 "for example 512MiB, 2GiB or 1.5GB"
             )
-        size = int(float(match[1]) * unit)
+        whole, _, part = match[1].partition(".")
+        # A thousand digits are a size too, and too large.
+        exact = Decimal(f"{whole[-40:] or 0}.{part[:40] or 0}") * unit
+        size = MOST_BYTES + 1 if whole[:-40].strip("0") else int(exact)
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
-        raise ConfigError(f"{option}: expected a positive number of bytes, got {size!r}")
+        raise ConfigError(f"{option}: expected a positive number of bytes, got {show_value(size)}")
+    if size > MOST_BYTES:
+        raise ConfigError(
+            f"{option}: expected at most {MOST_BYTES:,} bytes (8 EiB), got more; lower it, or leave it out"
+        )
     return size
 
 
 def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
     """Split `DIR:100GiB` into a folder and its byte limit; `DIR` alone means no limit.
 
+    A folder's own name may have a colon: what follows the last one is a limit unless it has a `/`, and where a folder
+    of the whole name exists it is asked which of the two is meant.
+
     Raises:
-        ConfigError: the folder is missing, or the size cannot be parsed.
+        ConfigError: the folder is missing, or the size cannot be parsed, or may be a part of the folder's name.
     """
     if disk is None:
         return None
-    folder, size = str(disk).rsplit(":", 1) if ":" in str(disk) else (str(disk), "")
-    if not folder:
+    text = str(disk)
+    folder, colon, size = text.rpartition(":")
+    if not colon or "/" in size:
+        folder, size = text, ""
+    elif size and Path(text).is_dir():
+        raise ConfigError(
+            f"{option}: {quote(text)} may be a folder, which exists, or {quote(folder)} with the limit {size}; "
+            f"write {quote(text + '/')} for the folder without a limit, or put a limit behind it: {text}:100GiB"
+        )
+    if not folder or "\0" in folder:
         raise ConfigError(f"{option}: expected a folder and a limit, for example /data/kv:100GiB; got {disk!r}")
     return Path(folder), parse_bytes(size, option) if size else None
 
@@ -103,14 +129,41 @@ def format_bytes(n: float) -> str:
 def check_fraction(fraction: float) -> None:
     """Raise ConfigError unless 0 < fraction <= 1."""
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-        raise ConfigError(f"fraction: expected a number in (0, 1], got {fraction!r}")
+        raise ConfigError(f"fraction: expected a number in (0, 1], got {show_value(fraction)}")
 
 
 def check_counts(**counts: int) -> None:
-    """Raise ConfigError unless all values are integers of at least 0."""
+    """Raise ConfigError unless all values are integers of at least 0 that can count something."""
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 0:
-            raise ConfigError(f"{name}: expected an integer of at least 0, got {count!r}")
+        if not isinstance(count, int) or not 0 <= count <= MOST_COUNT:
+            raise ConfigError(f"{name}: expected an integer from 0 to {MOST_COUNT}, got {show_value(count)}")
+
+
+def check_seed(seed: int, option: str) -> None:
+    """Raise ConfigError unless every generator takes a seed: of 64 bits, with a sign or without."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"{option}: expected an integer of 64 bits, from -2**63 to 2**64 - 1, got {show_value(seed)}")
+
+
+def check_temperature(temperature: float, option: str) -> None:
+    """Raise ConfigError unless logits can be divided by a temperature; 0 is greedy."""
+    least, most = TEMPERATURES
+    if not isinstance(temperature, int | float) or not (temperature == 0 or least <= temperature <= most):
+        raise ConfigError(
+            f"{option}: expected 0 (greedy), or a number from {least:g} to {most:g}, got {show_value(temperature)}"
+        )
+
+
+def check_text(what: str, *texts: str) -> None:
+    """Raise InputError where a text is none: a byte of an argument that is not UTF-8, or half a letter of JSON."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{what}: expected text, got {text[error.start]!r} at character {error.start}, which no UTF-8 has; "
+                "correct it"
+            ) from error
 
 
 def check_name(option: str, got: str, names: tuple[str, ...]) -> None:

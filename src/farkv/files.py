@@ -25,7 +25,7 @@ from farkv.errors import FarKVError, StoreError
 from farkv.names import (
     OPEN,
     RefusedError,
-    check_name,
+    check_path,
     find_fault,
     find_target,
     find_writers,
@@ -132,7 +132,7 @@ def replace_file(path: Path, n_bytes: int, *, private: bool = False) -> Iterator
         RefusedError: at `path` is a link, a pipe, a device or a socket.
         OSError: there is no room, or the system refuses; what was there before still is.
     """
-    check_name(path)
+    check_path(path)
     name = path.name or "."
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -192,7 +192,7 @@ def write_all(fd: int, data: memoryview) -> None:
 
 def open_unnamed(folder: Path) -> int:
     """Open a new file without a name: closing it, or dying, is its end."""
-    check_name(folder)
+    check_path(folder)
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.dup(file.fileno())
 

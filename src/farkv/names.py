@@ -23,7 +23,7 @@ class RefusedError(OSError):
         super().__init__(errno.EINVAL, why)
 
 
-def check_name(path: str | Path) -> None:
+def check_path(path: str | Path) -> None:
     """Raise RefusedError where no file can have this name."""
     try:
         raw = os.fsencode(path)
@@ -35,7 +35,7 @@ def check_name(path: str | Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, where there is none."""
-    check_name(folder)
+    check_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -46,7 +46,7 @@ def open_name(path: str | Path, flags: int) -> int:
         RefusedError: it leads to something that cannot be opened as a file is, such as a socket.
         OSError: the system refuses.
     """
-    check_name(path)
+    check_path(path)
     try:
         return os.open(path, flags | OPEN, 0o600)
     except OSError as error:
@@ -77,7 +77,7 @@ def find_writers(info: os.stat_result) -> str:
 
 def check_ours(path: str | Path) -> None:
     """Raise RefusedError unless a name leads to a file that this user alone can have written, under this name alone."""
-    check_name(path)
+    check_path(path)
     info = os.lstat(path)
     if why := find_fault(info) or find_writers(info):
         raise RefusedError(why)
@@ -101,6 +101,16 @@ def find_target(folder: int, name: str) -> os.stat_result | None:
     if not stat.S_ISREG(info.st_mode):
         raise RefusedError(f"is {name_kind(info.st_mode)}, expected a file or a new name")
     return info
+
+
+def check_target(path: Path) -> None:
+    """Raise as a writer of this name would, before the work. Raises as `find_target`."""
+    check_path(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        find_target(folder, path.name or ".")
+    finally:
+        os.close(folder)
 
 
 def give_mode(fd: int, old: os.stat_result, *, private: bool) -> None:

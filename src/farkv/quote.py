@@ -36,6 +36,15 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:half]}[…{len(text) - 2 * half} more…]{text[-half:]}"
 
 
+def show_value(value: object) -> str:
+    """Return an option's value for a message, as Python writes it, cut in its middle where it is long."""
+    try:
+        return shorten(repr(value), 80)
+    except ValueError:
+        # Python writes no integers of more than some thousand digits.
+        return "a number of thousands of digits"
+
+
 def quote(name: str | os.PathLike[str]) -> str:
     """Return a name for a message: as it is where it is plain, else in quotes with escapes, as Python writes it."""
     text = os.fspath(name)

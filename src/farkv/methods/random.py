@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from farkv._axes import Bool, Float32, Tensor
-from farkv.config import check_counts, check_fraction
+from farkv.config import check_counts, check_fraction, check_seed
 from farkv.math.step import Query
 from farkv.methods.base import Place, Records, Selector
 
@@ -25,7 +25,8 @@ class Random:
 
     def __post_init__(self) -> None:
         check_fraction(self.fraction)
-        check_counts(sinks=self.sinks, window=self.window, seed=self.seed)
+        check_counts(sinks=self.sinks, window=self.window)
+        check_seed(self.seed, "seed")
 
 
 class RandomSelector(Selector):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from farkv.config import check_text
 from farkv.errors import InputError
 from farkv.files import open_file, read_file
 from farkv.quote import quote
@@ -40,6 +41,7 @@ class Record(NamedTuple):
         value = self.fields.get(name)
         if not isinstance(value, str):
             raise self.refuse(f"the field {name} to be a string")
+        check_text(f"{self.place}: {name}", value)
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -47,6 +49,7 @@ class Record(NamedTuple):
         value = self.fields.get(name)
         if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
             raise self.refuse(f"the field {name} to be a list of strings, at least one")
+        check_text(f"{self.place}: {name}", *value)
         return tuple(value)
 
 
