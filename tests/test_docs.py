@@ -18,7 +18,7 @@ import pytest
 from typer.main import get_command
 
 import farkv
-from farkv.cli import app
+from farkv.cli.commands import app
 from farkv.config import EVICT, KERNELS, QUANT
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import farkv
-from farkv.cli import app
+from farkv.cli.commands import app
 from farkv.demo.text import draw_prompt
 from farkv.methods import METHODS
 from tests.methods.contract import CASES, Check

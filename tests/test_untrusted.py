@@ -1,16 +1,14 @@
-"""Files that nobody vouches for: plain files of a bounded size, JSON that says one thing."""
+"""JSON that nobody vouches for says one thing."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farkv.untrusted import parse_json, read_file
+from farkv.untrusted import parse_json
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
@@ -44,18 +42,3 @@ def test_any_bytes_are_a_value_or_a_value_error(data: bytes) -> None:
 def test_what_parsers_differ_on_is_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_json(text)
-
-
-def test_only_plain_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"12345")
-    assert read_file(path, 5) == b"12345"
-    with pytest.raises(ValueError, match="at most 4 bytes, got 5"):
-        read_file(path, 4)
-    os.mkfifo(tmp_path / "pipe")
-    for odd in (tmp_path / "pipe", Path(os.devnull), tmp_path):
-        with pytest.raises((OSError, ValueError)):
-            read_file(odd, 5)
-    # What the system says is empty may have more to give.
-    with pytest.raises(ValueError, match="being written"):
-        read_file("/proc/self/status", 2**20)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from farkv.errors import FarKVError
-from farkv.methods import XKV, Full, InfiniGen
 
 if TYPE_CHECKING:
     from farkv.calibrate.plan import Plan
@@ -14,13 +13,17 @@ if TYPE_CHECKING:
     from farkv.hf.session import load_cache
     from farkv.math.allocate import allocate
     from farkv.measure.profile import profile
+    from farkv.methods import XKV, Full, InfiniGen
 
 __all__ = ["XKV", "FarKVError", "Full", "InfiniGen", "Plan", "Profile", "allocate", "attach", "load_cache", "profile"]
 
-# Names that need torch or transformers are imported on first use, so that `farkv --help` is fast.
+# Names that need torch or transformers are imported on first use: it takes seconds, and `farkv` must hear Ctrl-C then.
 _LAZY = {
+    "Full": "farkv.methods",
+    "InfiniGen": "farkv.methods",
     "Plan": "farkv.calibrate.plan",
     "Profile": "farkv.calibrate.profile",
+    "XKV": "farkv.methods",
     "allocate": "farkv.math.allocate",
     "attach": "farkv.hf.attach",
     "load_cache": "farkv.hf.session",
@@ -29,8 +32,10 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'farkv' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "methods":
+        return import_module("farkv.methods")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'farkv' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import operator
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from farkv.errors import ConfigError
+from farkv.errors import ConfigError, InputError
+from farkv.quote import quote, show_value
 
 # EVICT: which records are evicted when the host pool is full (with a disk: which cached copies). QUANT: storage format
 # of far records. KERNELS at decode steps: auto uses fast kernels where selected records are read, native also where all
@@ -40,6 +42,12 @@ MOST_SHOWN = 60
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_i, f"{_letter}IB": 1024**_i, f"{_letter}B": 1000**_i}
+# What a file, an address and torch's sizes can say.
+MOST_BYTES = 2**63 - 1
+# Tokens, layers, threads, rounds: there are never more.
+MOST_COUNT = 2**31 - 1
+# Sampling divides float32 logits by it: less is greedy to the last bit or overflows, more is a uniform draw.
+TEMPERATURES = (1e-6, 1e6)
 _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*")
 
 
@@ -66,24 +74,42 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
                 f"{option}: cannot read {show_value(size)} as a byte size; expected a number with an optional unit, "
                 "for example 512MiB, 2GiB or 1.5GB"
             )
-        size = int(float(match[1]) * unit)
-    if type(size) is not int or not 0 < size <= MOST_BYTES:
-        raise ConfigError(f"{option}: expected a positive number of bytes, below 2^60, got {show_value(size)}")
+        whole, _, part = match[1].partition(".")
+        # A thousand digits are a size too, and too large.
+        exact = Decimal(f"{whole[-40:] or 0}.{part[:40] or 0}") * unit
+        size = MOST_BYTES + 1 if whole[:-40].strip("0") else int(exact)
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise ConfigError(f"{option}: expected a positive number of bytes, got {show_value(size)}")
+    if size > MOST_BYTES:
+        raise ConfigError(
+            f"{option}: expected at most {MOST_BYTES:,} bytes (8 EiB), got more; lower it, or leave it out"
+        )
     return size
 
 
 def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
     """Split `DIR:100GiB` into a folder and its byte limit; `DIR` alone means no limit.
 
+    A folder's own name may have a colon: what follows the last one is a limit unless it has a `/`, and where a folder
+    of the whole name exists it is asked which of the two is meant.
+
     Raises:
-        ConfigError: the folder is missing, or the size cannot be parsed.
+        ConfigError: the folder is missing, or the size cannot be parsed, or may be a part of the folder's name.
     """
     if disk is None:
         return None
-    if not isinstance(disk, str | Path) or "\0" in str(disk):
+    if not isinstance(disk, str | Path):
         raise ConfigError(f"{option}: expected a folder and a limit as text, got {show_value(disk)}")
-    folder, size = str(disk).rsplit(":", 1) if ":" in str(disk) else (str(disk), "")
-    if not folder:
+    text = str(disk)
+    folder, colon, size = text.rpartition(":")
+    if not colon or "/" in size:
+        folder, size = text, ""
+    elif size and Path(text).is_dir():
+        raise ConfigError(
+            f"{option}: {quote(text)} may be a folder, which exists, or {quote(folder)} with the limit {size}; "
+            f"write {quote(text + '/')} for the folder without a limit, or put a limit behind it: {text}:100GiB"
+        )
+    if not folder or "\0" in folder:
         raise ConfigError(f"{option}: expected a folder and a limit, for example /data/kv:100GiB; got {disk!r}")
     return Path(folder), parse_bytes(size, option) if size else None
 
@@ -122,7 +148,34 @@ def check_counts(least: int = 0, **counts: int) -> None:
     """Raise ConfigError unless all values are integers of at least `least`, and small enough to count tokens by."""
     for name, count in counts.items():
         if type(count) is not int or not least <= count <= MOST_COUNT:
-            raise ConfigError(f"{name}: expected an integer of at least {least}, got {show_value(count)}")
+            raise ConfigError(f"{name}: expected an integer from {least} to {MOST_COUNT}, got {show_value(count)}")
+
+
+def check_seed(seed: int, option: str = "seed") -> None:
+    """Raise ConfigError unless every generator takes a seed: of 64 bits, with a sign or without."""
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ConfigError(f"{option}: expected an integer of 64 bits, from -2**63 to 2**64 - 1, got {show_value(seed)}")
+
+
+def check_temperature(temperature: float, option: str) -> None:
+    """Raise ConfigError unless logits can be divided by a temperature; 0 is greedy."""
+    least, most = TEMPERATURES
+    if not is_number(temperature) or not (temperature == 0 or least <= temperature <= most):
+        raise ConfigError(
+            f"{option}: expected 0 (greedy), or a number from {least:g} to {most:g}, got {show_value(temperature)}"
+        )
+
+
+def check_text(what: str, *texts: str) -> None:
+    """Raise InputError where a text is none: a byte of an argument that is not UTF-8, or half a letter of JSON."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{what}: expected text, got {text[error.start]!r} at character {error.start}, which no UTF-8 has; "
+                "correct it"
+            ) from error
 
 
 def check_flag(**flags: bool) -> None:
@@ -137,12 +190,6 @@ def check_window(window: int, pool: int) -> None:
     check_counts(1, window=window, pool=pool)
     if max(window, pool) > MOST_WINDOW or pool % 2 == 0:
         raise ConfigError(f"window and pool: expected at most {MOST_WINDOW}, pool odd; got {window} and {pool}")
-
-
-def check_seed(seed: int) -> None:
-    """Raise ConfigError unless a seed fits the 64 bits that a generator takes."""
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise ConfigError(f"seed: expected an integer from 0 to 2^64 - 1, got {show_value(seed)}")
 
 
 def read_count(option: str, value: Any, least: int = 0) -> int:
@@ -165,17 +212,6 @@ def is_number(value: object) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) <= MOST_COUNT
-
-
-def show_value(value: object) -> str:
-    """Return a value as a message shows it: on one line, however long it is."""
-    try:
-        text = repr(value)
-    except Exception:
-        # A whole number of thousands of digits, or a foreign class.
-        return f"{type(value).__name__} that cannot be shown"
-    text = " ".join(text.split())
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def check_name(option: str, got: object, names: tuple[str, ...]) -> None:

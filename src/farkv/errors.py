@@ -8,17 +8,23 @@
     ├── CacheStateError (RuntimeError)      a call is invalid in the cache's current state
     ├── ProfileError (ValueError)           a profile file is damaged or belongs to another model
     ├── PlanError (ValueError)              a plan file is damaged, belongs to another model, or lacks a lever
-    ├── StoreError (OSError)                the disk store failed to write, read or verify a page
+    ├── StoreError (OSError)                a file or page could not be written, read or verified
     └── SessionError (ValueError)           a session file is damaged, or belongs to another model or text
 
-Each message says what happened, what was expected, what was found, and the remedy.
+Each message says what happened, what was expected, what was found, and the remedy, on one line: what others put into
+it (names, options, errors of the system) cannot end it, move a cursor or fill a screen.
 """
 
 from __future__ import annotations
 
+from farkv.quote import make_line
+
 
 class FarKVError(Exception):
     """Base class of all errors that farkv raises deliberately."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(make_line(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(FarKVError, ValueError):
@@ -50,7 +56,7 @@ class PlanError(FarKVError, ValueError):
 
 
 class StoreError(FarKVError, OSError):
-    """The disk store failed to write, read or verify a page."""
+    """A file or page could not be written, read or verified."""
 
 
 class SessionError(FarKVError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from farkv.calibrate.plan import Plan
 from farkv.errors import ConfigError
+from farkv.files import write_file
+from farkv.quote import quote
 
 if TYPE_CHECKING:
     from farkv.calibrate.curves import Curves
@@ -29,7 +32,12 @@ def import_matplotlib() -> Any:
 
 
 def plot_plan(plan: Plan, curves: Curves, path: str | Path) -> None:
-    """Plot, for each lever of a plan, every layer's gain curve with its share marked, and the shares as bars."""
+    """Plot, for each lever of a plan, every layer's gain curve with its share marked, and the shares as bars.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or draws no such picture.
+        StoreError: the file cannot be written.
+    """
     matplotlib = import_matplotlib()
     from matplotlib import pyplot
 
@@ -56,11 +64,26 @@ def plot_plan(plan: Plan, curves: Curves, path: str | Path) -> None:
         right.set_title(f"{name}: {allocation.rule} holds {mean:.1%} of the mass", fontsize=10)
         right.legend(frameon=False)
     figure.tight_layout()
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path, **options: Any) -> None:
+    """Write a figure in the form that the name ends in (png where it has none), and close it.
+
+    Raises:
+        ConfigError: no picture has such an ending.
+        StoreError: the file cannot be written; what was there before still is.
+    """
+    from matplotlib import pyplot
+
+    # Drawn in memory: a picture that cannot be drawn, or has no room, leaves nothing behind.
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as error:
+        figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=130, **options)
+    except ValueError as error:
         raise ConfigError(
-            f"--plot: cannot write {path} ({error}); expected a name like plan.png, .svg or .pdf"
+            f"--plot: cannot draw {quote(path)} ({error}); expected a name like plan.png, .svg or .pdf"
         ) from error
     finally:
         pyplot.close(figure)
+    write_file(path, drawn.getvalue(), "picture")

@@ -1,43 +1,16 @@
-"""Files that nobody vouches for: read only where they are plain files of a bounded size, and JSON that says one thing.
+"""JSON that nobody vouches for: it must say one thing to every parser.
 
-In: a path, or bytes. Out: bytes or plain values; or an OSError or ValueError in words, to which the caller adds what
-file it was and the remedy.
+In: bytes. Out: plain values; or a ValueError in words, to which the caller adds what file it was and the remedy.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import stat
-from pathlib import Path
 from typing import Any, NoReturn
 
 # No number that farkv writes has more digits.
 _MOST_DIGITS = 19
-
-
-def read_file(path: str | Path, most_bytes: int) -> bytes:
-    """Return what a plain file holds. Pipes and devices are refused without waiting for them.
-
-    Raises:
-        OSError: it cannot be opened or read.
-        ValueError: it is no plain file, too large, or changed while it was read.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb", buffering=0, closefd=True) as file:
-        about = os.fstat(fd)
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("expected a plain file, got a folder, pipe or device")
-        if about.st_size > most_bytes:
-            raise ValueError(f"expected at most {most_bytes:,} bytes, got {about.st_size:,}")
-        parts, n_read = [], 0
-        while n_read <= about.st_size and (part := file.read(about.st_size + 1 - n_read)):
-            parts.append(part)
-            n_read += len(part)
-    if n_read != about.st_size:
-        raise ValueError(f"expected {about.st_size:,} bytes, got {n_read:,}: it is being written")
-    return b"".join(parts)
 
 
 def parse_json(data: bytes | str) -> Any:

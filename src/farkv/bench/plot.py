@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from farkv.bench.report import OURS, Report, Row
-from farkv.errors import ConfigError
-from farkv.plot import import_matplotlib
+from farkv.plot import import_matplotlib, save_figure
 
 COLOURS = {
     OURS: "#c1272d",
@@ -27,7 +26,8 @@ def plot_rows(report: Report, path: str | Path) -> None:
     """Plot one line per method, labelled at its end, and farkv's floor as a dashed line.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file cannot be written.
+        ConfigError: matplotlib is not installed, or draws no such picture.
+        StoreError: the file cannot be written.
     """
     import_matplotlib()
     from matplotlib import pyplot
@@ -47,14 +47,7 @@ def plot_rows(report: Report, path: str | Path) -> None:
     dress_axes(axes, report)
     figure.tight_layout()
     label_ends(axes, ends, max(row.context for row in report.rows))
-    try:
-        figure.savefig(path, dpi=130, bbox_inches="tight")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--plot: cannot write {path} ({error}); expected a name like bench.png, .svg or .pdf"
-        ) from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path, bbox_inches="tight")
 
 
 def draw_method(axes: Any, rows: list[Row], colour: str) -> None:

@@ -16,8 +16,10 @@ from platformdirs import user_cache_path
 
 from farkv.config import MOST_COUNT
 from farkv.errors import ConfigError
-from farkv.files import write_file
-from farkv.untrusted import parse_json, read_file
+from farkv.files import read_file, replace_file, write_all
+from farkv.names import make_folder
+from farkv.quote import quote
+from farkv.untrusted import parse_json
 
 FORMAT = "farkv-calibration-1"
 MAX_BYTES = 2**20
@@ -67,12 +69,19 @@ def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
     path = find_calibration_path()
     entries = read_entries() | {make_key(kernel): {"tokens": tokens, **details}}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, json.dumps({"format": FORMAT, "entries": entries}, indent=1, allow_nan=False).encode())
-    except (OSError, ValueError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
+        data = json.dumps({"format": FORMAT, "entries": entries}, indent=1, allow_nan=False).encode()
+    except ValueError as error:
         raise ConfigError(
-            f"calibration file {path}: cannot be written ({said}); set FARKV_CACHE_DIR to a writable folder"
+            f"calibration: expected finite numbers ({error}); measure again: farkv bench --calibrate"
+        ) from error
+    try:
+        make_folder(path.parent)
+        with replace_file(path, len(data)) as fd:
+            write_all(fd, memoryview(data))
+    except OSError as error:
+        raise ConfigError(
+            f"calibration file {quote(path)}: cannot be written ({error.strerror}); "
+            "set FARKV_CACHE_DIR to a writable folder"
         ) from error
     return path
 
@@ -96,10 +105,10 @@ def read_entries() -> dict[str, dict[str, Any]]:
             raise ValueError(f"expected format {FORMAT}, and of every entry its tokens")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"calibration file {path}: cannot be read ({error!r:.300}); delete it and measure again: farkv bench "
-            "--calibrate"
+            f"calibration file {quote(path)}: cannot be read ({error!r:.300}); delete it and measure again: "
+            "farkv bench --calibrate"
         ) from error
     return entries
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from farkv.config import LEVERS, MOST_COUNT, Lever, is_number, show_value
 from farkv.errors import PlanError
-from farkv.files import write_file
-from farkv.untrusted import parse_json, read_file
+from farkv.files import read_file, write_file
+from farkv.untrusted import parse_json
 
 FORMAT = "farkv-plan-1"
 # A plan of a hundred layers takes 20 KB.
@@ -159,8 +159,8 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; a reader sees the old file or the whole new one."""
-        write_file(Path(path), (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        """Write the plan as JSON; a reader sees the old file or the whole new one; on StoreError the old one."""
+        write_file(path, (json.dumps(self.to_dict(), indent=1) + "\n").encode(), "plan")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -21,9 +21,9 @@ from farkv.calibrate.losses import Losses
 from farkv.calibrate.skews import MAX_COLUMNS, HeadForm, check_skews
 from farkv.calibrate.tensor_file import pack_tensors, unpack_tensors
 from farkv.errors import ProfileError
-from farkv.files import write_file
+from farkv.files import read_file, write_file
 from farkv.math.skew import Gram, solve_bilinear, solve_svd
-from farkv.untrusted import parse_json, read_file
+from farkv.untrusted import parse_json
 
 FORMAT = "farkv-profile-2"
 # A hundred layers of 128 KV heads of 128 take half of it.
@@ -132,7 +132,7 @@ class Profile:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write the profile; a reader sees the old file or the whole new one."""
+        """Write the profile; a reader sees the old file or the whole new one; on StoreError the old one."""
         tensors, metadata = self.tensors, {"format": FORMAT, "identity": json.dumps(self.identity)}
         if self.measured is not None:
             tensors = tensors | self.measured.to_tensors()
@@ -140,7 +140,7 @@ class Profile:
         if self.limited is not None:
             tensors = tensors | self.limited.to_tensors()
             metadata["losses"] = self.limited.notes
-        write_file(Path(path), pack_tensors(tensors, metadata))
+        write_file(path, pack_tensors(tensors, metadata), "profile")
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farkv.cli.options import JsonOption, err
+from farkv.cli.options import JsonOption
+from farkv.cli.terminal import err, say
 from farkv.errors import ConfigError
+from farkv.quote import quote
 from farkv.show import show_progress
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ LayersOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option(min=1, max=256, help="Batch size, in sequences.")]
 CapOption = Annotated[float, typer.Option(min=0.001, max=1.0, help="Hard cap on the KV bytes read per step.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's setting.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads. Default: torch's setting.")]
 MethodsOption = Annotated[str | None, typer.Option(help="Names, comma-separated. Default: all but the optional ones.")]
 PlotOption = Annotated[Path | None, typer.Option(help="Plot ms per layer against context, e.g. bench.png.")]
 
@@ -246,6 +248,6 @@ def finish(report: Report, table: Any, plot: Path | None, *, as_json: bool) -> N
         from farkv.bench.plot import plot_rows
 
         plot_rows(report, plot)
-        err.print(f"wrote {plot}", highlight=False)
+        say(f"wrote {quote(plot)}")
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

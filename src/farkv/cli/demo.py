@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from farkv.cli.options import FractionOption, JsonOption, NearOption, err
+from farkv.cli.options import FractionOption, JsonOption, NearOption
 from farkv.cli.run import run
+from farkv.cli.terminal import say
+from farkv.files import write_file
 
 
 def demo(
     tokens: Annotated[int, typer.Option(min=300, max=8000, help="Length of the text, in tokens.")] = 4000,
-    facts: Annotated[int, typer.Option(min=1, help="Number of facts hidden in it.")] = 30,
+    facts: Annotated[int, typer.Option(min=1, max=500, help="Number of facts hidden in it.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the text.")] = 0,
     fraction: FractionOption = 0.1,
     near: NearOption = None,
@@ -35,21 +37,17 @@ def demo(
     prompt = draw_prompt(tokens, facts, seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code.py"
-        path.write_text(prompt.text)
+        write_file(path, prompt.text.encode(), "text", private=True)
         lines = prompt.text.count("\n")
         flags = f"--near {near} " if near else ""
-        err.print(
-            f"{lines} lines of code, {facts} facts; line {prompt.fact_line + 1} says: {prompt.name} = {prompt.answer}",
-            highlight=False,
-        )
-        err.print(
+        said = f"{prompt.name} = {prompt.answer}"
+        say(f"{lines} lines of code, {facts} facts; line {prompt.fact_line + 1} says: {said}")
+        say(
             f"$ farkv run --model demo --file code.py --fraction {fraction} {flags}--verify 8 --max-new-tokens 4 "
-            f'"{prompt.question}"\n',
-            highlight=False,
-            soft_wrap=True,
+            f'"{prompt.question}"'
         )
         run(
             prompt.question, model="demo", file=path, fraction=fraction, near=near,
             max_new_tokens=4, verify=8, as_json=as_json,
         )  # fmt: skip
-    err.print(f"expected: {prompt.answer}", highlight=False)
+    say(f"expected: {prompt.answer}")

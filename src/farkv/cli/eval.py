@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption, err
+from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption
+from farkv.cli.terminal import err, say
 from farkv.config import check_fraction
 from farkv.errors import ConfigError
+from farkv.quote import quote
 from farkv.show import show_progress
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ def evaluate(
         bool, typer.Option("--save-prompts", help="Also write the prompts, so that other programs can answer them.")
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes; each loads the model.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads per process. Default: torch's setting.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Threads per process. Default: torch's setting.")
+    ] = None,
     profile: ProfileOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -113,10 +117,10 @@ def show_summary(summary: Summary, out: Path) -> None:
 
     err.print(draw_table(make_table(summary.rows)))
     for task, length, score in summary.gated:
-        err.print(f"gated: {task} at {length}: the full cache itself scores only {score:.0%}", highlight=False)
+        say(f"gated: {task} at {length}: the full cache itself scores only {score:.0%}")
     for skipped in summary.skipped:
-        err.print(f"skipped: {skipped['method']} at {skipped['fraction']}: {skipped['why']}", highlight=False)
-    err.print(f"{summary.written} rows written, {len(summary.rows)} in {out}; farkv report {out}", highlight=False)
+        say(f"skipped: {skipped['method']} at {skipped['fraction']}: {skipped['why']}")
+    say(f"{summary.written} rows written, {len(summary.rows)} in {quote(out)}; farkv report {quote(out)}")
 
 
 def split(text: str, option: str) -> tuple[str, ...]:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from farkv.cli.terminal import err
 from farkv.config import EVICT, KERNELS, QUANT
 from farkv.errors import InputError
+from farkv.files import read_file
+from farkv.names import RefusedError
+from farkv.quote import quote
 from farkv.show import draw_receipt
 
 if TYPE_CHECKING:
     from farkv.receipt import Receipt
 
-err = Console(stderr=True)
+STREAM = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a Hugging Face hub id.")]
 FractionOption = Annotated[
@@ -60,18 +66,17 @@ def read_text(file: Path | None) -> str:
     Raises:
         InputError: the file is missing, unreadable, or not UTF-8 text.
     """
-    if file is None:
-        # Piped input needs no flag; a terminal is not read.
-        data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-        name = "stdin"
-    elif str(file) == "-":
-        data, name = sys.stdin.buffer.read(), "stdin"
-    else:
-        name = str(file)
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise InputError(f"file {name}: cannot be read ({error.strerror}); expected a text file") from error
+    name = "stdin" if file is None or str(file) == "-" else quote(file)
+    try:
+        if file is None:
+            # Piped input needs no flag; a terminal is not read.
+            data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
+        elif str(file) == "-":
+            data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        else:
+            data = read_stream(file) if STREAM.fullmatch(str(file)) else read_file(file)
+    except OSError as error:
+        raise InputError(f"file {name}: cannot be read ({error.strerror}); expected a text file") from error
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -79,6 +84,17 @@ def read_text(file: Path | None) -> str:
     if "\0" in text:
         raise InputError(f"file {name}: contains NUL bytes; expected a text file")
     return text
+
+
+def read_stream(file: Path) -> bytes:
+    """Read what the caller has opened for this process: `/dev/stdin`, or `<(command)` of a shell.
+
+    A pipe by any other name has a writer perhaps, and perhaps not; a device may never end.
+    """
+    with file.open("rb") as opened:
+        if stat.S_ISCHR(os.fstat(opened.fileno()).st_mode) and not opened.isatty():
+            raise RefusedError("is a device, expected a file or a pipe")
+        return opened.read()
 
 
 def print_receipt(receipt: Receipt, *, as_json: bool) -> None:

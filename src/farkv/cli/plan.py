@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from farkv.cli.options import JsonOption, ModelOption, err
+from farkv.cli.options import JsonOption, ModelOption
+from farkv.cli.terminal import err, say
 from farkv.config import LEVERS, Lever, parse_bytes
-from farkv.errors import ConfigError, InputError
+from farkv.errors import ConfigError
+from farkv.files import write_file
+from farkv.quote import quote
 from farkv.show import draw_plan
 
 RULES = ("xkv", "loss", "maxmin", "pyramid", "uniform", "paper")
@@ -84,33 +86,19 @@ def plan_layers(
     made = make_plan(
         loaded, budget, names, Sharing(rule, parse_weights(weights, rule), floor), Plan.load(base) if base else None
     )
-    with naming_files(out):
-        made.save(out)
+    made.save(out)
     if plot is not None:
         from farkv.plot import plot_plan
 
         plot_plan(made, loaded.curves(), plot)
     if kvpress is not None:
-        with naming_files(kvpress):
-            kvpress.write_text(json.dumps({"compression_ratios": made.to_kvpress()}) + "\n")
+        ratios = json.dumps({"compression_ratios": made.to_kvpress()}) + "\n"
+        write_file(kvpress, ratios.encode(), "file")
     if as_json:
         typer.echo(json.dumps({"out": str(out), **made.to_dict()}))
     else:
         err.print(draw_plan(made))
-        err.print(f"wrote {', '.join(str(p) for p in (out, plot, kvpress) if p)}", highlight=False)
-
-
-@contextmanager
-def naming_files(path: Path) -> Iterator[None]:
-    """Turn a failed write into a one-line error that names the file.
-
-    Raises:
-        InputError: the folder does not exist or is not writable.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"file {path}: cannot be written ({error.strerror}); expected a folder that exists") from error
+        say(f"wrote {', '.join(quote(p) for p in (out, plot, kvpress) if p)}")
 
 
 def parse_weights(text: str | None, rule: str) -> tuple[float, ...] | None:
@@ -124,9 +112,12 @@ def parse_weights(text: str | None, rule: str) -> tuple[float, ...] | None:
     if rule != "xkv":
         raise ConfigError(f"--weights: requires --rule xkv, got --rule {rule}")
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise ConfigError(f"--weights: expected comma-separated numbers, got {text!r}") from error
+    if not all(map(math.isfinite, found)):
+        raise ConfigError(f"--weights: expected finite numbers, got {text!r}")
+    return found
 
 
 def find_profile_of(model: str) -> Path:
@@ -139,5 +130,5 @@ def find_profile_of(model: str) -> Path:
 
     path = (MODEL_PATH if model == "demo" else Path(model)) / "profile.safetensors"
     if not path.is_file():
-        raise ConfigError(f"--profile: none found beside {model}; make one: farkv profile --model {model}")
+        raise ConfigError(f"--profile: none found beside {quote(model)}; make one: farkv profile --model {model}")
     return path

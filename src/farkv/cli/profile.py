@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, err, read_text
+from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, read_text
+from farkv.cli.terminal import err, say
+from farkv.config import check_text
 from farkv.errors import ConfigError, InputError
+from farkv.names import check_target
+from farkv.quote import quote, show_value
 from farkv.show import show_progress
 
 if TYPE_CHECKING:
@@ -73,7 +77,12 @@ def profile_model(
     if scorer not in SCORERS:
         raise ConfigError(f"--scorer: expected one of {', '.join(SCORERS)}, got {scorer!r}")
     if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.absolute().parent} does not exist; create it first")
+        folder = quote(out.absolute().parent)
+        raise InputError(f"--out {quote(out)}: the folder {folder} does not exist; create it first")
+    try:
+        check_target(out)
+    except OSError as error:
+        raise InputError(f"--out {quote(out)}: {error.strerror}; choose another name") from error
     files = [(path, read_prompts(path)) for path in prompts or []]
     if not any(found for _, found in files):
         raise InputError("--prompts: expected at least one file that contains text, got none")
@@ -103,7 +112,7 @@ def tell_once(part: Path, show: Callable[[int, int], None]) -> Callable[[int, in
     def on_prompt(done: int, total: int) -> None:
         nonlocal told
         if not told:
-            err.print(f"resuming from {part}: {done} of {total} prompts are done", soft_wrap=True)
+            say(f"resuming from {quote(part)}: {done} of {total} prompts are done")
         told = True
         show(done, total)
 
@@ -129,7 +138,7 @@ def report(measured: Profile, out: Path, counts: dict[str, int], started: float,
     what = f"skew and curves of {n_curves} prompts"
     if not measured.has_skew:
         what = f"curves of {n_curves} prompts, no skew (it will be fitted to each prompt)"
-    err.print(f"wrote {out} ({summary['bytes']:,} bytes): {what}", soft_wrap=True)
+    say(f"wrote {quote(out)} ({summary['bytes']:,} bytes): {what}")
 
 
 def read_prompts(path: Path) -> list[tuple[str, str | None]]:
@@ -143,7 +152,7 @@ def read_prompts(path: Path) -> list[tuple[str, str | None]]:
         return [(text, None)] if text.strip() else []
     # Not splitlines: a JSON string may contain other line separators unescaped.
     lines = enumerate(text.split("\n"), start=1)
-    return [read_line(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    return [read_line(f"{quote(path)}:{number}", line) for number, line in lines if line.strip()]
 
 
 def read_line(where: str, line: str) -> tuple[str, str | None]:
@@ -152,14 +161,18 @@ def read_line(where: str, line: str) -> tuple[str, str | None]:
         found: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg}, column {error.colno}); {EXPECTED}") from error
+    except (ValueError, RecursionError) as error:
+        # Numbers of thousands of digits, thousands of brackets.
+        raise InputError(f"{where}: not JSON of usual size ({error}); {EXPECTED}") from error
     if not isinstance(found, dict):
         raise InputError(f"{where}: {EXPECTED}, got {type(found).__name__}")
     names = ("prompt",) if "prompt" in found else ("text", "question")
     values: list[Any] = [found.get(name) for name in names]
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str) or not value.strip():
-            got = "missing" if value is None else "empty" if value == "" else repr(value)[:40]
+            got = "missing" if value is None else "empty" if value == "" else show_value(value)
             raise InputError(f"{where}: {EXPECTED}, each a non-empty string; {name!r} is {got}")
+        check_text(f"{where}: {name}", value)
     return values[0], values[1] if len(values) > 1 else None
 
 

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-from farkv.cli.options import JsonOption, err
+from farkv.cli.options import JsonOption
+from farkv.cli.terminal import err, say
+from farkv.quote import quote
 
 
 def report(
@@ -34,5 +36,5 @@ def report(
         typer.echo(json.dumps(describe_report(page, out), allow_nan=False))
         return
     err.print(draw_table(page.table))
-    err.print(page.findings.headline, highlight=False)
-    err.print(f"wrote {out}", highlight=False)
+    err.print(page.findings.headline)
+    say(f"wrote {quote(out)}")

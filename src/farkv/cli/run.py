@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -26,14 +24,27 @@ from farkv.cli.options import (
     QuantOption,
     TokensOption,
     VerifyOption,
-    err,
     print_receipt,
     read_text,
 )
-from farkv.config import KERNELS, LEVERS, Lever, check_name, check_storage, format_bytes, parse_bytes, parse_disk
+from farkv.cli.terminal import err, say, show_waiting, write_answer
+from farkv.config import (
+    KERNELS,
+    LEVERS,
+    Lever,
+    check_name,
+    check_storage,
+    check_temperature,
+    check_text,
+    format_bytes,
+    parse_bytes,
+    parse_disk,
+)
 from farkv.errors import ConfigError, InputError
 from farkv.methods import METHODS, XKV, Method
 from farkv.methods.table import evicts
+from farkv.names import check_target
+from farkv.quote import quote
 from farkv.show import show_progress
 
 if TYPE_CHECKING:
@@ -142,6 +153,9 @@ def run(
     parse_disk(disk, "--disk")
     check_storage(evict, quant, host=limits[1])
     check_name("kernel", kernel, KERNELS)
+    check_temperature(temperature, "--temperature")
+    check_text("question", question)
+    check_text("--stop", *(stop or ()))
     if query_aware and session is not None:
         raise ConfigError("--query-aware: cannot be combined with --session, which stores the text only; drop one")
     text = read_text(file)
@@ -157,7 +171,7 @@ def run(
 
     quiet_libraries()
     torch.manual_seed(seed)
-    with err.status(f"loading {model}") if err.is_terminal else nullcontext():
+    with show_waiting(f"loading {quote(model)}"):
         loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     storage: dict[str, Any] = {"near": limits[0], "host": limits[1], "disk": disk, "evict": evict, "quant": quant}
     measured = False if profile == "none" else profile
@@ -165,7 +179,7 @@ def run(
     with attach(loaded, *configs, **storage, kernel=kernel, profile=measured, plan=plan) as far:
         request = Request(far, tokenizer, text, question, decoding, verify)
         with show_progress(err, "reading", quiet=as_json) as on_prefill:
-            listener = Listener(on_prefill, (lambda piece: None) if as_json else _write)
+            listener = Listener(on_prefill, (lambda piece: None) if as_json else write_answer)
             if session:
                 prompt, cache = open_session(request, session, listener)
             else:
@@ -191,16 +205,20 @@ def check_session(path: Path, text: str, methods: list[Method], *, evicts_pool: 
         raise ConfigError("--session: stores the whole text, but this method evicts part of it; drop one of them")
     if any(isinstance(method, XKV) and {"keep", "near"} & set(method.levers) for method in methods):
         raise ConfigError("--session: stores the whole text, but XKV's levers keep and near do not; drop one of them")
+    shown = quote(path)
     try:
         if path.exists():
             return
+        check_target(path)
         is_writable = path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        is_writable = False
     except OSError as error:
-        raise InputError(f"--session {path}: cannot be accessed ({error.strerror}); choose another folder") from error
+        raise InputError(f"--session {shown}: cannot be used ({error.strerror}); choose another name") from error
     if not text.strip():
-        raise InputError(f"--session {path}: there is no such file; to create it, give the text with --file")
+        raise InputError(f"--session {shown}: there is no such file; to create it, give the text with --file")
     if not is_writable:
-        raise InputError(f"--session {path}: the folder is missing or not writable; create it, or choose another one")
+        raise InputError(f"--session {shown}: the folder is missing or not writable; create it, or choose another one")
     if evicts_pool:
         raise ConfigError("--evict: evicted records cannot be saved in a session; add --disk, or drop --evict")
 
@@ -238,7 +256,7 @@ def open_session(request: Request, path: Path, listener: Any) -> tuple[Any, FarC
         prompt, cache = open_text(request._replace(verify=0), query_aware=False)
         prefill(request.far, cache, prompt.text, request.decoding.chunk_tokens, listener)
         cache.save(path, tokenizer=request.tokenizer, text=request.text)
-        err.print(f"session {path}: {format_bytes(path.stat().st_size)} for {len(prompt.text)} tokens")
+        say(f"session {quote(path)}: {format_bytes(path.stat().st_size)} for {len(prompt.text)} tokens")
         cache.reset()
     # The first question also reads from the file, like all later ones.
     prompt = build_prompt(request.tokenizer, read_session_text(path, request.text), request.question)
@@ -246,8 +264,3 @@ def open_session(request: Request, path: Path, listener: Any) -> tuple[Any, FarC
     cache = load_cache(path, request.far.model, tokens=tokens, verify=request.verify, tokenizer=request.tokenizer)
     resume(cache, prompt.text)
     return prompt, cache
-
-
-def _write(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()

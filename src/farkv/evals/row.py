@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from farkv.config import is_number, show_value
 from farkv.errors import InputError
-from farkv.files import write_file
-from farkv.untrusted import parse_json, read_file
+from farkv.files import read_file, write_file
+from farkv.quote import quote
+from farkv.untrusted import parse_json
 
 RESULTS, RUN, READS, PROMPTS = "results.jsonl", "run.json", "reads.jsonl", "prompts.jsonl"
 
@@ -134,16 +135,16 @@ def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
         # As a text file is read: other characters that end lines may stand in answers.
         lines = io.StringIO(read_file(path, MAX_BYTES).decode("utf-8"), newline=None).readlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"file {path}: cannot be read ({error}); expected the results of farkv eval") from error
+        raise InputError(f"file {quote(path)}: cannot be read ({error}); expected the results of farkv eval") from error
     for n, line in enumerate(lines, start=1):
         try:
             rows.append(parse_row(line))
         except (ValueError, TypeError) as error:
             if mend and n == len(lines) and not line.endswith("\n"):
-                write_file(path, "".join(lines[:-1]).encode())
+                write_file(path, "".join(lines[:-1]).encode(), "file", private=True)
                 break
             raise InputError(
-                f"file {path}, line {n}: expected a row of farkv eval, got {line[:60]!r} ({error}); "
-                "delete the line, or use another --out"
+                f"file {quote(path)}, line {n}: expected a row of farkv eval, got "
+                f"{line[:60]!r} ({error}); delete the line, or use another --out"
             ) from error
     return rows

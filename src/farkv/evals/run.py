@@ -23,8 +23,10 @@ from farkv.evals.methods import FULL, list_methods
 from farkv.evals.row import MAX_BYTES, PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
 from farkv.evals.sample import Sample
 from farkv.evals.work import CellSamples, Loaded, WorkItem, run_item, start_worker
-from farkv.files import write_file
-from farkv.untrusted import parse_json, read_file
+from farkv.files import append_line, read_file, saying, write_file
+from farkv.names import make_folder
+from farkv.quote import quote
+from farkv.untrusted import parse_json
 
 # Cells where the full cache scores less are gated: such scores can come from guessing one of four letters, or from one
 # of four values. Continuations have no floor.
@@ -49,7 +51,8 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
         ConfigError: the folder has a run with another model, filler or seed.
         CacheStateError: a method read more than its fraction allows.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with saying("results folder", out):
+        make_folder(out)
     loaded = Loaded(plan)
     loaded.check_lengths(plan)
     variants = find_variants(plan)
@@ -57,7 +60,7 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
     variants = [v for v in variants if v not in skipped]
     record = describe_run(plan, loaded.model, skipped)
     check_folder(out, record)
-    write_file(out / RUN, (json.dumps(record, indent=1) + "\n").encode())
+    write_file(out / RUN, (json.dumps(record, indent=1) + "\n").encode(), "file", private=True)
     with open_workers(plan, loaded) as work:
         return Runner(plan, out, variants, work).run(loaded.cells(plan), on_progress, record["skipped"])
 
@@ -86,12 +89,12 @@ def check_folder(out: Path, record: dict[str, Any]) -> None:
         check_old(old)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"file {path}: cannot be read ({error}); expected the run of farkv eval; use another folder"
+            f"file {quote(path)}: cannot be read ({error}); expected the run of farkv eval; use another folder"
         ) from error
     for name in ("model_sha", "seed", "filler", "form"):
         if old.get(name) != record[name]:
             raise ConfigError(
-                f"--out {out}: holds a run with {name} {old.get(name)!r}, this one has {record[name]!r}; "
+                f"--out {quote(out)}: holds a run with {name} {old.get(name)!r}, this one has {record[name]!r}; "
                 "use another folder, or the same options to resume it"
             )
     for name in ("tasks", "methods", "fractions", "lengths"):
@@ -124,7 +127,7 @@ def read_known(path: Path) -> set[str]:
         return {parse_json(line)["prompt_sha"] for line in lines if line.strip()}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"file {path}: expected the prompts of farkv eval ({error!r:.200}); delete it, or use another folder"
+            f"file {quote(path)}: expected the prompts of farkv eval ({error!r:.200}); delete it, or use another folder"
         ) from error
 
 
@@ -213,8 +216,8 @@ class Runner:
         row = self.done.get(Key(sample.task, variant.method, variant.fraction, sample.length, sample.seed))
         if row is not None and row.prompt_sha != sample.prompt_sha:
             raise ConfigError(
-                f"--out {self.out}: sample {sample.task}/{sample.length}/{sample.seed} has another prompt than before "
-                "(another Python version's library?); use another folder"
+                f"--out {quote(self.out)}: sample {sample.task}/{sample.length}/{sample.seed} has another prompt than "
+                "before (another Python version's library?); use another folder"
             )
         return row
 
@@ -225,8 +228,8 @@ class Runner:
         self.written += 1
 
     def _append(self, name: str, line: str) -> None:
-        with (self.out / name).open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with saying("file", self.out / name):
+            append_line(self.out / name, line)
 
     def _write_prompts(self, cell: CellSamples) -> None:
         """Write the prompts, if requested, so that other programs can answer them."""

@@ -13,6 +13,7 @@ import torch
 from transformers import TextStreamer
 
 from farkv._axes import Tensor
+from farkv.config import check_text
 from farkv.errors import InputError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, Handle
@@ -78,6 +79,8 @@ def build_prompt(tokenizer: Any, text: str, question: str) -> Prompt:
     """
     if not (text + question).strip():
         raise InputError("prompt: text and question are both empty; give --file with text, or a question")
+    check_text("text", text)
+    check_text("question", question)
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"tokenizer {type(tokenizer).__name__}: expected a fast one, which knows token offsets")
     if text and question and not text.endswith("\n"):

@@ -17,9 +17,11 @@ from farkv._axes import Tensor
 from farkv.calibrate.profile import MAX_BYTES
 from farkv.calibrate.tensor_file import pack_tensors, unpack_tensors
 from farkv.errors import ProfileError
-from farkv.files import write_file
+from farkv.files import read_file, write_file
 from farkv.math.skew import Gram
-from farkv.untrusted import parse_json, read_file
+from farkv.names import RefusedError, check_ours
+from farkv.quote import quote
+from farkv.untrusted import parse_json
 
 PART_FORMAT = "farkv-profile-part-2"
 GRAM_PARTS = ("queries", "keys", "key_sum", "n_keys")
@@ -50,17 +52,22 @@ class Part:
         Raises:
             ProfileError: the file is damaged or belongs to another measurement.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return Sums(0, {}, [], [], [], {})
         try:
+            # Others may know where it will be: what it says would become the profile.
+            check_ours(self.path)
             tensors, about = unpack_tensors(read_file(self.path, MAX_BYTES), PART_FORMAT)
             if about.get("task") == self.digest:
                 return unpack_sums(tensors, parse_json(about["sums"]))
+        except FileNotFoundError:
+            return Sums(0, {}, [], [], [], {})
         except (OSError, LookupError, TypeError, ValueError) as error:
-            raise ProfileError(f"resume {self.path}: cannot be read ({error}); delete it to start over") from error
+            why = error.strerror if isinstance(error, RefusedError) else f"cannot be read ({error})"
+            raise ProfileError(f"resume {quote(self.path)}: {why}; delete it to start over") from error
         raise ProfileError(
-            f"resume {self.path}: expected an unfinished profile of these prompts, settings and model, got another; "
-            "delete it to start over, or repeat the original call"
+            f"resume {quote(self.path)}: expected an unfinished profile of these prompts, settings and model, "
+            "got another; delete it to start over, or repeat the original call"
         )
 
     def write(self, sums: Sums, pause: float = 0.0) -> None:
@@ -69,7 +76,8 @@ class Part:
             return
         tensors, about = pack_sums(sums)
         metadata = {"format": PART_FORMAT, "task": self.digest, "sums": json.dumps(about)}
-        write_file(self.path, pack_tensors(tensors, metadata))
+        # Not for others, so that it is known on resuming who wrote it.
+        write_file(self.path, pack_tensors(tensors, metadata), "profile", private=True)
         self._written = time.monotonic()
 
     def delete(self) -> None:

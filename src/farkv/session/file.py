@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import array
 import os
-import stat
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,8 +20,10 @@ import torch
 
 from farkv._axes import Tensor
 from farkv.config import format_bytes
-from farkv.errors import FarKVError, SessionError, StoreError
-from farkv.files import InUseError, replace_file, write_all
+from farkv.errors import SessionError, StoreError
+from farkv.files import open_file, replace_file, saying, write_all
+from farkv.names import RefusedError
+from farkv.quote import quote
 from farkv.session.header import (
     MAX_HEADER_BYTES,
     PAGE_CRC,
@@ -59,7 +60,7 @@ def write_saved(
     """
     if not {PAGES, PAGE_CRC}.isdisjoint(tensors) or n_pages < 0 or page_bytes < 1:
         raise SessionError(
-            f"session {path}: expected names other than {PAGES} and {PAGE_CRC}, and pages of at least a byte, "
+            f"session {quote(path)}: expected names other than {PAGES} and {PAGE_CRC}, and pages of at least a byte, "
             f"got {', '.join(tensors)}, {n_pages} pages of {page_bytes} bytes; correct them"
         )
     views = {name: bytes_of(tensor.contiguous()) for name, tensor in tensors.items()}
@@ -73,8 +74,8 @@ def write_saved(
         # What a reader would refuse is not written.
         parse_header(header, n_bytes)
     except SessionError as error:
-        raise SessionError(f"session {path}: {error}") from error
-    with _say(path, n_bytes, pages) as given, replace_file(path, n_bytes) as fd:
+        raise SessionError(f"session {quote(path)}: {error}") from error
+    with _give(path, n_bytes, pages) as given, replace_file(path, n_bytes, private=True) as fd:
         os.lseek(fd, len(header), os.SEEK_SET)
         checksums = _write_pages(fd, path, given, forms[PAGES])
         for view in (*views.values(), checksums):
@@ -99,13 +100,13 @@ def _write_pages(fd: int, path: Path, pages: Iterable[Tensor], form: TensorForm)
     if wrong or len(sums) != n_pages:
         wrong = wrong or f", got {len(sums)}"
         raise SessionError(
-            f"session {path}: expected {n_pages} pages{wrong}; it was not written, give what was promised"
+            f"session {quote(path)}: expected {n_pages} pages{wrong}; it was not written, give what was promised"
         )
     return memoryview(sums.tobytes())
 
 
 @contextmanager
-def _say(path: Path, n_bytes: int, pages: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
+def _give(path: Path, n_bytes: int, pages: Iterable[Tensor]) -> Iterator[Iterator[Tensor]]:
     """Give the pages; put what the system says while they are written, not while they are made, into our words."""
     theirs: list[OSError] = []
 
@@ -118,15 +119,11 @@ def _say(path: Path, n_bytes: int, pages: Iterable[Tensor]) -> Iterator[Iterator
 
     try:
         yield give()
-    except InUseError as error:
-        raise StoreError(f"session {path}: is being written by {error.who}; wait for it, or save elsewhere") from error
     except OSError as error:
-        if error in theirs or isinstance(error, FarKVError):
+        if error in theirs:
             raise
-        raise StoreError(
-            f"session {path}: cannot be written ({error.strerror or error}); expected a folder with room for "
-            f"{n_bytes:,} bytes ({format_bytes(n_bytes)}); free some, or save elsewhere"
-        ) from error
+        with saying("session", path, f"{n_bytes:,} bytes ({format_bytes(n_bytes)})"):
+            raise
 
 
 class Saved:
@@ -137,7 +134,7 @@ class Saved:
         self.n_pages, self.page_bytes = header.forms[PAGES].shape
         self.names = [name for name in header.forms if name not in (PAGES, PAGE_CRC)]
         sums = array.array("I", bytes_of(_read_tensor(fd, header, PAGE_CRC)).tobytes())
-        self.reader = PageReader(fd, header.starts[PAGES], self.page_bytes, sums, f"session {path}")
+        self.reader = PageReader(fd, header.starts[PAGES], self.page_bytes, sums, f"session {quote(path)}")
         # Caches hold the reader, not this: the file stays open as long as any of them may read it.
         self._end = weakref.finalize(self.reader, os.close, fd)
 
@@ -152,13 +149,9 @@ class Saved:
         Cost: the header and 4 bytes for each page.
         """
         with _tell(path):
-            # A pipe would wait for a writer.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_file(path)
             try:
-                info = os.fstat(fd)
-                if not stat.S_ISREG(info.st_mode):
-                    raise SessionError("expected a file, got something else")
-                return cls(path, fd, parse_header(os.pread(fd, 8 + MAX_HEADER_BYTES, 0), info.st_size))
+                return cls(path, fd, parse_header(os.pread(fd, 8 + MAX_HEADER_BYTES, 0), os.fstat(fd).st_size))
             except BaseException:
                 os.close(fd)
                 raise
@@ -210,8 +203,11 @@ def _tell(path: Path) -> Iterator[None]:
     try:
         yield
     except SessionError as error:
-        raise SessionError(f"session {path}: {error}; save the session anew") from error
+        raise SessionError(f"session {quote(path)}: {error}; save the session anew") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SessionError(f"session {path}: expected a saved session, there is none; check the path") from error
+        raise SessionError(f"session {quote(path)}: expected a saved session, there is none; check the path") from error
+    except RefusedError as error:
+        raise SessionError(f"session {quote(path)}: {error.strerror}; check the path") from error
     except OSError as error:
-        raise StoreError(f"session {path}: cannot be read ({error.strerror or error}); check the disk") from error
+        why = error.strerror or error
+        raise StoreError(f"session {quote(path)}: cannot be read ({why}); check the disk") from error

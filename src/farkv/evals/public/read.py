@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from farkv.config import check_text
 from farkv.errors import InputError
+from farkv.files import open_file, read_file
+from farkv.quote import quote
 
 HUB = "hub"
 
@@ -25,7 +29,7 @@ class Record(NamedTuple):
     @property
     def place(self) -> str:
         """Return `path:line`."""
-        return f"{self.path}:{self.line}"
+        return f"{quote(self.path)}:{self.line}"
 
     def refuse(self, expected: str) -> InputError:
         """Return an error that names what was expected and which fields there are."""
@@ -37,6 +41,7 @@ class Record(NamedTuple):
         value = self.fields.get(name)
         if not isinstance(value, str):
             raise self.refuse(f"the field {name} to be a string")
+        check_text(f"{self.place}: {name}", value)
         return value
 
     def texts(self, name: str) -> tuple[str, ...]:
@@ -44,6 +49,7 @@ class Record(NamedTuple):
         value = self.fields.get(name)
         if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
             raise self.refuse(f"the field {name} to be a list of strings, at least one")
+        check_text(f"{self.place}: {name}", *value)
         return tuple(value)
 
 
@@ -54,7 +60,8 @@ def find_files(path: str, *suffixes: str) -> list[Path]:
         return [root]
     found = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix in suffixes) if root.is_dir() else []
     if not found:
-        raise InputError(f"{root}: expected a file or a folder with {' or '.join(suffixes)} files; there is none")
+        kinds = " or ".join(suffixes)
+        raise InputError(f"{quote(root)}: expected a file or a folder with {kinds} files; there is none")
     return found
 
 
@@ -63,23 +70,34 @@ def read_records(path: Path) -> Iterator[Record]:
     if path.suffix == ".json":
         entries = parse(path, 1, read_text(path))
         if not isinstance(entries, list):
-            raise InputError(f"{path}: expected a JSON list of objects; got {type(entries).__name__}")
+            raise InputError(f"{quote(path)}: expected a JSON list of objects; got {type(entries).__name__}")
         yield from (check(path, i, entry) for i, entry in enumerate(entries, 1))
     elif path.suffix == ".jsonl":
-        with path.open("rb") as file:
+        with opening(path), open(open_file(path), "rb") as file:
             for i, line in enumerate(file, 1):
                 if line.strip():
                     yield check(path, i, parse(path, i, decode(path, i, line).rstrip()))
     else:
         raise InputError(
-            f"{path}: expected .jsonl or .json; got {path.suffix or 'no suffix'}. Convert parquet to JSON lines: "
-            "pandas.read_parquet(PATH).to_json(NAME, orient='records', lines=True)"
+            f"{quote(path)}: expected .jsonl or .json; got {path.suffix or 'no suffix'}. Convert parquet to JSON "
+            "lines: pandas.read_parquet(PATH).to_json(NAME, orient='records', lines=True)"
         )
 
 
 def read_text(path: Path) -> str:
     """Return a file's text, with its line endings unchanged."""
-    return decode(path, 1, path.read_bytes())
+    with opening(path):
+        data = read_file(path)
+    return decode(path, 1, data)
+
+
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Put what the system says while a file is read into our words."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{quote(path)}: cannot be read ({error.strerror}); expected a data set's file") from error
 
 
 def decode(path: Path, line: int, data: bytes) -> str:
@@ -88,7 +106,7 @@ def decode(path: Path, line: int, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line += data[: error.start].count(b"\n")
-        raise InputError(f"{path}:{line}: expected UTF-8; got the byte 0x{data[error.start]:02x}") from error
+        raise InputError(f"{quote(path)}:{line}: expected UTF-8; got the byte 0x{data[error.start]:02x}") from error
 
 
 def parse(path: Path, line: int, text: str) -> Any:
@@ -96,16 +114,16 @@ def parse(path: Path, line: int, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{line + error.lineno - 1}: expected JSON; got {error.msg}") from error
+        raise InputError(f"{quote(path)}:{line + error.lineno - 1}: expected JSON; got {error.msg}") from error
     except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or brackets in brackets.
-        raise InputError(f"{path}:{line}: expected JSON that can be read; got {error}") from error
+        # Numbers of thousands of digits, thousands of brackets.
+        raise InputError(f"{quote(path)}:{line}: expected JSON of usual size; got {error}") from error
 
 
 def check(path: Path, line: int, value: Any) -> Record:
     """Return a value that must be a JSON object as a record."""
     if not isinstance(value, dict):
-        raise InputError(f"{path}:{line}: expected a JSON object; got {type(value).__name__}")
+        raise InputError(f"{quote(path)}:{line}: expected a JSON object; got {type(value).__name__}")
     return Record(path, line, value)
 
 

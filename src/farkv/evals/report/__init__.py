@@ -8,11 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from farkv.errors import InputError
 from farkv.evals.report.facts import load_run
 from farkv.evals.report.page import Page, make_page
 from farkv.evals.report.reads import load_reads
 from farkv.evals.tables import read_results
+from farkv.files import write_file
 
 
 def write_report(folder: Path, out: Path, title: str | None = None) -> Page:
@@ -24,16 +24,15 @@ def write_report(folder: Path, out: Path, title: str | None = None) -> Page:
         title: page title; by default the model's name.
 
     Raises:
-        InputError: the folder has no results, a file in it is damaged, or the page cannot be written.
+        InputError: the folder has no results, or a file in it is damaged.
+        StoreError: the page cannot be written; what was there before still is.
 
     Cost: seconds for about ten thousand rows.
     """
     rows, run = read_results(folder), load_run(folder)
     page = make_page(rows, load_reads(folder), run, title or f"farkv eval: {run.get('model') or folder.name}")
-    try:
-        out.write_text(page.html, "utf-8")
-    except OSError as error:
-        raise InputError(f"file {out}: cannot be written ({error.strerror}); expected a folder that exists") from error
+    # It quotes prompts and answers, as the results do.
+    write_file(out, page.html.encode(), "report", private=True)
     return page
 
 

@@ -14,7 +14,9 @@ from farkv.evals.cells import FULL, Setting, Study, as_float
 from farkv.evals.report.words import and_join, list_methods
 from farkv.evals.row import MAX_BYTES, RUN, Row
 from farkv.evals.show import fraction_text, length_text, percent
-from farkv.untrusted import parse_json, read_file
+from farkv.files import read_file
+from farkv.quote import quote
+from farkv.untrusted import parse_json
 
 # Maximum characters of an answer that are shown.
 MOST_CHARACTERS = 300
@@ -32,9 +34,9 @@ def load_run(folder: Path) -> dict[str, Any]:
     try:
         run = parse_json(read_file(path, MAX_BYTES))
     except (ValueError, OSError) as error:
-        raise InputError(f"file {path}: expected what farkv eval wrote ({error}); run farkv eval again") from error
+        raise InputError(f"file {quote(path)}: expected what farkv eval wrote ({error}); run it again") from error
     if not isinstance(run, dict):
-        raise InputError(f"file {path}: expected a JSON object, got {type(run).__name__}; run farkv eval again")
+        raise InputError(f"file {quote(path)}: expected a JSON object, got {type(run).__name__}; run farkv eval again")
     return run
 
 

@@ -22,6 +22,7 @@ from farkv.evals.report.reads import Reads, average_read, choose_reads, write_pn
 from farkv.evals.report.words import Findings, choose_fraction, summarize
 from farkv.evals.row import Row
 from farkv.evals.tables import Line, Table, make_table
+from farkv.quote import show_controls
 
 
 class Page(NamedTuple):
@@ -66,7 +67,8 @@ def make_page(rows: Sequence[Row], reads: Sequence[Reads], run: dict[str, Any], 
         gated=[(g.task, show.length_text(g.length), show.percent(g.full), g.n) for g in table.gated],
         skipped=list_skipped(run), facts=list_facts(run, study),
     )  # fmt: skip
-    return Page(html, findings, table, study)
+    # HTML has no NUL, UTF-8 no halves of letters; a prompt or an answer may hold both.
+    return Page(show_controls(html, keep="\n\t"), findings, table, study)
 
 
 def list_grid(study: Study, columns: Sequence[Table], fraction: float) -> list[tuple[str, list[Line | None]]]:

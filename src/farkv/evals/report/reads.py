@@ -21,7 +21,9 @@ from farkv.errors import InputError
 from farkv.evals.cells import Setting
 from farkv.evals.report.looks import order_methods
 from farkv.evals.row import MAX_BYTES, READS
-from farkv.untrusted import parse_json, read_file
+from farkv.files import read_file
+from farkv.quote import quote
+from farkv.untrusted import parse_json
 
 BLUE = (47, 128, 225)
 
@@ -53,14 +55,15 @@ def load_reads(folder: Path) -> list[Reads]:
     try:
         lines = read_file(path, MAX_BYTES).decode("utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"file {path}: cannot be read ({error}); remove it, or run farkv eval again") from error
+        raise InputError(f"file {quote(path)}: cannot be read ({error}); remove it, or run farkv eval again") from error
     found = []
     for n, line in enumerate(lines, start=1):
         try:
             found.append(parse_reads(parse_json(line)))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(
-                f"file {path}, line {n}: expected a trace of farkv eval, got {line[:60]!r} ({error!r:.200}); remove it"
+                f"file {quote(path)}, line {n}: expected a trace of farkv eval, got {line[:60]!r} ({error!r:.200}); "
+                "remove it"
             ) from error
     return found
 

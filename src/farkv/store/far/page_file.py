@@ -10,7 +10,6 @@ import array
 import fcntl
 import itertools
 import os
-import tempfile
 import threading
 import weakref
 import zlib
@@ -20,7 +19,9 @@ from typing import Any
 
 from farkv._axes import Int, Tensor
 from farkv.errors import StoreError
-from farkv.files import InUseError, lock_file
+from farkv.files import InUseError, lock_file, open_unnamed
+from farkv.names import RefusedError, make_folder
+from farkv.quote import quote
 from farkv.store.far.page_reader import PageReader, bytes_of
 from farkv.store.ledger import Ledger
 
@@ -169,11 +170,10 @@ class DiskSpace:
             StoreError: the space is closed, or the system refuses.
         """
         if not self._end.alive:
-            raise StoreError(f"disk store {self.folder}: it is closed; expected an open one, open it again")
-        name = f"disk store {self.folder}, file {next(self._numbers)}"
+            raise StoreError(f"disk store {quote(self.folder)}: it is closed; expected an open one, open it again")
+        name = f"disk store {quote(self.folder)}, file {next(self._numbers)}"
         try:
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                fd = os.dup(file.fileno())
+            fd = open_unnamed(self.folder)
         except OSError as error:
             raise _unusable(self.folder, error) from error
         return PageFile(fd, page_bytes, self.ledger, name)
@@ -197,15 +197,23 @@ def _end_space(fd: int, owner: int) -> None:
 def _lock_folder(folder: Path) -> int:
     """Lock a folder for this process; the system releases the lock when the process ends, however it ends."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(None, "not writable")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    try:
         # The lock file is no page: its few bytes are not counted, and it stays.
-        return lock_file(folder / LOCK_NAME, 0o600)
+        return lock_file(folder / LOCK_NAME)
     except InUseError as error:
         raise StoreError(
-            f"disk store {folder}: {error.strerror}; expected a folder that no one else uses; "
+            f"disk store {quote(folder)}: {error.strerror}; expected a folder that no one else uses; "
             "end that use, or choose another folder"
+        ) from error
+    except RefusedError as error:
+        raise StoreError(
+            f"disk store {quote(folder)}: {LOCK_NAME} {error.strerror}; expected a lock of farkv's; "
+            "remove it, or choose another folder"
         ) from error
     except OSError as error:
         raise _unusable(folder, error) from error
@@ -213,6 +221,6 @@ def _lock_folder(folder: Path) -> int:
 
 def _unusable(folder: Path, error: OSError) -> StoreError:
     return StoreError(
-        f"disk store {folder}: expected a folder that can be written, got the error {error.strerror!r}; "
+        f"disk store {quote(folder)}: expected a folder that can be written, got the error {error.strerror!r}; "
         "choose another folder"
     )
