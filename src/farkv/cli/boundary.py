@@ -93,6 +93,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         line = f"out of memory ({text or type(error).__name__}); ask for less: a shorter text, --host, --chunk-tokens"
     elif isinstance(error, OSError) and error.errno is not None:
         name = f", {quote(str(error.filename))}" if error.filename is not None else ""
+        code = 1 if is_machine(error) else 2
         line = f"the system refuses: {error.strerror}{name}; run with --debug to see what was tried"
     return code, line
 

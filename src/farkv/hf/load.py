@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from farkv.demo import MODEL_PATH
 from farkv.errors import ConfigError, InputError
+from farkv.names import check_path
+from farkv.quote import quote
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,14 +34,20 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
         raise ConfigError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
     path = str(MODEL_PATH) if name == "demo" else name
-    if looks_local(path) and not (Path(path) / "config.json").is_file():
-        raise InputError(f"model {name}: expected a folder with a config.json, found none; or give a hub id, or demo")
+    shown = quote(name)
+    try:
+        check_path(path)
+        missing = looks_local(path) and not (Path(path) / "config.json").is_file()
+    except OSError as error:
+        raise InputError(f"model {shown}: {error.strerror}; expected demo, a folder or a hub id") from error
+    if missing:
+        raise InputError(f"model {shown}: expected a folder with a config.json, found none; or give a hub id, or demo")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, "auto"))
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model {name}: cannot be loaded ({reason}); expected demo, a folder or a hub id") from error
+        raise InputError(f"model {shown}: cannot be loaded ({reason}); expected demo, a folder or a hub id") from error
     if dtype == "auto" and place.type == "cpu" and model.dtype == torch.float16:
         model = model.float()
     # transformers wraps `to` in a way that loses its signature.
