@@ -62,14 +62,20 @@ def run_command(arguments: Sequence[str], debug: list[bool]) -> int:
         debug: gets an entry where `--debug` is given.
     """
     # Takes seconds.
+    import typer
+
     from farkv.cli.commands import build_command
 
-    code = build_command(debug.append).main(list(arguments), prog_name="farkv", standalone_mode=False)
-    if code == INTERRUPTED:
-        raise KeyboardInterrupt
+    command, code = build_command(debug.append), 0
+    # Not `main`, which has a boundary of its own.
+    try:
+        with command.make_context("farkv", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        code = end.exit_code
     if sys.stdout is not None:
         sys.stdout.flush()
-    return code if isinstance(code, int) else 0
+    return code
 
 
 def explain(error: BaseException) -> tuple[int, str]:
