@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
-from farkv.config import format_bytes, parse_bytes
-from farkv.errors import ConfigError
+from farkv.config import (
+    MOST_BYTES,
+    check_counts,
+    check_seed,
+    check_temperature,
+    check_text,
+    format_bytes,
+    parse_bytes,
+    parse_disk,
+)
+from farkv.errors import ConfigError, InputError
 from farkv.methods import Full, InfiniGen, Oracle, Random, Window
 from farkv.methods.base import Cap
 
@@ -52,6 +63,67 @@ def test_sizes_for_people() -> None:
     assert parse_bytes(None, "near") is None
     assert parse_bytes("1.5G", "near") == 3 * 2**29
     assert [format_bytes(n) for n in (5, 1536, 3 * 2**29, 2**41)] == ["5 B", "1.5 KiB", "1.5 GiB", "2.0 TiB"]
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 9000, f"{2**63}", "8388608TiB", 2**63, 10**400, "9" * 50 + ".5"])
+def test_no_size_is_larger_than_a_file_can_be(size: Any) -> None:
+    with pytest.raises(ConfigError, match="near: expected at most 9,223,372,036,854,775,807 bytes") as caught:
+        parse_bytes(size, "near")
+    assert len(str(caught.value)) < 200
+
+
+def test_sizes_are_exact_to_the_last_byte() -> None:
+    assert parse_bytes(str(MOST_BYTES), "near") == MOST_BYTES == parse_bytes(MOST_BYTES, "near")
+    assert parse_bytes("0" * 300 + "5", "near") == 5
+    assert parse_bytes("8388607.9999999TiB", "near") == 8388607 * 2**40 + 9999999 * 2**40 // 10**7
+    assert parse_bytes(".5K", "near") == 512
+    with pytest.raises(ConfigError, match="positive number of bytes, got a number of thousands of digits"):
+        parse_bytes(-(10**5000), "near")
+
+
+def test_a_folder_may_have_a_colon(tmp_path: Path) -> None:
+    assert parse_disk("/data/kv:100GiB", "disk") == (Path("/data/kv"), 100 * 2**30)
+    assert parse_disk("/data/12:30/kv", "disk") == (Path("/data/12:30/kv"), None)
+    assert parse_disk("/data/12:30/", "disk") == (Path("/data/12:30"), None)
+    assert parse_disk("/data/12:30:1K", "disk") == (Path("/data/12:30"), 1024)
+    folder = tmp_path / "run-12:30"
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"run-12:30 may be a folder, which exists, or .*run-12 with the limit 30; "):
+        parse_disk(str(folder), "disk")
+    assert parse_disk(f"{folder}/", "disk") == (folder, None)
+    assert parse_disk(f"{folder}:1K", "disk") == (folder, 1024)
+    for bad in ("", ":1K", "a\0b:1K", "a\0b", "/data/kv:lots", "/data/kv:" + "9" * 400):
+        with pytest.raises(ConfigError):
+            parse_disk(bad, "disk")
+
+
+def test_seeds_are_what_torch_takes() -> None:
+    for seed in (0, -(2**63), 2**63, 2**64 - 1):
+        check_seed(seed, "seed")
+        torch.Generator().manual_seed(seed)
+    for bad in (2**64, -(2**63) - 1, 10**5000, 1.0, True, "1", None):
+        with pytest.raises(REFUSED, match="seed"):
+            check_seed(bad, "seed")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0, 1e-320, 5e-324, 1e-9, 1e30, "1", 10**400])
+def test_temperatures_that_nothing_can_be_divided_by_are_refused(temperature: Any) -> None:
+    for good in (0.0, 0, 1e-6, 1.0, 2, 1e6):
+        check_temperature(good, "--temperature")
+    with pytest.raises(REFUSED, match="temperature"):
+        check_temperature(temperature, "--temperature")
+
+
+def test_counts_can_count_something() -> None:
+    check_counts(window=2**31 - 1)
+    with pytest.raises(ConfigError, match="window: expected an integer from 0 to 2147483647"):
+        check_counts(window=2**31)
+
+
+def test_half_a_letter_is_no_text() -> None:
+    check_text("question", "☺ é", "")
+    with pytest.raises(InputError, match=r"question: expected text, got '\\udcff' at character 1"):
+        check_text("question", "a\udcff")
 
 
 @pytest.mark.parametrize("method", [Window, Random, Oracle, InfiniGen])

@@ -56,7 +56,7 @@ OUTSIDE = {"hf/ask.py", "hf/session.py"}
 
 
 def calls_of(path: Path) -> list[tuple[str, str, str]]:
-    """Return (file, innermost function, method) of every method call in a file."""
+    """Return (file, innermost function, method) of every method call in a file, and of every `open`."""
     found, name = [], str(path.relative_to(SOURCE))
 
     def visit(node: ast.AST, function: str) -> None:
@@ -64,6 +64,8 @@ def calls_of(path: Path) -> list[tuple[str, str, str]]:
             function = node.name
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             found.append((name, function, node.func.attr))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open":
+            found.append((name, function, "open"))
         for child in ast.iter_child_nodes(node):
             visit(child, function)
 
@@ -92,6 +94,34 @@ def test_only_the_door_and_the_demo_know_transformers() -> None:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [n for n in names if n.split(".")[0] == "transformers"], path
+
+
+# What reads or writes by a name, but through the one file helper.
+BY_NAME = {
+    "open", "write_text", "write_bytes", "read_text", "read_bytes", "mkstemp", "NamedTemporaryFile", "TemporaryFile",
+    "mkdir", "symlink_to", "hardlink_to", "rename", "save_file", "unlink", "rmtree",
+}  # fmt: skip
+HELPERS = {"files.py", "names.py"}
+BY_NAME_ALLOWED = {
+    ("bench/fill.py", "find_available_bytes", "read_text"): "of /proc",
+    ("calibrate/crossover.py", "read_cpu_model", "read_text"): "of /proc",
+    ("cli/boundary.py", "end_output", "open"): "of /dev/null",
+    ("cli/options.py", "read_stream", "open"): "what the caller has opened",
+    ("demo/filler.py", "read_sources", "read_text"): "the interpreter's own library",
+    ("evals/public/read.py", "read_records", "open"): "a descriptor of the helper's",
+    ("hf/session.py", "read_session_text", "open"): "of a session",
+    ("measure/profile.py", "delete", "unlink"): "a name alone goes, never what it leads to",
+    ("session/file.py", "_read_tensor", "open"): "a descriptor of the helper's",
+    ("session/load.py", "open_text", "open"): "of a session",
+}
+
+
+def test_nothing_is_read_or_written_by_a_name_but_by_the_file_helper() -> None:
+    found: set[tuple[str, str, str]] = set()
+    for path in sorted(SOURCE.rglob("*.py")):
+        found |= {call for call in calls_of(path) if call[2] in BY_NAME and call[0] not in HELPERS}
+    assert found - set(BY_NAME_ALLOWED) == set()
+    assert set(BY_NAME_ALLOWED) - found == set(), "allowed, but no longer there"
 
 
 class NoSync(TorchDispatchMode):

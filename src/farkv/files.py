@@ -223,7 +223,7 @@ def _take_lock(fd: int, path: Path) -> bool:
     # Others can move a file of ours here: what holds anything but a number is not overwritten.
     other = "holds something else" if held and not (held.isdigit() and len(held) <= 20) else ""
     if why := find_fault(info) or find_writers(info) or other:
-        raise RefusedError(f"{why}, expected a lock of farkv's; remove it")
+        raise RefusedError(why)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -134,7 +134,7 @@ def make_run(**more: Any) -> dict[str, Any]:
 def write_folder(folder: Path, rows: list[Row], reads: list[dict[str, Any]] | None = None, **run: Any) -> Path:
     """Write a folder as `farkv eval` does; reads.jsonl only where there are reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RESULTS).write_text("".join(row.to_json() + "\n" for row in rows), "utf-8")
+    (folder / RESULTS).write_text("".join(row.to_json() + "\n" for row in rows), "utf-8", "backslashreplace")
     (folder / RUN).write_text(json.dumps(make_run(**run)), "utf-8")
     (folder / PROMPTS).write_text("", "utf-8")
     if reads is not None:

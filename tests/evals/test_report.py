@@ -196,6 +196,18 @@ def test_a_page_that_cannot_be_written_is_one_error(tmp_path: Path):
         write_report(tmp_path, tmp_path / "none" / "report.html")
 
 
+def test_what_no_html_has_is_shown(tmp_path: Path):
+    rows = make_rows(("infinigen",), (0.1,), ("vt",), (2048,), 1)
+    rows = [replace(row, answer="half \ud800, a\0b \x1b[2J", score=float(row.method == "full")) for row in rows]
+    write_folder(tmp_path, rows)
+    write_report(tmp_path, tmp_path / "report.html", "t\ud800\0<b>")
+    text = (tmp_path / "report.html").read_bytes().decode()
+    assert r"half \ud800, a\x00b \x1b[2J" in text
+    assert r"t\ud800\x00&lt;b&gt;" in text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+    assert (tmp_path / "report.html").stat().st_mode & 0o777 == 0o600
+
+
 def test_same_rows_same_page():
     rows = make_rows(("infinigen", "window"), (0.1,), ("vt",), (2048,), 3)
     assert make_page(rows, [], make_run(), "t").html == make_page(list(rows), [], make_run(), "t").html

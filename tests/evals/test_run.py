@@ -23,6 +23,7 @@ from farkv.evals.row import RESULTS, RUN, Key, read_rows
 from farkv.evals.run import run_eval
 from farkv.evals.sample import Sample, Turn
 from farkv.evals.text import Maker
+from farkv.files import append_line
 from farkv.hf.ask import Listener, prefill
 from farkv.hf.load import load_model
 
@@ -213,6 +214,18 @@ def test_chat_models_are_asked_in_their_template() -> None:
     assert tokenizer.decode(prompter.follow(turns[1])) == "</assistant><user>Say two.</user><assistant>"
     with pytest.raises(InputError, match="no chat template"):
         Prompter(demo()[1], "chat")
+
+
+def test_results_are_the_users_alone_and_half_letters_survive(done: Path, tmp_path: Path) -> None:
+    assert {p.stat().st_mode & 0o777 for p in done.iterdir()} == {0o600}
+    row = replace(read_rows(done / RESULTS)[0], answer="half \ud800 \u2028 ☺")
+    append_line(tmp_path / RESULTS, row.to_json())
+    assert read_rows(tmp_path / RESULTS) == [row]
+    whole = (tmp_path / RESULTS).read_bytes()
+    # Cut in the middle of a letter.
+    (tmp_path / RESULTS).write_bytes(whole + whole[: whole.index("☺".encode()) + 1])
+    assert read_rows(tmp_path / RESULTS, mend=True) == [row]
+    assert (tmp_path / RESULTS).read_bytes() == whole
 
 
 def test_rows_survive_being_written(done: Path) -> None:

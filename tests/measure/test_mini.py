@@ -7,6 +7,7 @@ function, curves written out in numpy at float64.
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -338,6 +339,28 @@ def test_no_file_before_the_first_prompt(tmp_path: Path) -> None:
         farkv.profile(model, PROMPTS, resume=tmp_path / "p.part")
     hook.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("planted", ["a link", "a second name", "open to others", "a pipe"])
+def test_a_part_that_others_can_have_written_is_refused(tmp_path: Path, planted: str) -> None:
+    model, part, left = make_model("llama"), tmp_path / "p.part", tmp_path / "left"
+    with pytest.raises(KeyboardInterrupt):
+        farkv.profile(model, PROMPTS, resume=left, on_prompt=interrupt_at(1))
+    assert left.stat().st_mode & 0o777 == 0o600
+    before = left.read_bytes()
+    if planted == "a link":
+        part.symlink_to(left)
+    elif planted == "a second name":
+        part.hardlink_to(left)
+    elif planted == "a pipe":
+        os.mkfifo(part)
+    else:
+        part.write_bytes(before)
+        part.chmod(0o666)
+    with pytest.raises(ProfileError, match=r"resume .*p\.part: .*; delete it to start over"):
+        farkv.profile(model, PROMPTS, resume=part)
+    assert left.read_bytes() == before
+    assert os.path.lexists(part)
 
 
 def test_the_part_of_another_task_is_refused(tmp_path: Path) -> None:

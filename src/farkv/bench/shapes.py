@@ -65,14 +65,14 @@ def find_shape(name: str) -> ModelShape:
 
 
 def parse_contexts(text: str, option: str = "--contexts") -> list[int]:
-    """Parse `8192,32K` into token counts, ascending and without duplicates; K is 1024.
+    """Parse `8192,32K` into token counts of at most 12 digits, ascending and without duplicates; K is 1024.
 
     Raises:
         ConfigError: an item is not a number of at least 64 tokens.
     """
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*([Kk]?)\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,12})\s*([Kk]?)\s*", part)
         tokens = 0 if match is None else int(match[1]) * (1024 if match[2] else 1)
         if tokens < 64:
             raise ConfigError(f"{option}: expected numbers of at least 64 tokens, for example 8K,32K; got {part!r}")

@@ -16,7 +16,7 @@ from farkv.files import write_file
 
 def demo(
     tokens: Annotated[int, typer.Option(min=300, max=8000, help="Length of the text, in tokens.")] = 4000,
-    facts: Annotated[int, typer.Option(min=1, help="Number of facts hidden in it.")] = 30,
+    facts: Annotated[int, typer.Option(min=1, max=500, help="Number of facts hidden in it.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the text.")] = 0,
     fraction: FractionOption = 0.1,
     near: NearOption = None,

@@ -16,6 +16,7 @@ from farkv.errors import InputError
 from farkv.evals.cells import LEAST_CELLS, MEASURES, Cell, Gated, Setting, Study, average_known, study_rows
 from farkv.evals.row import RESULTS, Row, read_rows
 from farkv.evals.stats import Interval, Paired, interval
+from farkv.quote import quote
 
 # Smaller differences are rounding errors of sums.
 TINY = 1e-9
@@ -86,12 +87,12 @@ def read_results(folder: Path) -> list[Row]:
     """
     path = folder / RESULTS
     if not path.is_file():
-        raise InputError(f"folder {folder}: expected {RESULTS}, found none; write it with: farkv eval --out {folder}")
+        raise InputError(f"folder {quote(folder)}: expected {RESULTS}, found none; write it with: farkv eval --out DIR")
     rows = read_rows(path)
     for n, row in enumerate(rows, start=1):
-        check_row(row, f"file {path}, line {n}")
+        check_row(row, f"file {quote(path)}, line {n}")
     if not rows:
-        raise InputError(f"file {path}: expected rows of farkv eval, got an empty file; run farkv eval again")
+        raise InputError(f"file {quote(path)}: expected rows of farkv eval, got an empty file; run farkv eval again")
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -97,6 +98,8 @@ def run_item(item: WorkItem, loaded: Loaded | None = None) -> Found:
 
 def start_worker(plan: EvalPlan) -> None:
     """Load the model in a worker process."""
+    # Ctrl-C reaches all processes: the one that started these says so, and they go without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _worker.append(Loaded(plan))
 
 

@@ -17,6 +17,7 @@ from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, find_handle
 from farkv.hf.identity import identify_tokenizer
 from farkv.hf.unmanaged import take_unmanaged
+from farkv.quote import quote
 from farkv.session.file import Saved
 from farkv.session.load import check_levers, fill_engine, open_text
 from farkv.store.far.page_reader import bytes_of
@@ -55,7 +56,7 @@ def load_cache(
         take_unmanaged(cache.layers, text.saved.tensors("unmanaged/"), handle.unmanaged, n_tokens)
         cache.take_text(text.ids, dtype, handle.device)
     except SessionError as error:
-        raise error if str(error).startswith("session ") else SessionError(f"session {path}: {error}") from error
+        raise error if str(error).startswith("session ") else SessionError(f"session {quote(path)}: {error}") from error
     return cache
 
 
@@ -71,16 +72,18 @@ def read_session_text(path: str | Path, longer: str = "") -> str:
     finally:
         saved.close()
     if data.dtype != torch.uint8:
-        raise SessionError(f"session {path}: its text is {data.dtype}, expected bytes; make it anew")
+        raise SessionError(f"session {quote(path)}: its text is {data.dtype}, expected bytes; make it anew")
     try:
         text = bytes(bytes_of(data)).decode()
     except UnicodeDecodeError as error:
-        raise SessionError(f"session {path}: its text is not UTF-8 (byte {error.start}); make it anew") from error
+        raise SessionError(
+            f"session {quote(path)}: its text is not UTF-8 (byte {error.start}); make it anew"
+        ) from error
     if not text and not longer:
-        raise SessionError(f"session {path}: it was saved without its text; give --file")
+        raise SessionError(f"session {quote(path)}: it was saved without its text; give --file")
     if longer and not longer.startswith(text):
         raise SessionError(
-            f"session {path}: expected a file that begins with its {len(text)} characters, they differ at "
+            f"session {quote(path)}: expected a file that begins with its {len(text)} characters, they differ at "
             f"{count_common(text, longer)}; leave --file out, or name another session"
         )
     return longer or text

@@ -191,6 +191,29 @@ def test_a_folder_is_for_one_space_at_a_time(tmp_path: Path) -> None:
     DiskSpace(tmp_path / "a" / "b", None).close()
 
 
+@pytest.mark.parametrize("planted", ["a link", "a second name", "a file of all", "other text", "a pipe"])
+def test_a_lock_that_somebody_planted_is_refused_and_left_alone(tmp_path: Path, planted: str) -> None:
+    victim, folder = tmp_path / "victim", tmp_path / "kv"
+    victim.write_bytes(b"12345")
+    folder.mkdir()
+    lock = folder / LOCK_NAME
+    if planted == "a link":
+        lock.symlink_to(victim)
+    elif planted == "a second name":
+        lock.hardlink_to(victim)
+    elif planted == "a pipe":
+        os.mkfifo(lock)
+    else:
+        lock.write_bytes(b"dear diary" if planted == "other text" else b"")
+        lock.chmod(0o666 if planted == "a file of all" else 0o600)
+    with pytest.raises(StoreError, match=r"disk store .*kv: \.farkv\.lock .*; expected a lock of farkv's; remove it"):
+        DiskSpace(folder, None)
+    assert victim.read_bytes() == b"12345"
+    assert planted != "other text" or lock.read_bytes() == b"dear diary"
+    lock.unlink()
+    DiskSpace(folder, None).close()
+
+
 def test_a_forked_child_leaves_its_parents_lock(tmp_path: Path) -> None:
     with DiskSpace(tmp_path, None) as space:
         # A plain fork would warn of our threads. A duplicate is what the child has: the same lock, another number.

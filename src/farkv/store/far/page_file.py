@@ -200,6 +200,9 @@ def _lock_folder(folder: Path) -> int:
         make_folder(folder)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(None, "not writable")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    try:
         # The lock file is no page: its few bytes are not counted, and it stays.
         return lock_file(folder / LOCK_NAME)
     except InUseError as error:
@@ -209,7 +212,8 @@ def _lock_folder(folder: Path) -> int:
         ) from error
     except RefusedError as error:
         raise StoreError(
-            f"disk store {quote(folder)}: {LOCK_NAME} {error.strerror}; or choose another folder"
+            f"disk store {quote(folder)}: {LOCK_NAME} {error.strerror}; expected a lock of farkv's; "
+            "remove it, or choose another folder"
         ) from error
     except OSError as error:
         raise _unusable(folder, error) from error
