@@ -76,10 +76,16 @@ def make_rows() -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+@cache
+def make_results() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder of results, made before any disk is full."""
+    made = tempfile.TemporaryDirectory()
+    Path(made.name, "results.jsonl").write_text(make_rows())
+    return made
+
+
 def save_report(path: Path) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        Path(name, "results.jsonl").write_text(make_rows())
-        write_report(Path(name), path)
+    write_report(Path(make_results().name), path)
 
 
 def save_calibration(path: Path) -> None:
