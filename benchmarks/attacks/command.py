@@ -8,12 +8,14 @@ import json
 import os
 import random
 import resource
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -21,7 +23,7 @@ import torch
 from fault_stage import in_child, limit
 
 from attacks.base import Attack, Verdict
-from attacks.files import make_rows
+from attacks.written import make_rows
 
 # What a terminal would act upon: its title, a cleared screen, the cursor, colours, turned text.
 CONTROLS = ["\x1b]0;owned\x07", "\x1b[2J", "\x1b[41m", "\x9b31m", "\x08\x08", "\rover", "\x0e", "\u202e"]
@@ -88,8 +90,8 @@ def judge(done: Done, *codes: int, says: str = "") -> Verdict:
 
 @contextmanager
 def inputs() -> Iterator[Path]:
-    """Give a folder with a text in it."""
-    with tempfile.TemporaryDirectory() as name:
+    """Give a folder with a text in it; what a command writes by default is written there."""
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         Path(name, "code.py").write_text(TEXT)
         yield Path(name)
 
@@ -197,8 +199,6 @@ def no_room(rng: random.Random) -> Verdict:
         before = sorted(os.listdir(folder))
 
         def work() -> str:
-            import signal
-
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             with limit(resource.RLIMIT_FSIZE, rng.randrange(500)):
                 return judge(farkv(*arguments), 1, says="File too large")
@@ -223,7 +223,7 @@ def stopped(rng: random.Random) -> Verdict:
     place = "farkv." + rng.choice(places)
     after = rng.random() < 0.3
     with inputs() as folder:
-        original = load(place)
+        original = resolve_name(place)
 
         def fail(*args: Any, **kwargs: Any) -> Any:
             if after:
@@ -233,13 +233,6 @@ def stopped(rng: random.Random) -> Verdict:
         with patch(place, fail):
             done = farkv("run", "--file", str(folder / "code.py"), "--max-new-tokens", "1", "--json", QUESTION)
         return judge(done, code, says=says)
-
-
-def load(dotted: str) -> Callable[..., Any]:
-    from importlib import import_module
-
-    module, _, name = dotted.rpartition(".")
-    return getattr(import_module(module), name)
 
 
 # --- the terminal ------------------------------------------------------------------------------------------------

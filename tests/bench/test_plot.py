@@ -52,7 +52,7 @@ def test_a_picture_is_written(tmp_path: Path, floor: bool) -> None:
 
 def test_a_picture_of_unknown_form_is_named(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(ConfigError, match=r"--plot: cannot write .*bench\.nothing"):
+    with pytest.raises(ConfigError, match=r"--plot: cannot draw .*bench\.nothing"):
         plot_rows(make_report(), tmp_path / "bench.nothing")
 
 
