@@ -7,7 +7,6 @@ stable keys. Knows nothing of models or tensor contents.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -208,7 +207,7 @@ class Account:
         if self.decoding and self.counts_bytes:
             self.disk_bytes += n_bytes
 
-    def read_fraction(self, layers: Container[int] | None = None) -> float:
+    def read_fraction(self, layers: list[int] | None = None) -> float:
         """Return the bytes of the selected records over those of all records, over all decode steps.
 
         Args:
