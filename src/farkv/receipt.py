@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -221,7 +220,7 @@ class Account:
         if self.decoding and self.counts_bytes:
             self.disk_bytes += n_bytes
 
-    def read_fraction(self, layers: Container[int] | None = None) -> float:
+    def read_fraction(self, layers: list[int] | None = None) -> float:
         """Return the bytes of the selected records over those of all records, over all decode steps.
 
         Args:

@@ -50,13 +50,10 @@ def plan_near(need: Need, limits: ByteLimits, n_rows: int, most: int = BLOCK_TOK
 
 
 def must_stream(need: Need, limits: ByteLimits, whole: NearNeed) -> bool:
-    """Say whether dense reads come block by block: records are coded or paged, or a layer is too much.
-
-    Blocks of pages and codes are the faster way where most records are never read whole again; where all are, whole
-    layers make them the plain model's.
-    """
+    """Say whether dense reads come block by block: records are coded or paged, or a layer is too much."""
     if not limits.is_far or (need.verifies and need.evicts):
         return False
+    # Where every step reads everything, whole layers make it the plain model's; else they would take page copies' room.
     if not need.assembles and (limits.page is not None or need.is_coded):
         return True
     return limits.near is not None and whole.total > limits.near
