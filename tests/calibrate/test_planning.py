@@ -235,7 +235,10 @@ def test_a_measured_profile_drives_all_three_levers() -> None:
     assert receipt.read_fraction <= 0.4
 
 
-@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -1, "0.5", True, [1], 10**400, 10**5000])
+ODD: list[Any] = [float("nan"), float("inf"), -1, "0.5", True, [1], 10**400, 10**5000]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
 @pytest.mark.parametrize("name", ["tokens", "ratio", "n_bytes", "retention", "context", "confidence"])
 def test_a_number_that_is_none_is_refused_in_words(profile: Profile, name: str, odd: Any) -> None:
     budget = PlanBudget(**({name: odd} if name not in ("context", "confidence") else {"ratio": 0.5, name: odd}))
