@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,12 +19,17 @@ from jaxtyping import TypeCheckError
 from farkv.config import (
     MOST_BYTES,
     check_counts,
+    check_flag,
+    check_fraction,
+    check_name,
     check_seed,
     check_temperature,
     check_text,
+    check_window,
     format_bytes,
     parse_bytes,
     parse_disk,
+    read_count,
 )
 from farkv.errors import ConfigError, InputError
 from farkv.methods import Full, InfiniGen, Oracle, Random, Window
@@ -178,3 +186,55 @@ def test_defaults_are_filled_in_and_frozen() -> None:
     assert partial(own.index_rule.rule).keywords["alpha"] == 5.0
     with pytest.raises(dataclasses.FrozenInstanceError):
         ours.fraction = 0.5  # type: ignore[misc]
+
+
+ODD = [
+    math.nan,
+    math.inf,
+    -1,
+    -0.5,
+    10**30,
+    10**5000,
+    True,
+    "3",
+    "",
+    None,
+    [],
+    {},
+    1j,
+    object(),
+    b"1",
+    np.float64("nan"),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+def test_what_is_no_number_is_refused_in_a_line(odd: Any) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: check_fraction(odd),
+        lambda: check_counts(count=odd),
+        lambda: check_seed(odd) if odd != 10**30 else check_seed(2**64),
+        lambda: read_count("tokens", odd),
+        lambda: check_name("rule", odd, ("a", "b")),
+        lambda: check_window(odd, 7),
+    ]
+    if not isinstance(odd, bool):
+        calls.append(lambda: check_flag(flag=odd))
+    for call in calls:
+        with pytest.raises(ConfigError) as error:
+            call()
+        assert len(str(error.value)) < 200
+        assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_count_where_they_are_used_once() -> None:
+    assert read_count("tokens", np.int64(3)) == 3
+    assert type(read_count("tokens", np.uint8(3))) is int
+    check_fraction(np.float64(0.5))
+    check_seed(2**64 - 1)
+    for size in ("9" * 400, "9" * 60, 2**61, 10**5000, True, 1.5, math.nan):
+        with pytest.raises(ConfigError, match="near"):
+            parse_bytes(size, "near")
+    for disk in (5, b"x", "a\0b", ["x"]):
+        with pytest.raises(ConfigError, match="disk"):
+            parse_disk(disk, "disk")

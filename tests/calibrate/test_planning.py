@@ -233,3 +233,16 @@ def test_a_measured_profile_drives_all_three_levers() -> None:
         receipt = far.receipt()
     assert 0.35 < receipt.kept_fraction <= 0.4
     assert receipt.read_fraction <= 0.4
+
+
+ODD: list[Any] = [float("nan"), float("inf"), -1, "0.5", True, [1], 10**400, 10**5000]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+@pytest.mark.parametrize("name", ["tokens", "ratio", "n_bytes", "retention", "context", "confidence"])
+def test_a_number_that_is_none_is_refused_in_words(profile: Profile, name: str, odd: Any) -> None:
+    budget = PlanBudget(**({name: odd} if name not in ("context", "confidence") else {"ratio": 0.5, name: odd}))
+    with pytest.raises(ConfigError) as error:
+        make_plan(profile, budget)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import farkv
+from farkv.calibrate.profile import Profile
 from farkv.errors import (
     CacheStateError,
     ConfigError,
@@ -175,9 +178,52 @@ def test_bad_arguments_are_refused_and_nothing_is_attached() -> None:
     assert describe(model) == before
 
 
-@pytest.mark.parametrize("options", [{"tokens": -1}, {"verify": -1}])
+@pytest.mark.parametrize("odd", [5, 0.5, b"x", ["x"], True])
+@pytest.mark.parametrize("name", ["profile", "plan", "kernel", "evict", "quant", "disk"])
+def test_arguments_of_another_type_are_refused(name: str, odd: Any) -> None:
+    model = make_model("llama")
+    before = settle(model)
+    with pytest.raises((ConfigError, TypeCheckError)):
+        farkv.attach(model, **{name: odd})
+    assert describe(model) == before
+
+
+def test_a_profile_must_fit_the_models_layers(tmp_path: Path) -> None:
+    model = make_model("llama")
+    before, measured = settle(model), farkv.profile(model, [make_prompt(1, tokens=40)["input_ids"][0]], curves=False)
+    parts = ("query", "key", "mean", "svd")
+    moved = {f"layer.9.{part}": measured.tensors[f"layer.3.{part}"] for part in parts}
+    fewer = {name: tensor for name, tensor in measured.tensors.items() if not name.startswith("layer.3.")}
+    one_head = {name: tensor[:, :1].contiguous() for name, tensor in measured.tensors.items()}
+    for tensors, said in (
+        (fewer, "is of layers"),
+        ({**fewer, **moved}, "is of layers"),
+        (one_head, "is of 1 KV heads"),
+    ):
+        wrong = Profile(measured.identity, tensors)
+        wrong.save(tmp_path / "profile.safetensors")
+        for given in (wrong, tmp_path / "profile.safetensors"):
+            with pytest.raises(ProfileError, match=said + ".*farkv profile"):
+                farkv.attach(model, profile=given)
+        assert describe(model) == before
+
+
+def test_a_model_from_no_folder_takes_no_profile_from_the_working_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "profile.safetensors").write_bytes(b"of something else")
+    monkeypatch.chdir(tmp_path)
+    model = make_model("llama")
+    assert model.config._name_or_path == ""
+    with farkv.attach(model) as far:
+        assert far.setting.profile is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"tokens": -1}, {"verify": -1}, {"tokens": 2**60}, {"batch": 0}, {"chunk_tokens": 0}, {"verify": True}]
+)
 def test_bad_cache_options_are_refused(options: dict[str, int]) -> None:
-    with farkv.attach(make_model("llama")) as far, pytest.raises(ConfigError, match="new_cache"):
+    with farkv.attach(make_model("llama")) as far, pytest.raises(ConfigError, match="expected an integer"):
         far.new_cache(**options)
 
 

@@ -182,6 +182,9 @@ def test_a_value_that_is_not_finite_spoils_its_own_group_only(name: str) -> None
         differs[0, 1, 2, 32:64] = False
         differs[0, 0, 0, 64 + 64 : 64 + 80] = False
         assert not differs.any()
+        assert decoded[0, 1, 2, 32:64].isnan().all(), "what was no number does not become one"
+        assert decoded[0, 0, 0, 64 + 64 :].isnan().all()
+        assert math.isfinite(codec.measure_error(k, v, codec.encode(k, v)))
 
 
 @pytest.mark.parametrize("name", NAMES)
