@@ -98,9 +98,10 @@ def make_wild(rng: random.Random, x: Tensor) -> Tensor:
     return flat.view(x.shape)
 
 
-def draw_logits(rng: random.Random, scaling: float) -> Logits:
-    """Return a scaling and, at times, a softcap."""
-    return Logits(scaling * rng.choice([1.0, 1.0, 4.0, 0.0, -1.0]), rng.choice([None, None, 0.5, 30.0, 1e4]))
+def draw_logits(rng: random.Random, scaling: float, wild: bool) -> Logits:
+    """Return a scaling and, at times, a softcap; a `wild` one may be far above the logits."""
+    softcap = rng.choice([None, None, 0.5, 30.0, 1e4 if wild else 30.0])
+    return Logits(scaling * rng.choice([1.0, 1.0, 4.0, 0.0, -1.0]), softcap)
 
 
 def draw_attend(rng: random.Random, wild: bool) -> tuple[str, dict[str, Any], Check]:
@@ -121,7 +122,7 @@ def draw_attend(rng: random.Random, wild: bool) -> tuple[str, dict[str, Any], Ch
         read = torch.cat([positions, torch.arange(n - tail, n).expand(batch, heads, tail)], -1)
         positions = positions.to(rng.choice([torch.int64, torch.int64, torch.int32]))
     sinks = torch.randn(heads * group) if rng.random() < 0.3 else None
-    logits = draw_logits(rng, k_dim**-0.5)
+    logits = draw_logits(rng, k_dim**-0.5, wild)
     arguments = dict(q=q, rows=rows, logits=logits, positions=positions, n=n, tail=tail, sinks=sinks)
     # The kernel's weights are of the logits as float32 has them.
     taken = values.gather(2, read[..., None].expand(*read.shape, values.shape[-1]))
@@ -175,7 +176,7 @@ def draw_select(rng: random.Random, wild: bool) -> tuple[str, dict[str, Any], Ch
     n_taken = 0 if taken is None else taken.shape[2]
     cap = rng.choice([0, 1, n_open - n_taken, rng.randint(0, n_open - n_taken), (n_open - n_taken) // 20])
     cap, sinks = min(cap, n_open - n_taken), rng.choice([0, 0, 4, 100])
-    logits = draw_logits(rng, rng.choice([0.3, 3.0, 30.0]) / math.sqrt(dim * columns))
+    logits = draw_logits(rng, rng.choice([0.3, 3.0, 30.0]) / math.sqrt(dim * columns), wild)
     index = IndexView(codes, bits, side, scale)
     arguments = dict(q=q, index=index, logits=logits, cap=cap, n=n_open, sinks=sinks, taken=taken)
     return "select", arguments, lambda out: check_choice(out, arguments, exact=not strange)
