@@ -15,7 +15,7 @@ INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 # What the package's build compiles.
 NATIVE := hatch_build.py $(wildcard src/farkv/kernels/csrc/*)
 
-.PHONY: demo test test-all coverage lint matrix-oldest clean
+.PHONY: demo test test-all sanitize coverage lint matrix-oldest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -24,11 +24,18 @@ demo: .venv/installed
 test: lint
 	$(BIN)/$(PYTEST) -m "not slow"
 
-# Every night: deep sweeps, examples that no run before has seen, every call's shapes, long series of real faults.
+# Every night: deep sweeps, examples that no run before has seen, every call's shapes, long series of real faults, random
+# calls of the kernels.
 test-all: lint
 	$(BIN)/$(PYTEST) --hypothesis-profile=nightly
 	$(BIN)/python benchmarks/faults.py --runs 100
 	$(BIN)/python benchmarks/fuzz_session.py --minutes 20 --seed $$(date +%j)
+	$(BIN)/python benchmarks/fuzz_kernels.py --minutes 5 --seed $$(date +%j)
+	.ci/sanitize 5 $$(date +%j)
+
+# The kernels' fuzz and tests under AddressSanitizer and UBSan, in a build of their own.
+sanitize: .venv/installed-dev
+	.ci/sanitize
 
 coverage: .venv/installed-dev
 	$(BIN)/$(PYTEST) -m "not slow" -q --cov=farkv --cov-report=term:skip-covered

@@ -22,8 +22,15 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 KERNELS = Path("src/farkv/kernels")
 LIBRARY = "_native.so"
 BASE = "-std=gnu11 -O2 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -pthread".split()
-AVX2 = "-mavx2 -mfma -mf16c".split()
+AVX2 = "-mavx2 -mfma -mf16c -mpopcnt".split()
 AVX512 = [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()]
+# The least of every machine of a kind. After CFLAGS: what is built on one machine, with its -march=native, must run on
+# others, whose instruction set is asked for at run time (csrc/dispatch.c). -mno-sse3 takes all that builds on it away.
+LEAST = {
+    "x86_64": "-march=x86-64 -mno-sse3 -mno-popcnt -mno-lzcnt -mno-bmi -mno-bmi2 -mno-movbe".split(),
+    "aarch64": ["-march=armv8-a"],
+}
+LEAST |= {"AMD64": LEAST["x86_64"], "arm64": LEAST["aarch64"]}
 X86 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}
 ARM = {"generic": [], "neon": []}
 
@@ -35,6 +42,15 @@ def list_units(machine: str) -> dict[str, list[str]]:
     return ARM if machine in ("aarch64", "arm64") else {"generic": []}
 
 
+def list_commands(sources: Path, machine: str) -> dict[str, list[str]]:
+    """Return the command that compiles each object, but for `-o`."""
+    cc, least = shlex.split(os.environ.get("CC", "cc")), LEAST.get(machine, [])
+    flags = [*BASE, *shlex.split(os.environ.get("CFLAGS", "")), *least]
+    made = {name: [*more, f"-DFARKV_ISA={name}", "unit.c"] for name, more in list_units(machine).items()}
+    made |= {"dispatch": ["dispatch.c"], "pool": ["pool.c"]}
+    return {name: [*cc, *flags, *more, "-c", str(sources / source)] for name, (*more, source) in made.items()}
+
+
 def compile_library(root: Path, out: Path, machine: str) -> None:
     """Compile and link all kernels into `out`.
 
@@ -42,17 +58,13 @@ def compile_library(root: Path, out: Path, machine: str) -> None:
         OSError: there is no compiler.
         subprocess.CalledProcessError: it failed; its output is in `stderr`.
     """
-    cc = shlex.split(os.environ.get("CC", "cc"))
-    flags = [*BASE, *shlex.split(os.environ.get("CFLAGS", ""))]
-    sources = root / KERNELS / "csrc"
+    commands = list_commands(root / KERNELS / "csrc", machine)
+    link = [*shlex.split(os.environ.get("CC", "cc")), *BASE, *shlex.split(os.environ.get("CFLAGS", "")), "-shared"]
     with tempfile.TemporaryDirectory() as work:
-        jobs = [(name, "unit.c", [*more, f"-DFARKV_ISA={name}"]) for name, more in list_units(machine).items()]
-        jobs += [("dispatch", "dispatch.c", []), ("pool", "pool.c", [])]
-        objects = [f"{work}/{name}.o" for name, _, _ in jobs]
+        objects = [f"{work}/{name}.o" for name in commands]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            commands = [[*cc, *more, *flags, "-c", str(sources / source)] for _, source, more in jobs]
-            list(pool.map(run, [[*command, "-o", made] for command, made in zip(commands, objects, strict=True)]))
-        run([*cc, *flags, "-shared", *objects, "-o", f"{work}/{LIBRARY}", "-lm"])
+            list(pool.map(run, [[*command, "-o", to] for command, to in zip(commands.values(), objects, strict=True)]))
+        run([*link, *objects, "-o", f"{work}/{LIBRARY}", "-lm"])
         out.parent.mkdir(parents=True, exist_ok=True)
         # A process that has the old library loaded keeps it: the name gets a new file.
         shutil.copyfile(f"{work}/{LIBRARY}", out.with_suffix(".new"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import pytest
@@ -161,3 +162,10 @@ def test_a_choice_is_captured_in_a_graph_and_follows_the_growing_context() -> No
         q.normal_()
         graph.replay()
         assert_best(chosen, weigh(q, index, Logits(0.3), held), 4, None)
+
+
+def test_taken_positions_of_other_heads_are_refused() -> None:
+    q, index = make_index(Case(batch=1))
+    for taken in (torch.zeros(1, 1, 3, dtype=torch.int64), torch.zeros(1, 2, 3)):
+        with pytest.raises(CacheStateError, match="expected taken that are whole numbers"):
+            inspect.unwrap(type(GPU).select)(GPU, q, index, Logits(0.3), cap=5, n=100, taken=taken.to(DEVICE))

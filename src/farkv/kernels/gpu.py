@@ -19,6 +19,7 @@ from farkv._axes import Float, Int, Tensor
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Rows
 from farkv.kernels.near_copies import NearCopies
+from farkv.kernels.operands import WHOLE
 from farkv.math.logits import Logits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -98,6 +99,7 @@ class Gpu:
                 "gpu select: expected 1 <= cap, cap + taken <= n <= stored records, "
                 f"got {cap} + {n_taken}, {n}, {rows}; choose fewer records"
             )
+        _expect_positions("taken", taken, (batch, kv_heads))
         if index.codes.stride(-1) != 1 or index.bits not in (4, 8):
             raise CacheStateError(f"gpu select: expected codes of 4 or 8 bits side by side, got {index.bits} bits")
         heads, group = batch * kv_heads, q.shape[1] // kv_heads
@@ -146,6 +148,7 @@ class Gpu:
         (kv_heads, room), heads = rows.data.shape[1:3], rows.data.shape[0] * rows.data.shape[1]
         if isinstance(n, int) and not tail <= n <= room:
             raise CacheStateError(f"gpu attend: expected tail <= n <= stored records, got {tail}, {n}, {room}")
+        _expect_positions("positions", positions, (rows.data.shape[0], kv_heads))
         most = room if positions is None else positions.shape[-1] + tail
         parts = min(-(-most // self.blocks.attend), -(-self.blocks.programs // heads))
         q = q if q.stride(-1) == 1 else q.contiguous()
@@ -256,6 +259,17 @@ class Gpu:
             area = torch.empty(1 << (n - 1).bit_length(), dtype=dtype, device=device)
             self._scratch[key] = area
         return area
+
+
+def _expect_positions(name: str, positions: Tensor | None, leading: tuple[int, int]) -> None:
+    """Raise CacheStateError unless every KV head has positions: the kernels address them by the number of heads."""
+    if positions is None:
+        return
+    if positions.ndim != 3 or positions.shape[:2] != leading or positions.dtype not in WHOLE:
+        raise CacheStateError(
+            f"gpu kernels: expected {name} that are whole numbers, [{leading[0]}, {leading[1]}, K], got "
+            f"{positions.dtype} {tuple(positions.shape)}; pass those of one layer"
+        )
 
 
 @lru_cache(maxsize=1)

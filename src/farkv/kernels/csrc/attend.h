@@ -89,6 +89,21 @@ static void put_in_order(const struct attend_head *h, const float *q) {
                 }
 }
 
+/* Write what query head g of a task has: into its part, or finished into the output. */
+static void write_out(const struct attend_call *call, const struct attend_head *h, int64_t task, int64_t g) {
+    const struct attend_args *args = call->args;
+    int64_t wide = call->parts ? 2 + args->v_dim : args->v_dim, at_head = task * args->group + g;
+    float *out = (call->parts ? call->parts : args->out) + at_head * wide, highest, sum;
+    read_sums(h, g, &highest, &sum);
+    if (call->parts) *out++ = highest, *out++ = sum;
+    const float *values = (const float *)(h->out + g * h->v.n_chunks * 2);
+    for (int64_t at = 0; at < h->v.n_chunks * CHUNK; at++) {
+        int64_t in = at % CHUNK, i = at - in + place((int)args->form, (int)(in / VL), (int)(in % VL));
+        if (i < args->v_dim) out[i] = values[at];
+    }
+    if (!call->parts) finish(args, at_head, highest, sum, out);
+}
+
 static void attend_part(void *context, int64_t task) {
     struct attend_call *call = context;
     const struct attend_args *args = call->args;
@@ -115,19 +130,7 @@ static void attend_part(void *context, int64_t task) {
         call->status = status;
         return;
     }
-    int64_t wide = call->parts ? 2 + args->v_dim : args->v_dim;
-    for (int64_t g = 0; g < group; g++) {
-        float *out = call->parts ? call->parts + (task * group + g) * wide : args->out + (head * group + g) * wide;
-        float highest, sum;
-        read_sums(&h, g, &highest, &sum);
-        if (call->parts) *out++ = highest, *out++ = sum;
-        const float *values = (const float *)(h.out + g * h.v.n_chunks * 2);
-        for (int64_t at = 0; at < h.v.n_chunks * CHUNK; at++) {
-            int64_t in = at % CHUNK, i = at - in + place((int)args->form, (int)(in / VL), (int)(in % VL));
-            if (i < args->v_dim) out[i] = values[at];
-        }
-        if (!call->parts) finish(args, head * group + g, highest, sum, out);
-    }
+    for (int64_t g = 0; g < group; g++) write_out(call, &h, task, g);
 }
 
 /* Join the parts of one query head. */

@@ -5,13 +5,14 @@
 #ifndef FARKV_BLOCK_H
 #define FARKV_BLOCK_H
 
+#include <float.h>
 #include <math.h>
 
 #include "rows.h"
 
 #define BLOCK 16 /* two blocks of 512-byte rows, this one and the next, fill half of an L1 cache */
 #define DUE 1024 /* fractions of a row, the unit of `due` */
-#define LOWEST (-1e30f)
+#define LOWEST (-FLT_MAX) /* no finite logit is below: what is read weighs something */
 
 /* One part of the records of one KV head. */
 struct attend_head {

@@ -1,6 +1,12 @@
 /* Choose records from the candidates of a scan, and run the selection for all heads. */
 #include "select.h"
 
+static int are_stored(const int64_t *positions, int64_t count, int64_t n) {
+    for (int64_t i = 0; i < count; i++)
+        if (positions[i] < 0 || positions[i] >= n) return 0;
+    return 1;
+}
+
 static void mark_taken(struct head *h, int64_t head) {
     const struct select_args *a = h->args;
     memset(h->taken, 0, a->n / 8 + 1);
@@ -167,6 +173,7 @@ static void finish_task(void *context, int64_t task) {
 
 static int select_records(const struct select_args *a) {
     int64_t n_heads = a->batch * a->heads, tiles = count_tiles(a);
+    if (!are_stored(a->taken, n_heads * a->n_taken, a->n)) return FARKV_BAD_POSITION;
     struct head unused;
     struct select_call call = {a, NULL, 1, (int64_t)(uintptr_t)lay_out(a, &unused, NULL), FARKV_OK};
     if (a->threads > 1 && n_heads % a->threads && n_heads < 4 * a->threads && tiles > 1)

@@ -154,6 +154,9 @@ INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const
 }
 #endif
 
+/* y * 2^n, where `shifted` has n in its low bits. Of what can be NaN here the low bits are 0: it stays NaN. */
+INLINE vf add_exponent(vf y, vf shifted) { return (vf)((vu)y + ((vu)shifted << 23)); }
+
 /* 2^t of a clamped t, relative error below 2^-13. */
 INLINE vf exp2_of(vf t) {
     t = min_of(max_of(t, fill(LEAST_EXP)), fill(MOST_EXP));
@@ -161,7 +164,7 @@ INLINE vf exp2_of(vf t) {
     vf p = f * 5.5171669e-2f + 2.4022651e-1f;
     p = p * f + 6.9315308e-1f;
     p = p * f + 1.0f;
-    return (vf)((vi)p + ((vi)shifted << 23));
+    return add_exponent(p, shifted);
 }
 
 /* 2^t of a t below 126, clamped below; its log2 is off by less than ROUGHLY. */
@@ -170,7 +173,7 @@ INLINE vf exp2_roughly(vf t) {
     t = max_of(t, fill(LEAST_EXP));
     vf shifted = t + 12582912.0f, f = t - (shifted - 12582912.0f);
     vf p = (f * 2.3842893e-1f + 7.0344807e-1f) * f + 1.00044315f;
-    return (vf)((vi)p + ((vi)shifted << 23));
+    return add_exponent(p, shifted);
 }
 
 enum { EXACT4, EXACT8, COARSE4, EXACT4_AT };

@@ -108,6 +108,9 @@ static int64_t find_column(const struct select_args *a, int64_t word, int64_t pa
     return a->bits == 4 ? byte + part % 2 * (a->columns / 2) : byte;
 }
 
+/* The nearest integer; 0 for NaN, which is what inf / inf is: a query without a size has no direction. */
+INLINE float round_code(float x) { return x == x ? rintf(x) : 0; }
+
 /* Round the projected queries to 16 bits, or fewer so that sums fit, each with its own step, and fill the table. */
 static void quantize(struct head *h) {
     const struct select_args *a = h->args;
@@ -124,7 +127,7 @@ static void quantize(struct head *h) {
                 uint32_t pair = 0;
                 for (int64_t half = 0; half < 2; half++) {
                     int64_t r = find_column(a, w, part, half);
-                    int16_t x = r < 0 ? 0 : (int16_t)lrintf(p[r] / step);
+                    int16_t x = r < 0 ? 0 : (int16_t)round_code(p[r] / step);
                     pair |= (uint32_t)(uint16_t)x << (16 * half);
                 }
                 h->table[(g * words + w) * parts + part] = (vi)((vu){0} + pair);
@@ -151,7 +154,7 @@ static void quantize_coarsely(struct head *h) {
             uint32_t bytes = 0;
             for (int64_t j = 0; j < 4; j++) {
                 int64_t byte = i / 2 * 4 + j;
-                float exact = byte < half ? p[i % 2 * half + byte] : 0, x = rintf(exact / step);
+                float exact = byte < half ? p[i % 2 * half + byte] : 0, x = round_code(exact / step);
                 lost += fabsf(exact - x * step), balance += exact - x * step, sum += x, size += fabsf(x);
                 bytes |= (uint32_t)(uint8_t)(int8_t)x << (8 * j);
             }

@@ -104,10 +104,34 @@ static void find_references(struct head *h) {
     h->coarse = h->fused = 0;
 }
 
+/* Guess the sum of query g from its samples; add their weights, over that sum, to the group's masses. */
+static void guess_sum(struct head *h, int64_t g, float *samples, float *mass) {
+    int64_t group = h->args->group;
+    vf sum = {0}, edges = {0};
+    double weight = 1;
+    for (int64_t i = 0; i < SAMPLE_RUNS; i++) {
+        find_sample(h->args, i, &weight);
+        for (int j = 0; j < SAMPLE_RUN; j += VL) {
+            float *t = samples + (i * group + g) * SAMPLE_RUN + j;
+            vf e = exp2_of(load(t) - h->offset[g]);
+            store(t, e);
+            if (i < 2) edges += e;
+            else sum += e;
+        }
+    }
+    h->guess[g] = sum_lanes(edges) + weight * sum_lanes(sum);
+    h->inverse[g] = (float)(1 / h->guess[g]);
+    for (int64_t i = 2; i < SAMPLE_RUNS; i++)
+        for (int j = 0; j < SAMPLE_RUN; j += VL) {
+            float *to = mass + i * SAMPLE_RUN + j;
+            store(to, load(to) + load(samples + (i * group + g) * SAMPLE_RUN + j) * h->inverse[g]);
+        }
+}
+
 /* Set reference logits, guesses of the sums, and a bound that slightly more than `wanted` records should reach. */
 static void take_sample(struct head *h, int64_t wanted) {
     const struct select_args *a = h->args;
-    int64_t group = a->group, n_runs = SAMPLE_RUNS;
+    int64_t group = a->group;
     if (a->n < 4 * SAMPLE_RUNS * SAMPLE_RUN || wanted > a->n / 4) {
         find_references(h);
         return;
@@ -116,28 +140,8 @@ static void take_sample(struct head *h, int64_t wanted) {
     if (h->coarse) quantize_coarsely(h);
     float *samples = h->weights; /* not in use yet */
     float mass[SAMPLE_RUNS * SAMPLE_RUN] = {0};
-    weigh_sample(h, n_runs, samples);
-    for (int64_t g = 0; g < group; g++) {
-        vf sum = {0}, edges = {0};
-        double weight = 1;
-        for (int64_t i = 0; i < n_runs; i++) {
-            find_sample(a, i, &weight);
-            for (int j = 0; j < SAMPLE_RUN; j += VL) {
-                float *t = samples + (i * group + g) * SAMPLE_RUN + j;
-                vf e = exp2_of(load(t) - h->offset[g]);
-                store(t, e);
-                if (i < 2) edges += e;
-                else sum += e;
-            }
-        }
-        h->guess[g] = sum_lanes(edges) + weight * sum_lanes(sum);
-        h->inverse[g] = (float)(1 / h->guess[g]);
-        for (int64_t i = 2; i < n_runs; i++)
-            for (int j = 0; j < SAMPLE_RUN; j += VL) {
-                float *to = mass + i * SAMPLE_RUN + j;
-                store(to, load(to) + load(samples + (i * group + g) * SAMPLE_RUN + j) * h->inverse[g]);
-            }
-    }
+    weigh_sample(h, SAMPLE_RUNS, samples);
+    for (int64_t g = 0; g < group; g++) guess_sum(h, g, samples, mass);
     h->fused = h->coarse && (group == 1 || group == 2 || group == 4 || group == 8) && h->query.n_words == PIECE / 4;
     h->fused &= h->query.softcap == 0;
     for (int64_t g = 0; g < group; g++) h->fused &= h->furthest - h->offset[g] < MOST_EXP;

@@ -7,6 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#error "-ffast-math: the kernels tell NaN and infinity from numbers"
+#endif
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -120,26 +124,37 @@ INLINE vf fill_bf16(const uint8_t *p) {
 }
 #endif
 
-/* exp(x) for x <= 88, relative error below 2^-22; 0 below -87; NaN stays NaN. */
-INLINE vf exp_of(vf x) {
-    vf t = max_of(x, fill(-88.0f)) * 1.44269504088896f;
-    vf shifted = t + 12582912.0f; /* 1.5 * 2^23: puts the nearest integer into the low bits */
-    vf n = shifted - 12582912.0f;
-    vf f = (max_of(x, fill(-88.0f)) - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
+#define EXPONENT_BIAS 127
+/* 1.5 * 2^23 puts the nearest integer into the low bits; with the bias, that is the exponent of a power of two. */
+#define TO_EXPONENT (12582912.0f + EXPONENT_BIAS)
+
+/* exp(x) = (1 + the result) * scale, x clamped to -88 .. 89, where the scale is 0 and infinity; NaN stays NaN.
+
+   The scale is multiplied with: the bits of a NaN plus an exponent may be any number. */
+INLINE vf split_exp(vf x, vf *scale) {
+    x = min_of(max_of(x, fill(-88.0f)), fill(89.0f));
+    vf shifted = x * 1.44269504088896f + TO_EXPONENT, n = shifted - TO_EXPONENT;
+    *scale = (vf)((vu)shifted << 23);
+    vf f = (x - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
     vf p = f * 1.3888889e-3f + 8.3333333e-3f;
     p = p * f + 4.1666668e-2f;
     p = p * f + 1.6666667e-1f;
     p = p * f + 0.5f;
     p = p * f + 1.0f;
-    p = p * f + 1.0f;
-    vf y = (vf)((vi)p + ((vi)shifted << 23));
-    return (vf)((vi)y & ~(vi)(x < -87.0f));
+    return p * f;
 }
 
-/* c * tanh(x / c) */
+/* exp(x), relative error below 2^-22; 0 below -87, infinity above 88.4; NaN stays NaN. */
+INLINE vf exp_of(vf x) {
+    vf scale, p = split_exp(x, &scale);
+    return (vf)((vi)((p + 1.0f) * scale) & ~(vi)(x < -87.0f));
+}
+
+/* c * tanh(x / c): with y = 2 x / c that is c e / (e + 2), e = exp(y) - 1, exact for small y too. */
 INLINE vf cap_softly(vf x, float c) {
-    vf y = min_of(max_of(x * (2.0f / c), fill(-40.0f)), fill(40.0f));
-    return c - 2.0f * c / (exp_of(y) + 1.0f);
+    vf scale, y = min_of(max_of(x * (2.0f / c), fill(-40.0f)), fill(40.0f)), p = split_exp(y, &scale);
+    vf e = p * scale + (scale - 1.0f);
+    return c * (e / (e + 2.0f));
 }
 
 INLINE float sum_lanes(vf x) {

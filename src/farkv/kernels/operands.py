@@ -1,0 +1,177 @@
+"""What the native kernels are given, and the checks before C is entered: C reads addresses and cannot know.
+
+In: views of one layer's index and records, as they are stored, and numbers. Out: nothing; what does not fit is refused
+with CacheStateError. Positions alone are checked in C, which reads them anyway.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from farkv._axes import Float32, Tensor
+from farkv.errors import CacheStateError
+from farkv.kernels.native_abi import count_row_bytes
+from farkv.math.logits import Logits
+
+PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+CODED = ("int8", "int4")
+WHOLE = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+# C counts the records of a choice in 32 bits, and a vector of them beyond the last.
+MOST_RECORDS = 2**31 - 4096
+MOST_SCALING, LEAST_SOFTCAP, MOST_SOFTCAP = 3e38, 1e-30, 1e30
+
+
+class IndexView(NamedTuple):
+    """The index of one layer, as it is stored.
+
+    codes: int8 [B, Hkv, S, W], a view; heads and rows may have any stride, bytes of a row are contiguous. With
+    `bits` 4, W = R/2 and byte j holds column j in its low half and column j + R/2 in its high half
+    (math.score.unpack_codes); with 8, W = R.
+    """
+
+    codes: Tensor
+    bits: int
+    query: Float32[Tensor, "b Hkv D R"]
+    scale: Float32[Tensor, "B Hkv 1 R"]
+
+
+class Rows(NamedTuple):
+    """A view of the stored records of one layer.
+
+    data: [B, Hkv, S, W], a row is [k | v]; float32, bfloat16 or float16, or uint8 where they are coded.
+    form: "plain", or "int8" or "int4" as in store/far/quantize.py.
+    """
+
+    data: Tensor
+    k_dim: int
+    v_dim: int
+    form: str = "plain"
+
+
+def check_select(
+    q: Tensor, index: IndexView, logits: Logits, *, cap: int, n: int, sinks: int, taken: Tensor | None
+) -> None:
+    """Raise CacheStateError unless `Native.select` may read these."""
+    codes, bits, side, scale = index
+    if codes.ndim != 4 or codes.dtype is not torch.int8 or not codes.is_cpu or codes.stride(3) != 1:
+        _refuse("int8 codes [B, Hkv, S, W] in CPU memory, the bytes of a row side by side", codes)
+    batch, heads, stored, width = codes.shape
+    if q.ndim != 4 or q.dtype not in PLAIN or not q.is_cpu:
+        _refuse("queries [B, Hq, 1, D] in CPU memory", q)
+    q_batch, hq, n_q, dim = q.shape
+    if q_batch != batch or n_q != 1 or not 0 < heads <= hq or hq % heads:
+        _refuse(f"one query of every head, for {heads} KV heads of {batch} sequences", q)
+    columns = width * 8 // bits if bits in (4, 8) else 0
+    if scale.shape != (batch, heads, 1, columns) or not columns or scale.dtype not in PLAIN or not scale.is_cpu:
+        _refuse(f"one step per column of {bits} bits, {(batch, heads, 1, columns)} in CPU memory", scale)
+    shape = side.shape
+    if shape[1:] != (heads, dim, columns) or shape[0] not in (1, batch) or side.dtype not in PLAIN or not side.is_cpu:
+        _refuse(f"a projection {(batch, heads, dim, columns)} in CPU memory", side)
+    n_taken = 0 if taken is None else _count_positions(taken, batch, heads)
+    _expect_logits(logits)
+    if not 0 <= cap <= cap + n_taken <= n <= stored <= MOST_RECORDS or sinks < 0:
+        raise CacheStateError(
+            f"native select: expected 0 <= cap, 0 <= sinks, cap + taken <= n <= stored records <= {MOST_RECORDS}, got "
+            f"cap {cap}, sinks {sinks}, {n_taken} taken, n {n}, {stored} stored; choose fewer records"
+        )
+
+
+def check_attend(
+    q: Tensor,
+    rows: Rows,
+    logits: Logits,
+    *,
+    positions: Tensor | None,
+    n: int,
+    tail: int,
+    sinks: Tensor | None,
+) -> str:
+    """Raise CacheStateError unless `Native.attend` may read these; return the form of the records."""
+    data, k_dim, v_dim, kind = rows
+    form = PLAIN.get(data.dtype) if kind == "plain" else kind if kind in CODED and data.dtype is torch.uint8 else None
+    if data.ndim != 4 or form is None or not data.is_cpu:
+        _refuse(f"records [B, Hkv, S, W] of a known form ({kind}) in CPU memory", data)
+    batch, heads, stored, width = data.shape
+    units = count_row_bytes(kind, k_dim, v_dim, 1)
+    if k_dim <= 0 or v_dim <= 0 or units != width or data.stride(3) != 1:
+        _refuse(f"rows of k and v, {units} for {k_dim} and {v_dim} numbers, side by side", data)
+    if q.ndim != 4 or q.dtype not in PLAIN or not q.is_cpu:
+        _refuse("queries [B, Hq, 1, Dk] in CPU memory", q)
+    q_batch, hq, n_q, dim = q.shape
+    if q_batch != batch or n_q != 1 or dim != k_dim or not 0 < heads <= hq or hq % heads:
+        _refuse(f"one query of every head and {k_dim} numbers, for {heads} KV heads of {batch} sequences", q)
+    if sinks is not None and (sinks.shape != (hq,) or sinks.dtype not in PLAIN or not sinks.is_cpu):
+        _refuse("a sink of every query head", sinks)
+    if positions is not None:
+        _count_positions(positions, batch, heads)
+    _expect_logits(logits)
+    if not 0 <= tail <= n <= stored:
+        raise CacheStateError(
+            f"native attend: expected 0 <= tail <= n <= stored records, got tail {tail}, n {n}, {stored} stored; "
+            "append them first"
+        )
+    return form
+
+
+def check_gather(data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> tuple[int, int]:
+    """Raise CacheStateError unless `Native.gather` may copy; return the rows of a run of `out`, and its stride."""
+    if data.ndim != 4 or not data.is_cpu or not data.is_contiguous():
+        _refuse("a contiguous pool [B, Hkv, S, W] in CPU memory", data)
+    n, width = heads.numel(), data.shape[3]
+    for at in (heads, positions):
+        if at.shape != (n,) or at.dtype is not torch.int64 or not at.is_cpu or not at.is_contiguous():
+            _refuse(f"{n} times a contiguous int64 in CPU memory", at)
+    shape, strides = out.shape, out.stride()
+    n_runs, run, wide = shape if len(shape) == 3 else (1, *shape) if len(shape) == 2 else (0, 0, -1)
+    stride = strides[0] if len(shape) == 3 else run * wide
+    fits = n_runs * run == n and wide == width and strides[-2:] == (width, 1)
+    # Runs that overlap would be written twice, by threads at once.
+    if not fits or out.dtype is not data.dtype or not out.is_cpu or (stride < run * width and n_runs > 1):
+        _refuse(f"room for these rows, {n} of {width}, apart and each side by side", out)
+    itemsize, a, b = data.element_size(), data.data_ptr(), out.data_ptr()
+    if n and a < b + ((n_runs - 1) * stride + run * width) * itemsize and b < a + data.numel() * itemsize:
+        _refuse("room outside the pool", out)
+    return run, stride
+
+
+def check_reading(data: Tensor, positions: Tensor | None = None, row_bytes: int = 1) -> None:
+    """Raise CacheStateError unless all bytes, or rows of `row_bytes` at these positions, can be read."""
+    if not data.is_cpu or not data.is_contiguous():
+        _refuse("a contiguous tensor in CPU memory", data)
+    if positions is None:
+        return
+    if positions.ndim != 1 or positions.dtype is not torch.int64 or not positions.is_cpu or positions.stride(0) != 1:
+        _refuse("contiguous int64 positions", positions)
+    n_rows = data.numel() * data.element_size() // row_bytes if row_bytes > 0 else 0
+    if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= n_rows:
+        raise CacheStateError(
+            f"gather bandwidth: expected positions within {n_rows} rows of {row_bytes} bytes; name rows that exist"
+        )
+
+
+def _count_positions(positions: Tensor, batch: int, heads: int) -> int:
+    """Return how many positions every KV head has."""
+    shape = positions.shape
+    if len(shape) != 3 or shape[0] != batch or shape[1] != heads:
+        _refuse(f"positions of every KV head, {(batch, heads)}", positions)
+    if positions.dtype not in WHOLE or not positions.is_cpu:
+        _refuse("positions that are whole numbers in CPU memory", positions)
+    return shape[2]
+
+
+def _expect_logits(logits: Logits) -> None:
+    """Raise CacheStateError unless float32 can hold scaling and softcap; NaN cannot be compared, and fails."""
+    cap = logits.softcap
+    if not -MOST_SCALING <= logits.scaling <= MOST_SCALING or (cap and not LEAST_SOFTCAP <= cap <= MOST_SOFTCAP):
+        raise CacheStateError(
+            f"native kernels: expected a finite scaling, and a softcap of {LEAST_SOFTCAP:g} to {MOST_SOFTCAP:g} or "
+            f"none, got {logits.scaling} and {cap}; set FARKV_KERNEL=plain to compute with these"
+        )
+
+
+def _refuse(what: str, got: Tensor) -> NoReturn:
+    strides = got.stride() if got.layout is torch.strided else got.layout
+    form = f"{got.dtype} {tuple(got.shape)} with strides {strides} on {got.device}"
+    raise CacheStateError(f"native kernels: expected {what}, got {form}; pass tensors of one layer as it is stored")
