@@ -110,7 +110,7 @@ BY_NAME_ALLOWED = {
     ("demo/filler.py", "read_sources", "read_text"): "the interpreter's own library",
     ("evals/public/read.py", "read_records", "open"): "a descriptor of the helper's",
     ("hf/session.py", "read_session_text", "open"): "of a session",
-    ("measure/profile.py", "delete", "unlink"): "a name alone goes, never what it leads to",
+    ("measure/part.py", "delete", "unlink"): "a name alone goes, never what it leads to",
     ("session/file.py", "_read_tensor", "open"): "a descriptor of the helper's",
     ("session/load.py", "open_text", "open"): "of a session",
 }

@@ -32,12 +32,8 @@ LEVERS: tuple[Lever, ...] = ("keep", "near", "fetch")
 Rule = Literal["xkv", "maxmin", "pyramid", "uniform"]
 RULES: tuple[Rule, ...] = ("xkv", "maxmin", "pyramid", "uniform")
 
-# More tokens, records or bytes than any machine will count; far below where float64 or int64 would round or overflow.
-MOST_COUNT = 2**50
-MOST_BYTES = 2**60
+# Queries that an evictor looks at, at most.
 MOST_WINDOW = 2**20
-# Characters of a value in a message.
-MOST_SHOWN = 60
 
 _UNITS = {"": 1, "B": 1}
 for _i, _letter in enumerate("KMGT", start=1):
@@ -66,8 +62,7 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
     if size is None:
         return None
     if isinstance(size, str):
-        # Nobody writes a size of more characters, and reading one would take long.
-        match = _SIZE.fullmatch(size) if len(size) <= MOST_SHOWN else None
+        match = _SIZE.fullmatch(size)
         unit = _UNITS.get(match[2].upper()) if match else None
         if match is None or unit is None:
             raise ConfigError(
@@ -211,7 +206,7 @@ def is_number(value: object) -> bool:
     """Say whether a value is a finite number that a float can hold; True and False are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) <= MOST_COUNT
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= MOST_BYTES
 
 
 def check_name(option: str, got: object, names: tuple[str, ...]) -> None:

@@ -185,7 +185,7 @@ def test_bytes_that_are_no_plain_json_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="expected at most"):
         Plan.load(path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(PlanError, match="plain file"):
+    with pytest.raises(PlanError, match="a pipe, expected a file"):
         Plan.load(tmp_path / "pipe")
 
 

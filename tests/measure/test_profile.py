@@ -142,7 +142,7 @@ def test_infinigen_runs_with_a_profile_that_has_no_skew(paper: bool) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"window": 0}, "window: expected an integer of at least 1"),
+        ({"window": 0}, "window: expected an integer from 1"),
         ({"pool": 4}, "pool odd"),
         ({"light": Light(0.0, 1)}, "light: tokens"),
         ({"light": Light(0.5, 0)}, "light: layers"),

@@ -72,7 +72,7 @@ def save_crossover(kernel: str, tokens: int, details: dict[str, Any]) -> Path:
         data = json.dumps({"format": FORMAT, "entries": entries}, indent=1, allow_nan=False).encode()
     except ValueError as error:
         raise ConfigError(
-            f"calibration: expected finite numbers ({error}); measure again: farkv bench --calibrate"
+            f"calibration file {quote(path)}: cannot be written ({error}); measure again: farkv bench --calibrate"
         ) from error
     try:
         make_folder(path.parent)
