@@ -63,16 +63,18 @@ class Admission:
             # Nothing is limited, or the same was admitted before, at step after announced step.
             self.chunk_tokens = chunk or self.chunk_tokens
             return
-        need, limits = self._count_need(*asked), self._take_limits()
-        try:
-            plan = plan_bytes(need, self._take_held(), limits)
-        except CapacityError:
-            if limits.disk is None:
-                raise
-            # A cache that was dropped may still wait for the collector, with its file.
-            gc.collect()
-            plan = plan_bytes(need, self._take_held(), limits)
-        self._apply(plan, shape)
+        with store.shared.admitting:
+            need, limits = self._count_need(*asked), self._take_limits()
+            try:
+                plan = plan_bytes(need, self._take_held(), limits)
+            except CapacityError:
+                if limits.disk is None and not (limits.near_others.held or limits.host_others.held):
+                    raise
+                # A cache that was dropped may still wait for the collector, with its file.
+                gc.collect()
+                plan = plan_bytes(need, self._take_held(), self._take_limits())
+            self._claim(plan)
+            self._apply(plan, shape)
         self._admitted = asked
 
     def fit_chunk(self, n_tokens: int) -> int:
@@ -88,8 +90,10 @@ class Admission:
         return self._count_need(shape, tokens, tokens, 1, 0), self._take_limits()
 
     def forget(self) -> None:
-        """Forget what was announced: the cache is empty."""
+        """Forget what was announced: the cache is empty, and other caches may have its bytes."""
         self._admitted = ()
+        for ledger in (self.store.near, self.store.host):
+            ledger.promise(0)
 
     def _is_limited(self) -> bool:
         limits = self.store.limits
@@ -134,18 +138,25 @@ class Admission:
 
     def _take_limits(self) -> ByteLimits:
         store = self.store
-        cache, disk = store.page_cache, store.limits.disk
+        cache, disk, shared = store.page_cache, store.limits.disk, store.shared
         form = None if cache is None else cache.pages.form
+        others = {tier: shared.count_others(store, tier) for tier in ("near", "host")}
+        left = {
+            ledger.tier: None if ledger.limit is None else ledger.limit - others[ledger.tier].held
+            for ledger in (store.near, store.host)
+        }
         return ByteLimits(
-            near=store.near.limit,
-            host=store.host.limit,
-            home=store.home.limit,
+            near=left["near"],
+            host=left["host"],
+            home=left[store.home.tier],
             home_name=store.home.tier,
             is_far=store.is_far,
-            near_shares_host=store.near.parent is not None,
+            near_shares_host=store.shares_host,
             pins=store.pins,
             page=None if form is None else PageSize(form.tokens, form.n_bytes),
             disk=None if disk is None else disk.ledger.limit,
+            near_others=others["near"],
+            host_others=others["host"],
         )
 
     def _take_held(self) -> Held:
@@ -173,6 +184,17 @@ class Admission:
         )
 
     # --- the plan, applied ------------------------------------------------------------------------------------
+
+    def _claim(self, plan: BytePlan) -> None:
+        """Be promised what a plan takes; copies of other caches make room.
+
+        Raises:
+            CapacityError: bytes were taken since they were counted; nothing has changed.
+        """
+        for ledger, tier in ((self.store.near, plan.near_bytes), (self.store.host, plan.host_bytes)):
+            if ledger.parent is not None and ledger.parent.is_shared:
+                self.store.shared.reclaim(self.store, ledger.tier, tier.total - ledger.counted)
+                ledger.promise(tier.total, tier.copies)
 
     def _apply(self, plan: BytePlan, shape: LayerShape) -> None:
         store = self.store

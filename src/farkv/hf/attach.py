@@ -22,6 +22,7 @@ from farkv.methods import XKV, Full, InfiniGen, Method
 from farkv.methods.table import evicts
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.records import StoreLimits
+from farkv.store.shared import Shared
 from farkv.store.sizes import Allowed
 
 PROFILE_NAME = "profile.safetensors"
@@ -68,6 +69,7 @@ def attach(
         ProfileError, PlanError: the file is damaged or of another model.
     """
     limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"), evict=evict, quant=quant)
+    limits = limits._replace(shared=Shared(limits.near, limits.host))
     check_storage(evict, quant, host=limits.host)
     kernels = find_kernels(kernel, model)
     place = parse_disk(disk, "disk")

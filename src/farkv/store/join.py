@@ -53,7 +53,7 @@ def admit_join(store: Store, shape: LayerShape, tokens: int, need: NearNeed) -> 
     # Layers are joined one by one: while one is, its old rows, and those of later layers, still exist; so do old codes.
     total = max(n_layers * new + old, new + n_layers * old)
     besides = need.total + need.index // n_layers
-    if store.near.parent is not None:
+    if store.shares_host:
         total += besides
     for ledger, wanted in ((store.home, total), (store.near, besides)):
         if ledger.limit is not None and (ledger is store.home or store.is_far) and wanted > ledger.limit:

@@ -20,8 +20,9 @@ from farkv.store.follow import Follower
 from farkv.store.link import Link, Ticket
 from farkv.store.near.buffers import Buffers, RecentWindow
 from farkv.store.near.pinned import Pinned
-from farkv.store.near.recently_used import RecentlyUsed
+from farkv.store.near.recently_used import RecentlyUsed, give_sets_back
 from farkv.store.records import Fetch, Needs, Read, Stored, StoreLimits
+from farkv.store.shared import copy_store
 
 # Tokens per block of a dense read, where the whole layer does not fit near.
 BLOCK_TOKENS = 1024
@@ -48,6 +49,8 @@ class Store(FarStore):
         # Called with the bytes of every fetch.
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
 
+    __deepcopy__ = copy_store
+
     def listen(self, on_fetch: Callable[[int], None], on_disk: Callable[[int], None]) -> None:
         """Call these with the bytes of every fetch, and of every read from disk."""
         self.on_fetch, self.on_disk = on_fetch, on_disk
@@ -59,8 +62,9 @@ class Store(FarStore):
     def let_grow(self, *, home: bool, near: bool, index: bool) -> None:
         """Set, per tier, whether growing rows may take more than they need."""
         self.home.roomy = home
-        if self.is_far:
-            self.near.roomy, self.index.roomy = near, index
+        self.index.roomy = index
+        if self.near is not self.home:
+            self.near.roomy = near
 
     # --- records in -----------------------------------------------------------------------------------------
 
@@ -94,8 +98,15 @@ class Store(FarStore):
         """Free every recently used set: the memory is needed, or the number of sequences changes."""
         # A deliberate wait: pending fetches write to these sets.
         self.link.drain()
-        while self.recently_used:
-            self.recently_used.popitem()[1].clear()
+        for layer in list(self.recently_used):
+            self.recently_used.pop(layer).clear()
+
+    def give_back(self, tier: str, n_bytes: int) -> None:
+        """Drop copies of records for another cache, on its thread: `n_bytes` of them, or all but what reading needs."""
+        if tier == "host" and self.page_cache is not None:
+            self.page_cache.give_back(n_bytes)
+        if tier == "near":
+            give_sets_back(self.recently_used, self.near, self.device)
 
     def find_near(self, layer: int) -> Pinned | RecentlyUsed | None:
         """Return the near copies of a layer's records that fetches skip."""
