@@ -8,7 +8,7 @@ records cross the link. Knows bytes and positions, does no scoring.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -120,14 +120,18 @@ class Store(FarStore):
 
     # --- dense reads ----------------------------------------------------------------------------------------
 
+    def hold(self, n_bytes: int) -> AbstractContextManager[None]:
+        """Charge a copy of records in near memory, where that is not where they are, for its lifetime."""
+        return self.take(n_bytes if self.is_far else 0)
+
     @contextmanager
-    def hold(self, n_bytes: int) -> Iterator[None]:
+    def take(self, n_bytes: int) -> Iterator[None]:
         """Charge a transient near allocation for its lifetime."""
-        self.near.charge(n_bytes if self.is_far else 0)
+        self.near.charge(n_bytes)
         try:
             yield
         finally:
-            self.near.release(n_bytes if self.is_far else 0)
+            self.near.release(n_bytes)
 
     @contextmanager
     def read_all(self, layer: int, *, whole: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -158,6 +162,11 @@ class Store(FarStore):
         codec = self.codecs.get(layer) if rows is self.pool[layer] else None
         decoded = 0 if codec is None else (codec.k_dim + codec.v_dim) * codec.dtype.itemsize
         return n * (rows.width * rows.dtype.itemsize + decoded)
+
+    def count_gathered(self, layer: int, n_rows: int) -> int:
+        """Return the bytes of `n_rows` gathered rows of every KV head."""
+        pool = self.pool[layer]
+        return pool.heads[0] * pool.heads[1] * n_rows * pool.width * pool.dtype.itemsize
 
     def read_blocks(self, layer: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield K and V of a layer's first `stop` rows, block by block: the next is fetched while one is read.
