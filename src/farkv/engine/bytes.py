@@ -239,7 +239,9 @@ def _plan_rows(need: Need, held: Held, limits: ByteLimits, wide: _Rows, near: Ne
     # What is remembered to verify against grows too.
     spare = besides // 4 + 64 * len(rows) * token_bytes if remembers else 0
     wanted = kept + besides + spare + room * token_bytes
-    return wanted <= limits.home, wanted if wanted <= limits.home else end
+    # What was announced is allocated as it is, all at once.
+    takes_more = wanted <= limits.home and not need.is_announced
+    return wanted <= limits.home, wanted if takes_more else end
 
 
 def _check_near(need: NearNeed, limits: ByteLimits, tokens: int) -> None:
