@@ -4,8 +4,8 @@
     python benchmarks/rss.py --add --only "disk infinigen;near"
     python benchmarks/rss.py --limit 32 --only "host full"    # smaller and shorter
 
-In: a random model whose KV has a real shape (8 layers, 4 KV heads of 128, two query heads each, float32: 32 KiB a token)
-and small weights; random tokens, read in passes of 256, then decoded. Out: a JSON line per tier and method.
+In: a random model whose KV has a real shape (8 layers, 4 KV heads of 128, two query heads each, float32: 32 KiB a
+token) and small weights; random tokens, read in passes of 256, then decoded. Out: a JSON line per tier and method.
 
 What is counted. The baseline is the resident set of the process after the model was loaded and has read three passes of
 256 tokens and decoded one, plainly, into an ordinary cache that was dropped: model, libraries, and what torch and the
@@ -15,7 +15,7 @@ psutil every 2 ms. `ratio` is (peak - baseline - CONSTANT) / (near + host); the 
 holds what grows with a pass and not with a limit: Hugging Face's mask of a pass over the context, as flags and as
 numbers, copies of a few MiB that attention, scoring and coding work on, and what malloc keeps of what was freed.
 
-The context is what the limit holds (`fits`), or four times that (disk, session, eviction): most of it is then
+The context is what the limit holds (`fits`), or three times that (disk, session, eviction): most of it is then
 elsewhere. What a tier refuses is a row too, with the words.
 """
 
@@ -65,14 +65,14 @@ class Tier(NamedTuple):
 
 TIERS = {
     "host": Tier(0, 1, 0.7, {}, [*SELECTORS, *EVICTORS]),
-    "host, lru": Tier(0, 1, 4, {"evict": "lru"}, SELECTORS),
+    "host, lru": Tier(0, 1, 3, {"evict": "lru"}, SELECTORS),
     "near": Tier(1, 0, 0.6, {}, EVICTORS),
     "near, host": Tier(0.25, 0.75, 0.6, {}, SELECTORS),
     "int8": Tier(0, 1, 2, {"quant": "int8"}, SELECTORS),
     "int4": Tier(0, 1, 3, {"quant": "int4"}, SELECTORS),
-    "disk": Tier(0, 1, 4, {"disk": True}, SELECTORS),
-    "disk, near": Tier(0.5, 0.5, 4, {"disk": True}, SELECTORS),
-    "session": Tier(0, 1, 4, {"session": True}, SELECTORS),
+    "disk": Tier(0, 1, 3, {"disk": True}, SELECTORS),
+    "disk, near": Tier(0.5, 0.5, 3, {"disk": True}, SELECTORS),
+    "session": Tier(0, 1, 3, {"session": True}, SELECTORS),
 }
 
 
@@ -208,7 +208,7 @@ def list_wanted(only: list[str]) -> list[tuple[str, str]]:
 
 
 def format_table(path: Path = RESULTS / "rss.jsonl") -> str:
-    """Return one Markdown row per tier: the limit, and the largest ratios of prompt and decoding, and whose they are."""
+    """Return one Markdown row per tier: its limits, the largest ratios of prompt and decoding, and whose they are."""
     rows = [row for row in read_rows(path) if not row["refused"]]
     lines = []
     for tier in dict.fromkeys(row["tier"] for row in rows):

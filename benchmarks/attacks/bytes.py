@@ -13,11 +13,11 @@ from functools import cache as remember
 from typing import Any
 
 import torch
-from attacks.base import Attack, Verdict
 from random_models import make_llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import farkv
+from attacks.base import Attack, Verdict
 from farkv.errors import FarKVError
 from farkv.methods import Full, InfiniGen, LowBit, Oracle, Pages, SnapKV, Window
 

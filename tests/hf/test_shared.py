@@ -75,7 +75,7 @@ def test_copies_are_counted_or_refused(options: dict[str, Any]) -> None:
     limits = {name: n * TOKEN if isinstance(n, int) else n for name, n in options.items()}
     with farkv.attach(model, InfiniGen(fraction=0.3), **limits) as far:
         one, twins = read(model, far), []
-        with pytest.raises(CapacityError, match="a copy of a cache .*other caches"):
+        with pytest.raises(CapacityError, match=r"a copy of a cache .*other caches"):
             for _ in range(20):
                 twins.append(copy.deepcopy(one))
         shared = far.setting.limits.shared

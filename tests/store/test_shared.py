@@ -33,7 +33,9 @@ def test_what_is_promised_is_there_whatever_others_do() -> None:
     shared = Shared(host=100)
     one, two = Cache(shared), Cache(shared)
     one.host.promise(70)
-    with pytest.raises(CapacityError, match=r"other caches of this model hold 70.*drop or reset\(\) those, raise --host"):
+    with pytest.raises(
+        CapacityError, match=r"other caches of this model hold 70.*drop or reset\(\) those, raise --host"
+    ):
         two.host.charge(40)
     two.host.charge(30)
     one.host.charge(70)

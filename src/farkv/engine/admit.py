@@ -14,6 +14,7 @@ from farkv.errors import CapacityError
 from farkv.methods.base import Selector
 from farkv.store.far.kept import ROW_BYTES
 from farkv.store.far.page_rows import PagedRows
+from farkv.store.memory import return_freed
 from farkv.store.near.pinned import SLOT_BYTES as PIN_BYTES
 from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.sizes import LayerShape
@@ -45,6 +46,8 @@ class Admission:
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
         self.chunk_tokens = 0
         self._admitted: tuple[object, ...] = ()
+        # The pass before was of a prompt, whose scratch memory was freed.
+        self._has_read_several = False
 
     def admit(self, shape: LayerShape, n_new: int, chunk: int = 0) -> None:
         """Refuse tokens that a limit cannot hold, before any layer is touched, and make room for those that fit.
@@ -56,6 +59,9 @@ class Admission:
             CapacityError: with the bytes needed, the limit and the remedy; nothing has changed.
         """
         store, reserve = self.store, self.store.limits.reserve_tokens
+        if self._has_read_several and self._is_limited():
+            return_freed()
+        self._has_read_several = n_new > 1 and not chunk
         tokens = max(store.seen(self.layers[0]) + n_new, reserve)
         n_rows = max(store.length(self.layers[0]) + n_new, reserve)
         asked = (shape, tokens, n_rows, n_new, chunk)
@@ -206,7 +212,9 @@ class Admission:
         if self.policy is not None:
             self.policy.reserve(plan.pool_rows, max(plan.rows.values()))
         store.read_in_blocks(plan.near.block_tokens, only=plan.near.streams)
-        store.let_grow(home=plan.home_grows, near=plan.near_grows, index=plan.index_grows)
+        # Whether growing rows may take more than they need: near memory may be the home of records.
+        store.near.roomy, store.index.roomy = plan.near_grows, plan.index_grows
+        store.home.roomy = plan.home_grows
         if plan.recent.drops:
             store.drop_recently_used()
         if store.page_cache is not None and plan.cache is not None:

@@ -23,8 +23,8 @@ from farkv.receipt import Account
 from farkv.store.records import Fetch, Read
 from farkv.store.tiers import BLOCK_TOKENS, Store
 
-# Flags of a mask over the rows of an evicted layer, which differ from head to head, at a time.
-MASK_BYTES = 8 << 20
+# Flags of a mask over the rows of an evicted layer, which differ from head to head, at a time: as numbers 8 MiB.
+MASK_FLAGS = 2 << 20
 
 
 class Fetched(NamedTuple):
@@ -97,8 +97,8 @@ class Attention:
             self._trace(records, stored.positions, stored.valid)
             return self.fast.attend(layer, step, attention, Reads(stored.rows, stored.rows.shape[2]))
         # In place, what was chosen is gathered now; else it is in a buffer.
-        gathered = 0 if store.is_far else store.count_gathered(layer, fetched.n_rows)
-        with store.take(gathered):
+        gathered = 0 if store.is_far else fetched.n_rows * store.shape(layer).token_bytes
+        with store.hold(gathered, gathered=True):
             read = store.read(layer, *fetched)
             if self.policy is not None:
                 self.policy.note(layer, step.query, read)
@@ -129,7 +129,7 @@ class Attention:
         with self.store.read_all(layer, whole=self.mode.dense) as (k, v):
             mask = step.mask
             if mask is not None and k.shape[2] < total:
-                if step.query.q.shape[:2].numel() * n_new * k.shape[2] > MASK_BYTES:
+                if step.query.q.shape[:2].numel() * n_new * k.shape[2] > MASK_FLAGS:
                     return self._read_pieces(records, step, attention, (k, v))
                 mask = self._align(records, step, mask, 0, k.shape[2])
             return attention(step.query.q, k, v, mask)
@@ -151,7 +151,7 @@ class Attention:
         if step.mask is None or not self.store.evicted[records.layer]:
             stream.add(k, v, self._see(records, step, start, stop))
             return
-        n = max(1, MASK_BYTES // (step.query.q.shape[:2].numel() * k.shape[2]))
+        n = max(1, MASK_FLAGS // (step.query.q.shape[:2].numel() * k.shape[2]))
         for first in range(0, step.n_new, n):
             rows = slice(first, min(first + n, step.n_new))
             part = step._replace(mask=step.mask[:, :, rows])

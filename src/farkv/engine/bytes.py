@@ -115,9 +115,7 @@ def _plan_pass(need: Need, held: Held, limits: ByteLimits) -> BytePlan:
     )  # fmt: skip
 
 
-def _plan_growth(
-    limits: ByteLimits, rows: dict[int, int], near: NearNeed, home_bytes: int
-) -> tuple[bool, bool, int]:
+def _plan_growth(limits: ByteLimits, rows: dict[int, int], near: NearNeed, home_bytes: int) -> tuple[bool, bool, int]:
     """Say whether near rows and the index may grow by more than they need, and by how many bytes the index does then.
 
     What grows by more than it needs would take the room of what comes after it.

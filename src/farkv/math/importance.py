@@ -117,8 +117,8 @@ def score_records(
     Raises:
         ConfigError: `pool` is not odd. CacheStateError: "expected", and no moments were observed.
 
-    Cost: "window" and "value" 4 Hq w S D operations, 8 MiB of weights, B BLOCK Hkv D floats and the result (twice while it is
-    pooled); "expected" 2 Hq S D^2 operations and B Hq S floats.
+    Cost: "window" and "value" 4 Hq w S D operations, 8 MiB of weights, B BLOCK Hkv D floats and the result (twice while
+    it is pooled); "expected" 2 Hq S D^2 operations and B Hq S floats.
     Source: "window" XKV's released code (SnapKV); deviation: the mean over the query group, because KV is kept per KV
     head. "value" CriticalKV, LAVa; deviation: the norm of v, not of W_O v, because a cache knows no output projection.
     "expected" Expected Attention; deviations: the moments are of the last 512 queries after RoPE, in place of

@@ -23,7 +23,6 @@ from farkv.methods.index_tensors import join_fits, list_tensors, take_tensors
 from farkv.methods.layer_fit import LayerFit
 from farkv.store.sizes import LayerShape
 
-
 # Rows whose codes are scored at a time, by plain operations.
 SCORED_ROWS = 8192
 

@@ -23,8 +23,6 @@ FIT_TOKENS_PER_DIM = 8
 SAMPLED_QUERIES = 256
 # Keys of every sequence that a projection is fitted to, at most.
 FIT_KEYS = 4096
-# Keys that are coded at a time.
-BLOCK_TOKENS = 1024
 # Of a text that was scored: passes of several tokens are fitted to once it is longer by half than what was fitted to.
 GROWTH = 1.5
 
@@ -196,9 +194,7 @@ class LayerFit:
     def encode(self, keys: Float[Tensor, "B Hkv T D"], room: int = 0) -> None:
         """Append the codes of new keys to the index, of `room` tokens in all where more are to come."""
         assert self.index.projection is not None
-        # A block at a time: keys are projected in float32.
-        for block in keys.split(BLOCK_TOKENS, 2):
-            self.index.append(self.coder.encode(block, self.index.projection), room)
+        self.index.append(self.coder.encode(keys, self.index.projection), room)
 
     def get_projection(self) -> Projection:
         """Return how queries and keys meet in the index."""

@@ -2,9 +2,9 @@
 
 In: charges, releases and promises, in bytes. Out: `used`, `peak`, or a CapacityError before anything is allocated.
 
-A ledger may count against a parent's too: an index against near memory, a cache's host memory against that of all caches
-of its handle. The parent counts what is used, or what was promised where that is more: what was promised is there when
-it is asked for, whatever other caches do meanwhile.
+A ledger may count against a parent's too: an index against near memory, a cache's host memory against that of all
+caches of its handle. The parent counts what is used, or what was promised where that is more: what was promised is
+there when it is asked for, whatever other caches do meanwhile.
 """
 
 from __future__ import annotations

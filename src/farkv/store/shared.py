@@ -1,7 +1,7 @@
 """What all caches of one handle hold, and were promised, of the same near and host memory.
 
-In: a cache's ledgers, opened here. Out: what the others hold, and room that they give back: they keep their records, but
-copies of records, which a step can bring again, make room for another cache's needs.
+In: a cache's ledgers, opened here. Out: what the others hold, and room that they give back: they keep their records,
+but copies of records, which a step can bring again, make room for another cache's needs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ records cross the link. Knows bytes and positions, does no scoring.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -48,6 +48,7 @@ class Store(FarStore):
         self.block_tokens = BLOCK_TOKENS
         # Called with the bytes of every fetch.
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
+        self.shared.add(self)
 
     __deepcopy__ = copy_store
 
@@ -58,13 +59,6 @@ class Store(FarStore):
     def read_in_blocks(self, block_tokens: int, *, only: bool) -> None:
         """Set the tokens per block of dense reads, and whether these go `only` by blocks, never by whole layers."""
         self.streams, self.block_tokens = only, block_tokens
-
-    def let_grow(self, *, home: bool, near: bool, index: bool) -> None:
-        """Set, per tier, whether growing rows may take more than they need."""
-        self.home.roomy = home
-        self.index.roomy = index
-        if self.near is not self.home:
-            self.near.roomy = near
 
     # --- records in -----------------------------------------------------------------------------------------
 
@@ -103,10 +97,10 @@ class Store(FarStore):
 
     def give_back(self, tier: str, n_bytes: int) -> None:
         """Drop copies of records for another cache, on its thread: `n_bytes` of them, or all but what reading needs."""
-        if tier == "host" and self.page_cache is not None:
-            self.page_cache.give_back(n_bytes)
         if tier == "near":
             give_sets_back(self.recently_used, self.near, self.device)
+        elif self.page_cache is not None:
+            self.page_cache.give_back(n_bytes)
 
     def find_near(self, layer: int) -> Pinned | RecentlyUsed | None:
         """Return the near copies of a layer's records that fetches skip."""
@@ -120,13 +114,10 @@ class Store(FarStore):
 
     # --- dense reads ----------------------------------------------------------------------------------------
 
-    def hold(self, n_bytes: int) -> AbstractContextManager[None]:
-        """Charge a copy of records in near memory, where that is not where they are, for its lifetime."""
-        return self.take(n_bytes if self.is_far else 0)
-
     @contextmanager
-    def take(self, n_bytes: int) -> Iterator[None]:
-        """Charge a transient near allocation for its lifetime."""
+    def hold(self, n_bytes: int, *, gathered: bool = False) -> Iterator[None]:
+        """Charge a transient copy of records for its lifetime: where records are far, or it is `gathered` in place."""
+        n_bytes = n_bytes if self.is_far or gathered else 0
         self.near.charge(n_bytes)
         try:
             yield
@@ -162,11 +153,6 @@ class Store(FarStore):
         codec = self.codecs.get(layer) if rows is self.pool[layer] else None
         decoded = 0 if codec is None else (codec.k_dim + codec.v_dim) * codec.dtype.itemsize
         return n * (rows.width * rows.dtype.itemsize + decoded)
-
-    def count_gathered(self, layer: int, n_rows: int) -> int:
-        """Return the bytes of `n_rows` gathered rows of every KV head."""
-        pool = self.pool[layer]
-        return pool.heads[0] * pool.heads[1] * n_rows * pool.width * pool.dtype.itemsize
 
     def read_blocks(self, layer: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield K and V of a layer's first `stop` rows, block by block: the next is fetched while one is read.

@@ -64,7 +64,6 @@ class FarStore:
         self.max_error = 0.0
         # Called with the bytes of every read from disk.
         self.on_disk: Callable[[int], None] = lambda n_bytes: None
-        self.shared.add(self)
 
     # --- where and what -------------------------------------------------------------------------------------
 
