@@ -12,9 +12,9 @@ What is counted. The baseline is the resident set of the process after the model
 allocator keep for passes of this size. From then on the peak is taken, of the prompt and of the decoding apart: by the
 system's own mark (VmHWM, set back through /proc/self/clear_refs) where it can be set back, and by a thread that asks
 psutil every 2 ms. `ratio` is (peak - baseline - CONSTANT) / (near + host); the constant is the same for every row. It
-holds what grows with a pass and not with a limit: a pass of the plain model takes 22 MiB of it; Hugging Face's mask over
-the context, as flags and as numbers; copies of a few MiB that attention, scoring and coding work on; the queries that a
-skew is fitted to (8 MiB here), the libraries that fit it (9 MiB), and what malloc keeps of what was freed.
+holds what grows with a pass and not with a limit: a pass of the plain model takes 22 MiB of it; Hugging Face's mask
+over the context, as flags and as numbers; copies of a few MiB that attention, scoring and coding work on; the queries
+that a skew is fitted to (8 MiB here), the libraries that fit it (9 MiB), and what malloc keeps of what was freed.
 
 The context is what the limit holds (`fits`), or three times that (disk, session, eviction): most of it is then
 elsewhere. What a tier refuses is a row too, with the words.

@@ -49,12 +49,12 @@ def test_a_second_cache_is_refused_in_words_and_fits_when_the_first_is_gone(meth
 @pytest.mark.parametrize("tier", ["host", "near"])
 def test_what_an_evictor_evicts_others_may_have(tier: str) -> None:
     model = make_model("llama")
-    with farkv.attach(model, SnapKV(fraction=0.3), **{tier: 260 * TOKEN}) as far:
+    with farkv.attach(model, SnapKV(fraction=0.3), **{tier: 320 * TOKEN}) as far:
         caches = []
         for _ in range(4):
             caches.append(read(model, far))
             decode(model, caches[-1])
-        assert getattr(far.setting.limits.shared, tier).peak <= 260 * TOKEN
+        assert getattr(far.setting.limits.shared, tier).peak <= 320 * TOKEN
 
 
 def test_a_promise_is_kept_to_the_cache_that_it_was_made_to() -> None:

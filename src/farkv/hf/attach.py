@@ -47,9 +47,9 @@ def attach(
     Args:
         model: any decoder-only model on one device that routes attention through the attention interface.
         methods: one method's config, InfiniGen() if none is given; XKV may stand beside a selector.
-        near: limit of near memory for all caches together, in bytes or as text ("2GiB"): a GPU's memory, or on a CPU a counted
-            allocation of its own. None on a CPU: the pool itself is near memory.
-        host: limit of host memory for all caches together. Without a near limit on a CPU, index and buffers count too.
+        near: limit of near memory, all caches together, in bytes or as text ("2GiB"): a GPU's memory, or on a CPU a
+            counted allocation of its own. None on a CPU: the pool itself is near memory.
+        host: limit of host memory, all caches together. Without a near limit on a CPU, index and buffers count too.
         disk: folder and limit, "DIR:100GiB": every full page of records goes there, host memory holds copies.
         evict: what goes when the pool is full: "refuse" (nothing: the context is refused), "fifo", "lru", "counter"
             (InfiniGen's), "clock" or "score". With a disk a copy goes and nothing is lost ("refuse": the longest
