@@ -23,6 +23,7 @@ import overhead
 import prefill
 import quality
 import quant
+import rss
 import speed
 import xkv_batch
 import xkv_coverage
@@ -60,6 +61,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "session": session.format_table,
         "faults": faults.format_table,
     },
+    "docs/reliability.md": {"rss": rss.format_table},
     "docs/speed.md": {
         "decode": speed.format_decode,
         "threads": partial(speed.format_decode, name="threads"),

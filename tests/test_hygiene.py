@@ -41,6 +41,7 @@ ALLOWED = {
     ("math/sample.py", "add_block", "nonzero"): "once per block of a prompt that was read in passes",
     ("methods/index_tensors.py", "take_tensors", "tolist"): "once per session",
     ("methods/layer_fit.py", "select", "tolist"): "the store has waited for them already",
+    ("store/near/recently_used.py", "give_sets_back", "synchronize"): "another cache needs the memory, once",
     ("store/far/rows.py", "select", "tolist"): "beam search itself waits for the device here",
     ("store/link.py", "_copy", "nonzero"): "of host memory, by the link's own thread",
     ("store/link.py", "_copy_missing", "nonzero"): "the same",

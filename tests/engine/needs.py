@@ -118,7 +118,7 @@ def cases(draw: st.DrawFn, place: str) -> Case:
         given_one = always or draw(st.booleans())
         return int(draw(st.floats(0, 1.0)) ** 3 * 4 * whole) + draw(st.integers(0, 4000)) if given_one else None
 
-    far, shares = place not in ("in place", "near"), place in ("coded", "disk")
+    far, shares = place not in ("in place", "near"), place in ("in place", "coded", "disk")
     near = limit(always=True) if place in ("near", "host", "disk, near") else None
     host = limit(always=need.pool is not None)
     page = None

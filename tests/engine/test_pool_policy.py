@@ -19,6 +19,8 @@ from tests.models import VOCAB, forward, make_model, make_prompt
 LAYERS, CAPACITY, CHUNK = 2, 32, 8
 # K and V of one head, float32, with place, score and the policy's use.
 ROW = 2 * 8 * 4 + ROW_BYTES + 4
+# 4 bits a column, of 8 at least.
+INDEX = 4
 METHODS: dict[str, Method] = {
     "full": Full(),
     "ours": InfiniGen(fraction=0.3),
@@ -33,8 +35,11 @@ def tiny() -> Any:
 
 
 def count_limit(capacity: int = CAPACITY, batch: int = 1) -> int:
-    """Return the host limit of this capacity: while a layer grows, its old rows are still there."""
-    return (LAYERS + 1) * batch * ROW * (capacity + 1)
+    """Return the host limit of this capacity: while a layer grows, its old rows are still there.
+
+    An index counts too, and the records of a layer that are gathered to be read.
+    """
+    return (LAYERS + 1) * batch * (ROW + INDEX) * (capacity + 1) + 2 * 8 * 4 * batch * (capacity + 1)
 
 
 def read(model: Any, ids: torch.Tensor, cache: Any, mask: torch.Tensor | None = None, chunk: int = CHUNK) -> Any:

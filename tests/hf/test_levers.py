@@ -128,9 +128,11 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
     def after(*_: object) -> None:
         store = cache.engine.store
         home, other = (store.near, store.host) if store.home is store.near else (store.host, store.near)
-        assert count_storages(home_tensors(store)) == home.used <= limits.get(home.tier, home.used)
         near = near_tensors(cache.engine) + [pinned.rows.data for pinned in store.pinned.values()]
         assert count_storages(near) == other.used <= limits.get(other.tier, other.used)
+        # Where near memory is no tier of its own, it is the host's.
+        held = count_storages(home_tensors(store)) + (other.used if store.shares_host else 0)
+        assert held == home.used <= limits.get(home.tier, home.used)
 
     return model.register_forward_hook(after)
 

@@ -59,12 +59,13 @@ def watch(model: Any, cache: Any, limits: dict[str, int]) -> Any:
 
     def after(*_: object) -> None:
         store = cache.engine.store
-        near = count_storages(near_tensors(cache.engine)) if store.is_far else 0
+        near = count_storages(near_tensors(cache.engine))
         metadata = [t for each in store.recently_used.values() for t in each.metadata]
         pool = count_storages([rows.data for rows in store.pool.values()] + metadata)
-        assert pool == store.host.used <= limits.get("host", pool)
-        if store.is_far:
-            assert near == store.near.used <= limits.get("near", near)
+        assert near == store.near.used <= limits.get("near", near)
+        # Where near memory is no tier of its own, it is the host's.
+        host = pool + (near if store.shares_host else 0)
+        assert host == store.host.used <= limits.get("host", host)
 
     return model.register_forward_hook(after)
 

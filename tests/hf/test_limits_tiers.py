@@ -41,10 +41,8 @@ def check_ledgers(cache: Any, options: dict[str, Any]) -> None:
     near = count_near(store) + index + (uses if store.is_far else 0)
     assert store.near.used == near
     host = count_host(store) + (0 if store.is_far else uses)
-    assert store.host.used == host + (near if store.near.parent is not None else 0)
-    # Where near memory is no tier of its own and the pool is read in place, the index is told of, not limited.
-    if store.is_far:
-        assert store.near.peak <= (store.near.limit or store.near.peak)
+    assert store.host.used == host + (near if store.shares_host else 0)
+    assert store.near.peak <= (store.near.limit or store.near.peak)
     assert store.host.peak <= (store.host.limit or store.host.peak)
     if store.page_cache is not None:
         check_copies(store.page_cache)

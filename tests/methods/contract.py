@@ -155,7 +155,7 @@ def keeps_its_cap_its_bytes_and_its_lengths(methods: Methods, near: str | None) 
     for method in methods:
         assert method.fraction is None or receipt.read_fraction <= method.fraction + grown + 1e-9
     metadata = sum(each.size.metadata_bytes for each in store.recently_used.values()) + count_scores(store)
-    index = store.index.used if store.home is store.near else 0
+    index = store.index.used if store.home is store.near or store.shares_host else 0
     assert store.home.used == sum(rows.n_bytes for rows in store.pool.values()) + metadata + index
     most = sum(selector.index_bytes(store.shape(i), 70) for i in store.order if not selector.reads_all(i))
     assert store.index.peak <= most, "an index is no larger than it says"

@@ -65,7 +65,7 @@ def test_what_follows_from_a_placement() -> None:
 @pytest.mark.parametrize(
     ("names", "lives_near", "home", "shares"),
     [
-        ("host", False, "host", False),
+        ("host", False, "host", True),
         ("near host", False, "host", False),
         ("near host", True, "near", False),
         ("quant host", False, "host", True),

@@ -365,7 +365,7 @@ class StoreMachine(RuleBasedStateMachine):
         for store in [self.store, *([self.twin[0]] if self.twin else [])]:
             near = count_near(store)
             assert store.near.used == near
-            assert store.host.used == count_host(store) + (near if store.near.parent else 0)
+            assert store.host.used == count_host(store) + (near if store.shares_host else 0)
             for ledger in (store.near, store.host):
                 assert ledger.limit is None or ledger.peak <= ledger.limit
 

@@ -14,6 +14,7 @@ from farkv.errors import CapacityError
 from farkv.methods.base import Selector
 from farkv.store.far.kept import ROW_BYTES
 from farkv.store.far.page_rows import PagedRows
+from farkv.store.memory import return_freed
 from farkv.store.near.pinned import SLOT_BYTES as PIN_BYTES
 from farkv.store.near.recently_used import RecentlyUsed, RecentSize
 from farkv.store.sizes import LayerShape
@@ -45,6 +46,8 @@ class Admission:
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
         self.chunk_tokens = 0
         self._admitted: tuple[object, ...] = ()
+        # The pass before was of a prompt, whose scratch memory was freed.
+        self._has_read_several = False
 
     def admit(self, shape: LayerShape, n_new: int, chunk: int = 0) -> None:
         """Refuse tokens that a limit cannot hold, before any layer is touched, and make room for those that fit.
@@ -56,6 +59,9 @@ class Admission:
             CapacityError: with the bytes needed, the limit and the remedy; nothing has changed.
         """
         store, reserve = self.store, self.store.limits.reserve_tokens
+        if self._has_read_several and self._is_limited():
+            return_freed()
+        self._has_read_several = n_new > 1 and not chunk
         tokens = max(store.seen(self.layers[0]) + n_new, reserve)
         n_rows = max(store.length(self.layers[0]) + n_new, reserve)
         asked = (shape, tokens, n_rows, n_new, chunk)
@@ -63,16 +69,18 @@ class Admission:
             # Nothing is limited, or the same was admitted before, at step after announced step.
             self.chunk_tokens = chunk or self.chunk_tokens
             return
-        need, limits = self._count_need(*asked), self._take_limits()
-        try:
-            plan = plan_bytes(need, self._take_held(), limits)
-        except CapacityError:
-            if limits.disk is None:
-                raise
-            # A cache that was dropped may still wait for the collector, with its file.
-            gc.collect()
-            plan = plan_bytes(need, self._take_held(), limits)
-        self._apply(plan, shape)
+        with store.shared.admitting:
+            need, limits = self._count_need(*asked), self._take_limits()
+            try:
+                plan = plan_bytes(need, self._take_held(), limits)
+            except CapacityError:
+                if limits.disk is None and not (limits.near_others.held or limits.host_others.held):
+                    raise
+                # A cache that was dropped may still wait for the collector, with its file.
+                gc.collect()
+                plan = plan_bytes(need, self._take_held(), self._take_limits())
+            self._claim(plan)
+            self._apply(plan, shape)
         self._admitted = asked
 
     def fit_chunk(self, n_tokens: int) -> int:
@@ -87,9 +95,15 @@ class Admission:
         """Return what a joined batch of `tokens` needs at its next step, and what is allowed."""
         return self._count_need(shape, tokens, tokens, 1, 0), self._take_limits()
 
-    def forget(self) -> None:
-        """Forget what was announced: the cache is empty."""
+    def ask_again(self) -> None:
+        """Plan the next pass anew, whatever was admitted: a pass was taken back."""
         self._admitted = ()
+
+    def forget(self) -> None:
+        """Forget what was announced: the cache is empty, and other caches may have its bytes."""
+        self._admitted = ()
+        for ledger in (self.store.near, self.store.host):
+            ledger.promise(0)
 
     def _is_limited(self) -> bool:
         limits = self.store.limits
@@ -136,18 +150,25 @@ class Admission:
 
     def _take_limits(self) -> ByteLimits:
         store = self.store
-        cache, disk = store.page_cache, store.limits.disk
+        cache, disk, shared = store.page_cache, store.limits.disk, store.shared
         form = None if cache is None else cache.pages.form
+        others = {tier: shared.count_others(store, tier) for tier in ("near", "host")}
+        left = {
+            ledger.tier: None if ledger.limit is None else ledger.limit - others[ledger.tier].held
+            for ledger in (store.near, store.host)
+        }
         return ByteLimits(
-            near=store.near.limit,
-            host=store.host.limit,
-            home=store.home.limit,
+            near=left["near"],
+            host=left["host"],
+            home=left[store.home.tier],
             home_name=store.home.tier,
             is_far=store.is_far,
-            near_shares_host=store.near.parent is not None,
+            near_shares_host=store.shares_host,
             pins=store.pins,
             page=None if form is None else PageSize(form.tokens, form.n_bytes),
             disk=None if disk is None else disk.ledger.limit,
+            near_others=others["near"],
+            host_others=others["host"],
         )
 
     def _take_held(self) -> Held:
@@ -176,6 +197,17 @@ class Admission:
 
     # --- the plan, applied ------------------------------------------------------------------------------------
 
+    def _claim(self, plan: BytePlan) -> None:
+        """Be promised what a plan takes; copies of other caches make room.
+
+        Raises:
+            CapacityError: bytes were taken since they were counted; nothing has changed.
+        """
+        for ledger, tier in ((self.store.near, plan.near_bytes), (self.store.host, plan.host_bytes)):
+            if ledger.parent is not None and ledger.parent.is_shared:
+                self.store.shared.reclaim(self.store, ledger.tier, tier.total - ledger.counted)
+                ledger.promise(tier.total, tier.copies)
+
     def _apply(self, plan: BytePlan, shape: LayerShape) -> None:
         store = self.store
         self.chunk_tokens = plan.chunk_tokens or self.chunk_tokens
@@ -186,7 +218,9 @@ class Admission:
         if self.policy is not None:
             self.policy.reserve(plan.pool_rows, max(plan.rows.values()))
         store.read_in_blocks(plan.near.block_tokens, only=plan.near.streams)
-        store.let_grow(home=plan.home_grows, near=plan.near_grows, index=plan.index_grows)
+        # Whether growing rows may take more than they need: near memory may be the home of records.
+        store.near.roomy, store.index.roomy = plan.near_grows, plan.index_grows
+        store.home.roomy = plan.home_grows
         if plan.recent.drops:
             store.drop_recently_used()
         if store.page_cache is not None and plan.cache is not None:

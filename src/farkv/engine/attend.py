@@ -21,7 +21,10 @@ from farkv.math.step import AttentionFunction, Step
 from farkv.math.stream import Stream
 from farkv.receipt import BIT, INEXACT, ROUNDING, Account
 from farkv.store.records import Fetch, Read
-from farkv.store.tiers import Store
+from farkv.store.tiers import BLOCK_TOKENS, Store
+
+# Flags of a mask over the rows of an evicted layer, which differ from head to head, at a time: as numbers 8 MiB.
+MASK_FLAGS = 2 << 20
 
 
 class Fetched(NamedTuple):
@@ -98,16 +101,19 @@ class Attention:
             self._count(records, step, stored.positions.numel())
             self._trace(records, stored.positions, stored.valid)
             return self.fast.attend(layer, step, attention, Reads(stored.rows, stored.rows.shape[2]))
-        read = store.read(layer, *fetched)
-        if self.policy is not None:
-            self.policy.note(layer, step.query, read)
-        self._count(records, step, read.positions.numel() if read.valid is None else read.valid.sum())
-        self._trace(records, read.positions, read.valid)
-        self._measure(records, step, read)
-        mask = step.mask
-        if mask is not None or read.valid is not None:
-            mask = align_mask(mask, store.locate(layer, read.positions), read.valid, step.n_groups)
-        return attention(step.query.q, read.k, read.v, mask)
+        # In place, what was chosen is gathered now; else it is in a buffer.
+        gathered = 0 if store.is_far else fetched.n_rows * store.shape(layer).token_bytes
+        with store.hold(gathered, gathered=True):
+            read = store.read(layer, *fetched)
+            if self.policy is not None:
+                self.policy.note(layer, step.query, read)
+            self._count(records, step, read.positions.numel() if read.valid is None else read.valid.sum())
+            self._trace(records, read.positions, read.valid)
+            self._measure(records, step, read)
+            mask = step.mask
+            if mask is not None or read.valid is not None:
+                mask = align_mask(mask, store.locate(layer, read.positions), read.valid, step.n_groups)
+            return attention(step.query.q, read.k, read.v, mask)
 
     # --- all records ----------------------------------------------------------------------------------------
 
@@ -130,15 +136,40 @@ class Attention:
         with self.store.read_all(layer, whole=self.mode.dense) as (k, v):
             mask = step.mask
             if mask is not None and k.shape[2] < total:
+                if step.query.q.shape[:2].numel() * n_new * k.shape[2] > MASK_FLAGS:
+                    return self._read_pieces(records, step, attention, (k, v))
                 mask = self._align(records, step, mask, 0, k.shape[2])
             return attention(step.query.q, k, v, mask)
+
+    def _read_pieces(
+        self, records: LayerRecords, step: Step, attention: AttentionFunction, rows: tuple[Tensor, Tensor]
+    ) -> object:
+        """Attend to all rows of an evicted layer, of which each head has its own, without a mask of all of them."""
+        stream = Stream(step.query.q, step.query.logits._replace(sinks=attention.sinks))
+        for start in range(0, rows[0].shape[2], BLOCK_TOKENS):
+            k, v = (part[:, :, start : start + BLOCK_TOKENS] for part in rows)
+            self._add(records, step, stream, (start, k, v))
+        return attention.wrap(stream.finish())
+
+    def _add(self, records: LayerRecords, step: Step, stream: Stream, block: tuple[int, Tensor, Tensor]) -> None:
+        """Add a block of stored rows to a stream; of an evicted layer, for few queries at a time."""
+        start, k, v = block
+        stop = start + k.shape[2]
+        if step.mask is None or not self.store.evicted[records.layer]:
+            stream.add(k, v, self._see(records, step, start, stop))
+            return
+        n = max(1, MASK_FLAGS // (step.query.q.shape[:2].numel() * k.shape[2]))
+        for first in range(0, step.n_new, n):
+            rows = slice(first, min(first + n, step.n_new))
+            part = step._replace(mask=step.mask[:, :, rows])
+            stream.take_part(rows, k.shape[1], v.shape[-1]).add(k, v, self._see(records, part, start, stop))
 
     def _read_blocks(self, records: LayerRecords, step: Step, attention: AttentionFunction) -> object:
         """Attend to the records block by block, and to the new tokens, which are near already."""
         n_new = step.n_new
         stream = Stream(step.query.q, step.query.logits._replace(sinks=attention.sinks))
         for start, k, v in self.store.read_blocks(records.layer, records.length - n_new):
-            stream.add(k, v, self._see(records, step, start, start + k.shape[2]))
+            self._add(records, step, stream, (start, k, v))
         with self.store.hold(step.new_bytes):
             own = None if step.mask is None else step.mask[..., -n_new:]
             # A deliberate sync, once per pass and layer: the fused kernel is faster without a mask.

@@ -18,11 +18,17 @@ from typing import NamedTuple
 from farkv.engine.bytes_near import LEAST_BLOCK, Near, plan_near
 from farkv.engine.bytes_need import ByteLimits, Held, Need, PoolNeed
 from farkv.engine.bytes_pages import Cache, plan_pages
-from farkv.engine.bytes_recent import Recent, plan_recent
+from farkv.engine.bytes_recent import Recent, count_excess, plan_recent
 from farkv.engine.pool_policy import USE_BYTES
 from farkv.errors import CapacityError
-from farkv.store.ledger import refuse
 from farkv.store.sizes import NearNeed, grow_capacity
+
+
+class Tier(NamedTuple):
+    """Bytes of one tier, and how many of them are only for copies."""
+
+    total: int = 0
+    copies: int = 0
 
 
 class BytePlan(NamedTuple):
@@ -32,7 +38,8 @@ class BytePlan(NamedTuple):
     than the context.  pool_rows: rows that a pool which evicts has room for; 0: it evicts nothing.  chunk_tokens:
     tokens of an announced prompt that are read at once.  remember_tokens: records to keep besides, to verify against.
     near: near bytes, and whether dense reads come in blocks.  cache: room for page copies, over a disk.  recent: the
-    recently used sets.  home_grows, near_grows, index_grows: rows that grow may take more than they need.
+    recently used sets.  home_grows, near_grows, index_grows: rows that grow may take more than they need.  near_bytes,
+    host_bytes: all that the pass may come to, of each limited tier; and of that, what is only copies.
     """
 
     rows: dict[int, int]
@@ -46,6 +53,8 @@ class BytePlan(NamedTuple):
     home_grows: bool
     near_grows: bool
     index_grows: bool
+    near_bytes: Tier = Tier()
+    host_bytes: Tier = Tier()
 
 
 class _Rows(NamedTuple):
@@ -89,26 +98,46 @@ def _plan_pass(need: Need, held: Held, limits: ByteLimits) -> BytePlan:
     wide = _count_rows(need, held, limits)
     n_rows = need.tokens if need.pool is None else max(wide.rows.values())
     near = plan_near(need, limits, n_rows)
-    cache, home_grows = None, True
+    cache, home_grows, home_bytes = None, True, 0
     if limits.page is not None:
         near, cache = _plan_paged(need, held, limits, near)
-        home_grows = limits.host is None
+        home_grows, home_bytes = limits.host is None, cache.host_bytes
     else:
-        home_grows = _plan_rows(need, held, limits, wide, near.need)
-    near_grows = index_grows = True
-    if limits.is_far:
-        # What grows by more than it needs would take the room of what comes after it.
-        near_grows = index_grows = limits.near is None and (not limits.near_shares_host or limits.host is None)
-        if limits.near is not None:
-            total = max(wide.rows.values(), default=0)
-            _check_near(near.need, limits.near, total)
-            room = grow_capacity(0, total)
-            index_grows = near.need.total + near.need.index * (room - total) // total <= limits.near
-    recent, index_grows = plan_recent(need, held, limits, (wide.rows, near.need, cache), index_grows)
+        home_grows, home_bytes = _plan_rows(need, held, limits, wide, near.need)
+    near_grows, index_grows, spare = _plan_growth(limits, wide.rows, near.need, home_bytes)
+    recent, index_grows, set_bytes = plan_recent(need, held, limits, (wide.rows, near.need, cache), index_grows)
+    # What was announced is allocated at once.
+    spare = spare if index_grows and not need.is_announced else 0
+    near_bytes = near.need.total + spare + count_excess(held, near.need) + set_bytes.near
+    host_bytes = home_bytes + (spare if limits.near_shares_host else 0) + set_bytes.home
+    lives_near = limits.home_name == "near"
+    # What was taken for a longer context may go before the rest comes: in no case more than there is.
+    near_bytes, host_bytes = min(near_bytes, limits.near or 0), min(host_bytes, limits.host or 0)
     return BytePlan(
         wide.rows, wide.reserve, wide.pool_rows, need.chunk, wide.remember_tokens, near, cache, recent,
         home_grows, near_grows, index_grows,
+        Tier(home_bytes) if lives_near else Tier(near_bytes, set_bytes.near),
+        Tier() if lives_near else Tier(host_bytes, 0 if cache is None else cache.copies),
     )  # fmt: skip
+
+
+def _plan_growth(limits: ByteLimits, rows: dict[int, int], near: NearNeed, home_bytes: int) -> tuple[bool, bool, int]:
+    """Say whether near rows and the index may grow by more than they need, and by how many bytes the index does then.
+
+    What grows by more than it needs would take the room of what comes after it.
+
+    Raises:
+        CapacityError: near memory cannot hold even what is needed.
+    """
+    total = max(rows.values(), default=0)
+    spare = near.index * (grow_capacity(0, total) - total) // total if total else 0
+    if limits.near_shares_host:
+        grows = limits.host is None or (limits.page is None and home_bytes + spare <= limits.host)
+        return limits.host is None, grows, spare
+    if not limits.is_far or limits.near is None:
+        return True, True, spare
+    _check_near(near, limits, total)
+    return False, near.total + spare <= limits.near, spare
 
 
 def _count_rows(need: Need, held: Held, limits: ByteLimits) -> _Rows:
@@ -143,8 +172,8 @@ def _fit_pool(need: Need, pool: PoolNeed, limits: ByteLimits, besides: int) -> t
         purpose = f"{at_once} tokens read at once (fewer: generate(prefill_chunk_size=...))"
         needed = _count_home(need, pool, limits, besides, least)
         if needed <= limits.home and limits.is_far and limits.near is not None:
-            _check_near(plan_near(need, limits, least).need, limits.near, least)
-        raise refuse(limits.home_name, limits.home, max(needed, limits.home + 1), purpose)
+            _check_near(plan_near(need, limits, least).need, limits, least)
+        raise limits.refuse(limits.home_name, max(needed, limits.home + 1), purpose)
     rows = min(need.tokens, capacity)
     if grow_capacity(0, rows) > capacity:
         # A layer that grows with room to spare must not take what the others will need.
@@ -188,29 +217,39 @@ def _plan_paged(need: Need, held: Held, limits: ByteLimits, near: Near) -> tuple
         return least, plan_pages(need, held, limits, least.need)
 
 
-def _plan_rows(need: Need, held: Held, limits: ByteLimits, wide: _Rows, near: NearNeed) -> bool:
-    """Refuse rows that the host pool, or near memory as their home, cannot hold; say whether they may grow freely."""
+def _plan_rows(need: Need, held: Held, limits: ByteLimits, wide: _Rows, near: NearNeed) -> tuple[bool, int]:
+    """Refuse rows that the host pool, or near memory as their home, cannot hold.
+
+    Returns:
+        Whether they may grow freely, and the bytes of that tier at the widest.
+    """
     rows, besides = wide.rows, wide.besides
     token_bytes = (need.stored_bytes + need.row_bytes) * need.shape.batch * need.shape.kv_heads
     if limits.near_shares_host:
         besides += near.total
     grow = [layer for layer, n in rows.items() if held.capacity[layer] < n]
     remembers = wide.remember_tokens > 0 or held.remembers
-    if limits.home is None or not (grow or remembers):
-        return held.home_grows
+    if limits.home is None:
+        return held.home_grows, 0
     # While a layer grows, its old rows are still there.
     kept = sum(n for layer, n in held.layer_bytes.items() if layer not in grow)
     kept += max((held.layer_bytes[layer] for layer in grow), default=0)
     end = kept + besides + sum(rows[layer] for layer in grow) * token_bytes
     if end > limits.home:
-        raise refuse(limits.home_name, limits.home, end, f"the KV of {max(rows.values(), default=0)} tokens")
+        raise limits.refuse(limits.home_name, end, f"the KV of {max(rows.values(), default=0)} tokens")
+    if not (grow or remembers):
+        return held.home_grows, end
     room = sum(grow_capacity(0, rows[layer]) for layer in grow)
     # What is remembered to verify against grows too.
     spare = besides // 4 + 64 * len(rows) * token_bytes if remembers else 0
-    return kept + besides + spare + room * token_bytes <= limits.home
+    wanted = kept + besides + spare + room * token_bytes
+    # What was announced is allocated as it is, all at once.
+    takes_more = wanted <= limits.home and not need.is_announced
+    return wanted <= limits.home, wanted if takes_more else end
 
 
-def _check_near(need: NearNeed, limit: int, tokens: int) -> None:
-    if need.total > limit:
+def _check_near(need: NearNeed, limits: ByteLimits, tokens: int) -> None:
+    assert limits.near is not None
+    if need.total > limits.near:
         parts = ", ".join(f"{name} {n:,}" for name, n in need._asdict().items())
-        raise refuse("near", limit, need.total, f"a context of {tokens} tokens ({parts})")
+        raise limits.refuse("near", need.total, f"a context of {tokens} tokens ({parts})")

@@ -30,6 +30,8 @@ def plan_near(need: Need, limits: ByteLimits, n_rows: int, most: int = BLOCK_TOK
         n_rows: rows at the widest.
         most: tokens of a block, at most.
     """
+    if not limits.is_far:
+        return Near(count_in_place(need, n_rows), False, BLOCK_TOKENS)
     # A coded record and its decoded copy exist side by side.
     coded = need.stored_bytes * need.shape.batch * need.shape.kv_heads if need.is_coded else 0
     token_bytes = need.shape.token_bytes + coded
@@ -51,12 +53,22 @@ def plan_near(need: Need, limits: ByteLimits, n_rows: int, most: int = BLOCK_TOK
 
 def must_stream(need: Need, limits: ByteLimits, whole: NearNeed) -> bool:
     """Say whether dense reads come block by block: records are coded or paged, or a layer is too much."""
-    if not limits.is_far or (need.verifies and need.evicts):
+    if need.verifies and need.evicts:
         return False
     # Where every step reads everything, whole layers make it the plain model's; else they would take page copies' room.
     if not need.assembles and (limits.page is not None or need.is_coded):
         return True
     return limits.near is not None and whole.total > limits.near
+
+
+def count_in_place(need: Need, n_rows: int) -> NearNeed:
+    """Return the bytes beside records that are read where they lie: the index, uses, and a choice gathered to be read.
+
+    A kernel reads a choice in place; the model's own attention, of padded or verified steps for example, cannot.
+    """
+    far = count_near(need, n_rows, 0, 0)
+    # One copy, not two buffers; nothing is pinned.
+    return NearNeed(far.index, 0, 0, far.decode // 2, far.held - need.pinned_bytes(n_rows))
 
 
 def count_near(need: Need, n_rows: int, n_new: int, dense: int) -> NearNeed:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from farkv.errors import CapacityError
+from farkv.store.ledger import refuse
+from farkv.store.shared import Others
 from farkv.store.sizes import LayerShape
 
 
@@ -87,7 +90,8 @@ class ByteLimits(NamedTuple):
 
     home: of the tier where records live, `home_name`.  near_shares_host: near memory is no tier of its own, its bytes
     count against the host limit.  is_far: records are copied before attention.  pins: a plan holds records near.
-    page: where records are on disk.
+    page: where records are on disk.  near_others, host_others: of these limits other caches hold so much besides, and
+    so much of that are copies, which they give back where this cache needs the room.
     """
 
     near: int | None
@@ -99,6 +103,14 @@ class ByteLimits(NamedTuple):
     pins: bool = False
     page: PageSize | None = None
     disk: int | None = None
+    near_others: Others = Others()
+    host_others: Others = Others()
+
+    def refuse(self, tier: str, needed: int, purpose: str) -> CapacityError:
+        """Return the error for bytes that exceed what other caches leave of a tier's limit."""
+        limit = self.near if tier == "near" else self.host
+        others = self.near_others if tier == "near" else self.host_others
+        return refuse(tier, (limit or 0) + others.held, needed, purpose, others.held)
 
 
 class SetsHeld(NamedTuple):

@@ -12,10 +12,15 @@ from farkv.store.sizes import NearNeed
 
 
 class Cache(NamedTuple):
-    """Pages that may have a copy in host memory, and pages that are read from disk at once."""
+    """Pages that may have a copy in host memory, and pages that are read from disk at once.
+
+    host_bytes: that all of it takes, with what is there besides.  copies: how many of them others could have instead.
+    """
 
     room: int
     piece: int = SCRATCH_PAGES
+    host_bytes: int = 0
+    copies: int = 0
 
 
 def plan_pages(need: Need, held: Held, limits: ByteLimits, near: NearNeed) -> Cache:
@@ -46,11 +51,14 @@ def plan_pages(need: Need, held: Held, limits: ByteLimits, near: NearNeed) -> Ca
     fixed += passing + gathered + (near.total if limits.near_shares_host else 0)
     if limits.host is None:
         return Cache(max(pages.room, n_pages))
-    room = (limits.host - fixed) // page.n_bytes
+    least = fixed + (LEAST_PAGES + LEAST_SCRATCH) * page.n_bytes
+    if least > limits.host:
+        raise limits.refuse("host", least, f"the index, buffers and open pages of {tokens} tokens")
+    # Copies of several caches share what is left: others keep theirs up to an equal part of it.
+    others = limits.host_others
+    stay = min(others.copies, (limits.host - least) * others.n_copying // (others.n_copying + 1))
+    room = (limits.host - fixed - stay) // page.n_bytes
     # What is read from disk passes through memory of its own.
     piece = min(SCRATCH_PAGES, max(LEAST_SCRATCH, room // 8))
-    room -= piece
-    if room < LEAST_PAGES:
-        least = fixed + (LEAST_PAGES + LEAST_SCRATCH) * page.n_bytes
-        raise refuse("host", limits.host, least, f"the index, buffers and open pages of {tokens} tokens")
-    return Cache(min(room, max(n_pages, LEAST_PAGES)), piece)
+    room = min(max(room - piece, LEAST_PAGES), max(n_pages, LEAST_PAGES))
+    return Cache(room, piece, fixed + (room + piece) * page.n_bytes, (room - LEAST_PAGES) * page.n_bytes)

@@ -30,6 +30,13 @@ class Recent(NamedTuple):
     pages: int = 0
 
 
+class SetBytes(NamedTuple):
+    """Bytes of the recently used sets: near, and in the tier of the records."""
+
+    near: int = 0
+    home: int = 0
+
+
 class _Pass(NamedTuple):
     """A pass whose other bytes are planned: rows of each layer that fetches, near bytes, room for page copies."""
 
@@ -44,14 +51,18 @@ class _Pass(NamedTuple):
 
 def plan_recent(
     need: Need, held: Held, limits: ByteLimits, wide: tuple[dict[int, int], NearNeed, Cache | None], index_grows: bool
-) -> tuple[Recent, bool]:
-    """Plan the recently used sets; and say whether the index may still grow by more than it needs.
+) -> tuple[Recent, bool, SetBytes]:
+    """Plan the recently used sets; say whether the index may still grow by more than it needs, and what sets take.
 
     Args:
         wide: rows of each layer, near bytes and page copies, as planned before.
     """
     if limits.near is None or not limits.is_far or limits.pins:
-        return Recent(), index_grows
+        return Recent(), index_grows, SetBytes()
+    # They take the room of no other cache's.
+    home = None if limits.home is None else limits.home - limits.host_others.copies
+    limits = limits._replace(near=limits.near - limits.near_others.copies, home=home)
+    assert limits.near is not None
     now = _Pass({i: n for i, n in wide[0].items() if i not in need.dense_layers}, wide[1], wide[2])
     recent, near_bytes = Recent(), 0
     if held.sets is not None:
@@ -64,7 +75,17 @@ def plan_recent(
     if near_bytes:
         grown = now.near.index * grow_capacity(0, now.tokens) // now.tokens
         index_grows = index_grows and now.near.total - now.near.index + grown + near_bytes <= limits.near
-    return recent, index_grows
+    # Over a disk page copies have given their room.
+    metadata = count_metadata(need, held, recent) if near_bytes and limits.page is None else 0
+    return recent, index_grows, SetBytes(near_bytes, metadata)
+
+
+def count_metadata(need: Need, held: Held, recent: Recent) -> int:
+    """Return the bytes of what finds the copies, of sets that stay or are made."""
+    if recent.records is None:
+        return 0 if held.sets is None else held.sets.metadata_bytes
+    heads = need.shape.batch * need.shape.kv_heads
+    return heads * (sum(recent.records.values()) * RECORD_BYTES + len(recent.records) * recent.slots * SLOT_BYTES)
 
 
 def count_excess(held: Held, near: NearNeed) -> int:
@@ -111,7 +132,7 @@ def make_sets(need: Need, held: Held, limits: ByteLimits, now: _Pass) -> tuple[R
     slots = min(spare // (len(records) * heads * need.stored_bytes), widest)
     if slots < LEAST_SLOTS:
         return Recent(drops), 0
-    metadata_bytes = heads * (sum(records.values()) * RECORD_BYTES + len(records) * slots * SLOT_BYTES)
+    metadata_bytes = count_metadata(need, held, Recent(slots=slots, records=records))
     near_bytes = len(records) * slots * heads * need.stored_bytes
     near_used = held.near_used - (held.sets.near_bytes if held.sets else 0)
     pages = count_pages(now.cache, limits, metadata_bytes)

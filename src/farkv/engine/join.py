@@ -37,7 +37,7 @@ def join_engines(engine: Engine, other: Engine) -> None:
     shape = engine.store.shape(first)._replace(batch=sum(batches))
     room = max(n_tokens, engine.store.limits.reserve_tokens)
     need, limits = engine.parts.admission.count_join(shape, room)
-    admit_join(engine.store, shape, room, plan_near(need, limits, room).need)
+    admit_join((engine.store, other.store), shape, room, plan_near(need, limits, room).need)
     for each in pair:
         # What was used recently would take the room of the joined index.
         each.store.drop_recently_used()

@@ -52,8 +52,9 @@ class Engine:
             shape = LayerShape.of(k, v)
             parts.eviction.begin(k.shape[2], self.mode.prompt_tokens)
             if k.shape[2] > 1:
-                # A dense read takes the near memory that decode steps had: admission counts the wider of both.
-                self.store.free_buffers()
+                # A dense read takes the near memory that decode steps had: admission counts the wider of both. No fetch
+                # is under way between passes.
+                self.store.buffers.clear()
             self.store.open_pages(shape, k.dtype)
             parts.admission.admit(shape, k.shape[2])
         if parts.eviction.passing:

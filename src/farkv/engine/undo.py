@@ -57,7 +57,7 @@ def take_back(engine: Engine, state: State) -> None:
     if state.seen and parts.eviction.is_committing:
         raise CacheStateError("evicting was stopped half way")
     parts.eviction.forget_due()
-    parts.admission.forget()
+    parts.admission.ask_again()
     for layer in engine.layers:
         if not state.seen and store.evicted[layer]:
             # Before there was nothing, of which nothing can be gone.

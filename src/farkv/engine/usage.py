@@ -36,8 +36,8 @@ def count_usage(engine: Engine) -> Usage:
     """Return the byte peaks of all tiers."""
     store = engine.store
     index = store.index.peak
-    # Where the pool is near memory and has no limit of its own, its peak is the host's.
-    near = store.host.peak if store.placement is Placement.IN_PLACE else store.near.peak - index
+    # Where the pool is near memory and has no limit of its own, its peak is the host's, which the index is part of.
+    near = (store.host if store.placement is Placement.IN_PLACE else store.near).peak - index
     return Usage(
         near, index, store.host.peak, store.disk_bytes, store.limits.quant, store.placement is Placement.DISK,
         store.max_error,

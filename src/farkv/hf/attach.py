@@ -23,6 +23,7 @@ from farkv.methods import XKV, Full, InfiniGen, Method
 from farkv.methods.table import evicts
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.records import StoreLimits
+from farkv.store.shared import Shared
 from farkv.store.sizes import Allowed
 from farkv.store.worker import Worker
 
@@ -48,9 +49,9 @@ def attach(
     Args:
         model: any decoder-only model on one device that routes attention through the attention interface.
         methods: one method's config, InfiniGen() if none is given; XKV may stand beside a selector.
-        near: limit of near memory, in bytes or as text ("2GiB"): a GPU's memory, or on a CPU a counted
-            allocation of its own. None on a CPU: the pool itself is near memory.
-        host: limit of the host pool. With a disk and no near memory of its own, index and buffers count too.
+        near: limit of near memory, all caches together, in bytes or as text ("2GiB"): a GPU's memory, or on a CPU a
+            counted allocation of its own. None on a CPU: the pool itself is near memory.
+        host: limit of host memory, all caches together. Without a near limit on a CPU, index and buffers count too.
         disk: folder and limit, "DIR:100GiB": every full page of records goes there, host memory holds copies.
         evict: what goes when the pool is full: "refuse" (nothing: the context is refused), "fifo", "lru", "counter"
             (InfiniGen's), "clock" or "score". With a disk a copy goes and nothing is lost ("refuse": the longest
@@ -70,6 +71,7 @@ def attach(
         ProfileError, PlanError: the file is damaged or of another model.
     """
     limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"), evict=evict, quant=quant)
+    limits = limits._replace(shared=Shared(limits.near, limits.host))
     check_storage(evict, quant, host=limits.host)
     kernels = find_kernels(kernel, model)
     place = parse_disk(disk, "disk")

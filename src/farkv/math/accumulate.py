@@ -36,7 +36,7 @@ def add_weights(
         visible: False on padding, which receives no weight and, as a query, gives none; h is 1 or Hkv.
 
     Cost: 4 Hq T S D operations (the logits twice: once for the softmax's sums, half of that where T = S), and
-    B Hq 64 x 4096 floats; never T x S.
+    8 MiB of weights; never T x S.
     Source: H2O's accumulated scores; deviations: the mean over the query group, because KV is kept per KV head; learned
     sink logits are left out of the denominator.
     """

@@ -18,8 +18,8 @@ from farkv.math.logits import Logits
 
 Scorer = Literal["window", "expected", "value"]
 SCORERS: tuple[Scorer, ...] = ("window", "expected", "value")
-# Keys weighed at a time.
-BLOCK = 4096
+# Keys weighed at a time, and the bytes of their weights: fewer keys where there are many queries.
+BLOCK, BLOCK_BYTES = 4096, 8 << 20
 # The moments use at most this many of the latest queries: the published method looks 512 positions ahead.
 MOMENT_QUERIES = 512
 # Queries whose weights over the whole context are sorted at a time, by `measure_spread`.
@@ -117,8 +117,8 @@ def score_records(
     Raises:
         ConfigError: `pool` is not odd. CacheStateError: "expected", and no moments were observed.
 
-    Cost: "window" and "value" 4 Hq w S D operations, B BLOCK max(Hq w, Hkv D) floats and the result (twice while it is
-    pooled); "expected" 2 Hq S D^2 operations and B Hq S floats.
+    Cost: "window" and "value" 4 Hq w S D operations, 8 MiB of weights, B BLOCK Hkv D floats and the result (twice while
+    it is pooled); "expected" 2 Hq S D^2 operations and B Hq S floats.
     Source: "window" XKV's released code (SnapKV); deviation: the mean over the query group, because KV is kept per KV
     head. "value" CriticalKV, LAVa; deviation: the norm of v, not of W_O v, because a cache knows no output projection.
     "expected" Expected Attention; deviations: the moments are of the last 512 queries after RoPE, in place of
@@ -202,6 +202,7 @@ def walk_weights(
     Two passes over the keys, the first for the log-sum-exp; one block in memory at a time.
     """
     n_tokens = k.shape[2]
+    size = max(64, min(BLOCK, BLOCK_BYTES // max(1, 4 * window.shape[:3].numel())))
     # Scaling the few queries instead of the logits saves a pass over every block.
     q = (window.float() * how.scaling).unflatten(1, (k.shape[1], -1))
     padded = None if visible is None else ~visible[:, :, None, n_tokens - window.shape[2] :]
@@ -209,7 +210,7 @@ def walk_weights(
         q.masked_fill_(padded[..., None], 0.0)  # a model may leave NaN there
     peak = q.new_full((), torch.finfo(torch.float32).min)
     total = torch.zeros_like(peak)
-    for at in _split(n_tokens, BLOCK):
+    for at in _split(n_tokens, size):
         logits = _form_logits(q, k, visible, how, at)
         higher = torch.maximum(peak, logits.amax(-1))
         total = total * (peak - higher).exp() + logits.sub_(higher[..., None]).exp_().sum(-1)
@@ -219,7 +220,7 @@ def walk_weights(
     log_sum.masked_fill_(total == 0, torch.inf)  # a query of NaN: nothing has weight
     if padded is not None:
         log_sum.masked_fill_(padded, torch.inf)  # makes all its weights 0; a real query sees at least itself
-    for at in _split(n_tokens, BLOCK):
+    for at in _split(n_tokens, size):
         yield at, _form_logits(q, k, visible, how, at).sub_(log_sum[..., None]).exp_().sum(dim)
 
 

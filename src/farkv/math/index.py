@@ -5,8 +5,12 @@ In: keys, the skew's leading columns. Out: codes, and the scale they were rounde
 
 from __future__ import annotations
 
+import torch
+
 from farkv._axes import Bool, Float, Float32, Int8, Tensor
 
+# Keys that are projected at a time.
+BLOCK_TOKENS = 1024
 CODE_MAX = {8: 127, 4: 7}
 # Headroom before a code clips: later keys may be slightly larger than the prompt's. Four bits have none to spare.
 HEADROOM = {8: 1.1, 4: 1.0}
@@ -18,8 +22,9 @@ LEVEL_STEP = 0.9957
 def project_keys(
     k: Float[Tensor, "B Hkv T D"], key: Float32[Tensor, "b Hkv D R"], mean: Float32[Tensor, "b Hkv 1 D"]
 ) -> Float32[Tensor, "B Hkv T R"]:
-    """Return (k - mean) A_k in float32. Cost: 2 Hkv T D R operations."""
-    return (k.float() - mean) @ key
+    """Return (k - mean) A_k in float32. Cost: 2 Hkv T D R operations; at a time, 1024 keys in float32."""
+    parts = [(block.float() - mean) @ key for block in k.split(BLOCK_TOKENS, 2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def fit_scale(

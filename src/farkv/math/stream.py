@@ -86,6 +86,20 @@ class Stream:
             mask = fold_mask(mask, now)
             self._merge(attend(now.flatten(2, 3), k[:, :, :end], v[:, :, :end], mask, self.logits), rows)
 
+    def take_part(self, rows: slice, n_kv: int, v_dim: int) -> Stream:
+        """Return the stream of some of the queries: what is added to it is added here, by masks of few queries.
+
+        Args:
+            n_kv, v_dim: KV heads, and the dimension of the values that will come.
+        """
+        if self.sums is None:
+            self._start(self.q.unflatten(1, (n_kv, -1)), v_dim)
+        assert self.sums is not None
+        top, weight, total = self.sums
+        part = Stream(self.q[:, :, rows], self.logits)
+        part.sums = top[..., rows], weight[..., rows], total[..., rows, :]
+        return part
+
     def finish(self) -> Float[Tensor, "B Hq T Dv"]:
         """Return the attention output in the queries' dtype, 0 for a query that saw nothing, and end the stream.
 

@@ -23,6 +23,9 @@ from farkv.methods.index_tensors import join_fits, list_tensors, take_tensors
 from farkv.methods.layer_fit import LayerFit
 from farkv.store.sizes import LayerShape
 
+# Rows whose codes are scored at a time, by plain operations.
+SCORED_ROWS = 8192
+
 
 class IndexRule(NamedTuple):
     """How one method uses an index; its config makes it.
@@ -105,7 +108,10 @@ class IndexSelector(Selector):
         fit = self.fits[records.layer]
         projection = fit.get_projection()
         projected = project_query(query.q, projection.query, projection.scale, query.logits)
-        return score_index(projected, self.coder.unpack(fit.index.codes()[:, :, :n_rows]), query.logits)
+        # A block at a time: codes are unpacked to float32.
+        blocks = fit.index.codes()[:, :, :n_rows].split(SCORED_ROWS, 2)
+        parts = [score_index(projected, self.coder.unpack(block), query.logits) for block in blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def view_index(self, layer: int) -> IndexView | None:
         """Return the index for the fast kernels, which support four and eight bits."""

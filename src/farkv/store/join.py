@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from farkv.errors import CacheStateError
 from farkv.store.far.rows import Rows
+from farkv.store.ledger import refuse
 from farkv.store.sizes import LayerShape, NearNeed
 from farkv.store.tiers import Store
 
@@ -36,10 +37,11 @@ def check_join(store: Store, other: Store) -> None:
         raise CacheStateError("join: the caches' records differ in shape, type or device; expected one model's")
 
 
-def admit_join(store: Store, shape: LayerShape, tokens: int, need: NearNeed) -> None:
-    """Refuse, before anything changes, a joined batch that exceeds some limit.
+def admit_join(pair: tuple[Store, Store], shape: LayerShape, tokens: int, need: NearNeed) -> None:
+    """Refuse, before anything changes, a joined batch that exceeds what other caches leave of some limit.
 
     Args:
+        pair: the store that both will be in, and the other.
         shape: of every layer of the joined batch.
         need: near bytes of later passes.
 
@@ -47,17 +49,24 @@ def admit_join(store: Store, shape: LayerShape, tokens: int, need: NearNeed) -> 
         CapacityError: with the bytes needed, the limit and the remedy.
     """
     purpose = f"a batch of {shape.batch} sequences of {tokens} tokens"
+    store, other = pair
     n_layers = len(store.pool)
     new = tokens * store.stored_bytes(shape) * shape.batch * shape.kv_heads
-    old = max(rows.n_bytes for rows in store.pool.values())
+    old = sum(max(rows.n_bytes for rows in each.pool.values()) for each in pair)
     # Layers are joined one by one: while one is, its old rows, and those of later layers, still exist; so do old codes.
     total = max(n_layers * new + old, new + n_layers * old)
     besides = need.total + need.index // n_layers
-    if store.near.parent is not None:
+    if store.shares_host:
         total += besides
-    for ledger, wanted in ((store.home, total), (store.near, besides)):
-        if ledger.limit is not None and (ledger is store.home or store.is_far) and wanted > ledger.limit:
-            raise ledger.refuse(wanted - ledger.used, purpose)
+    for ledger, theirs, wanted in ((store.home, other.home, total), (store.near, other.near, besides)):
+        if ledger.limit is None or not (ledger is store.home or store.is_far):
+            continue
+        held = store.shared.count_others(store, ledger.tier)
+        others = max(0, held.held + held.copies - theirs.counted)
+        if wanted + others > ledger.limit:
+            raise refuse(ledger.tier, ledger.limit, wanted, purpose, others)
+        # Nobody else takes it meanwhile.
+        ledger.promise(max(ledger.counted, wanted - theirs.counted))
     # Only what was admitted: the next pass decides how far rows may grow.
     store.home.roomy = store.home.limit is None
     store.index.roomy = store.index.roomy and store.near.limit is None

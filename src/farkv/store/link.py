@@ -172,8 +172,12 @@ class Link:
         if n == 0:
             return
         if isinstance(near, RecentlyUsed):
-            self._copy_through(job, near, n)
-            return
+            with near.lock:
+                if near.is_open:
+                    self._copy_through(job, near, n)
+                    return
+            # Another cache needed its memory.
+            near = None
         slots = None if near is None else near.find(positions[..., :n])
         if near is not None and slots is not None:
             self._copy_missing(job._replace(positions=positions[..., :n]), near.rows.view(), slots)

@@ -54,4 +54,15 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *
     return tensor
 
 
+def return_freed() -> None:
+    """Give the system back what was freed and the allocator still holds; it changes no setting of the process.
+
+    After passes over a prompt glibc holds tens of megabytes that are in nobody's use, in pieces between what is. Other
+    allocators have no such call. Cost: some milliseconds.
+    """
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 _libc = ctypes.CDLL(None)

@@ -8,6 +8,7 @@ from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.store.far.page_file import DiskSpace, PageReader
 from farkv.store.link import Ticket
 from farkv.store.memory import Mover
+from farkv.store.shared import Shared
 from farkv.store.worker import Worker
 
 
@@ -32,6 +33,8 @@ class StoreLimits(NamedTuple):
     # How records are coded: "int8", "int4"; None: not at all.
     quant: str | None = None
     saved: SavedText | None = None
+    # What other caches hold under the same limits; None: this one is alone.
+    shared: Shared | None = None
 
 
 class Needs(NamedTuple):

@@ -20,8 +20,9 @@ from farkv.store.follow import Follower
 from farkv.store.link import Link, Ticket
 from farkv.store.near.buffers import Buffers, RecentWindow
 from farkv.store.near.pinned import Pinned
-from farkv.store.near.recently_used import RecentlyUsed
+from farkv.store.near.recently_used import RecentlyUsed, give_sets_back
 from farkv.store.records import Fetch, Needs, Read, Stored, StoreLimits
+from farkv.store.shared import copy_store
 
 # Tokens per block of a dense read, where the whole layer does not fit near.
 BLOCK_TOKENS = 1024
@@ -47,6 +48,9 @@ class Store(FarStore):
         self.block_tokens = BLOCK_TOKENS
         # Called with the bytes of every fetch.
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
+        self.shared.add(self)
+
+    __deepcopy__ = copy_store
 
     def listen(self, on_fetch: Callable[[int], None], on_disk: Callable[[int], None]) -> None:
         """Call these with the bytes of every fetch, and of every read from disk."""
@@ -55,12 +59,6 @@ class Store(FarStore):
     def read_in_blocks(self, block_tokens: int, *, only: bool) -> None:
         """Set the tokens per block of dense reads, and whether these go `only` by blocks, never by whole layers."""
         self.streams, self.block_tokens = only, block_tokens
-
-    def let_grow(self, *, home: bool, near: bool, index: bool) -> None:
-        """Set, per tier, whether growing rows may take more than they need."""
-        self.home.roomy = home
-        if self.is_far:
-            self.near.roomy, self.index.roomy = near, index
 
     # --- records in -----------------------------------------------------------------------------------------
 
@@ -94,12 +92,15 @@ class Store(FarStore):
         """Free every recently used set: the memory is needed, or the number of sequences changes."""
         # A deliberate wait: pending fetches write to these sets.
         self.link.drain()
-        while self.recently_used:
-            self.recently_used.popitem()[1].clear()
+        for layer in list(self.recently_used):
+            self.recently_used.pop(layer).clear()
 
-    def free_buffers(self) -> None:
-        """Free what decode steps fetch into; no fetch is under way between passes."""
-        self.buffers.clear()
+    def give_back(self, tier: str, n_bytes: int) -> None:
+        """Drop copies of records for another cache, on its thread: `n_bytes` of them, or all but what reading needs."""
+        if tier == "near":
+            give_sets_back(self.recently_used, self.near, self.device)
+        elif self.page_cache is not None:
+            self.page_cache.give_back(n_bytes)
 
     def find_near(self, layer: int) -> Pinned | RecentlyUsed | None:
         """Return the near copies of a layer's records that fetches skip."""
@@ -114,13 +115,14 @@ class Store(FarStore):
     # --- dense reads ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def hold(self, n_bytes: int) -> Iterator[None]:
-        """Charge a transient near allocation for its lifetime."""
-        self.near.charge(n_bytes if self.is_far else 0)
+    def hold(self, n_bytes: int, *, gathered: bool = False) -> Iterator[None]:
+        """Charge a transient copy of records for its lifetime: where records are far, or it is `gathered` in place."""
+        n_bytes = n_bytes if self.is_far or gathered else 0
+        self.near.charge(n_bytes)
         try:
             yield
         finally:
-            self.near.release(n_bytes if self.is_far else 0)
+            self.near.release(n_bytes)
 
     @contextmanager
     def read_all(self, layer: int, *, whole: bool = False) -> Iterator[tuple[Tensor, Tensor]]:

@@ -168,16 +168,28 @@ def test_beams_take_their_recently_used_records_along() -> None:
     assert store.recently_used == {}
 
 
-def test_a_copy_of_a_cache_has_a_recently_used_set_of_its_own() -> None:
+def test_a_copy_of_a_cache_begins_without_copies_of_records() -> None:
     store, rows, moved = fill(16)
     read(store, rows[0], pick([1, 2], [3, 4]))
     twin = copy.deepcopy(store)
+    assert not twin.recently_used
+    assert twin.near.used == store.near.used - store.recently_used[0].rows.n_bytes
+    assert twin.home.used == store.home.used - store.recently_used[0].size.metadata_bytes
     read(twin, rows[0], torch.arange(10, 26).expand(1, HKV, 16))
-    check_recently_used(twin)
     moved.clear()
     read(store, rows[0], pick([1, 2], [3, 4]))
     assert moved == []
-    assert twin.recently_used[0].home is twin.home
+    check_recently_used(store)
+
+
+def test_a_set_that_another_cache_took_the_memory_of_is_fetched_past() -> None:
+    store, rows, moved = fill(16)
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    store.give_back("near", 1)
+    assert not store.recently_used
+    moved.clear()
+    read(store, rows[0], pick([1, 2], [3, 4]))
+    assert sum(moved) > 0
 
 
 def test_a_dense_pass_does_not_disturb_it() -> None:

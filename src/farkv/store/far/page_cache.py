@@ -76,8 +76,17 @@ class PageCache:
     def make_room(self, n_bytes: int) -> None:
         """Drop copies until the ledger has room for `n_bytes`, or none is left."""
         with self.lock:
-            if self.ledger.limit is not None:
-                self._drop(-((self.ledger.limit - self.ledger.used - n_bytes) // self.pages.form.n_bytes))
+            free = self.ledger.free
+            if free is not None:
+                self._drop(-((free - n_bytes) // self.pages.form.n_bytes))
+
+    def give_back(self, n_bytes: int) -> None:
+        """Give room for copies to another cache, all but the least that reading needs."""
+        page_bytes = self.pages.form.n_bytes
+        with self.lock:
+            n = max(0, min(-(-n_bytes // page_bytes), self.room - LEAST_PAGES, self.ledger.copies // page_bytes))
+            self.resize(self.room - n, self.piece)
+            self.ledger.promise(self.ledger.promised - n * page_bytes, self.ledger.copies - n * page_bytes)
 
     def _drop(self, n: int) -> None:
         """Free the last `n` used slots, or all."""

@@ -22,6 +22,7 @@ from farkv.store.follow import Follower
 from farkv.store.ledger import Ledger
 from farkv.store.placement import Placement, counts_near, place_records
 from farkv.store.records import Keep, Needs, StoreLimits
+from farkv.store.shared import Shared
 from farkv.store.sizes import LayerShape
 
 
@@ -35,10 +36,11 @@ class FarStore:
         self.is_far, self.travels = self.placement.is_far, self.placement.travels
         # Records can be read in place: they are neither on disk pages nor coded.
         self.reads_in_place = self.placement is not Placement.DISK and limits.quant is None
-        self.host = Ledger("host", limits.host)
-        # Where near memory is not a tier of its own, copies made for reading take host memory too.
-        shares_host = not self.reads_in_place and not counts_near(limits, device)
-        self.near = Ledger("near", limits.near, self.host if shares_host else None)
+        self.shared = limits.shared or Shared()
+        self.host = self.shared.open("host", limits.host)
+        # Where near memory is not a tier of its own, the index, and copies made for reading, take host memory too.
+        self.shares_host = not counts_near(limits, device)
+        self.near = Ledger("near", None, self.host) if self.shares_host else self.shared.open("near", limits.near)
         self.index = Ledger("index", None, self.near)
         # The ledger of the records: near for a method that keeps them in near memory, host for all others.
         self.home = self.near if self.placement is Placement.NEAR else self.host
@@ -114,12 +116,9 @@ class FarStore:
 
     def page_form(self, shape: LayerShape, dtype: torch.dtype) -> PageForm:
         """Return the form of a page: sized for the context, or that of the saved text."""
-        record_bytes = self.stored_bytes(shape)
-        if self.limits.saved is not None:
-            tokens = self.limits.saved.page_tokens
-        else:
-            context = max(self.limits.reserve_tokens, *(rows.length for rows in self.pool.values()))
-            tokens = count_page_tokens(record_bytes, context)
+        record_bytes, saved = self.stored_bytes(shape), self.limits.saved
+        context = max(self.limits.reserve_tokens, *(rows.length for rows in self.pool.values()))
+        tokens = count_page_tokens(record_bytes, context) if saved is None else saved.page_tokens
         if self.limits.quant is not None:
             return PageForm(tokens, record_bytes, torch.uint8)
         return PageForm(tokens, shape.k_dim + shape.v_dim, dtype)

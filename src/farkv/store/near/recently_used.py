@@ -6,7 +6,9 @@ influences what is chosen. The least recently read copy is evicted first; a copy
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+import threading
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,6 +75,23 @@ class RecentlyUsed:
         self.n_fetches = 0
         # The first slot of every head, in the numbering over all heads.
         self.first = (torch.arange(heads) * size.slots)[:, None]
+        # The link's thread fetches through it while another cache's admission may ask for its memory.
+        self.lock = threading.RLock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RecentlyUsed:
+        # Copies are not copied: the twin's ledgers give their bytes back, and its next step makes sets of its own.
+        twin = object.__new__(RecentlyUsed)
+        twin.home, twin.size = copy.deepcopy(self.home, memo), self.size._replace(slots=0, records=0)
+        near = copy.deepcopy(self.rows.ledger, memo)
+        twin.rows, twin.lock = Rows(near, device=self.rows.device), threading.RLock()
+        near.release(self.rows.n_bytes)
+        twin.home.release(self.size.metadata_bytes)
+        return twin
+
+    @property
+    def is_open(self) -> bool:
+        """Say whether it still has its memory."""
+        return self.rows.data is not None
 
     @property
     def metadata(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +170,18 @@ class RecentlyUsed:
 
     def clear(self) -> None:
         """Free everything."""
-        self.rows.clear()
-        self.home.release(self.size.metadata_bytes)
-        self.size = self.size._replace(slots=0, records=0)
+        with self.lock:
+            self.rows.clear()
+            self.home.release(self.size.metadata_bytes)
+            self.size = self.size._replace(slots=0, records=0)
+
+
+def give_sets_back(sets: dict[int, RecentlyUsed], near: Ledger, device: torch.device) -> None:
+    """Free all sets of a cache for another one, on the other's thread."""
+    if sets and device.type == "cuda":
+        # A deliberate sync: a fetch on the side stream may still read them.
+        torch.cuda.synchronize(device)
+    for layer in list(sets):
+        # Each waits for the fetch that goes through it now.
+        sets.pop(layer).clear()
+    near.promise(near.promised - near.copies)
