@@ -30,6 +30,8 @@ test-all: lint
 	$(BIN)/$(PYTEST) --hypothesis-profile=nightly
 	$(BIN)/python benchmarks/faults.py --runs 100
 	$(BIN)/python benchmarks/fuzz_session.py --minutes 20 --seed $$(date +%j)
+	$(BIN)/python benchmarks/reliability.py --seed $$(date +%j)000 --out $$(mktemp)
+	$(BIN)/python benchmarks/rss.py --out $$(mktemp)
 	$(BIN)/python benchmarks/fuzz_kernels.py --minutes 5 --seed $$(date +%j)
 	.ci/sanitize 5 $$(date +%j)
 
