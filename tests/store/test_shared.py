@@ -61,12 +61,13 @@ def test_a_dropped_cache_gives_its_bytes_back() -> None:
     shared = Shared(host=100, near=100)
     one = Cache(shared)
     one.host.charge(60)
-    one.near.promise(50)
+    one.near.promise(70)
+    one.near.charge(30)
     twin = copy.deepcopy(one.near)
     del one
     gc.collect()
-    assert (shared.host.used, shared.near.used) == (0, 50)
-    assert twin.promised == 50
+    assert (shared.host.used, shared.near.used) == (0, 30)
+    assert (twin.used, twin.promised) == (30, 0), "a copy asks for itself"
     del twin
     gc.collect()
     assert shared.near.used == 0

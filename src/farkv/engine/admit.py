@@ -65,7 +65,7 @@ class Admission:
         tokens = max(store.seen(self.layers[0]) + n_new, reserve)
         n_rows = max(store.length(self.layers[0]) + n_new, reserve)
         asked = (shape, tokens, n_rows, n_new, chunk)
-        if not self._always_asks() and (not self._is_limited() or asked == self._admitted):
+        if not self._always_asks() and (not self._is_limited() or (asked == self._admitted and self._is_promised())):
             # Nothing is limited, or the same was admitted before, at step after announced step.
             self.chunk_tokens = chunk or self.chunk_tokens
             return
@@ -108,6 +108,11 @@ class Admission:
     def _is_limited(self) -> bool:
         limits = self.store.limits
         return self.store.is_far or limits.host is not None or limits.near is not None
+
+    def _is_promised(self) -> bool:
+        """Say whether what was admitted is this cache's: a copy was promised nothing yet."""
+        tiers = [each for each in (self.store.near, self.store.host) if each.parent is not None]
+        return all(ledger.promised > 0 for ledger in tiers if ledger.parent is not None and ledger.parent.is_shared)
 
     def _always_asks(self) -> bool:
         """Say whether what is held changes from step to step in other ways than by new tokens."""

@@ -106,6 +106,8 @@ def fill_engine(
     engine.take_text(shape, dtype, lambda: take_text(store, n_pages, tails))
     if wanted is not None:
         engine.selector.take_tensors(saved.tensors("index/"), dtype, engine.records)
+    # Until it is asked, other caches may have what its passes take; each pass asks again.
+    engine.parts.admission.forget()
 
 
 def read_exact(notes: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ class Ledger:
         self.peak = 0
         # Bytes that this ledger can count on; those of them that are only for copies, which can be given back.
         self.promised = self.copies = 0
+        # While a cache is copied: used bytes of what is not copied with it.
+        self.uncopied = 0
         # What the parent counts of this one. A list, for the finalizer, which must not know the ledger.
         self._counted = [0]
         if parent is not None and parent.is_shared:
@@ -46,8 +48,8 @@ class Ledger:
             return self
         twin = memo[id(self)] = Ledger(self.tier, self.limit, copy.deepcopy(self.parent, memo))
         if twin.parent is not None and twin.parent is self.parent:
-            # A shared parent counts both. Copies are not copied (`store.far.pool`).
-            twin.promise(max(self.promised, self.used) - self.copies)
+            # A shared parent counts both. What is not copied gives its bytes back to the twin, one by one.
+            twin._tell(self.used - self.uncopied, 0)
         else:
             twin.promised, twin._counted[0] = self.promised, self._counted[0]
         twin.used, twin.peak, twin.roomy = self.used, self.peak, self.roomy
@@ -95,7 +97,9 @@ class Ledger:
         """Subtract `n_bytes`."""
         with self._lock:
             assert 0 <= n_bytes <= self.used
-            self._tell(self.used - n_bytes, self.promised)
+            # Less than that is counted only while a cache is copied.
+            if max(self.used - n_bytes, self.promised) < self._counted[0] or self.parent is None:
+                self._tell(self.used - n_bytes, self.promised)
             self.used -= n_bytes
 
     def promise(self, n_bytes: int, copies: int = 0) -> None:

@@ -86,12 +86,17 @@ def copy_store(store: Any, memo: dict[int, Any]) -> Any:
         CapacityError: with the bytes, the limit and the remedy; nothing is copied.
     """
     shared: Shared = store.shared
+    sets = list(store.recently_used.values())
     with shared.admitting:
+        store.near.uncopied = sum(each.rows.n_bytes for each in sets)
+        store.home.uncopied = sum(each.size.metadata_bytes for each in sets)
+        store.home.uncopied += 0 if store.page_cache is None else store.page_cache.n_bytes
         for ledger in (store.host, store.near):
             whole = ledger.parent
             if whole is None or not whole.is_shared:
                 continue
-            needed = max(ledger.promised, ledger.used) - ledger.copies
+            # What its next pass needs besides, that pass will ask for.
+            needed = ledger.used - ledger.uncopied
             if not whole.has_room(needed):
                 # A cache that was dropped may still wait for the collector.
                 gc.collect()
