@@ -23,6 +23,7 @@ import overhead
 import prefill
 import quality
 import quant
+import reliability
 import rss
 import speed
 import xkv_batch
@@ -61,7 +62,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "session": session.format_table,
         "faults": faults.format_table,
     },
-    "docs/reliability.md": {"rss": rss.format_table},
+    "docs/reliability.md": {"attacks": reliability.format_table, "rss": rss.format_table},
     "docs/speed.md": {
         "decode": speed.format_decode,
         "threads": partial(speed.format_decode, name="threads"),

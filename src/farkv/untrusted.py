@@ -13,8 +13,11 @@ from typing import Any, NoReturn
 _MOST_DIGITS = 19
 
 
-def parse_json(data: bytes | str) -> Any:
+def parse_json(data: bytes | str, *, half_letters: bool = False) -> Any:
     """Return the value of a JSON text that every parser reads alike.
+
+    Args:
+        half_letters: a model's answer may end in half a letter (a lone surrogate), which stays as it is.
 
     Raises:
         ValueError: it is not UTF-8 or no JSON, nests too deeply, names a key twice, or has a number that is not
@@ -25,7 +28,7 @@ def parse_json(data: bytes | str) -> Any:
         value = json.loads(
             text, object_pairs_hook=_pair, parse_constant=_refuse, parse_float=_parse_float, parse_int=_parse_int
         )
-        if "\\u" in text:
+        if "\\u" in text and not half_letters:
             # Half a letter (a lone surrogate) cannot be printed or written again.
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:

@@ -20,7 +20,7 @@ class Cache:
 
     def __init__(self, shared: Shared):
         self.shared = shared
-        self.host, self.near = shared.open("host", shared.host.limit), shared.open("near", shared.near.limit)
+        self.host, self.near = shared.open_ledger("host", shared.host.limit), shared.open_ledger("near", shared.near.limit)
         shared.add(self)
 
     def give_back(self, tier: str, n_bytes: int) -> None:

@@ -113,7 +113,7 @@ def parse_row(line: str) -> Row:
     Raises:
         ValueError, TypeError: it is none.
     """
-    row = Row(**parse_json(line))
+    row = Row(**parse_json(line, half_letters=True))
     for about in fields(row):
         value = getattr(row, about.name)
         if not _KINDS[str(about.type)](value):

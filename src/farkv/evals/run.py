@@ -124,7 +124,7 @@ def read_known(path: Path) -> set[str]:
     """
     try:
         lines = read_file(path, MAX_BYTES).decode("utf-8").split("\n") if path.exists() else []
-        return {parse_json(line)["prompt_sha"] for line in lines if line.strip()}
+        return {parse_json(line, half_letters=True)["prompt_sha"] for line in lines if line.strip()}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"file {quote(path)}: expected the prompts of farkv eval ({error!r:.200}); delete it, or use another folder"

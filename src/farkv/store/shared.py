@@ -47,7 +47,7 @@ class Shared:
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         return self  # of the handle, not of a cache
 
-    def open(self, tier: str, limit: int | None) -> Ledger:
+    def open_ledger(self, tier: str, limit: int | None) -> Ledger:
         """Open a cache's own ledger of a tier; without a limit for all there is nothing to share."""
         whole: Ledger = getattr(self, tier)
         return Ledger(tier, limit, None if whole.limit is None else whole)

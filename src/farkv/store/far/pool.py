@@ -37,10 +37,12 @@ class FarStore:
         # Records can be read in place: they are neither on disk pages nor coded.
         self.reads_in_place = self.placement is not Placement.DISK and limits.quant is None
         self.shared = limits.shared or Shared()
-        self.host = self.shared.open("host", limits.host)
+        self.host = self.shared.open_ledger("host", limits.host)
         # Where near memory is not a tier of its own, the index, and copies made for reading, take host memory too.
         self.shares_host = not counts_near(limits, device)
-        self.near = Ledger("near", None, self.host) if self.shares_host else self.shared.open("near", limits.near)
+        self.near = (
+            Ledger("near", None, self.host) if self.shares_host else self.shared.open_ledger("near", limits.near)
+        )
         self.index = Ledger("index", None, self.near)
         # The ledger of the records: near for a method that keeps them in near memory, host for all others.
         self.home = self.near if self.placement is Placement.NEAR else self.host
