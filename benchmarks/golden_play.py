@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import farkv
-from farkv.cli import app
+from farkv.cli.commands import app
 from farkv.errors import CacheStateError, FarKVError
 
 NEW_TOKENS, N_ASKED = 12, 3

@@ -20,7 +20,8 @@ class Cache:
 
     def __init__(self, shared: Shared):
         self.shared = shared
-        self.host, self.near = shared.open_ledger("host", shared.host.limit), shared.open_ledger("near", shared.near.limit)
+        self.host = shared.open_ledger("host", shared.host.limit)
+        self.near = shared.open_ledger("near", shared.near.limit)
         shared.add(self)
 
     def give_back(self, tier: str, n_bytes: int) -> None:

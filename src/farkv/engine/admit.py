@@ -13,6 +13,7 @@ from farkv.engine.shares import Shares
 from farkv.errors import CapacityError
 from farkv.methods.base import Selector
 from farkv.store.far.kept import ROW_BYTES
+from farkv.store.far.page_cache import LEAST_PAGES
 from farkv.store.far.page_rows import PagedRows
 from farkv.store.memory import return_freed
 from farkv.store.near.pinned import SLOT_BYTES as PIN_BYTES
@@ -65,7 +66,9 @@ class Admission:
         tokens = max(store.seen(self.layers[0]) + n_new, reserve)
         n_rows = max(store.length(self.layers[0]) + n_new, reserve)
         asked = (shape, tokens, n_rows, n_new, chunk)
-        if not self._always_asks() and (not self._is_limited() or (asked == self._admitted and self._is_promised())):
+        # By this very store: what a copied cache was promised is the other one's.
+        is_known = (id(store), *asked) == self._admitted and not self._has_others()
+        if not self._always_asks() and (not self._is_limited() or is_known):
             # Nothing is limited, or the same was admitted before, at step after announced step.
             self.chunk_tokens = chunk or self.chunk_tokens
             return
@@ -81,7 +84,7 @@ class Admission:
                 plan = plan_bytes(need, self._take_held(), self._take_limits())
             self._claim(plan)
             self._apply(plan, shape)
-        self._admitted = asked
+        self._admitted = (id(store), *asked)
 
     def fit_chunk(self, n_tokens: int) -> int:
         """Return how many tokens of a prompt to read at once, at most `n_tokens`: what the limits have room for."""
@@ -94,6 +97,13 @@ class Admission:
     def count_join(self, shape: LayerShape, tokens: int) -> tuple[Need, ByteLimits]:
         """Return what a joined batch of `tokens` needs at its next step, and what is allowed."""
         return self._count_need(shape, tokens, tokens, 1, 0), self._take_limits()
+
+    def rest(self) -> None:
+        """Between passes count on no more than is held: what a pass needs for a moment, another cache's may have."""
+        store = self.store
+        for ledger in (store.near, store.host):
+            if ledger.parent is not None and ledger.parent.is_shared:
+                ledger.promise(0, count_copies(store, ledger.tier))
 
     def ask_again(self) -> None:
         """Plan the next pass anew, whatever was admitted: a pass was taken back."""
@@ -109,10 +119,10 @@ class Admission:
         limits = self.store.limits
         return self.store.is_far or limits.host is not None or limits.near is not None
 
-    def _is_promised(self) -> bool:
-        """Say whether what was admitted is this cache's: a copy was promised nothing yet."""
-        tiers = [each for each in (self.store.near, self.store.host) if each.parent is not None]
-        return all(ledger.promised > 0 for ledger in tiers if ledger.parent is not None and ledger.parent.is_shared)
+    def _has_others(self) -> bool:
+        """Say whether other caches of the handle hold bytes under its limits."""
+        pair = ((each.parent, each.counted) for each in (self.store.near, self.store.host))
+        return any(whole is not None and whole.is_shared and whole.used > own for whole, own in pair)
 
     def _always_asks(self) -> bool:
         """Say whether what is held changes from step to step in other ways than by new tokens."""
@@ -243,6 +253,14 @@ def count_held(store: Store, layer: int) -> int:
     kept, pinned = store.kept.get(layer), store.pinned.get(layer)
     metadata = kept.places.n_bytes + kept.scores.n_bytes if kept else 0
     return store.pool[layer].n_bytes + metadata + (pinned.slots.n_bytes if pinned else 0)
+
+
+def count_copies(store: Store, tier: str) -> int:
+    """Return the bytes of a tier that are only copies of records, which other caches may have instead."""
+    if tier == "near":
+        return sum(each.rows.n_bytes for each in store.recently_used.values())
+    pages = store.page_cache
+    return 0 if pages is None else max(0, pages.used - LEAST_PAGES) * pages.pages.form.n_bytes
 
 
 def take_pages(store: Store) -> PagesHeld | None:

@@ -126,6 +126,7 @@ class Engine:
     def commit(self) -> None:
         """Evict what the pass made due, in every layer: it has succeeded, and will not be taken back."""
         self.parts.eviction.commit()
+        self.parts.admission.rest()
 
     # --- a prompt -------------------------------------------------------------------------------------------
 

@@ -73,6 +73,7 @@ def take_back(engine: Engine, state: State) -> None:
         parts.eviction.shares.restore(state.shares)
     for layer, sums in state.sums.items():
         store.kept[layer].scores.view().copy_(sums)
+    parts.admission.rest()
     fault = find_fault(store)
     if fault:
         raise CacheStateError(f"taking back a failed pass: expected all layers whole, but {fault}; start a new cache")

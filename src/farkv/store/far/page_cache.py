@@ -85,8 +85,11 @@ class PageCache:
         page_bytes = self.pages.form.n_bytes
         with self.lock:
             n = max(0, min(-(-n_bytes // page_bytes), self.room - LEAST_PAGES, self.ledger.copies // page_bytes))
-            self.resize(self.room - n, self.piece)
-            self.ledger.promise(self.ledger.promised - n * page_bytes, self.ledger.copies - n * page_bytes)
+            # Between passes only what is used is counted; in one, all that there is room for.
+            at_rest = self.ledger.promised == 0
+            self.resize((min(self.room, self.used) if at_rest else self.room) - n, self.piece)
+            promised = max(0, self.ledger.promised - n * page_bytes)
+            self.ledger.promise(promised, self.ledger.copies - n * page_bytes)
 
     def _drop(self, n: int) -> None:
         """Free the last `n` used slots, or all."""

@@ -184,4 +184,4 @@ def give_sets_back(sets: dict[int, RecentlyUsed], near: Ledger, device: torch.de
     for layer in list(sets):
         # Each waits for the fetch that goes through it now.
         sets.pop(layer).clear()
-    near.promise(near.promised - near.copies)
+    near.promise(max(0, near.promised - near.copies))
