@@ -93,8 +93,10 @@ class Eviction:
             return
         if self.evictor is not None and self.shares is not None and self.evictor.sums_scores:
             self.evictor.settle(self.records[layer], self._scores(layer))
-        # A copy: a view would keep the whole pass's queries of every layer.
-        voters = None if self.policy is None else step.query._replace(q=step.query.q[:, :, -VOTERS:].clone())
+        voters = None if self.policy is None else step.query
+        if voters is not None and step.n_new > VOTERS:
+            # A copy: a view would keep the whole pass's queries of every layer.
+            voters = voters._replace(q=voters.q[:, :, -VOTERS:].clone())
         self._due[layer] = Due(step.n_new, voters, step.k.device)
         if self.is_first:
             self.commit()

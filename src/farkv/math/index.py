@@ -23,8 +23,9 @@ def project_keys(
     k: Float[Tensor, "B Hkv T D"], key: Float32[Tensor, "b Hkv D R"], mean: Float32[Tensor, "b Hkv 1 D"]
 ) -> Float32[Tensor, "B Hkv T R"]:
     """Return (k - mean) A_k in float32. Cost: 2 Hkv T D R operations; at a time, 1024 keys in float32."""
-    parts = [(block.float() - mean) @ key for block in k.split(BLOCK_TOKENS, 2)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    if k.shape[2] <= BLOCK_TOKENS:
+        return (k.float() - mean) @ key
+    return torch.cat([(block.float() - mean) @ key for block in k.split(BLOCK_TOKENS, 2)], 2)
 
 
 def fit_scale(
