@@ -81,3 +81,10 @@ def test_the_published_variant_counts_its_dense_layer() -> None:
     receipt, before = run(InfiniGen(fraction=0.4, paper=True))
     assert 0.25 < receipt.least_read_fraction <= receipt.read_fraction <= 0.4
     assert before.note == ""
+
+
+def test_what_no_context_can_keep_to_is_said_when_a_model_is_attached(caplog: pytest.LogCaptureFixture) -> None:
+    for family, fraction, says in (("gemma3", 0.01, True), ("gemma3", 0.9, False), ("llama", 0.01, False)):
+        caplog.clear()
+        with farkv.attach(make_model(family), InfiniGen(fraction=fraction)):
+            assert ("fraction 0.01 cannot be kept to" in caplog.text) == says

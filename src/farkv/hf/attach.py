@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -14,6 +15,7 @@ from farkv.config import KERNELS, check_name, check_storage, parse_bytes, parse_
 from farkv.engine.build import Roles
 from farkv.engine.setup import Kernels, Levers, Setting
 from farkv.errors import CacheStateError, ConfigError
+from farkv.hf import _compat
 from farkv.hf.attention import NAME
 from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
@@ -26,6 +28,8 @@ from farkv.store.records import StoreLimits
 from farkv.store.shared import Shared
 from farkv.store.sizes import Allowed
 from farkv.store.worker import Worker
+
+log = logging.getLogger("farkv")
 
 PROFILE_NAME = "profile.safetensors"
 # Up to here reading everything is faster than choosing, where `farkv bench --calibrate` has not measured it.
@@ -96,6 +100,7 @@ def attach(
         raise
     try:
         check_files(handle, loaded, loaded_plan)
+        say_least(handle)
     except BaseException:
         handle.detach()
         raise
@@ -112,6 +117,16 @@ def check_files(handle: Handle, profile: Profile | None, plan: Plan | None) -> N
         profile.check_layers({i: HeadForm(shape.kv_heads, shape.k_dim) for i, shape in handle.shapes.items()})
     if plan is not None:
         plan.check(identify_model(handle.model), handle.managed)
+
+
+def say_least(handle: Handle) -> None:
+    """Say it where a cap cannot be kept to, however long the context: `find_least` says it of a given length.
+
+    Cost: of a hybrid model, one token through it, which shows what its other layers hold.
+    """
+    tokens = getattr(_compat.text_config(handle.model), "max_position_embeddings", None)
+    if handle.unmanaged_kinds and isinstance(tokens, int) and (note := handle.find_least(tokens).note):
+        log.warning("%s, at %s tokens: %s", type(handle.model).__name__, f"{tokens:,}", note)
 
 
 def find_kernels(kernel: str, model: PreTrainedModel) -> Kernels:

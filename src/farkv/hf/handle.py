@@ -82,6 +82,11 @@ class Handle(AbstractContextManager["Handle"]):
         assert method is not None
         return method
 
+    @property
+    def unmanaged_kinds(self) -> set[str]:
+        """Return the kinds of the layers that are left to Hugging Face."""
+        return {kind for i, kind in enumerate(self.layer_types) if i not in self.managed}
+
     # --- attaching ------------------------------------------------------------------------------------------
 
     def _read_architecture(self) -> None:
