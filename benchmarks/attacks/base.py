@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable
 from typing import Literal, NamedTuple
+
+from farkv import FarKVError
 
 # What one try came to: the right answer; an error of farkv's, in words; an answer that is not the right one, a
 # traceback of somebody else's error, bytes beyond a limit, or damage to what was there before.
@@ -35,8 +38,19 @@ class Outcome(NamedTuple):
     seeds: list[int]
 
 
+def judge(attack: Attack, seed: int) -> Verdict:
+    """Make one try: an error of farkv's that nobody caught is a refusal too, any other is wrong."""
+    try:
+        return attack.attempt(random.Random(seed))
+    except FarKVError:
+        return "refused"
+    except Exception:
+        traceback.print_exc()
+        return "wrong"
+
+
 def run_attack(attack: Attack, tries: int, seed: int = 0) -> Outcome:
     """Make the tries with seeds `seed`, `seed + 1`, ...; return the counts, and the seeds that went wrong."""
-    said = {at: attack.attempt(random.Random(at)) for at in range(seed, seed + tries)}
+    said = {at: judge(attack, at) for at in range(seed, seed + tries)}
     wrong = [at for at, verdict in said.items() if verdict == "wrong"]
     return Outcome(tries, len(wrong), list(said.values()).count("refused"), wrong)

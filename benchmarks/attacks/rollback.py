@@ -104,17 +104,17 @@ def refuse_threads(rng: random.Random) -> Verdict:
 
 
 ATTACKS = {
-    "ctrl_c": Attack(1, "Ctrl-C at any line of a pass, in 17 places", interrupt_anywhere, 12, 250),
+    "ctrl_c": Attack(1, "Ctrl-C at any line of a pass, in 17 places", interrupt_anywhere, 12, 120),
     "ctrl_c_twice": Attack(
-        1, "Ctrl-C, and again while that is undone", lambda rng: interrupt_anywhere(rng, times=2), 12, 250
+        1, "Ctrl-C, and again while that is undone", lambda rng: interrupt_anywhere(rng, times=2), 12, 120
     ),
-    "ctrl_c_storm": Attack(1, "Ctrl-C five times in a row", lambda rng: interrupt_anywhere(rng, times=5), 8, 120),
-    "no_thread": Attack(1, "the system refuses threads in the middle of a text", refuse_threads, 3, 40),
+    "ctrl_c_storm": Attack(1, "Ctrl-C five times in a row", lambda rng: interrupt_anywhere(rng, times=5), 8, 60),
+    "no_thread": Attack(1, "the system refuses threads in the middle of a text", refuse_threads, 3, 30),
     "errors": Attack(
         1, "an error or Ctrl-C in a layer or the head, in every pass", lambda rng: stop_in_a_layer(rng, tuple(PLACES)),
-        4, 60,
+        4, 40,
     ),
     "evicting": Attack(
-        2, "the same where records are evicted", lambda rng: stop_in_a_layer(rng, EVICTING), 6, 100
+        2, "the same where records are evicted", lambda rng: stop_in_a_layer(rng, EVICTING), 6, 60
     ),
 }  # fmt: skip

@@ -36,8 +36,8 @@ class Place(NamedTuple):
 PLACES = {
     "in place": Place(InfiniGen(fraction=0.4)),
     "verified": Place(InfiniGen(fraction=0.4), verify=99),
-    "near": Place(InfiniGen(fraction=0.2), {"near": "160KiB"}),
-    "near, tight": Place(InfiniGen(fraction=0.2), {"near": "60KiB"}),
+    "near": Place(InfiniGen(fraction=0.2), {"near": "220KiB"}),
+    "near, tight": Place(InfiniGen(fraction=0.2), {"near": "88KiB"}),
     "disk": Place(InfiniGen(fraction=1.0), {"disk": ":9MiB", "host": "900KiB"}),
     "full over disk": Place(Full(), {"disk": ":9MiB", "host": "900KiB"}),
     "spills": Place(InfiniGen(fraction=0.3), {"host": "115KiB", "evict": "lru"}),
@@ -87,7 +87,7 @@ def attach(place: Place) -> Iterator[Any]:
 def draw_text(rng: random.Random) -> list[torch.Tensor]:
     """Draw a text: a prompt in one or two passes, then single tokens and a later turn."""
     ids = torch.tensor([[rng.randrange(1, VOCABULARY) for _ in range(N_PROMPT + 14)]])
-    first = rng.randrange(N_PROMPT // 4, N_PROMPT)
+    first = rng.randrange(55, 105)
     sizes = [first, N_PROMPT - first, 1, 1, 1, 5, 1, 1, 1, 1, 1, 1]
     return list(ids[:, : sum(sizes)].split(sizes, 1))
 

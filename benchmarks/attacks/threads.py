@@ -91,7 +91,7 @@ def run_at_once(works: list[Any]) -> list[Verdict]:
 
 
 ATTACKS = {
-    "one_cache": Attack(3, "two threads decode on one cache", share_one_cache, 4, 40),
-    "one_model": Attack(3, "two threads, two caches, one model", share_one_model, 4, 40),
-    "wander": Attack(3, "every pass in another thread", wander, 2, 20),
+    "one_cache": Attack(3, "two threads decode on one cache", share_one_cache, 4, 30),
+    "one_model": Attack(3, "two threads, two caches, one model", share_one_model, 4, 30),
+    "wander": Attack(3, "every pass in another thread", wander, 2, 15),
 }

@@ -125,8 +125,12 @@ def say_least(handle: Handle) -> None:
     Cost: of a hybrid model, one token through it, which shows what its other layers hold.
     """
     tokens = getattr(_compat.text_config(handle.model), "max_position_embeddings", None)
-    if handle.unmanaged_kinds and isinstance(tokens, int) and (note := handle.find_least(tokens).note):
-        log.warning("%s, at %s tokens: %s", type(handle.model).__name__, f"{tokens:,}", note)
+    asked = getattr(handle.method, "fraction", None)
+    if not handle.unmanaged_kinds or not isinstance(tokens, int) or asked is None:
+        return
+    least = handle.find_least(tokens)
+    if least.fraction > asked:
+        log.warning("%s, at %s tokens: %s", type(handle.model).__name__, f"{tokens:,}", least.note)
 
 
 def find_kernels(kernel: str, model: PreTrainedModel) -> Kernels:
