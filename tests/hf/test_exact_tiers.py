@@ -23,7 +23,7 @@ WHOLE: dict[str, Method] = {"full": Full(), "ours": InfiniGen(fraction=1.0), "pa
 PLACES: dict[str, dict[str, Any]] = {
     "disk": {"disk": "1GiB"},
     "disk, host": {"disk": "1GiB", "host": "2MiB"},
-    "disk, near": {"disk": "1GiB", "near": "300KiB"},
+    "disk, near": {"disk": "1GiB", "near": "400KiB"},
     "near": {"near": "300KiB"},
     "plain kernel": {"kernel": "plain"},
 }

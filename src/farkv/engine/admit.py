@@ -39,11 +39,12 @@ class Admission:
         pins: dict[int, float] | None,
         policy: PoolPolicy | None,
         verifies: bool,
+        n_groups: int = 1,
     ):
         self.selector, self.budgets, self.shares, self.pins, self.policy = selector, budgets, shares, pins, policy
         self.store: Store = budgets.store
         self.layers = list(self.store.order)
-        self.mode, self.verifies = mode, verifies
+        self.mode, self.verifies, self.n_groups = mode, verifies, n_groups
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
         self.chunk_tokens = 0
         self._admitted: tuple[object, ...] = ()
@@ -156,6 +157,7 @@ class Admission:
             keep=None if self.shares is None else self.shares.plan(shape, tokens, n_new, self.mode.prompt_tokens),
             pool=None if self.policy is None else self._count_pool(self.policy, stored),
             # A pool that evicts has better use for the room.
+            n_groups=self.n_groups,
             assembles=self.policy is None and all(self.budgets.count(tokens, i) >= tokens for i in self.layers),
         )
 

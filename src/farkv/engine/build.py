@@ -85,7 +85,7 @@ def make_engine(roles: Roles, setup: Setup) -> Engine:
         Chooser(selector, budgets, fast, setup.account),
         Attention(budgets, fast, setup.account, mode, policy),
         Eviction(records, selector, budgets, evictor=evictor, **held),
-        Admission(selector, budgets, mode, verifies=setup.verifies, **held),
+        Admission(selector, budgets, mode, verifies=setup.verifies, n_groups=setting.n_groups, **held),
         mode,
     )
     return Engine(setup, parts)

@@ -35,7 +35,10 @@ def plan_near(need: Need, limits: ByteLimits, n_rows: int, most: int = BLOCK_TOK
     # A coded record and its decoded copy exist side by side.
     coded = need.stored_bytes * need.shape.batch * need.shape.kv_heads if need.is_coded else 0
     token_bytes = need.shape.token_bytes + coded
-    whole = count_near(need, n_rows, need.n_new, n_rows * token_bytes)
+    # What was put together only to be read is repeated for every query head besides; in place that is the model's own.
+    repeated = need.n_groups if need.n_groups > 1 and (limits.page is not None or need.is_coded) else 0
+    dense = n_rows * (token_bytes + repeated * need.shape.token_bytes)
+    whole = count_near(need, n_rows, need.n_new, dense)
     if not must_stream(need, limits, whole):
         return Near(whole, False, BLOCK_TOKENS)
     n_at_once = need.n_at_once

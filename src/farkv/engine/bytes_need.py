@@ -66,6 +66,7 @@ class Need(NamedTuple):
     keep: SharesNeed | None = None
     pool: PoolNeed | None = None
     assembles: bool = False
+    n_groups: int = 1
 
     @property
     def n_at_once(self) -> int:

@@ -47,6 +47,8 @@ class Setting(NamedTuple):
     profile: Profile | None = None
     levers: Levers = Levers()
     kernels: Kernels = Kernels()
+    # Query heads per KV head: the model's own attention may repeat what it reads so often.
+    n_groups: int = 1
     # Of the attached model; None: every cache starts its own.
     worker: Worker | None = None
 

@@ -93,7 +93,7 @@ def attach(
     if place is not None:
         limits = limits._replace(disk=DiskSpace(*place))
     try:
-        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels, Worker()))
+        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels, worker=Worker()))
     except BaseException:
         if limits.disk is not None:
             limits.disk.close()

@@ -99,7 +99,9 @@ class Handle(AbstractContextManager["Handle"]):
             raise UnsupportedModelError(f"{name}: no list of decoder blocks with attention modules was found")
         self.decoder, self.blocks = found
         self.attention = _compat.find_attention(self.blocks)
-        self.layer_types, self._unmanaged_arguments = _compat.describe_layers(_compat.text_config(model))
+        config = _compat.text_config(model)
+        self.setting = self.setting._replace(n_groups=count_groups(config))
+        self.layer_types, self._unmanaged_arguments = _compat.describe_layers(config)
         self.managed = [
             i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i in self.attention
         ]
@@ -264,6 +266,14 @@ class Handle(AbstractContextManager["Handle"]):
         if cache is not None:
             cache.end(module, reads=module is self.decoder, failed=out is None)
         self._ahead.land()
+
+
+def count_groups(config: Any) -> int:
+    """Return the query heads per KV head, as a model's config says; 1 where it does not."""
+    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads < 1:
+        return 1
+    return max(1, heads // kv_heads)
 
 
 def make_inject(i: int) -> Any:
