@@ -35,7 +35,7 @@ def format_table() -> str:
     before = {row["attack"]: row for row in read_rows("reliability.jsonl", when="before")}
     head = ["point", "attack", "tries", "wrong before", "**wrong now**", "refused before", "refused now", "seeds"]
     rows = []
-    for row in sorted(read_rows("reliability.jsonl", when="now"), key=lambda row: (row["point"], row["attack"])):
+    for row in sorted(read_rows("reliability.jsonl", when="now"), key=lambda row: row["point"]):
         old: Row = before.get(row["attack"], {})
         n_old = f" of {old['tries']}" if old and old["tries"] != row["tries"] else ""
         rows.append([
