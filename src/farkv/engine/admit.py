@@ -48,8 +48,8 @@ class Admission:
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
         self.chunk_tokens = 0
         self._admitted: tuple[object, ...] = ()
-        # The pass before was of a prompt, whose scratch memory was freed.
-        self._has_read_several = False
+        # Passes that still begin with freed memory given back: a prompt leaves some, and the first step, which fits.
+        self._n_to_trim = 0
 
     def admit(self, shape: LayerShape, n_new: int, chunk: int = 0) -> None:
         """Refuse tokens that a limit cannot hold, before any layer is touched, and make room for those that fit.
@@ -61,9 +61,9 @@ class Admission:
             CapacityError: with the bytes needed, the limit and the remedy; nothing has changed.
         """
         store, reserve = self.store, self.store.limits.reserve_tokens
-        if self._has_read_several and self._is_limited():
+        if self._n_to_trim and self._is_limited():
             return_freed()
-        self._has_read_several = n_new > 1 and not chunk
+        self._n_to_trim = 2 if n_new > 1 and not chunk else max(0, self._n_to_trim - 1)
         tokens = max(store.seen(self.layers[0]) + n_new, reserve)
         n_rows = max(store.length(self.layers[0]) + n_new, reserve)
         asked = (shape, tokens, n_rows, n_new, chunk)
