@@ -160,7 +160,8 @@ def test_a_full_disk_is_code_1_and_leaves_the_old_file(file: str, tmp_path: Path
 
 @pytest.mark.parametrize("when", ["while it waits for a text", "while it is imported"])
 def test_ctrl_c_is_one_line_and_130(when: str) -> None:
-    code = "import os, signal, sys\n"
+    # A shell lets what it starts in the background ignore Ctrl-C.
+    code = "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     if when == "while it is imported":
         # The first import behind the boundary that takes long.
         code += "class Stop:\n    def find_spec(self, name, *more):\n        if name == 'torch':\n"

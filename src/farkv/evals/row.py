@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -132,19 +131,19 @@ def read_rows(path: Path, *, mend: bool = False) -> list[Row]:
     """
     rows: list[Row] = []
     try:
-        # As a text file is read: other characters that end lines may stand in answers.
-        lines = io.StringIO(read_file(path, MAX_BYTES).decode("utf-8"), newline=None).readlines()
+        # Lines of bytes: other characters that end lines of a text may stand in answers.
+        lines = read_file(path, MAX_BYTES).splitlines(keepends=True)
     except (OSError, ValueError) as error:
         raise InputError(f"file {quote(path)}: cannot be read ({error}); expected the results of farkv eval") from error
     for n, line in enumerate(lines, start=1):
         try:
-            rows.append(parse_row(line))
+            rows.append(parse_row(line.decode("utf-8")))
         except (ValueError, TypeError) as error:
-            if mend and n == len(lines) and not line.endswith("\n"):
-                write_file(path, "".join(lines[:-1]).encode(), "file", private=True)
+            if mend and n == len(lines) and not line.endswith(b"\n"):
+                write_file(path, b"".join(lines[:-1]), "file", private=True)
                 break
             raise InputError(
                 f"file {quote(path)}, line {n}: expected a row of farkv eval, got "
-                f"{line[:60]!r} ({error}); delete the line, or use another --out"
+                f"{line[:60].decode(errors='replace')!r} ({error}); delete the line, or use another --out"
             ) from error
     return rows
