@@ -24,7 +24,7 @@ from farkv.hf.identity import identify_tokenizer
 from farkv.hf.layer import FarLayer
 from farkv.hf.owner import Owner
 from farkv.hf.transaction import Pass, describe_stuck, find_fault, note_pass, undo_pass
-from farkv.hf.unmanaged import check_unmanaged, count_reads, join_unmanaged, list_unmanaged
+from farkv.hf.unmanaged import check_unmanaged, count_reads, join_unmanaged, list_unmanaged, reset_unmanaged
 from farkv.session.save import save_text
 
 
@@ -132,7 +132,7 @@ class FarCache(_compat.Cache):
     # --- a pass -----------------------------------------------------------------------------------------------
 
     def begin(self, module: object, n_new: int, ids: Tensor | None, *, reads: bool) -> None:
-        """Note that a forward pass over `n_new` tokens starts; one that was stopped before is taken back first.
+        """Note that a pass over `n_new` tokens starts; one that was stopped before is taken back first.
 
         Args:
             reads: this module's pass is what stores the tokens; another one holds such a pass.
@@ -161,15 +161,11 @@ class FarCache(_compat.Cache):
 
     def restart_clock(self) -> None:
         """Count the pass's seconds from now on."""
-        if self._pass is not None:
-            self._pass.started = time.perf_counter()
+        assert self._pass is not None
+        self._pass.started = time.perf_counter()
 
     def settle(self) -> None:
-        """Take back a pass that ended with neither output nor exception: it was killed, by Ctrl-C for example.
-
-        Raises:
-            CacheStateError: it cannot be taken back; or another thread uses this cache.
-        """
+        """Take back a pass that ended with neither output nor exception, by Ctrl-C for example; raises as `begin`."""
         self.owner.check()
         if self._pass is not None:
             self.take_back()
@@ -276,6 +272,7 @@ class FarCache(_compat.Cache):
         self.owner.check()
         self._broken = "forgetting everything was stopped half way"
         super().reset()
+        reset_unmanaged(self.layers)
         self._ids, self._n_ids = [], 0
         self._pass, self._broken = None, ""
 

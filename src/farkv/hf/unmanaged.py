@@ -36,6 +36,15 @@ def check_unmanaged(layer: Any) -> None:
         )
 
 
+def reset_unmanaged(layers: list[Any]) -> None:
+    """Let layers of keys and values that are left to Hugging Face begin anew: some releases keep rows of zeros."""
+    for layer in layers:
+        plain = isinstance(layer, _compat.DynamicLayer) and not hasattr(layer, "conv_states")
+        if plain and not isinstance(layer, FarLayer) and layer.is_initialized:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+
 def join_unmanaged(layer: Any, more: Any) -> None:
     """Join the keys and values of one layer; a sliding one has only the newest."""
     n_tokens = max(layer.get_seq_length(), more.get_seq_length())
