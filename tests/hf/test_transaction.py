@@ -115,3 +115,22 @@ def test_layers_are_compared_before_every_pass(fault: str) -> None:
             forward(model, prompt[:, :1], cache)
         cache.reset()
         forward(model, prompt, cache)
+
+
+def test_a_crop_that_fails_between_two_parts_of_the_last_layer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers hold the same number of tokens then, and the index of one is longer than its records."""
+    model, prompt = make_model("llama"), make_prompt(1)["input_ids"]
+    with farkv.attach(model, InfiniGen(fraction=0.4), near="1MiB") as far:
+        cache = far.new_cache()
+        forward(model, prompt, cache)
+        store = cache.engine.store
+
+        def fail(now: Any) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(store.windows[cache.engine.layers[-1]], "crop", fail)
+            cache.crop(-2)
+        assert cache.engine.find_fault() == ""
+        with pytest.raises(CacheStateError, match="cropping was stopped half way"):
+            forward(model, prompt[:, :1], cache)

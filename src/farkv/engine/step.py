@@ -167,6 +167,10 @@ class Engine:
         """Return the tokens a layer was given, evicted ones included."""
         return self.store.seen(layer)
 
+    def list_tokens(self) -> list[int]:
+        """Return the tokens that each layer was given."""
+        return [self.store.seen(layer) for layer in self.layers]
+
     def find_fault(self) -> str:
         """Return what is wrong with the numbers of records; nothing where all layers hold the same tokens."""
         return find_fault(self.store)

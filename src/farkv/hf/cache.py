@@ -220,12 +220,13 @@ class FarCache(_compat.Cache):
         """Change all layers outside a pass: where it is stopped between two of them, no pass goes on."""
         self.settle()
         self.check_whole()
-        self._broken = f"{what} was stopped half way"
+        self._broken, before = f"{what} was stopped half way", self.engine.list_tokens()
         try:
             yield
         except Exception:
-            # Refused before anything was changed, or half way.
-            self._broken = find_fault(self.layers, self.engine)
+            # Refused before any layer was changed, the cache is whole; else one may be cut in some of its parts only.
+            if self.engine.list_tokens() == before:
+                self._broken = find_fault(self.layers, self.engine)
             raise
         self._broken = ""
 
