@@ -1,10 +1,12 @@
-"""The published evaluation: every method, fraction, task and length, on the demo model.
+"""The published evaluation: how near every method stays to the full cache, on a real model, at how many bytes.
 
-    python benchmarks/evidence.py                 # runs what is not there yet, 2 processes; then farkv report
-    python benchmarks/evidence.py --limit-scale 2 # twice the samples
+    python benchmarks/evidence.py --model smollm2                  # runs what is not there yet; goes on where it stopped
+    python benchmarks/evidence.py --model smollm2 --quick          # a few tasks and methods, 20 minutes on two cores
+    python benchmarks/evidence.py --model ./folder --only evictors --scale 0.5
+    python benchmarks/evidence.py --model FILE.gguf
 
-In: `farkv eval`. Out: `benchmarks/results/eval/`, and the tables of README and docs/evaluation.md (`tables.py`).
-Tasks whose answers are long get fewer samples: a step costs the same whatever it says.
+In: a name of `benchmarks/real_models.py`, a folder or a GGUF file. Out: `benchmarks/results/eval/NAME`, rows of
+`farkv eval` (another model's: `--out`), its tables on stdout, and those of README and docs (`tables.py`).
 """
 
 from __future__ import annotations
@@ -12,125 +14,113 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from rows import RESULTS, format_rows
+from real_models import find_model
+from rows import RESULTS
 from runs import make_parser
 
-from farkv.evals.cells import Study, study_rows
-from farkv.evals.show import list_notes, percent, point_span, points, to_grid, to_markdown
-from farkv.evals.tables import Line, make_table, read_results
+from farkv.evals.row import RESULTS as ROWS
+from farkv.evals.row import RUN, Row, read_rows, write_rows
 
 OUT = RESULTS / "eval"
-METHODS = (
-    "infinigen", "infinigen-paper", "pages", "lowbit", "oracle", "window", "random", "xkv", "xkv-paper", "snapkv",
-    "pyramidkv", "h2o",
+SINGLES = ("niah_single_1", "niah_single_2", "niah_single_3")
+KEYS = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
+OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
+MAIN = (
+    "infinigen", "lowbit", "pages", "oracle", "infinigen-paper", "xkv", "snapkv", "pyramidkv", "h2o", "window",
 )  # fmt: skip
-FRACTIONS = (0.02, 0.05, 0.1, 0.2)
-LENGTHS = (2048, 8192)
-# Samples per task, at each of the lengths. Summing the attention of all queries (H2O) takes half of the time at 8 K.
-LIMITS = {"niah_multikey": (16, 10), "niah_single": (8, 4), "multiturn": (6, 4), "ppl": (4, 3)}
-LIMITS |= dict.fromkeys(("niah_multivalue", "niah_multiquery", "qa"), (6, 4))
-LIMITS |= dict.fromkeys(("vt", "cwe", "fwe", "longgen", "extraction"), (4, 3))
-# Whose reads are mapped: one sample of it, every method.
-TRACED = ("niah_multikey", 2048)
-OURS, HEADLINE = "infinigen", 0.1
-# The README's rows.
-SHORT = ("infinigen", "lowbit", "pages", "oracle", "snapkv", "h2o", "xkv", "window")
+SELECTORS = (
+    "infinigen", "infinigen-prompt", "infinigen-far", "infinigen-far-attn", "infinigen-ahead", "infinigen-ahead-attn",
+)  # fmt: skip
+EVICTORS = ("xkv", "xkv-uniform", "xkv-pyramid", "xkv-plan", "snapkv", "h2o")
+AWARE = tuple(f"{name}-aware" for name in EVICTORS)
 
 
-def run(scale: float, workers: int, threads: int) -> None:
-    """Run every task with its own number of samples; what is there already is left."""
-    cells = [(t, length, n) for t, limits in LIMITS.items() for length, n in zip(LENGTHS, limits, strict=True)]
-    for task, length, limit in cells:
-        command = [
-            sys.executable, "-m", "farkv.cli", "eval", "--model", "demo", "--tasks", task,
-            "--methods", ",".join(METHODS), "--fractions", ",".join(map(str, FRACTIONS)),
-            "--lengths", str(length), "--limit", str(round(limit * scale)), "--workers", str(workers),
-            "--threads", str(threads), "--trace", str(int((task, length) == TRACED)),
-            "--skip-gated", "--save-prompts", "--out", str(OUT),
-        ]  # fmt: skip
-        subprocess.run(command, check=True)
+class Part(NamedTuple):
+    """Methods at fractions on tasks: samples per task at each length."""
+
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    fractions: tuple[float, ...]
+    limits: dict[int, int]
+    batch: int = 8
 
 
-def name_command() -> None:
-    """Say in the record how the whole was made, in place of the last task's own command."""
-    path = OUT / "run.json"
-    few, many = min(min(n) for n in LIMITS.values()), max(max(n) for n in LIMITS.values())
-    record = json.loads(path.read_text()) | {"command": "python benchmarks/evidence.py", "limit": f"{few} to {many}"}
+# In the order in which they are run.
+PARTS: dict[str, Part] = {
+    "main": Part(("ppl", *SINGLES, *KEYS, *OTHERS, "orders"), MAIN, (0.02, 0.05, 0.1), {2048: 8, 8192: 4}),
+    "ahead": Part(("ppl", "niah_single_2", "niah_multiquery"), SELECTORS, (0.05, 0.1), {2048: 8, 8192: 4}),
+    "kept": Part(
+        ("ppl", "niah_single_2", "niah_multiquery", "qa_1"), (*EVICTORS, *AWARE), (0.05, 0.1, 0.2, 0.384, 0.5),
+        {2048: 8},
+    ),
+    "long": Part(("longgen", "extraction"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.05,), {4096: 2}, 2),
+    "longest": Part(("ppl", "niah_single_2"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.02, 0.05), {32768: 2}, 1),
+}  # fmt: skip
+QUICK = Part(
+    ("ppl", "niah_single_2", "niah_multikey_2", "qa_1", "orders"),
+    ("infinigen", "lowbit", "pages", "oracle", "snapkv", "window"), (0.05, 0.1), {2048: 4}, 4,
+)  # fmt: skip
+
+
+def run_part(part: Part, folder: Path, model: str, options: list[str], scale: float, most: int) -> None:
+    """Run every task and length of a part; what is there already is left."""
+    for length, limit in part.limits.items():
+        if length > most:
+            continue
+        for task in part.tasks:
+            command = [
+                sys.executable, "-m", "farkv.cli", "eval", "--model", model, "--tasks", task,
+                "--methods", ",".join(part.methods), "--fractions", ",".join(map(str, part.fractions)),
+                "--lengths", str(length), "--limit", str(max(1, round(limit * scale))), "--trace", "0",
+                "--batch", str(max(1, part.batch * 2048 // length if length > 2048 else part.batch)),
+                "--save-prompts", "--out", str(folder), *options,
+            ]  # fmt: skip
+            subprocess.run(command, check=True)
+
+
+def tidy(folder: Path, command: str) -> None:
+    """Write rows and record as they are committed: numbers of six places, no path of a machine, no long answers."""
+
+    def shorten(row: Row) -> Row:
+        turns = [{k: round_all(v) for k, v in turn.items() if k not in ("answer", "expected")} for turn in row.turns]
+        values = {name: round_all(value) for name, value in row.to_dict().items() if isinstance(value, float)}
+        return replace(row, turns=turns, answer=row.answer[:80], expected=row.expected[:8], **values)
+
+    write_rows(folder / ROWS, [shorten(row) for row in read_rows(folder / ROWS)])
+    path = folder / RUN
+    record = json.loads(path.read_text()) | {"command": command, "model": folder.name, "limit": "by task"}
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-@cache
-def study(folder: Path) -> Study:
-    """Return the rows of the published run."""
-    return study_rows(read_results(folder))
-
-
-def format_grids(folder: Path = OUT) -> str:
-    """Return one table per fraction: methods down; all, each length and each task across."""
-    found = study(folder)
-    parts = []
-    for fraction in FRACTIONS:
-        parts += [f"**{percent(fraction, 0)} of the KV bytes read per step**", to_grid(found, fraction)]
-    return "\n\n".join([*(p.strip() for p in parts), *list_notes(make_table(found))])
-
-
-def format_methods(folder: Path = OUT) -> str:
-    """Return all methods and fractions over all tasks, with intervals."""
-    return to_markdown(make_table(study(folder))).strip()
-
-
-def format_short(folder: Path = OUT) -> str:
-    """Return the README's table: the mean score of every method, fractions across, and the verdict."""
-    table = make_table(study(folder))
-    full = table.find("full")
-    assert full is not None
-    lines = ([method, *(describe(table.find(method, f)) for f in FRACTIONS)] for method in SHORT)
-    marks = "**Bold**: best but for the oracle, which reads every key; ≈: not told apart from it (95 %)."
-    scored = f"The full cache scores {percent(full.score.mean)}; {table.samples} samples, {len(table.cells)} cells."
-    head = ["method", *(percent(f, 0) for f in FRACTIONS)]
-    return format_rows(head, lines, f"{marks} {scored}", format_verdict(folder))
-
-
-def describe(line: Line | None) -> str:
-    """Return a score with its mark."""
-    if line is None:
-        return "–"
-    text = percent(line.score.mean)
-    return {"best": f"**{text}**", "same": f"{text} ≈"}.get(line.mark, text)
-
-
-def format_verdict(folder: Path = OUT) -> str:
-    """Say how ours stands to the full cache and to the best baseline, where it is behind too."""
-    table = make_table(study(folder))
-    ours = table.find(OURS, HEADLINE)
-    assert ours is not None
-    assert ours.delta is not None
-    delta = ours.delta.delta
-    said = [f"`{OURS}` at {percent(HEADLINE, 0)} is {points(delta.mean)} points [{point_span(delta)}] from it"]
-    behind = []
-    for fraction in FRACTIONS[:3]:
-        mine = table.find(OURS, fraction)
-        if mine is not None and not mine.mark:
-            best = next(line for line in table.at(fraction) if line.mark == "best")
-            behind.append(f"at {percent(fraction, 0)} behind {best.setting.method}")
-    said.append(
-        f"it is {', '.join(behind)}" if behind else "no baseline is better at 2, 5 or 10 %, within the interval"
-    )
-    return "; ".join(said) + "."
+def round_all(value: object) -> object:
+    """Round numbers to six places."""
+    if isinstance(value, float):
+        return round(value, 6)
+    return [round_all(x) for x in value] if isinstance(value, list) else value
 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--limit-scale", type=float, default=1.0, help="times the samples of every task")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--model", default="smollm2", help="a name of real_models.py, a folder, or a GGUF file")
+    parser.add_argument("--quick", action="store_true", help="a few tasks and methods only")
+    parser.add_argument("--only", choices=tuple(PARTS), action="append", help="parts to run; default: all")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the samples of every task")
+    parser.add_argument("--most-tokens", type=int, default=8192, help="longest texts; 32768 where a model has them")
+    parser.add_argument("--profile", help="profile file, made from calibration texts (--calibrate)")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--out", type=Path, help="results folder")
     args = parser.parse_args()
-    run(args.limit_scale, args.workers, args.threads)
-    name_command()
-    print(format_methods())
-    subprocess.run([sys.executable, "-m", "farkv.cli", "report", str(OUT), "-o", str(OUT / "report.html")], check=True)
+    name, model = find_model(args.model)
+    folder = args.out or OUT / name
+    options = ["--threads", str(args.threads), "--dtype", args.dtype, "--profile", args.profile or "none"]
+    parts = {"quick": QUICK} if args.quick else {n: p for n, p in PARTS.items() if not args.only or n in args.only}
+    for part in parts.values():
+        run_part(part, folder, model, options, args.scale, args.most_tokens)
+    tidy(folder, f"python benchmarks/evidence.py --model {name}")
 
 
 if __name__ == "__main__":

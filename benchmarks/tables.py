@@ -15,7 +15,7 @@ from pathlib import Path
 import allocate
 import disk
 import eviction
-import evidence
+import demo_eval
 import faults
 import hot
 import limits
@@ -39,10 +39,10 @@ ROOT = Path(__file__).parent.parent
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
         "headline": quality.format_headline,
-        "eval": evidence.format_short,
+        "eval": demo_eval.format_short,
         "speed": partial(speed.format_decode, (32768, 131072), short=True),
     },
-    "docs/evaluation.md": {"eval": evidence.format_methods, "grids": evidence.format_grids},
+    "docs/evaluation.md": {"eval": demo_eval.format_methods, "grids": demo_eval.format_grids},
     "docs/papers/infinigen.md": {"quality": quality.format_table, "limits": limits.format_table},
     "docs/papers/xkv.md": {
         **xkv_tables.TABLES,

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from farkv.demo.recall import fact_line, question_line
 from farkv.evals.draw import Draw
 from farkv.evals.sample import Made, Turn, lay
-from farkv.evals.tasks import TASKS
+from farkv.evals.code_tasks import CODE_TASKS
 
 NOTHING, TEXT, ANSWER, COPY = 0, 1, 2, 3
 DIGITS = 4
@@ -199,7 +199,7 @@ class Sampler:
         turns: list[Turn] = []
         for _ in range(12):
             task = rng.choices(list(TASK_SHARES), list(TASK_SHARES.values()))[0]
-            made = TASKS[task](self.draw(int(rng.uniform(0.1, 0.7) * length)))
+            made = CODE_TASKS[task](self.draw(int(rng.uniform(0.1, 0.7) * length)))
             cost = self.count(made.lines, made.turns)
             if cost <= room:
                 room -= cost
@@ -233,7 +233,7 @@ class Sampler:
 
     def make_counted(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Words to count: the lines are noise, so only the answer is learned."""
-        made = TASKS[self.rng.choice(COUNTED)](self.draw(int(length * 0.75)))
+        made = CODE_TASKS[self.rng.choice(COUNTED)](self.draw(int(length * 0.75)))
         tokens, kinds = self.join([(0.0, [("".join(made.lines), NOTHING)]), *self.ask_turns(made.turns)], length)
         return tokens, kinds
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from farkv.errors import ConfigError
+from farkv.evals.code_tasks import TASKS
 from farkv.evals.draw import Draw
 from farkv.evals.sample import Made, lay
 from farkv.evals.score import SCORES
-from farkv.evals.tasks import TASKS
 from farkv.evals.text import FILLERS, PPL, Maker
 
 EVERY = [*TASKS, PPL]

@@ -19,16 +19,17 @@ from farkv.show import show_progress
 if TYPE_CHECKING:
     from farkv.evals.run import Summary
 
-TASKS = "niah_single,niah_multikey,niah_multivalue,niah_multiquery,vt,cwe,fwe,qa,extraction,multiturn,longgen,ppl"
-SOME = "niah_multikey,niah_multiquery,qa,extraction,multiturn,ppl"
+# Per form: what is run where nothing is named.
+SOME = "niah_single_2,niah_multikey_2,niah_multiquery,qa_1,orders,ppl"
+SOME_IN_CODE = "niah_multikey,niah_multiquery,qa,extraction,multiturn,ppl"
 METHODS = "infinigen,oracle,window,random"
 
 
 def evaluate(
     model: ModelOption = "demo",
     tasks: Annotated[
-        str, typer.Option(help=f"Comma-separated: {TASKS.replace(',', ', ')}; or a file: ruler:PATH.")
-    ] = SOME,
+        str | None, typer.Option(help="Comma-separated; see above. Or a file: ruler:PATH. Default: a few of them.")
+    ] = None,
     methods: Annotated[str, typer.Option(help="Comma-separated; see above. The full cache is always run.")] = METHODS,
     fractions: Annotated[str, typer.Option(help="Caps, comma-separated: 0.02,0.1.")] = "0.05,0.1",
     lengths: Annotated[
@@ -37,17 +38,24 @@ def evaluate(
     limit: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up from it.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Results folder; resumes a run found there.")] = Path("eval"),
-    filler: Annotated[str, typer.Option(help="Filler text of the tasks: code or english.")] = "code",
+    filler: Annotated[
+        str | None,
+        typer.Option(help="Filler text: mixed, code, manuals, licences, prose. Default: mixed; in code: code."),
+    ] = None,
     form: Annotated[
-        str, typer.Option(help="Prompt format: completion, chat, or auto: chat if the tokenizer has a template.")
+        str,
+        typer.Option(
+            help="Prompts: code (the demo model's), completion, chat, prefix (the answer is begun), or auto: chat "
+            "where there is a template, prefix below 2 billion parameters, completion without a template."
+        ),
     ] = "auto",
     trace: Annotated[int, typer.Option(min=0, help="Samples per task and length whose reads are traced.")] = 1,
-    skip_gated: Annotated[
-        bool, typer.Option("--skip-gated", help="Skip the methods on tasks that the full cache itself fails.")
-    ] = False,
     save_prompts: Annotated[
         bool, typer.Option("--save-prompts", help="Also write the prompts, so that other programs can answer them.")
     ] = False,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Samples answered together; uses their KV caches' memory several times.")
+    ] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Processes; each loads the model.")] = 1,
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Threads per process. Default: torch's setting.")
@@ -61,22 +69,35 @@ def evaluate(
 
     The text is prefilled once; every method then answers from the same keys
     and values, with the question fed token by token. The run stops if a
-    method reads more than its fraction, or as much as the full cache. Results
-    are JSON lines; an interrupted run can be resumed. Report: farkv report DIR
+    method reads more than its fraction, or as much as the full cache. Right
+    answers are fed, so KL and top-1 to the full cache are measured on every
+    task; scores are of the methods' own answers. Results are JSON lines; an
+    interrupted run can be resumed. Report: farkv report DIR
+
+    [bold]Tasks[/bold]
+
+      in words (RULER's names): niah_single_1 to _3, niah_multikey_1 to _3,
+      niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2; extraction,
+      orders (four turns, every order), longgen, ppl
+
+      in code (--form code): niah_single, niah_multikey, niah_multivalue,
+      niah_multiquery, vt, cwe, fwe, qa, extraction, multiturn, longgen, ppl
 
     [bold]Methods[/bold]
 
-      select records at every step: infinigen, infinigen-far, infinigen-plan,
+      select records at every step: infinigen, infinigen-prompt (skew from the
+      prompt), infinigen-far and infinigen-ahead (one layer ahead, with and
+      without top-up; -attn: the paper's source), infinigen-plan,
       infinigen-paper, pages (Quest), lowbit, window, random, oracle
 
-      evict records after the text: xkv, xkv-plan, xkv-paper, snapkv,
-      pyramidkv, h2o
+      evict records after the text: xkv, xkv-uniform, xkv-pyramid, xkv-plan,
+      xkv-paper, snapkv, pyramidkv, h2o; NAME-aware: after the question
 
     [bold]Examples[/bold]
 
       farkv eval --model demo --tasks niah_multikey,ppl --limit 5 --out eval
 
-      farkv eval -m Qwen/Qwen3-8B --tasks extraction --lengths 8K,32K
+      farkv eval -m Qwen/Qwen3-8B --tasks orders,vt --lengths 8K,32K
 
       farkv eval -m ./my-model --tasks ruler:validation.jsonl --lengths 32K
     """
@@ -84,10 +105,12 @@ def evaluate(
     from farkv.evals.describe import EvalPlan
     from farkv.evals.run import run_eval
 
+    in_code = form == "code" or (form == "auto" and model == "demo")
+    tasks = tasks if tasks is not None else SOME_IN_CODE if in_code else SOME
     plan = EvalPlan(
         model, split(tasks, "--tasks"), split(methods, "--methods"), parse_fractions(fractions),
-        tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, check_form(form), trace, workers, threads,
-        dtype, device, profile, skip_gated, save_prompts,
+        tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, form, trace, workers, threads,
+        dtype, device, profile, save_prompts, batch,
     )  # fmt: skip
     # Otherwise each worker's tokenizer prints a warning over the progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -148,14 +171,3 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     for fraction in found:
         check_fraction(fraction)
     return found
-
-
-def check_form(form: str) -> str:
-    """Return the prompt format unchanged.
-
-    Raises:
-        ConfigError: it is unknown.
-    """
-    if form not in ("auto", "completion", "chat"):
-        raise ConfigError(f"--form: expected auto, completion or chat, got {form!r}")
-    return form

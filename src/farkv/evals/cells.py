@@ -22,7 +22,8 @@ FULL, OURS = "full", "infinigen"
 BOUND_PROOF = "every key"
 # Averaged in addition to the score; None and NaN mean not measured.
 MEASURES = (
-    "agrees", "kl", "nll", "read_fraction", "index_fraction", "resident_fraction", "kept_fraction", "tokens_per_s",
+    "agrees", "kl", "top1", "nll", "read_fraction", "index_fraction", "resident_fraction", "kept_fraction",
+    "tokens_per_s",
 )  # fmt: skip
 # A method that answered a smaller fraction of a cell's samples, or of the cells, is not compared there. Otherwise one
 # that was stopped early, or that ran at one length only, would remove the samples from the comparison of all others.

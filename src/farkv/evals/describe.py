@@ -23,8 +23,9 @@ class Variant(NamedTuple):
 class EvalPlan(NamedTuple):
     """The settings of a run.
 
-    limit: samples per task and length.  seed: of the first sample; the others count up from it.  form: auto, completion
-    or chat.  trace: samples per task and length whose reads are traced.  workers: processes.  threads: per process.
+    limit: samples per task and length.  seed: of the first sample; the others count up from it.  filler: None: that of
+    the form.  form: a name in `prompter.FORMS`.  trace: samples per task and length whose reads are traced.  workers:
+    processes.  threads: per process.  batch: samples that are answered together.
     """
 
     model: str
@@ -34,7 +35,7 @@ class EvalPlan(NamedTuple):
     lengths: tuple[int, ...]
     limit: int = 10
     seed: int = 0
-    filler: str = "code"
+    filler: str | None = None
     form: str = "auto"
     trace: int = 1
     workers: int = 1
@@ -42,27 +43,28 @@ class EvalPlan(NamedTuple):
     dtype: str = "auto"
     device: str = "auto"
     profile: str | None = None
-    skip_gated: bool = False
     save_prompts: bool = False
+    batch: int = 1
 
 
-def describe_run(plan: EvalPlan, model: Any, skipped: dict[Variant, str]) -> dict[str, Any]:
+def describe_run(plan: EvalPlan, loaded: Any, skipped: dict[Variant, str]) -> dict[str, Any]:
     """Return the content of `run.json`: enough to repeat the run, and to explain different results."""
     names = ("farkv", "torch", "transformers", "tokenizers")
     return {
         "model": plan.model,
-        "model_sha": digest_weights(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "model_sha": digest_weights(loaded.model),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "tasks": list(plan.tasks),
         "methods": list(plan.methods),
         "fractions": list(plan.fractions),
         "lengths": list(plan.lengths),
         "limit": plan.limit,
         "seed": plan.seed,
-        "filler": plan.filler,
-        "form": plan.form,
+        "filler": loaded.maker.filler,
+        "form": loaded.form,
         "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
         "machine": describe_machine(),
+        "batch": plan.batch,
         "workers": plan.workers,
         "threads": plan.threads,
         "skipped": [{"method": v.method, "fraction": v.fraction, "why": why} for v, why in skipped.items()],

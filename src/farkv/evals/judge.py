@@ -10,34 +10,43 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
+
 from farkv._axes import Tensor
 from farkv.errors import CacheStateError, ConfigError, ProfileError
-from farkv.evals.ask import Prompter, ask_turns, force_tokens
+from farkv.evals.ask import Answer, Asker, align, force_tokens
 from farkv.evals.describe import Variant
+from farkv.evals.forced import average, compare_continuation, compare_turn
 from farkv.evals.methods import FULL, attach_options, find_method, make_method
 from farkv.evals.prefill import Prefilled, fill_cache, prefill_once
+from farkv.evals.prompter import Prompter
 from farkv.evals.row import Row
-from farkv.evals.sample import Sample
+from farkv.evals.sample import Sample, Turn
 from farkv.evals.score import SCORES
 from farkv.hf.ask import Prompt
 from farkv.hf.attach import attach, find_profile
-from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.receipt import Account
 from farkv.trace import ReadTrace
 
 
-class Reference(NamedTuple):
-    """The full cache's row, and for `ppl` its log-probabilities."""
+class Texts(NamedTuple):
+    """Samples that were read together: their tokens, and every layer's keys, values and queries."""
 
-    row: Row
-    logs: Tensor | None
+    samples: list[Sample]
+    prompts: list[Prompt]
+    prefilled: Prefilled
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of each text."""
+        return len(self.prompts[0].text)
 
 
 class Output(NamedTuple):
-    """One method's answers, or for `ppl` its log-probabilities."""
+    """One method's answers to every sample, or for `ppl` its log-probabilities, [B, n, V]."""
 
-    answers: list[str]
+    answers: list[list[Answer]]
     logs: Tensor | None
     seconds: float
 
@@ -45,14 +54,20 @@ class Output(NamedTuple):
 class Judge:
     """Runs one model with every method and scores the answers."""
 
-    def __init__(self, model: Any, tokenizer: Any, form: str = "auto", profile: Any = None):
+    def __init__(self, model: Any, tokenizer: Any, form: str = "code", profile: Any = None):
         self.model, self.prompter = model, Prompter(tokenizer, form)
         self.profile = find_profile(model, profile)
 
-    def read(self, sample: Sample) -> tuple[Prompt, Prefilled]:
-        """Prefill a sample's text."""
-        prompt = self.prompter.build(sample)
-        return prompt, prefill_once(self.model, prompt.text)
+    def read(self, samples: list[Sample], *, with_question: bool = False) -> Texts:
+        """Prefill samples' texts, and their first questions for methods that read them there."""
+        prompts = [self.prompter.build(sample) for sample in samples]
+        if samples[0].continuation:
+            least = min(len(prompt.question) for prompt in prompts)
+            prompts = [Prompt(prompt.text, prompt.question[:least]) for prompt in prompts]
+        prompts = align(prompts, self.prompter.encode("\n")[-1])
+        asked = with_question and bool(samples[0].turns)
+        questions = [prompt.question[:-1] for prompt in prompts] if asked else None
+        return Texts(samples, prompts, prefill_once(self.model, [p.text for p in prompts], questions=questions))
 
     def attach(self, variant: Variant, n_bytes: int) -> Handle:
         """Attach a method.
@@ -62,9 +77,8 @@ class Judge:
         """
         known = find_method(variant.method)
         options = attach_options(known, self.profile, variant.fraction, n_bytes)
-        return attach(
-            self.model, make_method(variant.method, variant.fraction), profile=self.profile or False, **options
-        )
+        profile = self.profile if known.profiled else None
+        return attach(self.model, make_method(variant.method, variant.fraction), profile=profile or False, **options)
 
     def find_skipped(self, variants: list[Variant]) -> dict[Variant, str]:
         """Return the variants that cannot run, and why, before anything is run."""
@@ -76,101 +90,129 @@ class Judge:
                 skipped[variant] = str(error)
         return skipped
 
-    def ask_full(self, sample: Sample, prompt: Prompt, prefilled: Prefilled) -> Reference:
-        """Return the full cache's answer."""
-        return self._judge(Variant(FULL, 1.0), sample, prompt, prefilled, None)[0]
-
-    def ask_all(
-        self, sample: Sample, variants: list[Variant], reference: Reference | None, *, traced: bool
+    def judge(
+        self,
+        samples: list[Sample],
+        variants: list[Variant],
+        *,
+        written: list[list[int]] | None = None,
+        traced: bool = False,
     ) -> Iterator[tuple[Row, dict[str, Any] | None]]:
-        """Yield every method's row, and the trace of its reads if requested."""
-        prompt, prefilled = self.read(sample)
-        if reference is None:
-            reference = self.ask_full(sample, prompt, prefilled)
-        for variant in variants:
-            found, trace = self._judge(variant, sample, prompt, prefilled, reference, traced=traced)
-            yield found.row, trace
+        """Yield the full cache's rows, then every method's, and the trace of its reads if requested.
 
-    def _judge(
+        Args:
+            samples: of one task and length, with as many turns; they are answered as one batch.
+            written: what the full cache wrote before, of samples without a right answer.
+            traced: not with several samples.
+        """
+        texts = self.read(samples, with_question=any(find_method(v.method).aware for v in variants))
+        full, rows, _ = self.answer(Variant(FULL, 1.0), texts, None, written)
+        yield from ((row, None) for row in rows)
+        if samples[0].n_written:
+            written = [answers[0].fed for answers in full.answers]
+        for variant in variants:
+            _, rows, trace = self.answer(variant, texts, full, written, traced=traced)
+            yield from ((row, trace) for row in rows)
+
+    def answer(
         self,
         variant: Variant,
-        sample: Sample,
-        prompt: Prompt,
-        prefilled: Prefilled,
-        reference: Reference | None,
+        texts: Texts,
+        full: Output | None = None,
+        written: list[list[int]] | None = None,
         *,
         traced: bool = False,
-    ) -> tuple[Reference, dict[str, Any] | None]:
-        n_new = self.count_steps(sample, prompt)
-        with self.attach(variant, count_bytes(prefilled)) as far:
-            cache = fill_cache(far, prefilled, n_new)
+    ) -> tuple[Output, list[Row], dict[str, Any] | None]:
+        """Return one method's output, its rows compared with the full cache's output, and its reads."""
+        aware = find_method(variant.method).aware and bool(texts.samples[0].turns)
+        with self.attach(variant, count_bytes(texts.prefilled)) as far:
+            cache = fill_cache(far, texts.prefilled, self.count_steps(texts), with_question=aware)
             # Set after the text, so that only decode steps are traced.
-            trace = ReadTrace(len(prompt.text), self.expect_steps(sample, prompt)) if traced else None
+            trace = ReadTrace(texts.n_tokens, self.expect_steps(texts)) if traced else None
             cache.account.trace = trace
-            output = self._run(far, cache, sample, prompt)
-            row = self._make_row(variant, sample, prompt, output, far, cache)
-        row = compare(row, output, reference, prompt)
-        check_reads(row)
-        reads = None if trace is None else {**name_row(row), **shorten(trace.to_dict())}
-        return Reference(row, output.logs), reads
+            questions = [p.question[-1:] if aware else p.question for p in texts.prompts]
+            if texts.samples[0].continuation:
+                output = Output([], *force_tokens(far, cache, questions))
+            else:
+                asked = Asker(far, cache, self.prompter, written).ask(texts.samples, questions)
+                output = Output(asked.answers, None, asked.seconds)
+            rows = self._make_rows(variant, texts, output, far.receipt(cache), cache.account)
+        rows = [replace(row, query_aware=aware) for row in compare(rows, texts, output, full or output)]
+        for row in rows:
+            check_reads(row)
+        reads = None if trace is None else {**name_row(rows[0]), **shorten(trace.to_dict())}
+        return output, rows, reads
 
-    def count_steps(self, sample: Sample, prompt: Prompt) -> int:
-        """Return the maximum number of tokens of questions and answers."""
-        turns = sum(self.prompter.limit(t) + len(self.prompter.follow(t)) + 4 for t in sample.turns)
-        return len(prompt.question) + turns + 8
+    def count_steps(self, texts: Texts) -> int:
+        """Return the maximum number of tokens of questions and answers, of one sample."""
 
-    def expect_steps(self, sample: Sample, prompt: Prompt) -> int:
-        """Return the number of tokens fed if every answer is correct."""
-        answers = sum(len(self.prompter.encode(t.answer)) for t in sample.turns)
-        return len(prompt.question) + answers + sum(len(self.prompter.follow(t)) for t in sample.turns[1:]) - 1
+        def count(sample: Sample) -> int:
+            # Shorter questions and answers are filled up to the longest: twice their own length is room enough.
+            return 2 * sum(self.prompter.limit(t) + len(self.prompter.follow(t)) + 4 for t in sample.turns)
 
-    def _run(self, far: Handle, cache: FarCache, sample: Sample, prompt: Prompt) -> Output:
-        if sample.continuation:
-            return Output([], *force_tokens(far, cache, prompt.question))
-        found = ask_turns(far, cache, self.prompter, sample, list(prompt.question))
-        return Output([answer.text for answer in found.turns], None, found.seconds)
+        return len(texts.prompts[0].question) + max(map(count, texts.samples)) + texts.samples[0].n_written + 8
 
-    def _make_row(
-        self, variant: Variant, sample: Sample, prompt: Prompt, output: Output, far: Handle, cache: FarCache
-    ) -> Row:
-        receipt, account = far.receipt(cache), cache.account
-        turns = [
-            {"answer": answer, "expected": list(turn.expected), "score": SCORES[turn.score](answer, turn.expected)}
-            for answer, turn in zip(output.answers, sample.turns, strict=True)
-        ]
-        read, held = count_step_bytes(account)
-        depths = [d for d in sample.depths if d >= 0]
-        return Row(
-            task=sample.task, method=variant.method, fraction=variant.fraction, length=sample.length,
-            seed=sample.seed, answer="\n".join(output.answers), expected=[e for t in sample.turns for e in t.expected],
-            score=sum(t["score"] for t in turns) / len(turns) if turns else 0.0,
-            read_fraction=receipt.read_fraction, index_fraction=receipt.index_fraction,
-            resident_fraction=receipt.resident_fraction, kept_fraction=receipt.kept_fraction,
-            prompt_sha=sample.prompt_sha, gated=False, tokens=prompt.n_tokens, steps=account.decode_steps,
-            agrees=None, kl=None, nll=None, depth=depths[0] if depths else None, turns=turns,
-            proof=prove(variant, account), bytes_per_step=read, full_bytes_per_step=held, decode_s=output.seconds,
-            tokens_per_s=account.decode_steps / output.seconds if output.seconds else 0.0,
-        )  # fmt: skip
+    def expect_steps(self, texts: Texts) -> int:
+        """Return the number of tokens fed to one sample alone."""
+        sample, prompter = texts.samples[0], self.prompter
+        answers = sum(len(prompter.encode_answer(t)) for t in sample.turns) + sample.n_written
+        follows = sum(len(prompter.follow(t)) + len(prompter.line_end) for t in sample.turns[1:])
+        return len(texts.prompts[0].question) + answers + follows - 1
+
+    def _make_rows(self, variant: Variant, texts: Texts, output: Output, receipt: Any, account: Account) -> list[Row]:
+        """Return every sample's row; what was read is the mean over them."""
+        n, (read, held) = len(texts.samples), count_step_bytes(account)
+        rate = n * account.decode_steps / output.seconds if output.seconds else 0.0
+        rows: list[Row] = []
+        for b, sample in enumerate(texts.samples):
+            said = output.answers[b] if output.answers else []
+            turns = [describe_turn(answer, turn) for answer, turn in zip(said, sample.turns, strict=True)]
+            depths = [d for d in sample.depths if d >= 0]
+            rows.append(Row(
+                task=sample.task, method=variant.method, fraction=variant.fraction, length=sample.length,
+                seed=sample.seed, answer="\n".join(answer.text for answer in said),
+                expected=[e for t in sample.turns for e in t.expected],
+                score=sum(t["score"] for t in turns) / len(turns) if turns else 0.0,
+                read_fraction=receipt.read_fraction, index_fraction=receipt.index_fraction,
+                resident_fraction=receipt.resident_fraction, kept_fraction=receipt.kept_fraction,
+                prompt_sha=sample.prompt_sha, gated=False, tokens=texts.prompts[b].n_tokens,
+                steps=account.decode_steps, agrees=None, kl=None, nll=None, depth=depths[0] if depths else None,
+                turns=turns, proof=prove(variant, account), bytes_per_step=read / n, full_bytes_per_step=held / n,
+                decode_s=output.seconds / n, tokens_per_s=rate,
+            ))  # fmt: skip
+        return rows
 
 
-def compare(row: Row, output: Output, reference: Reference | None, prompt: Prompt) -> Row:
-    """Add the comparison with the full cache's answer, and for `ppl` with the true continuation."""
-    if output.logs is None:
-        same = None if reference is None else row.answer == reference.row.answer
-        return replace(row, agrees=True if reference is None else same)
-    import torch
+def describe_turn(answer: Answer, turn: Turn) -> dict[str, Any]:
+    """Return a turn's record; what was written in place of a right answer is kept, to be fed again."""
+    if turn.score == "none":
+        return {"answer": answer.text, "expected": [], "score": 0.0, "written": answer.fed}
+    score = SCORES[turn.score](answer.text, turn.expected)
+    return {"answer": answer.text, "expected": list(turn.expected), "score": score}
 
-    goal = torch.tensor(prompt.question[1:])
-    logs = output.logs
-    full = logs if reference is None else reference.logs
-    assert full is not None
-    return replace(
-        row,
-        score=float((logs.argmax(-1) == goal).float().mean()),
-        nll=float(-logs[torch.arange(len(goal)), goal].mean()),
-        kl=float((full.exp() * (full - logs)).sum(-1).mean()),
-        agrees=bool((full.argmax(-1) == logs.argmax(-1)).all()),
-    )
+
+def compare(rows: list[Row], texts: Texts, output: Output, full: Output) -> list[Row]:
+    """Add the comparison with the full cache's predictions, and for `ppl` with the true continuation."""
+    found: list[Row] = []
+    for b, row in enumerate(rows):
+        if output.logs is not None and full.logs is not None:
+            goal, same = (
+                torch.tensor(texts.prompts[b].question[1:]),
+                full.logs[b].argmax(-1) == output.logs[b].argmax(-1),
+            )
+            found.append(
+                replace(row, **compare_continuation(full.logs[b], output.logs[b], goal), agrees=bool(same.all()))
+            )
+            continue
+        theirs, ours = full.answers[b], output.answers[b]
+        pairs = [compare_turn(f.logs, o.logs) for f, o in zip(theirs, ours, strict=True)]
+        kl, top1 = average([closeness for closeness, _ in pairs])
+        turns = [turn | record for turn, (_, record) in zip(row.turns, pairs, strict=True)]
+        agrees = [f.text for f in theirs] == [o.text for o in ours]
+        near = replace(row, turns=turns, kl=kl, top1=top1, agrees=agrees)
+        # There is no right answer: right is what the full cache would say next.
+        found.append(replace(near, score=top1, agrees=top1 == 1) if texts.samples[b].n_written else near)
+    return found
 
 
 def prove(variant: Variant, account: Account) -> str:

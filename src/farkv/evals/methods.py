@@ -23,7 +23,8 @@ class Known(NamedTuple):
     evicts: the records kept after the text are all that later questions can read.  reads_keys: selection reads every
     key, so it is an upper bound that saves nothing.  far: near memory is a separate tier, so records are selected one
     layer ahead.  plan: the lever whose per-layer shares come from the model's profile.  grows: as published, decoded
-    tokens are kept in addition, so the fraction applies to the text only.
+    tokens are kept in addition, so the fraction applies to the text only.  profiled: it uses the model's profile, if
+    there is one.  aware: the first question is read with the text, before anything is evicted.
     """
 
     make: Callable[[float], Method]
@@ -32,16 +33,26 @@ class Known(NamedTuple):
     far: bool = False
     plan: str | None = None
     grows: bool = False
+    profiled: bool = True
+    aware: bool = False
 
 
 # Further variants of the table's methods.
 VARIANTS: dict[str, dict[str, Known]] = {
     "infinigen": {
+        # The skew from the prompt, whatever was measured.
+        "infinigen-prompt": Known(lambda f: InfiniGen(fraction=f), profiled=False),
+        # One layer ahead: with the top-up by the true query, and without; from the paper's hidden state.
         "infinigen-far": Known(lambda f: InfiniGen(fraction=f), far=True),
+        "infinigen-far-attn": Known(lambda f: InfiniGen(fraction=f, source="attn"), far=True),
+        "infinigen-ahead": Known(lambda f: InfiniGen(fraction=f, top_up=0), far=True),
+        "infinigen-ahead-attn": Known(lambda f: InfiniGen(fraction=f, top_up=0, source="attn"), far=True),
         "infinigen-plan": Known(lambda f: InfiniGen(), plan="fetch"),
         "infinigen-paper": Known(lambda f: InfiniGen(fraction=f, paper=True)),
     },
     "xkv": {
+        "xkv-uniform": Known(lambda f: XKV(fraction=f, rule="uniform"), evicts=True),
+        "xkv-pyramid": Known(lambda f: XKV(fraction=f, rule="pyramid"), evicts=True),
         "xkv-plan": Known(lambda f: XKV(), evicts=True, plan="keep"),
         "xkv-paper": Known(lambda f: XKV(fraction=f, paper=True), evicts=True, grows=True),
     },
@@ -51,14 +62,18 @@ ORDER = ("full", "infinigen", "pages", "lowbit", "oracle", "window", "random", "
 
 
 def list_methods() -> dict[str, Known]:
-    """Return every method of the table, followed by its variants; methods not in ORDER come last."""
+    """Return every method of the table, followed by its variants; methods not in ORDER come last.
+
+    What evicts also has a variant, `NAME-aware`, that has read the first question before.
+    """
     found: dict[str, Known] = {}
     for name in sorted(TABLE, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER)):
         row = TABLE[name]
         make = partial(make_full if name == FULL else make_config, row.config)
         found[name] = Known(make, evicts=row.evictor is not None, reads_keys=row.reads_keys)
         found |= VARIANTS.get(name, {})
-    return found
+    aware = {f"{name}-aware": known._replace(aware=True) for name, known in found.items() if known.evicts}
+    return found | aware
 
 
 def make_config(config: type[Any], fraction: float) -> Method:

@@ -23,17 +23,27 @@ from farkv.methods import Full
 class Prefilled(NamedTuple):
     """The result of one prefill.
 
-    passes: for every forward pass, each managed layer's step.  unmanaged: the layers left to Hugging Face.
+    passes: for every forward pass, each managed layer's step.  unmanaged: the layers left to Hugging Face, after the
+    text.  question, unmanaged_after: the same of the pass over the question, if it was read with the text.
     """
 
     passes: list[dict[int, Step]]
     unmanaged: dict[int, Any]
     n_tokens: int
+    question: dict[int, Step] | None = None
+    unmanaged_after: dict[int, Any] | None = None
+    n_question: int = 0
 
 
 @torch.no_grad()
-def prefill_once(model: Any, tokens: list[int], chunk: int = CHUNK_TOKENS) -> Prefilled:
-    """Run the text with full attention, `chunk` tokens at a time, and record each layer's steps.
+def prefill_once(
+    model: Any, texts: list[list[int]], chunk: int = CHUNK_TOKENS, questions: list[list[int]] | None = None
+) -> Prefilled:
+    """Run texts of the same length with full attention, `chunk` tokens at a time, and record each layer's steps.
+
+    Args:
+        texts: tokens of every sequence of the batch.
+        questions: tokens that some methods read with the text; their pass is recorded apart.
 
     Cost: the KV cache and the queries of all managed layers stay in the model's memory: 1 + Hq / (2 Hkv) times the
     cache's bytes.
@@ -44,13 +54,18 @@ def prefill_once(model: Any, tokens: list[int], chunk: int = CHUNK_TOKENS) -> Pr
         for layer in cache.layers:
             if isinstance(layer, FarLayer):
                 _record(layer, passes)
-        for start in range(0, len(tokens), chunk):
-            passes.append({})
-            part = torch.tensor([tokens[start : start + chunk]], device=far.device)
-            far.decoder(input_ids=part, past_key_values=cache, use_cache=True)
         layers: list[Any] = cache.layers
-        unmanaged = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
-    return Prefilled(passes, unmanaged, len(tokens))
+        for part in torch.tensor(texts, device=far.device).split(chunk, 1):
+            passes.append({})
+            far.decoder(input_ids=part, past_key_values=cache, use_cache=True)
+        found = Prefilled(passes, {i: x for i, x in enumerate(layers) if not isinstance(x, FarLayer)}, len(texts[0]))
+        if questions is None:
+            return found
+        found = found._replace(passes=list(passes), unmanaged=copy.deepcopy(found.unmanaged))
+        passes.append({})
+        far.decoder(input_ids=torch.tensor(questions, device=far.device), past_key_values=cache, use_cache=True)
+        after = {i: layer for i, layer in enumerate(layers) if not isinstance(layer, FarLayer)}
+    return found._replace(question=passes[-1], unmanaged_after=after, n_question=len(questions[0]))
 
 
 def _record(layer: Any, passes: list[dict[int, Step]]) -> None:
@@ -64,22 +79,30 @@ def _record(layer: Any, passes: list[dict[int, Step]]) -> None:
 
 
 @torch.no_grad()
-def fill_cache(far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int = 0) -> FarCache:
+def fill_cache(
+    far: Handle, prefilled: Prefilled, extra_tokens: int, verify: int = 0, *, with_question: bool = False
+) -> FarCache:
     """Make a cache that holds a prefilled text, as if this method had prefilled it.
 
     Args:
         extra_tokens: room to reserve for questions and answers.
+        with_question: the question belongs to the text: it is read before anything is evicted.
     """
     cache = far.new_cache(tokens=prefilled.n_tokens + extra_tokens, verify=verify)
-    cache.engine.announce_prompt(prefilled.n_tokens, CHUNK_TOKENS)
+    passes, unmanaged, n_tokens = prefilled.passes, prefilled.unmanaged, prefilled.n_tokens
+    if with_question and prefilled.question is not None:
+        assert prefilled.unmanaged_after is not None
+        passes, unmanaged = [*passes, prefilled.question], prefilled.unmanaged_after
+        n_tokens += prefilled.n_question
+    cache.engine.announce_prompt(n_tokens, CHUNK_TOKENS)
     layers: list[Any] = cache.layers
-    for steps in prefilled.passes:
+    for steps in passes:
         for i, step in steps.items():
             layers[i].update(step.k, step.v)
             # The text's attention outputs are not needed: the pass was already run.
             cache.engine.attend(i, step, _attend_nothing)
         cache.engine.commit()
-    for i, layer in prefilled.unmanaged.items():
+    for i, layer in unmanaged.items():
         layers[i] = copy.deepcopy(layer)
     return cache
 

@@ -38,7 +38,9 @@ class Row:
     proof: `sparse`: decode steps read fewer bytes than the full cache holds, counted and checked; `everything`: the
     full cache; `every key`: an upper bound that reads all keys to select; `unproven`: nothing was decoded.
     bytes_per_step: mean KV and index bytes read per decode step; full_bytes_per_step: the same of a full cache.
-    agrees: the answer equals the full cache's.  nll, kl: nats per token of a continuation.
+    agrees: the answer equals the full cache's.  kl, top1: nats per token, and the share of equal first choices, to the
+    full cache, at every token of the right answer (or of a known continuation), which is fed.  nll: nats per token of a
+    continuation.  gated: the full cache itself fails the task at this length, so the score says nothing.
     """
 
     task: str
@@ -68,6 +70,7 @@ class Row:
     decode_s: float = 0.0
     tokens_per_s: float = 0.0
     query_aware: bool = False
+    top1: float | None = None
 
     @property
     def key(self) -> Key:
@@ -118,6 +121,12 @@ def parse_row(line: str) -> Row:
         if not _KINDS[str(about.type)](value):
             raise ValueError(f"{about.name}: expected {about.type}, got {show_value(value)}")
     return row
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write a results file anew, whole or not at all."""
+    text = "".join(row.to_json() + "\n" for row in rows)
+    write_file(path, text.encode("utf-8", "backslashreplace"), "file", private=True)
 
 
 def read_rows(path: Path, *, mend: bool = False) -> list[Row]:

@@ -1,8 +1,9 @@
 """A whole evaluation: tasks, lengths, samples, methods, fractions; written line by line, so that it can be resumed.
 
-In: the settings, a folder. Out: `results.jsonl`, `run.json`, `prompts.jsonl`, `reads.jsonl` in it. Per task and length
-the full cache answers all samples first: where it is near the floor itself, the task cannot distinguish methods, and
-its rows are gated. Then every method answers from the same prefill.
+In: the settings, a folder. Out: `results.jsonl`, `run.json`, `prompts.jsonl`, `reads.jsonl` in it. A sample is read
+once; the full cache and then every method answer from that. Where the full cache scores near the floor itself, a task's
+scores cannot distinguish methods, and its rows are marked as gated; how near predictions are to the full cache's (`kl`,
+`top1`) is measured everywhere.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any, NamedTuple
 from farkv.errors import ConfigError, InputError
 from farkv.evals.describe import EvalPlan, Variant, describe_run
 from farkv.evals.methods import FULL, list_methods
-from farkv.evals.row import MAX_BYTES, PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows
+from farkv.evals.row import MAX_BYTES, PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows, write_rows
 from farkv.evals.sample import Sample
-from farkv.evals.work import CellSamples, Loaded, WorkItem, run_item, start_worker
+from farkv.evals.work import Answered, CellSamples, Loaded, WorkItem, run_item, run_whole, start_worker
 from farkv.files import append_line, read_file, saying, write_file
 from farkv.names import make_folder
 from farkv.quote import quote
@@ -31,6 +32,8 @@ from farkv.untrusted import parse_json
 # Cells where the full cache scores less are gated: such scores can come from guessing one of four letters, or from one
 # of four values. Continuations have no floor.
 FLOOR = 1 / 3
+# Runs work items; the answers of one come together, items in order.
+Work = Callable[[list[WorkItem]], Iterator[Iterable[Answered]]]
 # What identifies a skipped variant.
 VARIANT = ("method", "fraction")
 
@@ -58,7 +61,7 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
     variants = find_variants(plan)
     skipped = loaded.judge.find_skipped(variants)
     variants = [v for v in variants if v not in skipped]
-    record = describe_run(plan, loaded.model, skipped)
+    record = describe_run(plan, loaded, skipped)
     check_folder(out, record)
     write_file(out / RUN, (json.dumps(record, indent=1) + "\n").encode(), "file", private=True)
     with open_workers(plan, loaded) as work:
@@ -132,7 +135,7 @@ def read_known(path: Path) -> set[str]:
 
 
 @contextmanager
-def open_workers(plan: EvalPlan, loaded: Loaded) -> Iterator[Callable[[list[WorkItem]], Iterator[Any]]]:
+def open_workers(plan: EvalPlan, loaded: Loaded) -> Iterator[Work]:
     """Yield a function that runs work items, in this process or in several, and returns results in order."""
     if plan.workers == 1:
         yield lambda items: (run_item(item, loaded) for item in items)
@@ -140,7 +143,7 @@ def open_workers(plan: EvalPlan, loaded: Loaded) -> Iterator[Callable[[list[Work
     # Spawned, not forked: forking a process with torch threads may hang.
     pool = ProcessPoolExecutor(plan.workers, get_context("spawn"), initializer=start_worker, initargs=(plan,))
     try:
-        yield lambda items: pool.map(run_item, items)
+        yield lambda items: pool.map(run_whole, items)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -148,9 +151,7 @@ def open_workers(plan: EvalPlan, loaded: Loaded) -> Iterator[Callable[[list[Work
 class Runner:
     """Runs all cells and writes the rows."""
 
-    def __init__(
-        self, plan: EvalPlan, out: Path, variants: list[Variant], work: Callable[[list[WorkItem]], Iterator[Any]]
-    ):
+    def __init__(self, plan: EvalPlan, out: Path, variants: list[Variant], work: Work):
         self.plan, self.out, self.variants, self.work = plan, out, variants, work
         path = out / RESULTS
         self.rows = read_rows(path, mend=True) if path.exists() else []
@@ -166,46 +167,59 @@ class Runner:
         total = len(self.plan.tasks) * len(self.plan.lengths) * self.plan.limit * each
         for cell in cells:
             self._write_prompts(cell)
-            gated = self._run_full(cell, lambda n, at=at: tell(at + n, total))
-            at += len(cell.samples)
-            if not (gated and self.plan.skip_gated):
-                self._run_others(cell, gated, lambda n, at=at: tell(at + n, total))
-            at += len(cell.samples) * len(self.variants)
+            self._run_cell(cell, lambda n, at=at: tell(at + n, total))
+            self._gate(cell)
+            at += len(cell.samples) * each
             tell(at, total)
         return Summary(self.rows, self.written, self.gated, skipped)
 
-    def _run_full(self, cell: CellSamples, tell: Callable[[int], None]) -> bool:
-        """Run the full cache on all samples, write its rows, and return whether the cell is gated."""
-        have = {s.seed: self._find(Variant(FULL, 1.0), s) for s in cell.samples}
-        missing = [s for s in cell.samples if have[s.seed] is None]
-        found: list[Row] = []
-        for row in self.work([WorkItem(s, (), None, traced=False) for s in missing]):
-            found.append(row[0][0])
-            tell(len(cell.samples) - len(missing) + len(found))
-        old = [row for row in have.values() if row is not None]
-        score = statistics.fmean(row.score for row in old + found)
-        gated = old[0].gated if old else score < FLOOR and not cell.samples[0].continuation
-        if gated:
-            self.gated.append((cell.task, cell.length, score))
-        for row in found:
-            self._write(replace(row, gated=gated))
-        return gated
-
-    def _run_others(self, cell: CellSamples, gated: bool, tell: Callable[[int], None]) -> None:
-        items: list[WorkItem] = []
-        for n, sample in enumerate(cell.samples):
-            missing = tuple(v for v in self.variants if self._find(v, sample) is None)
-            if missing:
-                full = self._find(Variant(FULL, 1.0), sample)
-                items.append(WorkItem(sample, missing, full, traced=n < self.plan.trace))
-        done = len(cell.samples) * len(self.variants) - sum(len(item.variants) for item in items)
-        for found in self.work(items):
-            for row, trace in found:
-                self._write(replace(row, gated=gated))
+    def _run_cell(self, cell: CellSamples, tell: Callable[[int], None]) -> None:
+        """Answer what is not there yet; the full cache answers each sample again, to be compared with."""
+        items = [item for batch in self._cut(cell.samples) if (item := self._make_item(batch)) is not None]
+        missing = sum(len(item.samples) * (1 + len(item.variants)) for item in items)
+        done = len(cell.samples) * (1 + len(self.variants)) - missing
+        for answered in self.work(items):
+            for row, trace in answered:
+                if row.key not in self.done:
+                    self._write(row)
                 if trace is not None:
                     self._append(READS, json.dumps(trace))
-            done += len(found)
-            tell(done)
+                done += 1
+                tell(done)
+
+    def _cut(self, samples: list[Sample]) -> Iterator[list[Sample]]:
+        """Yield the batches of a cell: traced samples alone, the others together as far as they have as many turns."""
+        alone, rest = samples[: self.plan.trace], samples[self.plan.trace :]
+        yield from ([sample] for sample in alone)
+        same = len({(len(s.turns), bool(s.continuation), s.n_written) for s in rest}) <= 1
+        size = self.plan.batch if same else 1
+        yield from (rest[i : i + size] for i in range(0, len(rest), size))
+
+    def _make_item(self, batch: list[Sample]) -> WorkItem | None:
+        """Return what is missing of a batch; None if nothing is."""
+        full = [self._find(Variant(FULL, 1.0), sample) for sample in batch]
+        missing = tuple(v for v in self.variants if any(self._find(v, sample) is None for sample in batch))
+        if not missing and all(full):
+            return None
+        known = [row.turns[0].get("written") for row in full if row is not None and batch[0].n_written]
+        written = [ids for ids in known if ids] if len(known) == len(batch) else []
+        traced = batch[0].seed - self.plan.seed < self.plan.trace
+        return WorkItem(batch, missing, written if len(written) == len(batch) else None, traced)
+
+    def _gate(self, cell: CellSamples) -> None:
+        """Mark the scores of a cell that the full cache itself fails; its rows are written anew."""
+        if cell.samples[0].continuation or cell.samples[0].n_written:
+            return
+        full = [row for s in cell.samples if (row := self._find(Variant(FULL, 1.0), s)) is not None]
+        score = statistics.fmean(row.score for row in full)
+        gated = score < FLOOR
+        if gated:
+            self.gated.append((cell.task, cell.length, score))
+        place = (cell.task, cell.length)
+        if any(row.gated is not gated for row in self.rows if (row.task, row.length) == place):
+            self.rows = [replace(r, gated=gated) if (r.task, r.length) == place else r for r in self.rows]
+            self.done = {row.key: row for row in self.rows}
+            write_rows(self.out / RESULTS, self.rows)
 
     def _find(self, variant: Variant, sample: Sample) -> Row | None:
         """Return the existing row of a variant and sample, if any.

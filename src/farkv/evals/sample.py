@@ -17,7 +17,8 @@ class Turn(NamedTuple):
     """One question.
 
     completion: the prompt for a base model, which continues it with `answer`.  instruction: the prompt for an
-    instruction-tuned model.  expected: the strings to find in the answer.  score: a name in `farkv.evals.score`.
+    instruction-tuned model.  expected: the strings to find in the answer.  score: a name in `farkv.evals.score`, or
+    `none`.  prefix: what a small model's answer is begun with, so that the value comes next (RULER's answer prefix).
     """
 
     completion: str
@@ -25,19 +26,29 @@ class Turn(NamedTuple):
     answer: str
     expected: tuple[str, ...]
     score: str = "all"
+    prefix: str = ""
+
+
+def ask(instruction: str, prefix: str, answer: str, expected: tuple[str, ...], score: str = "all") -> Turn:
+    """Return a question in plain words, for chat models, small ones and base models."""
+    completion = f"\nQuestion: {instruction}\nAnswer: {prefix}"
+    return Turn(completion, instruction, f" {answer}", expected, score, prefix)
 
 
 class Made(NamedTuple):
     """The output of a task: its lines, in order, and its turns.
 
     places: position of each line in the text, 0 to 1, ascending; None: random.  filled: False if the lines stay
-    together, with filler only before them.
+    together, with filler only before them.  haystack: lines that fill the text, over and over; None: drawn ones.
+    n_written: tokens that the full cache writes in answer to the one turn, which has no answer of its own.
     """
 
     lines: list[str]
     turns: list[Turn]
     places: list[float] | None = None
     filled: bool = True
+    haystack: list[str] | None = None
+    n_written: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Sample:
     depths: tuple[float, ...] = ()
     # For `ppl`: the text that follows, fed token by token.
     continuation: str = ""
+    # For `longgen`: tokens that the full cache writes, and all others are fed.
+    n_written: int = 0
     meta: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -1,7 +1,6 @@
 """Turn a task into a sample of a given length: filler around the task's lines, counted in the model's own tokens.
 
-In: a task's name, a length, a seed, a tokenizer. Out: a `Sample`. Filler is code that the demo model was not trained
-on, or English prose (`pydoc_data.topics`), both from the running interpreter's own library.
+In: a task's name, a length, a seed, a tokenizer. Out: a `Sample`.
 """
 
 from __future__ import annotations
@@ -9,42 +8,40 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from functools import cache, cached_property
-from importlib import import_module
+from itertools import cycle
 from typing import Any
 
-from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.errors import ConfigError
-from farkv.evals.draw import Draw
+from farkv.evals.code_tasks import CODE_TASKS
+from farkv.evals.draw import Draw, join_hyphen
+from farkv.evals.fillers import draw_lines
 from farkv.evals.sample import Made, Sample, Turn, lay
 from farkv.evals.tasks import TASKS
 
-FILLERS = ("code", "english")
 # Length of a continuation, and minimum length of a text, in tokens.
 CONTINUATION = 64
 LEAST_TOKENS = 256
 PPL = "ppl"
 
 
-@cache
-def read_prose() -> dict[str, str]:
-    """Return the interpreter's help texts: English prose about Python."""
-    topics = import_module("pydoc_data.topics").topics
-    return {name: text for name, text in sorted(topics.items()) if len(text) > 500}
-
-
 class Maker:
-    """Makes samples for one model's tokenizer, with one kind of filler."""
+    """Makes samples for one model's tokenizer, with one kind of filler.
 
-    def __init__(self, tokenizer: Any, filler: str = "code"):
-        if filler not in FILLERS:
-            raise ConfigError(f"filler: expected {' or '.join(FILLERS)}, got {filler!r}")
-        self.tokenizer, self.filler = tokenizer, filler
+    Args:
+        tokenizer: the model's.
+        filler: a name in `farkv.evals.fillers`.
+        in_code: the tasks in code, as the demo model learned them; else those in plain words.
+    """
 
-    @cached_property
-    def files(self) -> dict[str, str]:
-        """The texts from which filler is drawn."""
-        return read_sources(STDLIB, held_out=True) if self.filler == "code" else read_prose()
+    def __init__(self, tokenizer: Any, filler: str = "code", *, in_code: bool = True):
+        self.tokenizer, self.filler, self.in_code = tokenizer, filler, in_code
+        self.tasks = CODE_TASKS if in_code else TASKS
+        # An unknown kind is refused before anything is made.
+        self.draw(0, 0)
+
+    def draw(self, n_tokens: int, seed: int) -> list[str]:
+        """Return lines of filler, of at most so many tokens together."""
+        return draw_lines(self.filler, n_tokens, seed, self.count)
 
     def count(self, text: str) -> int:
         """Return the number of tokens of a text."""
@@ -60,21 +57,37 @@ class Maker:
             raise ConfigError(f"length: expected at least {LEAST_TOKENS} tokens, got {length}")
         if task == PPL:
             return self.continue_text(length, seed)
-        if task not in TASKS:
-            raise ConfigError(f"task: expected one of {', '.join([*TASKS, PPL])}, got {task!r}")
+        if task not in self.tasks:
+            raise ConfigError(f"task: expected one of {', '.join([*self.tasks, PPL])}, got {task!r}")
         mixed = mix_seed(task, length, seed)
-        made, room = self.fit(TASKS[task], length, mixed)
-        lines = draw_filler(self.files, max(0, room), mixed, self.count) if room > 0 else []
+        made, room = self.fit(self.tasks[task], length, mixed, seed)
+        lines = self.fill(made, room, mixed)
         laid, own = lay(made, lines, random.Random(mixed))
-        text = "".join(laid)
-        return Sample(task, length, seed, text, tuple(made.turns), find_depths(laid, own, made.turns))
+        text, depths = "".join(laid), find_depths(laid, own, made.turns)
+        return Sample(task, length, seed, text, tuple(made.turns), depths, n_written=made.n_written)
 
-    def fit(self, task: Callable[[Draw], Made], length: int, seed: int) -> tuple[Made, int]:
+    def fill(self, made: Made, room: int, seed: int) -> list[str]:
+        """Return lines of `room` tokens at most: the task's own haystack over and over, or drawn ones."""
+        if room <= 0:
+            return []
+        if made.haystack is None:
+            return self.draw(room, seed)
+        lines: list[str] = []
+        costs = [self.count(line) for line in made.haystack]
+        for line, cost in cycle(zip(made.haystack, costs, strict=True)):
+            room -= cost
+            if room < 0:
+                return lines
+            lines.append(line)
+        return lines
+
+    def fit(self, task: Callable[[Draw], Made], length: int, seed: int, sample: int) -> tuple[Made, int]:
         """Draw a task's lines, fewer and fewer until they fit; return them and the tokens left for filler."""
-        size = length
+        size, name = length, None if self.in_code else join_hyphen
         while size >= LEAST_TOKENS // 4:
-            made = task(Draw(seed, size))
+            made = task(Draw(seed, size, name=name, sample=sample))
             own = self.count("".join(made.lines)) + sum(self.count(t.completion + t.answer) + 2 for t in made.turns)
+            own += made.n_written
             if own <= length - 8:
                 return made, length - 8 - own
             size = int(size * min(0.95, (length - 8) / own))
@@ -84,7 +97,7 @@ class Maker:
         """Make a `ppl` sample: `length` tokens of text and the continuation."""
         wanted = length + CONTINUATION
         mixed = mix_seed(PPL, length, seed)
-        text = "".join(draw_filler(self.files, wanted + 200, mixed, self.count))
+        text = "".join(self.draw(wanted + 200, mixed))
         ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         cut, end = ends[length - 1][1], ends[min(wanted, len(ends)) - 1][1]
         return Sample(PPL, length, seed, text[:cut], (), continuation=text[cut:end])
@@ -102,6 +115,7 @@ def find_depths(lines: list[str], own: list[int], turns: list[Turn]) -> tuple[fl
         starts.append(starts[-1] + len(line))
     depths: list[float] = []
     for turn in turns:
-        at = next((starts[i] for i in own if turn.expected[0] in lines[i]), None)
+        wanted = turn.expected[0] if turn.expected else None
+        at = next((starts[i] for i in own if wanted is not None and wanted in lines[i]), None)
         depths.append(-1.0 if at is None else at / max(1, starts[-1]))
     return tuple(depths)

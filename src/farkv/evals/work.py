@@ -11,21 +11,26 @@ import torch
 
 from farkv.errors import ConfigError, InputError
 from farkv.evals.describe import EvalPlan, Variant
-from farkv.evals.judge import Judge, Reference
+from farkv.evals.judge import Judge
+from farkv.evals.prompter import choose_form
 from farkv.evals.row import Row
 from farkv.evals.sample import Sample
 from farkv.evals.text import Maker
 from farkv.hf.load import load_model, quiet_libraries
 
-Found = list[tuple[Row, dict[str, Any] | None]]
+# A row, and the trace of its reads if there is one.
+Answered = tuple[Row, dict[str, Any] | None]
 
 
 class WorkItem(NamedTuple):
-    """One sample and the variants that answer it; without variants the full cache does. full: its row, if known."""
+    """Samples of a cell, answered as one batch, and the variants that answer them after the full cache.
 
-    sample: Sample
+    written: what that wrote before, if known.
+    """
+
+    samples: list[Sample]
     variants: tuple[Variant, ...]
-    full: Row | None
+    written: list[list[int]] | None
     traced: bool
 
 
@@ -35,6 +40,10 @@ class CellSamples(NamedTuple):
     task: str
     length: int
     samples: list[Sample]
+
+
+# What lies around a task's lines, in words and in code.
+FILLER = ("mixed", "code")
 
 
 class Loaded:
@@ -50,8 +59,9 @@ class Loaded:
                 f"tokenizer {type(self.tokenizer).__name__}: expected a fast tokenizer, which gives token offsets; "
                 "use a model that has one"
             )
-        self.judge = Judge(self.model, self.tokenizer, plan.form, False if plan.profile == "none" else plan.profile)
-        self.maker = Maker(self.tokenizer, plan.filler)
+        self.form = choose_form(plan.form, plan.model, self.tokenizer, self.model.num_parameters())
+        self.judge = Judge(self.model, self.tokenizer, self.form, False if plan.profile == "none" else plan.profile)
+        self.maker = Maker(self.tokenizer, plan.filler or FILLER[self.form == "code"], in_code=self.form == "code")
 
     def check_lengths(self, plan: EvalPlan) -> None:
         """Check that the model has enough positions for all lengths.
@@ -85,15 +95,14 @@ class Loaded:
         return [CellSamples(*key, list(islice(samples, plan.limit))) for key, samples in grouped.items()]
 
 
-def run_item(item: WorkItem, loaded: Loaded | None = None) -> Found:
-    """Answer one sample, with the full cache or with the item's variants."""
-    judge = (loaded or _worker[0]).judge
-    if not item.variants:
-        prompt, prefilled = judge.read(item.sample)
-        return [(judge.ask_full(item.sample, prompt, prefilled).row, None)]
-    # Rows do not contain log-probabilities: where they are needed, the full cache is run again.
-    known = None if item.full is None or item.sample.continuation else Reference(item.full, None)
-    return list(judge.ask_all(item.sample, list(item.variants), known, traced=item.traced))
+def run_item(item: WorkItem, loaded: Loaded) -> Iterator[Answered]:
+    """Answer with the full cache, then with the item's variants; rows come as they are made."""
+    yield from loaded.judge.judge(item.samples, list(item.variants), written=item.written, traced=item.traced)
+
+
+def run_whole(item: WorkItem) -> list[Answered]:
+    """Answer in a worker process, and return all rows."""
+    return list(run_item(item, _worker[0]))
 
 
 def start_worker(plan: EvalPlan) -> None:

@@ -1,37 +1,34 @@
-"""Context-intensive extraction: the text contains tables, the answer is one whole table as JSON, scored by field."""
+"""Context-intensive extraction: a text full of records, all of which are to be written as JSON; scored by field."""
 
 from __future__ import annotations
 
 import json
 
 from farkv.evals.draw import Draw
-from farkv.evals.sample import Made, Turn
+from farkv.evals.sample import Made, ask
+from farkv.evals.tasks.qa import CITIES
 
-ROWS = 10
-# Approximate tokens per record; records make up two thirds of the text.
-ROW_TOKENS = 22
-COLOURS = "red blue green black white brown grey pink".split()
+# About the tokens of a record in the text and in the answer; both must fit.
+RECORD_TOKENS, ANSWER_TOKENS = 24, 28
+MONTHS = "January February March April May June July August September October November December".split()
+INTRO = "This is a register of parcels, with notes between its entries.\n"
 
 
 def make(draw: Draw) -> Made:
-    """Tables of ten records each, with code between their rows; the question names one table."""
+    """Parcels, each with three fields, between other text; the answer is a JSON list of all: hundreds, of a long one."""
     rng = draw.rng
-    # The answer is about as long as a table.
-    n_rows = max(2, min(ROWS, draw.length // (4 * ROW_TOKENS)))
-    n_tables = max(1, min(draw.length * 2 // 3 // (n_rows * ROW_TOKENS), 60))
-    titles = draw.names(n_tables)
-    lines: list[str] = []
-    tables: list[list[dict[str, str | int]]] = []
-    for title in titles:
-        rows = [{"name": n, "code": int(draw.value())} for n in draw.names(n_rows)]
-        lines += [f"{title}.add({r['name']!r}, {r['code']}, {rng.choice(COLOURS)!r})\n" for r in rows]
-        tables.append(rows)
-    asked = rng.randrange(n_tables)
-    answer = json.dumps(tables[asked])
-    chat = (
-        f"The text adds records to several tables, each as name, code, colour. Write the table {titles[asked]} as a "
-        f'JSON list of objects with the keys "name" and "code", in the order of the text, and nothing else.'
+    n = max(4, int(0.9 * draw.length / (RECORD_TOKENS + ANSWER_TOKENS)))
+    numbers = rng.sample(range(1000, 10_000), n)
+    records = [{"parcel": i, "city": rng.choice(CITIES), "kg": rng.randint(2, 60)} for i in numbers]
+    lines = [
+        f"On {rng.randint(1, 28)} {rng.choice(MONTHS)}, parcel {r['parcel']} went to {r['city']} and weighed "
+        f"{r['kg']} kg.\n"
+        for r in records
+    ]
+    answer = json.dumps(records)
+    instruction = (
+        'Write all parcels of the text, in its order, as one JSON list of objects with the keys "parcel", "city" and '
+        '"kg", in one line and without anything else.'
     )
-    places = [i / len(lines) for i in range(len(lines))]
-    turn = Turn(f"print(json.dumps({titles[asked]}))  # ", chat, answer, (answer,), "json")
-    return Made(lines, [turn], places)
+    places = [i / n for i in range(n)]
+    return Made([INTRO, *lines], [ask(instruction, "The list:", answer, (answer,), "json")], [0.0, *places])

@@ -1,26 +1,19 @@
-"""Long generation that depends on the whole context: follow a chain of links scattered in the text."""
+"""Long generation: the full cache writes, every method is held to its words; KL along the way, no right answer."""
 
 from __future__ import annotations
 
-import itertools
-
 from farkv.evals.draw import Draw
-from farkv.evals.sample import Made, Turn
+from farkv.evals.sample import Made, ask
 
-STEPS = 16
+# Tokens that are generated, at most; in short texts half of the length.
+MOST_TOKENS = 2048
 
 
 def make(draw: Draw) -> Made:
-    """Lines like `apple_river.next = stone_cloud` in random order; the answer follows sixteen of them."""
-    names = draw.names(max(6, draw.count_lines()))
-    lines = [f"{a}.next = {b}\n" for a, b in itertools.pairwise(names)]
-    draw.rng.shuffle(lines)
-    steps = min(STEPS, len(lines))
-    start = draw.rng.randint(0, len(lines) - steps)
-    found = tuple(names[start + 1 : start + 1 + steps])
-    chat = (
-        f"The text says what comes after each name. Begin at {names[start]} and write the next {steps} names, "
-        "separated by spaces, and nothing else."
+    """A text, of which a long account is to be given."""
+    instruction = (
+        "Write a long and detailed account of this text for somebody who has not read it: part by part, in full "
+        "sentences, with examples."
     )
-    turn = Turn(f"walk({names[start]}, {steps})  # ", chat, " ".join(found), found, "prefix")
-    return Made(lines, [turn])
+    turn = ask(instruction, "Here is what the text says, part by part:", "", (), "none")
+    return Made([], [turn], n_written=min(MOST_TOKENS, draw.length // 2))

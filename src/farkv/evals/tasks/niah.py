@@ -1,63 +1,76 @@
-"""Needles in a haystack (RULER): one fact; one of many; all values of one name; several names at once.
-
-A needle is `apple_river = 4821`, among lines of code or prose.
-"""
+"""Needles in a haystack (RULER): one sentence among text, among the same sentences over and over, among its likes."""
 
 from __future__ import annotations
 
-from farkv.demo.recall import fact_line, question_line
+from typing import Literal
+
 from farkv.evals.draw import Draw
-from farkv.evals.sample import Made, Turn
+from farkv.evals.sample import Made, Turn, ask
 
-# Values per name, and names per question, as in RULER.
-VALUES = 4
-QUERIES = 4
-
-
-def ask_one(name: str, value: str) -> Turn:
-    """Ask for the value of one name."""
-    chat = f"What number is {name} set to in the text? Answer with the number alone."
-    return Turn(question_line(name), chat, value, (value,))
-
-
-def make_single(draw: Draw) -> Made:
-    """One needle, without distractors."""
-    (name,) = draw.names(1)
-    value = draw.value()
-    return Made([fact_line(name, value)], [ask_one(name, value)])
+# Keys of `multikey_1`, values of `multivalue`, questions of `multiquery`, as in RULER.
+FOUR = 4
+INTRO = "Some sentences of this text say the access code of something. Remember them: you will be asked.\n"
+# RULER repeats sentences that say nothing; these are ours.
+NOISE = [
+    "The road is long.\n", "The rain has stopped.\n", "A bell rings in the valley.\n", "We walk on.\n",
+    "Here we are, and there we go again.\n",
+]  # fmt: skip
+# About the tokens of a needle of numbers, and of identifiers; `Maker.fit` corrects for the model's own.
+NEEDLE_TOKENS = {"number": 22, "uuid": 64}
+Haystack = Literal["text", "noise", "needles"]
+Kind = Literal["name", "number", "uuid"]
 
 
-def make_multikey(draw: Draw) -> Made:
-    """One needle among needles with other names."""
-    names = draw.names(draw.count_lines())
-    values = [draw.value() for _ in names]
-    asked = draw.rng.randrange(len(names))
-    lines = [fact_line(n, v) for n, v in zip(names, values, strict=True)]
-    return Made(lines, [ask_one(names[asked], values[asked])])
+def state(key: str, value: str) -> str:
+    """Return a needle."""
+    return f"The access code of {key} is {value}.\n"
+
+
+def ask_one(key: str, value: str) -> Turn:
+    """Ask for one key's value."""
+    instruction = f"What is the access code of {key}? Answer with the code alone."
+    return ask(instruction, f"The access code of {key} is", value, (value,))
+
+
+def draw_kind(draw: Draw, kind: Kind, n: int) -> list[str]:
+    """Return `n` distinct keys or values of a kind."""
+    return {"name": draw.names, "number": draw.numbers, "uuid": draw.uuids}[kind](n)
+
+
+def make_single(draw: Draw, haystack: Haystack = "text", value: Kind = "number") -> Made:
+    """One needle; in the text, or (`niah_single_1`) among a few sentences over and over."""
+    (key,), (found,) = draw.names(1), draw_kind(draw, value, 1)
+    return lay_needles(draw, [state(key, found)], [ask_one(key, found)], NOISE if haystack == "noise" else None)
+
+
+def make_multikey(draw: Draw, haystack: Haystack = "text", key: Kind = "name", value: Kind = "number") -> Made:
+    """One of four needles; or one among nothing but needles."""
+    many = max(FOUR, draw.length // NEEDLE_TOKENS[value]) if haystack == "needles" else FOUR
+    keys, values = draw_kind(draw, key, many), draw_kind(draw, value, many)
+    needles = [state(k, v) for k, v in zip(keys, values, strict=True)]
+    asked = draw.rng.randrange(FOUR)
+    turns = [ask_one(keys[asked], values[asked])]
+    return lay_needles(draw, needles[:FOUR], turns, needles[FOUR:] or None)
 
 
 def make_multivalue(draw: Draw) -> Made:
-    """All values of one name, in text order; the other names have several values too."""
-    rng = draw.rng
-    counts = [VALUES]
-    while sum(counts) < max(draw.count_lines(), VALUES + 2):
-        counts.append(rng.randint(1, VALUES))
-    names = draw.names(len(counts))
-    owners = [n for n, c in zip(names, counts, strict=True) for _ in range(c)]
-    rng.shuffle(owners)
-    values = draw.values(len(owners))
-    found = tuple(v for n, v in zip(owners, values, strict=True) if n == names[0])
-    chat = f"What are all the numbers that {names[0]} is set to in the text? Answer with the numbers alone, in order."
-    turn = Turn(f"print(*{names[0]})  # ", chat, " ".join(found), found)
-    return Made([fact_line(n, v) for n, v in zip(owners, values, strict=True)], [turn])
+    """All four codes of one key."""
+    (key,), values = draw.names(1), draw.numbers(FOUR)
+    instruction = f"What are all the access codes of {key}? Answer with the {FOUR} codes alone."
+    turn = ask(instruction, f"The access codes of {key} are", ", ".join(values), tuple(values))
+    return lay_needles(draw, [state(key, v) for v in values], [turn])
 
 
 def make_multiquery(draw: Draw) -> Made:
-    """The values of several names, asked for in one question."""
-    names = draw.names(draw.count_lines())
-    values = dict(zip(names, draw.values(len(names)), strict=True))
-    asked = draw.rng.sample(names, min(QUERIES, len(names)))
-    found = tuple(values[n] for n in asked)
-    chat = f"What numbers are {', '.join(asked)} set to in the text? Answer with the numbers alone, in this order."
-    turn = Turn(f"print({', '.join(asked)})  # ", chat, " ".join(found), found)
-    return Made([fact_line(n, v) for n, v in values.items()], [turn])
+    """The codes of four keys in one answer."""
+    keys, values = draw.names(FOUR), draw.numbers(FOUR)
+    listed = f"{', '.join(keys[:-1])} and {keys[-1]}"
+    instruction = f"What are the access codes of {listed}? Answer with the codes alone."
+    turn = ask(instruction, f"The access codes of {listed} are", ", ".join(values), tuple(values))
+    return lay_needles(draw, [state(k, v) for k, v in zip(keys, values, strict=True)], [turn])
+
+
+def lay_needles(draw: Draw, needles: list[str], turns: list[Turn], haystack: list[str] | None = None) -> Made:
+    """Return needles at random places, the introduction before them."""
+    places = sorted(draw.rng.random() for _ in needles)
+    return Made([INTRO, *needles], turns, [0.0, *places], haystack=haystack)

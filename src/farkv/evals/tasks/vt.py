@@ -1,25 +1,25 @@
-"""Variable tracking (RULER): which names have a value, directly or through other names."""
+"""Variable tracking (RULER): which names hold a value, directly or through others."""
 
 from __future__ import annotations
 
 import itertools
 
-from farkv.demo.recall import fact_line
 from farkv.evals.draw import Draw
-from farkv.evals.sample import Made, Turn
+from farkv.evals.sample import Made, ask
+from farkv.evals.tasks.niah import NOISE
 
 HOPS = 4
+INTRO = "In this text, variables are set to numbers, or to other variables. Remember which variable holds what.\n"
 
 
 def make(draw: Draw) -> Made:
-    """One chain of four hops, `a = 4821`, `b = a`, `c = b` ..., among plain facts."""
-    chain = draw.names(HOPS + 1)
-    others = draw.names(max(2, draw.count_lines() - len(chain)))
-    value, *values = draw.values(len(others) + 1)
-    lines = [fact_line(n, v) for n, v in zip(others, values, strict=True)]
-    links = [fact_line(chain[0], value)] + [fact_line(b, a) for a, b in itertools.pairwise(chain)]
-    places = sorted(draw.rng.sample(range(len(lines) + len(links)), len(links)))
-    for place, link in zip(places, links, strict=True):
-        lines.insert(place, link)
-    chat = f"Which names hold the value {value}, directly or through other names? Answer with the names alone."
-    return Made(lines, [Turn(f"find({value})  # ", chat, " ".join(chain), tuple(chain))])
+    """One chain of four hops, `VAR A = 48213`, `VAR B = VAR A` ..., among a few sentences over and over."""
+    names, (value,) = draw.letters(HOPS + 1), draw.numbers(1)
+    links = [f"VAR {names[0]} = {value}\n", *(f"VAR {b} = VAR {a}\n" for a, b in itertools.pairwise(names))]
+    instruction = (
+        f"Which variables hold the value {value}, directly or through other variables? "
+        f"There are {HOPS + 1}: answer with their names alone."
+    )
+    turn = ask(instruction, f"The variables that hold {value} are", ", ".join(names), tuple(names))
+    places = sorted(draw.rng.random() for _ in links)
+    return Made([INTRO, *links], [turn], [0.0, *places], haystack=NOISE)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from farkv.demo.recall import fact_line
+from farkv.evals.code_tasks.niah import ask_one
 from farkv.evals.draw import Draw
 from farkv.evals.sample import Made
-from farkv.evals.tasks.niah import ask_one
 
 TURNS = 5
 
