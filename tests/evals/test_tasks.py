@@ -9,59 +9,73 @@ from typing import Any
 import pytest
 
 from farkv.errors import ConfigError
-from farkv.evals.code_tasks import TASKS
+from farkv.evals.code_tasks import CODE_TASKS
 from farkv.evals.draw import Draw
-from farkv.evals.sample import Made, lay
+from farkv.evals.sample import Made, Sample, lay
 from farkv.evals.score import SCORES
-from farkv.evals.text import FILLERS, PPL, Maker
+from farkv.evals.tasks import TASKS
+from farkv.evals.tasks.orders import FACTS, list_orders
+from farkv.evals.text import PPL, Maker
 
-EVERY = [*TASKS, PPL]
+CODE, WORDS = [f"code/{task}" for task in CODE_TASKS], [f"words/{task}" for task in TASKS]
+EVERY = [*CODE, *WORDS, f"code/{PPL}", f"words/{PPL}"]
+# Answers of these are written by the full cache.
+WRITTEN = "words/longgen"
 every_task = pytest.mark.parametrize("task", EVERY)
 
 
 @cache
-def maker(filler: str = "code") -> Maker:
+def maker(filler: str = "code", *, in_code: bool = True) -> Maker:
     from transformers import AutoTokenizer
 
     from farkv.demo import MODEL_PATH
 
-    return Maker(AutoTokenizer.from_pretrained(MODEL_PATH), filler)
+    return Maker(AutoTokenizer.from_pretrained(MODEL_PATH), filler, in_code=in_code)
+
+
+def make(task: str, length: int, seed: int) -> Sample:
+    form, name = task.split("/")
+    return maker("code" if form == "code" else "mixed", in_code=form == "code").make(name, length, seed)
 
 
 def count_turns(sample: Any) -> int:
-    return max((maker().count(t.completion + t.answer) for t in sample.turns), default=0)
+    """Tokens of all turns of a task in words, which are all in the cache; of the longest of one in code."""
+    counts = [maker().count(t.completion + t.answer) for t in sample.turns]
+    return (sum(counts) if sample.turns and sample.turns[0].prefix else max(counts, default=0)) + sample.n_written
 
 
 @every_task
 def test_the_same_seed_is_the_same_sample(task: str) -> None:
-    first, again, other = (maker().make(task, 700, seed) for seed in (1, 1, 2))
+    first, again, other = (make(task, 900, seed) for seed in (1, 1, 2))
     assert first == again
     assert first.prompt_sha == again.prompt_sha
     assert first.prompt_sha != other.prompt_sha
 
 
-@pytest.mark.parametrize("length", [512, 1500])
+@pytest.mark.parametrize("length", [900, 1500])
 @every_task
 def test_it_fills_the_length_and_no_more(task: str, length: int) -> None:
-    sample = maker().make(task, length, 3)
+    sample = make(task, length, 3)
     tokens = maker().count(sample.text) + count_turns(sample)
     assert 0.8 * length <= tokens <= length
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [t for t in (*CODE, *WORDS) if t != WRITTEN])
 def test_the_right_answer_scores_1_and_a_wrong_one_less(task: str) -> None:
     for seed in range(3):
-        for turn in maker().make(task, 600, seed).turns:
+        for turn in make(task, 900, seed).turns:
             score = SCORES[turn.score]
             assert score(turn.answer, turn.expected) == 1.0
             assert score("no idea", turn.expected) == 0.0
-            assert "\n" not in turn.completion + turn.answer
+            assert "\n" not in turn.completion.removeprefix("\nQuestion").replace("\nAnswer", "") + turn.answer
             assert turn.instruction
 
 
-@pytest.mark.parametrize("task", [t for t in TASKS if t not in ("cwe", "fwe", "extraction", "vt")])
+@pytest.mark.parametrize(
+    "task", [t for t in (*CODE, *WORDS) if t.split("/")[1] not in ("cwe", "fwe", "extraction", "vt", "longgen")]
+)
 def test_the_answer_stands_in_the_text_where_depths_say(task: str) -> None:
-    sample = maker().make(task, 900, 5)
+    sample = make(task, 900, 5)
     for turn, depth in zip(sample.turns, sample.depths, strict=True):
         assert 0 <= depth <= 1
         line = sample.text[round(depth * len(sample.text)) :].split("\n", 1)[0]
@@ -107,8 +121,25 @@ def test_a_continuation_goes_on_where_the_text_ends() -> None:
     assert not sample.turns
 
 
+def test_every_fact_is_asked_at_every_turn_and_all_orders_come() -> None:
+    """The first four seeds are a square of depth and turn; twenty-four are all orders."""
+    texts = [make("words/orders", 900, seed) for seed in range(24)]
+    ranks = [tuple(sorted(s.depths).index(d) for d in s.depths) for s in texts]
+    for turn in range(FACTS):
+        assert {order[turn] for order in ranks[:FACTS]} == set(range(FACTS))
+    assert set(ranks) == set(list_orders())
+
+
+def test_two_hops_lead_to_the_answer() -> None:
+    sample = make("words/qa_2", 900, 3)
+    asked = sample.turns[0].instruction.removesuffix("? Answer with one word.").split("who taught ")[1]
+    told = {line.split(" was born in ")[0]: line for line in sample.text.splitlines() if " was born in " in line}
+    teacher = told[asked].split(" from ")[1].split(", and later")[0]
+    assert told[teacher].startswith(f"{teacher} was born in {sample.turns[0].expected[0]},")
+
+
 def test_english_filler_is_prose_and_code_is_not() -> None:
-    english, code = (maker(f).make("niah_single", 600, 0).text for f in FILLERS[::-1])
+    english, code = (maker(f).make("niah_single", 600, 0).text for f in ("english", "code"))
     assert english.count(" the ") > 5
     assert english != code
 

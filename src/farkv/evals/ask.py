@@ -101,7 +101,7 @@ class Asker:
                 rows.append(logits.float().log_softmax(-1).cpu())
             said = logits.argmax(-1).tolist()
             if own is None and any(i < len(ids) and said[b] != ids[i] for b, ids in enumerate(right)):
-                more = self._go_on(logits, max(map(self.prompter.limit, turns)) - i)
+                more = self._go_on(logits, [self.prompter.limit(turn) - i for turn in turns])
                 own = [ids[:i] + more[b] if i < len(ids) else ids for b, ids in enumerate(right)]
             if i + 1 < n:
                 logits = self._feed([ids[i : i + 1] for ids in fed])
@@ -110,16 +110,20 @@ class Asker:
         kept = [-(-len(ids) // every) for ids in right]
         return [Answer(text, ids, logs[b, : kept[b]]) for b, (text, ids) in enumerate(zip(texts, fed, strict=True))]
 
-    def _go_on(self, logits: Float[Tensor, "B V"], most: int) -> list[list[int]]:
-        """Answer greedily on a copy of the cache, which is exact for every method; stepping back is not."""
+    def _go_on(self, logits: Float[Tensor, "B V"], most: list[int]) -> list[list[int]]:
+        """Answer greedily on a copy of the cache, which is exact for every method; stepping back is not.
+
+        Args:
+            most: tokens of every sequence's answer.
+        """
         started, main = time.perf_counter(), self.cache
         said: list[list[int]] = [[] for _ in range(len(logits))]
         going = set(range(len(logits)))
         # A deliberate copy of the whole cache, once per turn that some method answers wrongly.
         self.cache = copy.deepcopy(main)
-        for _ in range(most):
+        for n in range(max(most)):
             tokens = logits.argmax(-1).tolist()
-            going -= {b for b in going if self.prompter.ends(tokens[b], self.stops)}
+            going -= {b for b in going if n >= most[b] or self.prompter.ends(tokens[b], self.stops)}
             for b in going:
                 said[b].append(tokens[b])
             if not going:

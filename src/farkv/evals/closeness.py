@@ -31,9 +31,9 @@ class Near(NamedTuple):
     kl: Interval
     top1: float
     score: float | None
-    read: float
-    index: float
-    kept: float
+    read_fraction: float
+    index_fraction: float
+    kept_fraction: float
     n: int
     bound: bool
     mark: str = ""
@@ -117,8 +117,9 @@ def make_line(groups: list[Group], setting: Setting, *, is_bound: bool) -> Near:
     mean, drawn = average(groups, setting, "kl")
     able = [group for group in groups if not group.gated]
     score = average(able, setting, "scores")[0] if able else None
-    top1, *bytes_ = np.mean([g.measured[g.settings.index(setting)] for g in groups], axis=0).tolist()
-    return Near(setting, interval(mean, drawn, n), top1, score, *bytes_, n, is_bound)
+    measured = np.mean([group.measured[group.settings.index(setting)] for group in groups], axis=0)
+    named: dict[str, float] = dict(zip(MEASURED, measured.tolist(), strict=True))
+    return Near(setting, interval(mean, drawn, n), score=score, n=n, bound=is_bound, **named)
 
 
 def mark_nearest(groups: list[Group], lines: list[Near]) -> list[Near]:

@@ -153,6 +153,6 @@ def keep_distinct(texts: dict[str, str]) -> dict[str, str]:
 
 @cache
 def read_vocabulary() -> tuple[str, ...]:
-    """Return common English words of five to eight letters, from the manuals; the most frequent come first."""
-    words = Counter(re.findall(r"\b[a-z]{5,8}\b", " ".join(read_manuals().values())))
+    """Return common English words of four to ten letters, from the manuals; the most frequent come first."""
+    words = Counter(re.findall(r"\b[a-z]{4,10}\b", " ".join(read_manuals().values())))
     return tuple(sorted(words, key=lambda word: (-words[word], word))[:3000])
