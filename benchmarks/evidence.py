@@ -1,8 +1,8 @@
 """The published evaluation: how near every method stays to the full cache, on a real model, at how many bytes.
 
-    python benchmarks/evidence.py --model smollm2                  # runs what is not there yet; goes on where it stopped
-    python benchmarks/evidence.py --model smollm2 --quick          # a few tasks and methods, 20 minutes on two cores
-    python benchmarks/evidence.py --model ./folder --only evictors --scale 0.5
+    python benchmarks/evidence.py --model smollm2            # what is not there yet; goes on where it stopped
+    python benchmarks/evidence.py --model smollm2 --quick    # a few tasks and methods, 20 minutes on two cores
+    python benchmarks/evidence.py --model ./folder --only kept --scale 0.5
     python benchmarks/evidence.py --model FILE.gguf
 
 In: a name of `benchmarks/real_models.py`, a folder or a GGUF file. Out: `benchmarks/results/eval/NAME`, rows of

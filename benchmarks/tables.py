@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import allocate
+import demo_eval
 import disk
 import eviction
-import demo_eval
 import faults
 import hot
 import limits

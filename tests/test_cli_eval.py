@@ -9,9 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from farkv.cli.eval import METHODS, SOME, TASKS, evaluate, parse_fractions, split
+from farkv.cli.eval import METHODS, SOME, SOME_IN_CODE, evaluate, parse_fractions, split
 from farkv.errors import ConfigError, FarKVError
-from farkv.evals import methods, tasks
+from farkv.evals import methods
+from farkv.evals.code_tasks import CODE_TASKS
+from farkv.evals.tasks import TASKS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.command(name="eval")(evaluate)
@@ -31,6 +33,7 @@ def test_it_compares_and_prints_one_object(tmp_path: Path) -> None:
     told = json.loads(ran.stdout)
     assert (told["rows"], told["written"]) == (3, 3)
     assert {line["method"] for line in told["table"]["lines"]} == {"full", "infinigen", "window"}
+    assert {line["method"] for line in told["near"] if line["kl"]["mean"] > 0} == {"infinigen", "window"}
     assert {p.name for p in out.iterdir()} == {"results.jsonl", "run.json", "prompts.jsonl", "reads.jsonl"}
     prompt = json.loads((out / "prompts.jsonl").read_text())
     row = json.loads((out / "results.jsonl").read_text().splitlines()[0])
@@ -44,7 +47,7 @@ def test_it_compares_and_prints_one_object(tmp_path: Path) -> None:
         (("--fractions", "0"), "fraction: expected a number in"),
         (("--fractions", "x"), "--fractions: expected comma-separated numbers"),
         (("--lengths", "12"), "--lengths: expected numbers of at least 64"),
-        (("--form", "poem"), "--form: expected auto, completion or chat"),
+        (("--form", "poem"), "--form: expected auto, code, completion, chat or prefix"),
         (("--tasks", ","), "--tasks: expected comma-separated names"),
         (("--tasks", "ruler:/nowhere.jsonl"), "/nowhere.jsonl"),
         (("--methods", "h3o"), "expected some of full, infinigen"),
@@ -60,9 +63,11 @@ def test_a_mistake_is_one_error(arguments: tuple[str, ...], said: str, tmp_path:
 def test_the_help_names_what_there_is() -> None:
     text = " ".join(call("--help").output.split())
     for name in methods.list_methods():
-        assert name in text or name == "full"
-    assert split(TASKS, "") == (*tasks.TASKS, "ppl")
-    assert set(split(SOME, "")) <= set(split(TASKS, ""))
+        assert name.removesuffix("-aware") in text
+    for name in (*TASKS, *CODE_TASKS, "ppl"):
+        assert f" {name}" in text
+    assert set(split(SOME, "")) <= {*TASKS, "ppl"}
+    assert set(split(SOME_IN_CODE, "")) <= {*CODE_TASKS, "ppl"}
     assert set(split(METHODS, "")) <= set(methods.list_methods())
 
 

@@ -76,9 +76,11 @@ def evaluate(
 
     [bold]Tasks[/bold]
 
-      in words (RULER's names): niah_single_1 to _3, niah_multikey_1 to _3,
-      niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2; extraction,
-      orders (four turns, every order), longgen, ppl
+      in words, RULER's thirteen: niah_single_1, niah_single_2, niah_single_3,
+      niah_multikey_1, niah_multikey_2, niah_multikey_3, niah_multivalue,
+      niah_multiquery, vt, cwe, fwe, qa_1, qa_2
+
+      and: extraction, orders (four turns, every order), longgen, ppl
 
       in code (--form code): niah_single, niah_multikey, niah_multivalue,
       niah_multiquery, vt, cwe, fwe, qa, extraction, multiturn, longgen, ppl
@@ -86,9 +88,10 @@ def evaluate(
     [bold]Methods[/bold]
 
       select records at every step: infinigen, infinigen-prompt (skew from the
-      prompt), infinigen-far and infinigen-ahead (one layer ahead, with and
-      without top-up; -attn: the paper's source), infinigen-plan,
-      infinigen-paper, pages (Quest), lowbit, window, random, oracle
+      prompt), infinigen-far, infinigen-far-attn (one layer ahead; the paper's
+      source), infinigen-ahead, infinigen-ahead-attn (the same without top-up),
+      infinigen-plan, infinigen-paper, pages (Quest), lowbit, window, random,
+      oracle
 
       evict records after the text: xkv, xkv-uniform, xkv-pyramid, xkv-plan,
       xkv-paper, snapkv, pyramidkv, h2o; NAME-aware: after the question
@@ -103,7 +106,10 @@ def evaluate(
     """
     from farkv.bench.shapes import parse_contexts
     from farkv.evals.describe import EvalPlan
+    from farkv.evals.prompter import check_form
     from farkv.evals.run import run_eval
+
+    check_form(form)
 
     in_code = form == "code" or (form == "auto" and model == "demo")
     tasks = tasks if tasks is not None else SOME_IN_CODE if in_code else SOME
@@ -123,21 +129,26 @@ def evaluate(
 
 def describe(summary: Summary, out: Path) -> dict[str, Any]:
     """Return the object that `--json` prints."""
+    from farkv.evals.closeness import measure_near
+    from farkv.evals.near_tables import to_json
     from farkv.evals.tables import make_table
 
     gated = [{"task": t, "length": n, "full_score": s} for t, n, s in summary.gated]
     table = make_table(summary.rows)
     return {
         "out": str(out), "rows": len(summary.rows), "written": summary.written, "gated": gated,
-        "skipped": summary.skipped, "table": table.to_dict(),
+        "skipped": summary.skipped, "near": to_json(measure_near(summary.rows)), "table": table.to_dict(),
     }  # fmt: skip
 
 
 def show_summary(summary: Summary, out: Path) -> None:
-    """Print the table, and list what was gated or skipped."""
+    """Print the tables, and list what was gated or skipped."""
+    from farkv.evals.closeness import measure_near
+    from farkv.evals.near_tables import draw_near
     from farkv.evals.show import draw_table
     from farkv.evals.tables import make_table
 
+    err.print(draw_near(measure_near(summary.rows)))
     err.print(draw_table(make_table(summary.rows)))
     for task, length, score in summary.gated:
         say(f"gated: {task} at {length}: the full cache itself scores only {score:.0%}")

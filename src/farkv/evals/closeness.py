@@ -7,7 +7,7 @@ KL needs no skill of the model. Cells (a task at a length) have equal weights; i
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def make_line(groups: list[Group], setting: Setting, *, is_bound: bool) -> Near:
     able = [group for group in groups if not group.gated]
     score = average(able, setting, "scores")[0] if able else None
     measured = np.mean([group.measured[group.settings.index(setting)] for group in groups], axis=0)
-    named: dict[str, float] = dict(zip(MEASURED, measured.tolist(), strict=True))
+    named: dict[str, Any] = dict(zip(MEASURED, measured.tolist(), strict=True))
     return Near(setting, interval(mean, drawn, n), score=score, n=n, bound=is_bound, **named)
 
 

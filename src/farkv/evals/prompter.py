@@ -17,6 +17,12 @@ SMALL = 2_000_000_000
 _ANSWER = "farkv-answer-7c3e"
 
 
+def check_form(form: str) -> None:
+    """Raise ConfigError unless this is a form."""
+    if form not in FORMS:
+        raise ConfigError(f"--form: expected {', '.join(FORMS[:-1])} or {FORMS[-1]}, got {form!r}")
+
+
 def choose_form(form: str, model: str, tokenizer: Any, n_parameters: int) -> str:
     """Return the form for a model: the demo's is code, a base model's completion, a small chat model's prefix.
 
@@ -24,8 +30,7 @@ def choose_form(form: str, model: str, tokenizer: Any, n_parameters: int) -> str
         ConfigError: the form is unknown.
         InputError: it needs a chat template and there is none.
     """
-    if form not in FORMS:
-        raise ConfigError(f"--form: expected {', '.join(FORMS[:-1])} or {FORMS[-1]}, got {form!r}")
+    check_form(form)
     chats = bool(getattr(tokenizer, "chat_template", None))
     if form in ("chat", "prefix") and not chats:
         raise InputError(f"--form {form}: the tokenizer has no chat template; use --form completion")

@@ -210,7 +210,7 @@ def draw_averages(table: Table, looks: Mapping[str, Look]) -> list[Picture]:
     ]
     losses = [kl for line in table.lines if (kl := line.measured["kl"]) > 0]
     if len(losses) > 1:
-        y_range, title = (min(losses) / 1.3, max(losses) * 1.3), f"{KL.title} (ppl); lower is better"
+        y_range, title = (min(losses) / 1.3, max(losses) * 1.3), f"{KL.title}; lower is better"
         pictures.append(draw_curves(table, looks, LARGE, y_range, worth=KL, title=title))
     return pictures
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from farkv.evals import show
+from farkv.evals import near_tables, show
 from farkv.evals.cells import FULL, OURS, Setting, Study, study_rows
+from farkv.evals.closeness import measure_near
 from farkv.evals.report.curves import draw_averages, draw_cells
 from farkv.evals.report.facts import list_facts, list_lost, list_skipped
 from farkv.evals.report.heat import count_samples, find_known, make_maps
@@ -58,7 +59,7 @@ def make_page(rows: Sequence[Row], reads: Sequence[Reads], run: dict[str, Any], 
         title=title, findings=findings, model=run.get("model"), looks=looks, study=study, table=table, subject=subject,
         averages=draw_averages(table, looks) if table.lines else [],
         cells=draw_cells(study, looks) if table.lines else [],
-        columns=columns,
+        columns=columns, near=[line for line in measure_near(rows) if not line.setting.is_full],
         grids={text: list_grid(study, columns, f) for text, f in fractions.items() if len(columns) > 1},
         maps={text: make_maps(study, f) for text, f in fractions.items() if find_known(study)},
         found=count_samples(study),
@@ -89,6 +90,7 @@ def load_template() -> Template:
     filters = (
         show.fraction_text, show.length_text, show.name_setting, show.number, show.percent, show.point_span,
         show.points, show.span, average_read, keep_units, write_png,
+        near_tables.show_kl, near_tables.show_score, near_tables.sum_bytes,
     )  # fmt: skip
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template("page.html")

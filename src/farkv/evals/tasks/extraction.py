@@ -15,7 +15,7 @@ INTRO = "This is a register of parcels, with notes between its entries.\n"
 
 
 def make(draw: Draw) -> Made:
-    """Parcels, each with three fields, between other text; the answer is a JSON list of all: hundreds, of a long one."""
+    """Parcels, each with three fields, between other text; the answer is a JSON list, of hundreds if it is long."""
     rng = draw.rng
     n = max(4, int(0.9 * draw.length / (RECORD_TOKENS + ANSWER_TOKENS)))
     numbers = rng.sample(range(1000, 10_000), n)
