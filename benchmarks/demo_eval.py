@@ -15,12 +15,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from rows import RESULTS, format_rows
+from rows import RESULTS
 from runs import make_parser
 
 from farkv.evals.cells import Study, study_rows
-from farkv.evals.show import list_notes, percent, point_span, points, to_grid, to_markdown
-from farkv.evals.tables import Line, make_table, read_results
+from farkv.evals.show import list_notes, percent, to_grid, to_markdown
+from farkv.evals.tables import make_table, read_results
 
 OUT = RESULTS / "eval" / "demo"
 METHODS = (
@@ -35,9 +35,6 @@ LIMITS |= dict.fromkeys(("niah_multivalue", "niah_multiquery", "qa"), (6, 4))
 LIMITS |= dict.fromkeys(("vt", "cwe", "fwe", "longgen", "extraction"), (4, 3))
 # Whose reads are mapped: one sample of it, every method.
 TRACED = ("niah_multikey", 2048)
-OURS, HEADLINE = "infinigen", 0.1
-# The README's rows.
-SHORT = ("infinigen", "lowbit", "pages", "oracle", "snapkv", "h2o", "xkv", "window")
 
 
 def run(scale: float, workers: int, threads: int) -> None:
@@ -80,46 +77,6 @@ def format_grids(folder: Path = OUT) -> str:
 def format_methods(folder: Path = OUT) -> str:
     """Return all methods and fractions over all tasks, with intervals."""
     return to_markdown(make_table(study(folder))).strip()
-
-
-def format_short(folder: Path = OUT) -> str:
-    """Return the README's table: the mean score of every method, fractions across, and the verdict."""
-    table = make_table(study(folder))
-    full = table.find("full")
-    assert full is not None
-    lines = ([method, *(describe(table.find(method, f)) for f in FRACTIONS)] for method in SHORT)
-    marks = "**Bold**: best but for the oracle, which reads every key; ≈: not told apart from it (95 %)."
-    scored = f"The full cache scores {percent(full.score.mean)}; {table.samples} samples, {len(table.cells)} cells."
-    head = ["method", *(percent(f, 0) for f in FRACTIONS)]
-    return format_rows(head, lines, f"{marks} {scored}", format_verdict(folder))
-
-
-def describe(line: Line | None) -> str:
-    """Return a score with its mark."""
-    if line is None:
-        return "–"
-    text = percent(line.score.mean)
-    return {"best": f"**{text}**", "same": f"{text} ≈"}.get(line.mark, text)
-
-
-def format_verdict(folder: Path = OUT) -> str:
-    """Say how ours stands to the full cache and to the best baseline, where it is behind too."""
-    table = make_table(study(folder))
-    ours = table.find(OURS, HEADLINE)
-    assert ours is not None
-    assert ours.delta is not None
-    delta = ours.delta.delta
-    said = [f"`{OURS}` at {percent(HEADLINE, 0)} is {points(delta.mean)} points [{point_span(delta)}] from it"]
-    behind = []
-    for fraction in FRACTIONS[:3]:
-        mine = table.find(OURS, fraction)
-        if mine is not None and not mine.mark:
-            best = next(line for line in table.at(fraction) if line.mark == "best")
-            behind.append(f"at {percent(fraction, 0)} behind {best.setting.method}")
-    said.append(
-        f"it is {', '.join(behind)}" if behind else "no baseline is better at 2, 5 or 10 %, within the interval"
-    )
-    return "; ".join(said) + "."
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
     python benchmarks/evidence.py --model smollm2 --quick    # a few tasks and methods, 20 minutes on two cores
     python benchmarks/evidence.py --model ./folder --only kept --scale 0.5
     python benchmarks/evidence.py --model FILE.gguf
+    python benchmarks/evidence.py --model smollm2 --calibrate # measures the profile first, from texts that are not asked
 
 In: a name of `benchmarks/real_models.py`, a folder or a GGUF file. Out: `benchmarks/results/eval/NAME`, rows of
 `farkv eval` (another model's: `--out`), its tables on stdout, and those of README and docs (`tables.py`).
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,9 @@ from typing import NamedTuple
 from real_models import find_model
 from rows import RESULTS
 from runs import make_parser
+from transformers import AutoTokenizer
 
+from farkv.evals.fillers import draw_lines
 from farkv.evals.row import RESULTS as ROWS
 from farkv.evals.row import RUN, Row, read_rows, write_rows
 
@@ -37,6 +41,10 @@ SELECTORS = (
 )  # fmt: skip
 EVICTORS = ("xkv", "xkv-uniform", "xkv-pyramid", "xkv-plan", "snapkv", "h2o")
 AWARE = tuple(f"{name}-aware" for name in EVICTORS)
+
+
+# Prompts that a profile is measured on, and tokens of each.
+CALIBRATION, CALIBRATION_TOKENS = 16, 1024
 
 
 class Part(NamedTuple):
@@ -82,6 +90,24 @@ def run_part(part: Part, folder: Path, model: str, options: list[str], scale: fl
             subprocess.run(command, check=True)
 
 
+def calibrate(model: str, profile: Path, dtype: str) -> None:
+    """Measure a model's profile, with losses, from texts of the side that calibrates."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def count(line: str) -> int:
+        return len(tokenizer(line, add_special_tokens=False)["input_ids"])
+
+    texts = ["".join(draw_lines("mixed", CALIBRATION_TOKENS, i, count, calibration=True)) for i in range(CALIBRATION)]
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as prompts:
+        prompts.write("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+        prompts.flush()
+        command = [
+            sys.executable, "-m", "farkv.cli", "profile", "--model", model, "--prompts", prompts.name, "--out",
+            str(profile), "--losses", str(CALIBRATION // 4), "--dtype", dtype,
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+
+
 def tidy(folder: Path, command: str) -> None:
     """Write rows and record as they are committed: numbers of six places, no path of a machine, no long answers."""
 
@@ -110,13 +136,18 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(PARTS), action="append", help="parts to run; default: all")
     parser.add_argument("--scale", type=float, default=1.0, help="times the samples of every task")
     parser.add_argument("--most-tokens", type=int, default=8192, help="longest texts; 32768 where a model has them")
-    parser.add_argument("--profile", help="profile file, made from calibration texts (--calibrate)")
+    parser.add_argument("--calibrate", action="store_true", help="measure the profile first")
+    parser.add_argument("--profile", type=Path, help="profile file (default: profile.safetensors beside the model)")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="results folder")
     args = parser.parse_args()
     name, model = find_model(args.model)
     folder = args.out or OUT / name
-    options = ["--threads", str(args.threads), "--dtype", args.dtype, "--profile", args.profile or "none"]
+    profile = args.profile or Path(model) / "profile.safetensors"
+    if args.calibrate:
+        calibrate(model, profile, args.dtype)
+    measured = str(profile) if profile.is_file() else "none"
+    options = ["--threads", str(args.threads), "--dtype", args.dtype, "--profile", measured]
     parts = {"quick": QUICK} if args.quick else {n: p for n, p in PARTS.items() if not args.only or n in args.only}
     for part in parts.values():
         run_part(part, folder, model, options, args.scale, args.most_tokens)

@@ -103,19 +103,6 @@ def format_table(path: Path = RESULTS / "infinigen_quality.jsonl") -> str:
     return format_rows(head, lines, note)
 
 
-def format_headline(path: Path = RESULTS / "infinigen_quality.jsonl") -> str:
-    """Return the one sentence of the README."""
-    rows = read_rows(path, method="ours 0.10", task="recall")
-    longest = max(r["length"] for r in rows) // 1024
-    read, index = (100 * mean(r[name] for r in rows) for name in ("read_fraction", "index_fraction"))
-    agrees, good = percent(r["agrees"] for r in rows), percent(r["agrees"] for r in rows if r["full_right"])
-    return (
-        f"Measured: reading {read:.0f} % of the KV bytes per step (and an index of {index:.0f} %), the demo model\n"
-        f"gives the full cache's answer to {agrees} of {len(rows)} questions about 2 to {longest} K tokens of code,\n"
-        f"and to {good} of those that the full cache answers right."
-    )
-
-
 def main() -> None:
     parser = make_parser(__doc__, "infinigen_quality.jsonl", threads=2)
     parser.add_argument("--lengths", default="2048,4096,8192", type=read_numbers, help="tokens, by commas")

@@ -16,6 +16,7 @@ import allocate
 import demo_eval
 import disk
 import eviction
+import evidence_tables
 import faults
 import hot
 import limits
@@ -38,11 +39,18 @@ ROOT = Path(__file__).parent.parent
 # By page and by the name in the page's markers.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "headline": quality.format_headline,
-        "eval": demo_eval.format_short,
+        "headline": evidence_tables.format_headline,
+        "eval": evidence_tables.format_short,
         "speed": partial(speed.format_decode, (32768, 131072), short=True),
     },
-    "docs/evaluation.md": {"eval": demo_eval.format_methods, "grids": demo_eval.format_grids},
+    "docs/evaluation.md": {
+        "models": evidence_tables.format_models,
+        "tasks": evidence_tables.format_tasks,
+        "orders": evidence_tables.format_orders,
+        "ahead": evidence_tables.format_ahead,
+        "kept": evidence_tables.format_kept,
+    },
+    "docs/evaluation_demo.md": {"eval": demo_eval.format_methods, "grids": demo_eval.format_grids},
     "docs/papers/infinigen.md": {"quality": quality.format_table, "limits": limits.format_table},
     "docs/papers/xkv.md": {
         **xkv_tables.TABLES,

@@ -1,0 +1,166 @@
+"""The tables of `evidence.py`'s rows: by model, method, budget and length; for README and docs (`tables.py`)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+from evidence import AWARE, EVICTORS, MAIN, OUT, SELECTORS
+from rows import format_rows
+
+from farkv.evals.closeness import Near, measure_near
+from farkv.evals.near_tables import EXPLAINED, show_kl, show_score, sum_bytes, write_near
+from farkv.evals.row import RESULTS, RUN, Row, read_rows
+from farkv.evals.show import fraction_text, length_text, number, percent
+
+# In the order in which they are shown; README's is the first.
+MODELS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "qwen05": "Qwen2.5-Coder-0.5B-Instruct",
+    "gemma3": "Gemma 3 270M (hybrid: 3 of 18 layers are managed)",
+    "qwen15": "Qwen2.5-Coder-1.5B-Instruct",
+}
+SHORT = ("infinigen", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
+HEADLINE = 0.05
+
+
+@cache
+def read_model(name: str) -> list[Row]:
+    """Return a model's rows; none where it was not run."""
+    path = OUT / name / RESULTS
+    return read_rows(path) if path.is_file() else []
+
+
+def list_models() -> list[str]:
+    """Return the models that were run."""
+    return [name for name in MODELS if read_model(name)]
+
+
+def list_lengths(rows: list[Row]) -> list[int]:
+    """Return the lengths at which the main methods were run."""
+    return sorted({row.length for row in rows if row.method == "infinigen"})
+
+
+def describe(name: str, lines: dict[str, list[Near]], rows: list[Row]) -> str:
+    """Return what a table is of: model, dtype, tasks, samples."""
+    run = json.loads((OUT / name / RUN).read_text())
+    tasks = list(dict.fromkeys(row.task for row in rows if row.method == "infinigen"))
+    counts = ", ".join(f"n = {found[0].n} at {length}" for length, found in lines.items() if found)
+    of = f"**{MODELS[name]}**, {run['dtype']}, {run['filler']} filler, {run['form']} form"
+    return f"{of}. {counts}. Tasks: {', '.join(tasks)}."
+
+
+def format_models() -> str:
+    """Return every model's table, method by method, and what the columns are."""
+    parts: list[str] = []
+    for name in list_models():
+        rows = [row for row in read_model(name) if row.method in (*MAIN, "full")]
+        by_length = {length_text(n): measure_near(rows, lengths=[n]) for n in list_lengths(rows)}
+        parts += [describe(name, by_length, rows), write_near(by_length)]
+    return "\n\n".join([*parts, EXPLAINED])
+
+
+def format_tasks(name: str = "smollm2", fraction: float = HEADLINE) -> str:
+    """Return KL by task at one fraction, and the full cache's score."""
+    rows = [row for row in read_model(name) if row.length == 2048]
+    tasks = list(dict.fromkeys(row.task for row in rows if row.method == "infinigen"))
+    lines: list[list[object]] = []
+    for task in tasks:
+        found = {line.setting.method: line for line in measure_near(rows, tasks=[task], fractions=[fraction])}
+        full = found["full"]
+        cells = [number(found[m].kl.mean) if m in found else "–" for m in SHORT]
+        lines.append([f"`{task}`", full.n, "fails" if full.score is None else percent(full.score, 0), *cells])
+    return format_rows(["task", "n", "full cache", *SHORT], lines)
+
+
+def format_part(methods: tuple[str, ...], tasks: tuple[str, ...], name: str = "smollm2") -> str:
+    """Return methods of one part, a row each, fractions across: KL, top-1 and score."""
+    rows = [row for row in read_model(name) if row.length == 2048 and row.task in tasks]
+    lines = [line for line in measure_near(rows, methods=methods) if not line.setting.is_full]
+    fractions = sorted({line.setting.fraction for line in lines})
+    shown: list[list[str]] = []
+    for method in methods:
+        found = {line.setting.fraction: line for line in lines if line.setting.method == method}
+        if found:
+            shown.append([f"`{method}`", *(describe_cell(found.get(fraction)) for fraction in fractions)])
+    n = lines[0].n if lines else 0
+    head = ["method", *(fraction_text(f) for f in fractions)]
+    return format_rows(head, shown, f"{MODELS[name]}, 2 K, {', '.join(tasks)}, n = {n}: KL (top-1, score).")
+
+
+def describe_cell(line: Near | None) -> str:
+    """Return a line as one cell."""
+    return "–" if line is None else f"{show_kl(line)} ({percent(line.top1)}, {show_score(line)})"
+
+
+def format_ahead() -> str:
+    """Return speculation one layer ahead beside the true query, and the paper's source beside ours."""
+    return format_part(SELECTORS, ("ppl",))
+
+
+def format_kept() -> str:
+    """Return what evicts, by how layers share, with and without the question."""
+    return format_part((*EVICTORS, *AWARE), ("qa_1",))
+
+
+def format_orders(name: str = "smollm2", fraction: float = HEADLINE) -> str:
+    """Return how near several turns stay: depth of the fact downwards, turn to the right."""
+    rows = [row for row in read_model(name) if row.task == "orders" and row.length == 2048]
+    methods = [m for m in SHORT if any(row.method == m and row.fraction == fraction for row in rows)]
+    lines: list[list[str]] = []
+    for method in methods:
+        grid: dict[int, list[float]] = {}
+        for row in rows:
+            if row.method == method and row.fraction == fraction:
+                for turn, said in enumerate(row.turns):
+                    grid.setdefault(turn, []).append(said["kl"])
+        lines.append([f"`{method}`", *(number(float(np.mean(grid[turn]))) for turn in sorted(grid))])
+    n = len({row.seed for row in rows})
+    note = f"{MODELS[name]}, 2 K, {fraction_text(fraction)}: KL of four turns over one cache, n = {n} orders."
+    return format_rows(["method", *(f"turn {i}" for i in range(1, 5))], lines, note)
+
+
+def find_lines(name: str, fraction: float) -> dict[str, Near]:
+    """Return a model's lines at 2 K and one fraction, by method."""
+    rows = [row for row in read_model(name) if row.method in (*MAIN, "full")]
+    lines = measure_near(rows, lengths=[2048], fractions=[fraction])
+    return {line.setting.method: line for line in lines}
+
+
+def format_headline(name: str = "smollm2") -> str:
+    """Return README's first sentences: ours at the headline's fraction, the oracle, and the best rival, won or lost."""
+    found = find_lines(name, HEADLINE)
+    ours, oracle = found["infinigen"], found["oracle"]
+    rivals = [line for m, line in found.items() if m not in ("infinigen", "oracle", "full")]
+    best = min(rivals, key=lambda line: line.kl.mean)
+    lines = (
+        f"Measured on {MODELS[name]}, 2 K tokens, {ours.n} samples: reading {percent(HEADLINE, 0)} of the KV bytes per",
+        f"step and an index of {percent(ours.index_fraction)}, `infinigen` predicts the full cache's token "
+        f"{percent(ours.top1)} of the time",
+        f"(KL {number(ours.kl.mean)} nats); the exact top-k oracle {percent(oracle.top1)} ({number(oracle.kl.mean)}); "
+        f"the nearest rival, `{best.setting.method}`",
+        f"with {percent(sum_bytes(best))} in all, {percent(best.top1)} ({number(best.kl.mean)}).",
+    )
+    return "\n".join(lines)
+
+
+def format_short(name: str = "smollm2") -> str:
+    """Return README's table: KL and top-1 of every method, fractions across."""
+    fractions = (0.02, 0.05, 0.1)
+    found = {fraction: find_lines(name, fraction) for fraction in fractions}
+    lines: list[list[str]] = []
+    for method in SHORT:
+        here = [found[f].get(method) for f in fractions]
+        known = next((line for line in here if line is not None), None)
+        if known is None:
+            continue
+        cells = ["–" if x is None else f"{number(x.kl.mean)} ({percent(x.top1)})" for x in here]
+        cells = [f"**{c}**" if x is not None and x.mark == "best" else c for c, x in zip(cells, here, strict=True)]
+        lines.append([method, percent(0.0 if known.bound else known.index_fraction), *cells])
+    n = next(iter(found[0.05].values())).n
+    note = (
+        f"KL in nats to the full cache (top-1), {MODELS[name]}, 2 K tokens, n = {n}. **Bold**: nearest, but for the "
+        "oracle, which reads every key."
+    )
+    return format_rows(["method", "index", *(percent(f, 0) for f in fractions)], lines, note)
