@@ -13,7 +13,9 @@ from functools import partial
 from pathlib import Path
 
 import allocate
+import chunking
 import disk
+import drift
 import eviction
 import evidence
 import faults
@@ -43,7 +45,12 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "speed": partial(speed.format_decode, (32768, 131072), short=True),
     },
     "docs/evaluation.md": {"eval": evidence.format_methods, "grids": evidence.format_grids},
-    "docs/papers/infinigen.md": {"quality": quality.format_table, "limits": limits.format_table},
+    "docs/papers/infinigen.md": {
+        "quality": quality.format_table,
+        "chunking": chunking.format_table,
+        "drift": drift.format_table,
+        "limits": limits.format_table,
+    },
     "docs/papers/xkv.md": {
         **xkv_tables.TABLES,
         "coverage": xkv_coverage.format_table,

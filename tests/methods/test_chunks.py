@@ -69,7 +69,8 @@ def list_noted(engine: Any) -> dict[str, torch.Tensor]:
     """Return every tensor that is known of the prompt besides its records; an index may be made at the first score."""
     found: dict[str, torch.Tensor] = {}
     for layer in engine.layers:
-        if hasattr(engine.selector, "bounds"):
+        # After an eviction they are made anew.
+        if hasattr(engine.selector, "bounds") and engine.selector.bounds[layer].length:
             found[f"{layer}/bounds"] = engine.selector.bounds[layer].view(TOKENS - 1).clone()
         if hasattr(engine.selector, "fits") and engine.selector.fits[layer].index.projection is not None:
             found |= {f"{layer}/{k}": t for k, t in engine.selector.fits[layer].index.projection._asdict().items()}

@@ -64,9 +64,9 @@ def list_tensors(fit: LayerFit, records: Records) -> dict[str, Tensor]:
     if fit.index.projection is not None:
         found |= fit.index.projection._asdict()
         found["fitted"] = torch.tensor(fit.phase.fitted)
-        shares = fit.phase.watch.shares
-        if shares is not None and math.isfinite(shares[0]):
-            found["share"] = torch.tensor(shares)
+        if fit.coder.drifts:
+            # What is not known is below 0.
+            found["share"] = torch.tensor(fit.phase.watch.shares or [math.nan]).nan_to_num(nan=-1.0)
         if fit.index.length:
             found["codes"] = fit.index.codes()
     if fit.phase.samples is not None:
@@ -91,8 +91,9 @@ def take_tensors(fit: LayerFit, records: Records, mine: dict[str, Tensor], dtype
         # An index that was made with a profile was final, however few tokens there were: no queries were kept.
         least = 0 if "samples" in mine else fit.count_final(records)
         fitted = mine["fitted"].clamp_min(least).reshape(-1).tolist()
-        share = float(mine["share"]) if "share" in mine else math.nan
-        fit.phase = Phase(fitted=fitted, watch=note_shares(Watch(), {0: share}, fitted, fitted=True))
+        share = float(mine["share"]) if "share" in mine else -1.0
+        known = {0: share if share >= 0 else math.nan}
+        fit.phase = Phase(fitted=fitted, watch=note_shares(Watch(), known, fitted, fitted=True))
     if "codes" in mine:
         fit.index.append(mine["codes"].to(device))
     if "samples" in mine:
@@ -105,7 +106,7 @@ def check_tensors(fit: LayerFit, records: Records, mine: dict[str, Tensor], dtyp
     """Raise SessionError unless a layer's index is one of this method and text: a file may say anything."""
     names = {*Projection._fields, "fitted"} if "fitted" in mine else set[str]()
     names |= {"samples", "strides"} if "samples" in mine else set()
-    names |= {"share"} if "share" in mine and "fitted" in mine else set()
+    names |= {"share"} if fit.coder.drifts and "fitted" in mine else set()
     names |= {"codes"} if "codes" in mine and "fitted" in mine else set()
     why = "" if mine.keys() == names else f"expected {', '.join(sorted(names)) or 'nothing'}, got {', '.join(mine)}"
     if not names:
@@ -131,7 +132,7 @@ def is_of_text(fit: LayerFit, records: Records, name: str, tensor: Tensor, dtype
     if name in ("fitted", "strides"):
         return got == (1,) and tensor.dtype == torch.int64 and 1 <= int(tensor) <= n_tokens
     if name == "share":
-        return got == (1,) and tensor.dtype == torch.float32 and float(tensor) >= 0
+        return got == (1,) and tensor.dtype == torch.float32
     if len(got) != 4 or not 0 < got[2] <= n_tokens:
         return False
     if name == "samples":
