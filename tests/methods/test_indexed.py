@@ -78,7 +78,7 @@ def test_any_passes_give_the_index_of_one(
             assert phase._replace(watch=Watch()) == Phase(fitted=[TOKENS]), "nothing else is left to be known"
             a, b = fit.phase.watch, phase.watch
             assert a._replace(shares=None) == b._replace(shares=None)
-            assert a.queries is None
+            assert a.n_queries == 0
             assert a.shares is None or abs(a.shares[0] - b.shares[0]) <= 1e-3 * a.shares[0]
             for name, a, b in zip(index.projection._fields, index.projection, again.projection, strict=True):
                 assert (a - b).abs().max() <= 1e-3 * a.abs().max(), f"layer {layer}: {name}"

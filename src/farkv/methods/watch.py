@@ -14,7 +14,6 @@ import torch
 
 from farkv._axes import Bool, Float, Float32, Int, Tensor
 from farkv.math.drift import EVERY, QUERIES, find_next, measure_unexplained
-from farkv.math.sample import extend_sample
 from farkv.store.near.index import Projection
 
 NEVER = sys.maxsize
@@ -25,27 +24,29 @@ class Watch(NamedTuple):
 
     shares: of every sequence, what its index left unexplained when it was last fitted; nan: not known yet.  at: how
     many tokens of its own it has when it is looked at next.  wake: the context's tokens when the first of them does.
-    asleep: up to so many tokens nothing is done at all.  queries: of the newest tokens, from then on.
+    asleep: up to so many tokens nothing is done at all.  queries: of the newest tokens, from then on, pass by pass, and
+    of how many: a look's worth, and no more than a pass besides.
     """
 
     shares: list[float] | None = None
     at: list[int] | None = None
     wake: int = 0
     asleep: int = 0
-    queries: Tensor | None = None
+    queries: tuple[Tensor, ...] = ()
+    n_queries: int = 0
 
     @property
     def is_ready(self) -> bool:
         """Say whether there are queries enough to look."""
-        return self.queries is not None and self.queries.shape[2] >= QUERIES
+        return self.n_queries >= QUERIES
 
     def get_newest(self) -> Tensor | None:
         """Return the newest queries, as many as one look takes, [B, Hq, N, D]."""
-        return None if self.queries is None else self.queries[:, :, -QUERIES:]
+        return torch.cat(self.queries, 2)[:, :, -QUERIES:] if self.queries else None
 
     def wake_up(self) -> Watch:
         """Return a watch that knows of no fit: the prompt goes on."""
-        return Watch(queries=self.queries)
+        return Watch(queries=self.queries, n_queries=self.n_queries)
 
 
 def look_at(
@@ -72,19 +73,14 @@ def look_at(
 
 
 def keep_newest(watch: Watch, q: Float[Tensor, "B Hq T D"]) -> Watch:
-    """Keep the newest queries.
-
-    Cost: of a single token one query written, and all copied once in `QUERIES` tokens; of more, one copy.
-    """
-    old = watch.queries
-    if old is not None and q.shape[2] == 1:
-        if old.shape[2] >= 2 * QUERIES:
-            # A copy: a view of the newest would have no room of its own behind it.
-            old = old[:, :, 1 - QUERIES :].clone()
-        return watch._replace(queries=extend_sample(old, q, 2 * QUERIES))
-    both = q if old is None else torch.cat([old[:, :, -QUERIES:], q[:, :, -QUERIES:]], 2)
+    """Keep the newest queries. Cost: one copy of this pass's, `QUERIES` at most."""
     # A copy: a view would keep the whole pass's queries alive.
-    return watch._replace(queries=both[:, :, -QUERIES:].clone())
+    newest = (q if q.shape[2] == 1 else q[:, :, -QUERIES:]).clone()
+    parts, n = (*watch.queries, newest), watch.n_queries + newest.shape[2]
+    while n - parts[0].shape[2] >= QUERIES:
+        n -= parts[0].shape[2]
+        parts = parts[1:]
+    return watch._replace(queries=parts, n_queries=n)
 
 
 def find_woken(watch: Watch, own: list[int]) -> list[int]:
@@ -122,23 +118,23 @@ def rest(watch: Watch, own: list[int], n_tokens: int, young: list[bool]) -> Watc
     due = [a - n for a, n, grows in zip(at, own, young, strict=True) if not grows]
     wake = n_tokens + min(due) if due else NEVER
     asleep = 0 if any(young) else wake - QUERIES
-    queries = watch.queries if asleep <= n_tokens else None
-    return watch._replace(at=at, wake=wake, asleep=asleep, queries=queries)
+    if asleep > n_tokens:
+        watch = watch._replace(queries=(), n_queries=0)
+    return watch._replace(at=at, wake=wake, asleep=asleep)
 
 
 def crop_watch(watch: Watch, n_tokens: int) -> Watch:
     """Forget the queries of tokens that are gone; look again soon, whatever follows."""
     wake = min(watch.wake, n_tokens + EVERY)
-    return watch._replace(queries=None, wake=wake, asleep=min(watch.asleep, wake - QUERIES))
+    return watch._replace(queries=(), n_queries=0, wake=wake, asleep=min(watch.asleep, wake - QUERIES))
 
 
 def select_watch(watch: Watch, order: list[int], sequences: Int[Tensor, " N"]) -> Watch:
     """Keep these sequences of the batch, in this order."""
-    queries = watch.queries
     return watch._replace(
         shares=None if watch.shares is None else [watch.shares[i] for i in order],
         at=None if watch.at is None else [watch.at[i] for i in order],
-        queries=None if queries is None else queries.index_select(0, sequences.to(queries.device)),
+        queries=tuple(q.index_select(0, sequences.to(q.device)) for q in watch.queries),
     )
 
 
