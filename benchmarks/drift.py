@@ -33,7 +33,7 @@ METHODS: dict[str, Any] = {
     "infinigen, profile": InfiniGen(fraction=0.05, columns=16),
     "lowbit": LowBit(fraction=0.05),
 }
-PROMPT, STEPS = 2048, 32
+PROMPT, STEPS = 2048, 16
 TURN, ANSWER = 504, 8
 PROFILE_TOKENS = 1536
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser = make_parser(__doc__, "drift.jsonl")
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's name in the table")
-    parser.add_argument("--more", default="512,1536", type=read_numbers, help="tokens appended, by commas")
+    parser.add_argument("--more", default="256,1024", type=read_numbers, help="tokens appended, by commas")
     parser.add_argument("--texts", default=6, type=int)
     parser.add_argument("--ways", default="generated,turns,whole", type=read_names)
     parser.add_argument("--methods", default=",".join(METHODS), type=lambda text: text.replace(", ", "; ").split(","))
