@@ -13,8 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import allocate
+import chunking
 import demo_eval
 import disk
+import drift
 import eviction
 import evidence_tables
 import faults
@@ -51,7 +53,12 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "kept": evidence_tables.format_kept,
     },
     "docs/evaluation_demo.md": {"eval": demo_eval.format_methods, "grids": demo_eval.format_grids},
-    "docs/papers/infinigen.md": {"quality": quality.format_table, "limits": limits.format_table},
+    "docs/papers/infinigen.md": {
+        "quality": quality.format_table,
+        "chunking": chunking.format_table,
+        "drift": drift.format_table,
+        "limits": limits.format_table,
+    },
     "docs/papers/xkv.md": {
         **xkv_tables.TABLES,
         "coverage": xkv_coverage.format_table,

@@ -40,6 +40,7 @@ ALLOWED = {
     ("kernels/gpu.py", "_wait", "synchronize"): "a measurement of bandwidth",
     ("math/sample.py", "add_block", "nonzero"): "once per block of a prompt that was read in passes",
     ("methods/index_tensors.py", "take_tensors", "tolist"): "once per session",
+    ("methods/layer_fit.py", "measure", "tolist"): "once per look for drift",
     ("methods/layer_fit.py", "select", "tolist"): "the store has waited for them already",
     ("store/near/recently_used.py", "give_sets_back", "synchronize"): "another cache needs the memory, once",
     ("store/far/rows.py", "select", "tolist"): "beam search itself waits for the device here",

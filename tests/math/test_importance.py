@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -235,7 +237,7 @@ def test_the_window_slides_over_chunks_and_steps(chunks: list[int], w: int) -> N
         observe_queries(q, 0, "window", None)
 
 
-def test_the_moments_are_of_the_last_pass_of_more_than_one_token() -> None:
+def test_the_moments_are_of_the_last_text_that_was_read() -> None:
     q = torch.randn(B, 4, MOMENT_QUERIES + 30, D).bfloat16()
     observed = observe_queries(q, W, "expected", None)
     last = q[:, :, -MOMENT_QUERIES:].double()
@@ -258,6 +260,22 @@ def test_the_moments_are_of_the_last_pass_of_more_than_one_token() -> None:
     assert (first.covariance == 0).all()
 
 
+@given(st.lists(st.integers(2, MOMENT_QUERIES + 90), min_size=1, max_size=6), st.integers(0, 700))
+def test_any_passes_give_the_moments_of_one(sizes: list[int], pad: int) -> None:
+    q = torch.randn(B, 2, sum(sizes), D)
+    valid = torch.arange(sum(sizes)).expand(B, -1) >= torch.tensor([[pad], [0]])
+    whole, observed, n = observe_queries(q, W, "expected", None, valid=valid), None, 0
+    for part in q.split(sizes, 2):
+        n += part.shape[2]
+        observed = observe_queries(part, W, "expected", observed, valid=valid[:, :n])
+    assert observed is not None
+    for mine, expected in zip(observed, whole, strict=True):
+        assert mine is not None
+        assert expected is not None
+        assert torch.allclose(mine, expected, atol=1e-6)
+    assert observe_queries(q[:, :, :1], W, "expected", observed).latest is None, "the text is over"
+
+
 def test_padding_counts_in_no_moment() -> None:
     q = torch.randn(B, 4, 30, D)
     valid = torch.ones(B, 30, dtype=torch.bool)
@@ -266,7 +284,7 @@ def test_padding_counts_in_no_moment() -> None:
     loud = q.masked_fill(~valid[:, None, :, None], torch.nan)
     got = observe_queries(loud, W, "expected", None, valid=valid)
     alone = observe_queries(q[:1, :, 11:], W, "expected", None)
-    for mine, plain in zip(got[1:], alone[1:], strict=True):
+    for mine, plain in zip(got[1:3], alone[1:3], strict=True):
         assert mine is not None
         assert plain is not None
         assert torch.allclose(mine[:1], plain, atol=1e-6)

@@ -10,7 +10,8 @@ import torch
 
 import farkv
 from farkv.methods import InfiniGen, LowBit
-from farkv.methods.layer_fit import Phase
+from farkv.methods.phase import Phase
+from farkv.methods.watch import Watch
 from tests.hf.tape import Tape
 from tests.models import forward, make_model
 
@@ -74,7 +75,11 @@ def test_any_passes_give_the_index_of_one(
                 continue
             index, again = fit.index, other.engine.selector.fits[layer].index
             phase = other.engine.selector.fits[layer].phase
-            assert phase == Phase(fitted=[TOKENS]), "nothing else is left to be known"
+            assert phase._replace(watch=Watch()) == Phase(fitted=[TOKENS]), "nothing else is left to be known"
+            a, b = fit.phase.watch, phase.watch
+            assert a._replace(shares=None) == b._replace(shares=None)
+            assert a.n_queries == 0
+            assert a.shares is None or abs(a.shares[0] - b.shares[0]) <= 1e-3 * a.shares[0]
             for name, a, b in zip(index.projection._fields, index.projection, again.projection, strict=True):
                 assert (a - b).abs().max() <= 1e-3 * a.abs().max(), f"layer {layer}: {name}"
             a, b = index.codes(), again.codes()
@@ -95,9 +100,9 @@ def compare(a: Any, b: Any) -> float:
     return float((flags[0] * flags[1]).sum() / flags[0].sum())
 
 
-def test_a_later_turn_is_fitted_to_once_it_makes_the_text_longer_by_half() -> None:
+def test_where_nobody_looks_for_drift_a_turn_is_fitted_to_once_the_text_is_longer_by_half() -> None:
     model, text = make_model("llama"), make_text()
-    with farkv.attach(model, METHODS["ours"], profile=False) as far:
+    with farkv.attach(model, METHODS["paper"], profile=False) as far:
         cache = far.new_cache()
         lengths: list[int] = []
         fitted: list[int] = []
@@ -107,11 +112,17 @@ def test_a_later_turn_is_fitted_to_once_it_makes_the_text_longer_by_half() -> No
             forward(model, part[:, :1], cache)
             fitted.append(cache.engine.selector.fits[1].phase.fitted[0])
         assert fitted == [200] * 4 + [lengths[4]] * 4 + [lengths[8]]
-        # An index that follows is of one projection.
-        index, coder = cache.engine.selector.fits[1].index, cache.engine.selector.coder
-        keys = cache.engine.store.keys(1)[:, :, : index.length]
-        codes = coder.encode(keys, index.projection)
-        assert (index.codes() != codes).float().mean() < 0.01
+        check_codes(cache)
+
+
+def check_codes(cache: Any) -> None:
+    """An index that follows is of one projection, its own, in every layer."""
+    selector = cache.engine.selector
+    for layer, fit in selector.fits.items():
+        if selector.reads_all(layer):
+            continue
+        keys = cache.engine.store.keys(layer)[:, :, : fit.index.length]
+        assert (fit.index.codes() != selector.coder.encode(keys, fit.index.projection)).float().mean() < 0.01
 
 
 def test_a_stopped_pass_and_a_session_leave_the_index_of_the_whole_prompt(tmp_path: Path) -> None:

@@ -31,12 +31,13 @@ class Observed(NamedTuple):
     """What a scorer needs of a layer's recent queries.
 
     `window` is the last w queries after RoPE, oldest first; the moments, which only "expected" needs, are those of the
-    latest queries of the last pass over more than one token.
+    latest queries of the last text that was read in passes of more than one token; `latest` are those, while it is.
     """
 
     window: Float[Tensor, "B Hq w D"]
     mean: Float32[Tensor, "B Hq D"] | None
     covariance: Float32[Tensor, "B Hq D D"] | None
+    latest: Float[Tensor, "B Hq n D"] | None = None
 
 
 @torch.no_grad()
@@ -46,41 +47,48 @@ def observe_queries(
     scorer: Scorer,
     old: Observed | None,
     *,
-    valid: Bool[Tensor, "B T"] | None = None,
+    valid: Bool[Tensor, "B S"] | None = None,
 ) -> Observed:
     """Move the window on to the last queries, and measure the moments where the scorer needs them.
+
+    However a text is split into passes of more than one token, the result is the same, to rounding.
 
     Args:
         q: this pass's queries, after RoPE.
         window: queries to keep; fewer where there have been fewer so far.
         old: the result of the passes before.
-        valid: False on padding, which the moments leave out.
+        valid: False on padding, which the moments leave out; of the whole context, or as far as the moments reach.
 
     Raises:
         ConfigError: the window holds no query.
 
-    Cost: a copy of the window; for "expected" 2 Hq min(T, 512) D^2 operations in a pass of more than one token.
+    Cost: a copy of the window; for "expected" 1024 Hq D^2 operations in a pass of more than one token, and a copy of
+    up to 512 queries that is kept until the first pass of one.
     """
     if window < 1:
         raise ConfigError(f"the observation window was {window} queries; it must hold 1 or more: set it to 8")
-    latest = q[:, :, -window:]
-    if old is not None:
-        latest = torch.cat((old.window, latest), 2)[:, :, -window:]
-    mean, covariance = (None, None) if old is None else (old.mean, old.covariance)
+    last = _slide(None if old is None else old.window, q, window)
+    mean, covariance, latest = (None, None, None) if old is None else (old.mean, old.covariance, None)
     if scorer == "expected" and (mean is None or q.shape[2] > 1):
-        mean, covariance = _measure_moments(q, valid)
+        latest = _slide(None if old is None else old.latest, q, MOMENT_QUERIES)
+        mean, covariance = _measure_moments(latest.float(), valid)
+    return Observed(last, mean, covariance, latest)
+
+
+def _slide(old: Tensor | None, q: Tensor, most: int) -> Tensor:
+    """Return the last `most` queries."""
+    both = q[:, :, -most:] if old is None else torch.cat((old, q[:, :, -most:]), 2)[:, :, -most:]
     # A copy: a view would keep the whole prompt's queries in memory.
-    return Observed(latest.clone(memory_format=torch.contiguous_format), mean, covariance)
+    return both.clone(memory_format=torch.contiguous_format)
 
 
-def _measure_moments(q: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def _measure_moments(latest: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return mean [B, Hq, D] and covariance [B, Hq, D, D], over n and not n - 1, of the latest valid queries."""
-    latest = q[:, :, -MOMENT_QUERIES:].float()
     if valid is None:
         mean = latest.mean(2, keepdim=True)
         centred, n = latest - mean, latest.shape[2]
     else:
-        padded = ~valid[:, None, -MOMENT_QUERIES:, None]
+        padded = ~valid[:, None, -latest.shape[2] :, None]
         n = (~padded).sum(2, keepdim=True).clamp_min(1)
         mean = latest.masked_fill(padded, 0.0).sum(2, keepdim=True) / n
         centred = (latest - mean).masked_fill_(padded, 0.0)

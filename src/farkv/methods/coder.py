@@ -14,10 +14,12 @@ class Coder(Protocol):
 
     # Of one column of one key; 0: columns are not rounded.
     bits: int
-    # The fit needs the prompt's queries; it is a skew of this prompt; it is final at once.
+    # The fit needs the prompt's queries; it is a skew of this prompt; it is final at once; it is made anew
+    # when the text has drifted away from it.
     needs_queries: bool
     fits_skew: bool
     is_settled: bool
+    drifts: bool
 
     def count_columns(self, k_dim: int, record_bytes: int) -> int:
         """Return the index columns R."""

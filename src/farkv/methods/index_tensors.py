@@ -5,12 +5,16 @@ In: a layer's index. Out: its tensors by name, as they are saved; or an index ma
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from farkv._axes import Tensor
 from farkv.errors import SessionError
 from farkv.methods.base import Records
 from farkv.methods.layer_fit import LayerFit
+from farkv.methods.phase import Phase
+from farkv.methods.watch import Watch, join_watches, note_shares, rest
 from farkv.store.near.index import Projection
 
 
@@ -30,7 +34,8 @@ def join_fits(fit: LayerFit, other: LayerFit, batches: tuple[int, int], lengths:
     samples, strides = join_samples(fit, other, batches)
     fit.index.join(other.index, max(lengths) - lag, batches)
     grown = max(lengths) if fit.phase.grown or other.phase.grown else 0
-    fit.phase = fit.phase._replace(samples=samples, strides=strides, fitted=fitted, grown=grown, unscored=False)
+    watch = join_watches(fit.phase.watch, other.phase.watch, batches)
+    fit.phase = Phase(samples, strides, fitted, grown, watch=watch)
 
 
 def join_samples(fit: LayerFit, other: LayerFit, batches: tuple[int, int]) -> tuple[Tensor | None, list[int] | None]:
@@ -59,6 +64,9 @@ def list_tensors(fit: LayerFit, records: Records) -> dict[str, Tensor]:
     if fit.index.projection is not None:
         found |= fit.index.projection._asdict()
         found["fitted"] = torch.tensor(fit.phase.fitted)
+        if fit.coder.drifts:
+            # What is not known is below 0.
+            found["share"] = torch.tensor(fit.phase.watch.shares or [math.nan]).nan_to_num(nan=-1.0)
         if fit.index.length:
             found["codes"] = fit.index.codes()
     if fit.phase.samples is not None:
@@ -82,17 +90,23 @@ def take_tensors(fit: LayerFit, records: Records, mine: dict[str, Tensor], dtype
         fit.index.projection = Projection(*(mine[name].to(device) for name in Projection._fields))
         # An index that was made with a profile was final, however few tokens there were: no queries were kept.
         least = 0 if "samples" in mine else fit.count_final(records)
-        fit.phase = fit.phase._replace(fitted=mine["fitted"].clamp_min(least).reshape(-1).tolist())
+        fitted = mine["fitted"].clamp_min(least).reshape(-1).tolist()
+        share = float(mine["share"]) if "share" in mine else -1.0
+        known = {0: share if share >= 0 else math.nan}
+        fit.phase = Phase(fitted=fitted, watch=note_shares(Watch(), known, fitted, fitted=True))
     if "codes" in mine:
         fit.index.append(mine["codes"].to(device))
     if "samples" in mine:
         fit.phase = fit.phase._replace(samples=mine["samples"].to(device), strides=[int(mine["strides"])])
+    n, young = records.length, fit.get_fitted(records)[0] < fit.count_final(records)
+    fit.phase = fit.phase._replace(watch=rest(fit.phase.watch, [n], n, [young]))
 
 
 def check_tensors(fit: LayerFit, records: Records, mine: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Raise SessionError unless a layer's index is one of this method and text: a file may say anything."""
     names = {*Projection._fields, "fitted"} if "fitted" in mine else set[str]()
     names |= {"samples", "strides"} if "samples" in mine else set()
+    names |= {"share"} if fit.coder.drifts and "fitted" in mine else set()
     names |= {"codes"} if "codes" in mine and "fitted" in mine else set()
     why = "" if mine.keys() == names else f"expected {', '.join(sorted(names)) or 'nothing'}, got {', '.join(mine)}"
     if not names:
@@ -117,6 +131,8 @@ def is_of_text(fit: LayerFit, records: Records, name: str, tensor: Tensor, dtype
         return got == sizes[name] and tensor.dtype == torch.float32
     if name in ("fitted", "strides"):
         return got == (1,) and tensor.dtype == torch.int64 and 1 <= int(tensor) <= n_tokens
+    if name == "share":
+        return got == (1,) and tensor.dtype == torch.float32
     if len(got) != 4 or not 0 < got[2] <= n_tokens:
         return False
     if name == "samples":

@@ -160,6 +160,8 @@ def select_by_mass(scores: Tensor, cap: int, own: Tensor | None, *, top_p: float
 class BilinearCoder:
     """Ours: the best rank-R score from the profile, or from a prompt's queries and keys, in four or eight bits."""
 
+    drifts = True
+
     def __init__(self, columns: int | None, bits: int, profile: Profile | None, on_fallback: Callable[[str], None]):
         self.columns, self.bits, self.profile, self.on_fallback = columns, bits, profile, on_fallback
         self.needs_queries = self.fits_skew = profile is None
@@ -175,11 +177,14 @@ class BilinearCoder:
     def fit(
         self, layer: int, queries: Tensor | None, keys: Float[Tensor, "B Hkv N D"], valid: Tensor | None, n_columns: int
     ) -> Projection:
-        """Return the leading columns of the bilinear skew, and the step of each column's codes."""
-        if self.profile is not None:
+        """Return the leading columns of the bilinear skew, and the step of each column's codes.
+
+        The skew is the profile's, until the text has drifted away from it: then there are queries.
+        """
+        if queries is None:
+            assert self.profile is not None
             query, key, mean = (t.to(keys.device) for t in self.profile.bilinear(layer))
         else:
-            assert queries is not None
             (query, key, mean), unskewed = solve_safely(measure_gram(queries, keys, valid), solve_bilinear)
             if unskewed:
                 self.on_fallback("identity_skew")
@@ -206,6 +211,8 @@ class PaperCoder:
 
     bits = 0
     needs_queries = True
+    # As published: what is generated changes no index.
+    drifts = False
 
     def __init__(self, columns: int | None, profile: Profile | None, on_fallback: Callable[[str], None]):
         self.columns, self.profile, self.on_fallback = columns, profile, on_fallback

@@ -28,7 +28,8 @@ class LastQueries:
         n = self.seen - now.seen
         if self.observed is not None and n > 0:
             window = self.observed.window
-            self.observed = self.observed._replace(window=window[:, :, : max(0, window.shape[2] - n)])
+            # What is cut off was the last of a text: the moments stay, those of the next text begin anew.
+            self.observed = self.observed._replace(window=window[:, :, : max(0, window.shape[2] - n)], latest=None)
             self.seen = now.seen
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
@@ -47,9 +48,4 @@ class LastQueries:
 
 def map_tensors(observed: Observed, change: Callable[[Tensor], Tensor]) -> Observed:
     """Change every tensor that is there."""
-    mean, covariance = observed.mean, observed.covariance
-    return Observed(
-        change(observed.window),
-        None if mean is None else change(mean),
-        None if covariance is None else change(covariance),
-    )
+    return Observed._make(None if tensor is None else change(tensor) for tensor in observed)

@@ -1,20 +1,33 @@
 """One layer's index and what it was fitted to. It follows the layer's records.
 
 In: a layer's queries and keys as they come. Out: an index whose projection is fitted to an even sample of the whole
-prompt, however many passes the prompt came in. Every sequence of a batch has a projection of its own, as if it were
-alone.
+prompt, however many passes the prompt came in; and fitted again, to all keys and the newest queries, when the text that
+was appended since is explained clearly worse (`math.drift`). Every sequence of a batch has a projection of its own, as
+if it were alone.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import torch
 
 from farkv._axes import Bool, Float, Int, Tensor
+from farkv.math.drift import KEYS, is_worse
 from farkv.math.sample import add_block, extend_sample, thin_columns, thin_keys, thin_queries, widen_stride
 from farkv.methods.base import Place, Records
 from farkv.methods.coder import Coder
+from farkv.methods.phase import Phase
+from farkv.methods.watch import (
+    NEVER,
+    Watch,
+    crop_watch,
+    find_woken,
+    keep_newest,
+    look_at,
+    note_shares,
+    rest,
+)
 from farkv.store.follow import Cropped
 from farkv.store.near.index import LayerIndex, Projection
 
@@ -23,24 +36,8 @@ FIT_TOKENS_PER_DIM = 8
 SAMPLED_QUERIES = 256
 # Keys of every sequence that a projection is fitted to, at most.
 FIT_KEYS = 4096
-# Of a text that was scored: passes of several tokens are fitted to once it is longer by half than what was fitted to.
+# Where nobody looks for drift: passes of several tokens are fitted to once they make the text longer by half.
 GROWTH = 1.5
-
-
-class Phase(NamedTuple):
-    """The state of a layer's index apart from its codes; immutable, replaced by every pass.
-
-    samples, strides: queries of every sequence, one of `strides` tokens each.  fitted: tokens that each sequence's
-    projection was fitted to; None: nothing was.  grown: passes of several tokens have added records since the layer was
-    last scored; its rows after the last of them, 0: they have not.  unscored: the first pass was fitted to as if it
-    were the whole prompt, and may not have been.
-    """
-
-    samples: Tensor | None = None
-    strides: list[int] | None = None
-    fitted: list[int] | None = None
-    grown: int = 0
-    unscored: bool = False
 
 
 class LayerFit:
@@ -56,7 +53,10 @@ class LayerFit:
     # --- when -----------------------------------------------------------------------------------------------
 
     def observe(self, records: Records, q: Float[Tensor, "B Hq T D"], k: Float[Tensor, "B Hkv T D"]) -> None:
-        """1. Sample queries.  2. At the prompt's end fit the projection."""
+        """1. Sample queries.  2. Where drift is soon looked for, keep the newest.  3. At the prompt's end, fit.
+
+        Cost: at most steps of a layer whose fit is final, two comparisons.
+        """
         total, n_new = records.length, k.shape[2]
         # After an eviction the remaining records no longer represent the prompt.
         grows = n_new > 1 and not records.evicted
@@ -64,15 +64,27 @@ class LayerFit:
             if self.phase.unscored or total == n_new:
                 # The earlier fit did not cover the whole prompt.
                 self.index.clear()
-                self.phase = self.phase._replace(unscored=False, fitted=None)
+                self.phase = self.phase._replace(unscored=False, fitted=None, watch=self.phase.watch.wake_up())
             self.phase = self.phase._replace(grown=total)
-        if grows or not self.is_final(records):
+        if not self.is_final(records) or (grows and not self.coder.drifts):
             self.sample_queries(records, q)
+        if total > self.phase.watch.asleep:
+            self.stay_awake(records, q)
         if grows and records.seen == (records.prompt_tokens or n_new):
             # If nothing was announced, the prompt may continue in later passes.
             self.phase = self.phase._replace(unscored=not records.prompt_tokens)
             # Coded records are indexed from their decoded values.
             self.fit_due(records, k if total == n_new and not records.is_coded else None)
+
+    def stay_awake(self, records: Records, q: Float[Tensor, "B Hq T D"]) -> None:
+        """Keep the newest queries; where it is time, let drift be looked for when the layer is scored next."""
+        watch, total = self.phase.watch, records.length
+        if records.evicted or not self.coder.drifts:
+            self.phase = self.phase._replace(watch=Watch(asleep=NEVER))
+        elif q.shape[2] > 1 or not self.phase.grown:
+            watch = keep_newest(watch, q)
+            wakes = watch.is_ready and total >= watch.wake and self.phase.fitted is not None
+            self.phase = self.phase._replace(watch=watch, grown=total if wakes else self.phase.grown)
 
     def catch_up(self, records: Records, n_rows: int) -> None:
         """Bring the index up to `n_rows` at least: what was read is fitted to, tokens have left the window."""
@@ -89,11 +101,11 @@ class LayerFit:
                 self.encode(keys, total)
 
     def count_final(self, records: Records) -> int:
-        """Return the tokens a projection must have been fitted to, not to be fitted again."""
+        """Return the tokens a projection must have been fitted to, to be fitted again for drift alone."""
         return 1 if self.coder.is_settled or records.evicted else FIT_TOKENS_PER_DIM * records.shape.k_dim
 
     def is_final(self, records: Records) -> bool:
-        """Say whether no sequence's projection will be fitted again."""
+        """Say whether no sequence's projection will be fitted again but for drift."""
         fitted = self.phase.fitted
         if fitted is None or (fitted is not self._final and min(fitted) < self.count_final(records)):
             return False
@@ -104,9 +116,22 @@ class LayerFit:
     def find_due(self, records: Records, n_rows: int) -> list[int]:
         """Return the sequences to be fitted now, by their own tokens and those they were fitted to before."""
         final, fitted = self.count_final(records), self.get_fitted(records)
-        grown = self.phase.grown > 0 and not records.evicted
+        grown = self.phase.grown > 0 and not (records.evicted or self.coder.drifts)
         pairs = enumerate(zip(records.count_real(n_rows), fitted, strict=True))
         return [i for i, (n, old) in pairs if (old < final and n >= 2 * old) or (grown and n >= GROWTH * old)]
+
+    def find_drifted(self, records: Records, n_rows: int) -> list[int]:
+        """Return the sequences whose index explains their newest tokens clearly worse than when it was fitted.
+
+        Cost: where one is due to be looked at, 256 keys read and coded, and 64 queries' scores of them.
+        """
+        own, watch = records.count_real(n_rows), self.phase.watch
+        woken = find_woken(watch, own) if self.phase.grown >= watch.wake else []
+        if not woken:
+            return []
+        found = self.measure(records, n_rows)
+        self.phase = self.phase._replace(watch=note_shares(watch, {i: found[i] for i in woken}, own, fitted=False))
+        return [i for i in woken if watch.shares is not None and is_worse(found[i], watch.shares[i])]
 
     def get_fitted(self, records: Records) -> list[int]:
         """Return how many tokens each sequence's projection was fitted to; 0: not fitted yet."""
@@ -139,15 +164,32 @@ class LayerFit:
         n_rows = min(self.phase.grown or total, total)
         due = self.find_due(records, n_rows)
         if due:
-            self.fit(records, keys, due, n_rows)
+            self.fit(records, keys, due, n_rows, self.phase.samples)
+        drifted = self.find_drifted(records, n_rows) if self.phase.grown else []
+        if drifted:
+            # What is asked next is like what was asked of late.
+            self.fit(records, None, drifted, n_rows, self.phase.watch.get_newest())
+            self.place.on_fallback("refit")
         if not self.phase.unscored:
-            self.phase = self.phase._replace(grown=0)
+            own, final = records.count_real(n_rows), self.count_final(records)
+            watch = rest(self.phase.watch, own, n_rows, [n < final for n in self.get_fitted(records)])
+            self.phase = self.phase._replace(grown=0, watch=watch)
             if self.is_final(records):
                 self.phase = self.phase._replace(samples=None, strides=None)
 
-    def fit(self, records: Records, keys: Float[Tensor, "B Hkv S D"] | None, due: list[int], n_rows: int) -> None:
-        """Decide by `n_rows` rows how keys of the sequences `due` enter the index, and code theirs anew."""
-        queries, lengths, fitted = self.phase.samples, records.count_real(n_rows), self.get_fitted(records)
+    def fit(
+        self,
+        records: Records,
+        keys: Float[Tensor, "B Hkv S D"] | None,
+        due: list[int],
+        n_rows: int,
+        queries: Float[Tensor, "B Hq M D"] | None,
+    ) -> None:
+        """Decide by `n_rows` rows how keys of the sequences `due` enter the index, and code theirs anew.
+
+        Cost: every stored key read twice, and coded once; for a skew a singular value decomposition per KV head.
+        """
+        lengths, fitted = records.count_real(n_rows), self.get_fitted(records)
         everyone, at = len(due) == len(lengths), torch.tensor(due, device=self.place.device)
         sample, valid = self.take_sample(records, keys, n_rows)
         if not everyone:
@@ -166,9 +208,28 @@ class LayerFit:
                 self.index.write(at, start, self.coder.encode(block.index_select(0, at), projection))
         chosen = set(due)
         self.phase = self.phase._replace(fitted=[lengths[i] if i in chosen else n for i, n in enumerate(fitted)])
+        if self.coder.drifts:
+            found = self.measure(records, n_rows)
+            watch = note_shares(self.phase.watch, {i: found[i] for i in due}, lengths, fitted=True)
+            self.phase = self.phase._replace(watch=watch)
         if self.coder.fits_skew:
             # Once per layer and fit: the receipt says where the skew came from.
             self.place.on_fallback("skew_from_prompt")
+
+    def measure(self, records: Records, n_rows: int) -> list[float]:
+        """Return what every sequence's index leaves unexplained of the newest queries' scores of the newest keys.
+
+        Not known, NaN, where no query was kept.
+        """
+        queries, projection = self.phase.watch.get_newest(), self.get_projection()
+        if queries is None:
+            return [math.nan] * records.shape.batch
+        first, visible = max(0, n_rows - KEYS), records.visible(n_rows)
+        real = None if visible is None else visible.all(1).expand(records.shape.batch, -1)
+        keys = torch.cat([block for _, block in records.near_blocks(first, n_rows)], 2)
+        codes = self.coder.unpack(self.coder.encode(keys, projection))
+        # A deliberate sync, once per look.
+        return look_at(queries, keys, codes, projection, real).tolist()
 
     def take_sample(
         self, records: Records, keys: Float[Tensor, "B Hkv S D"] | None, n_rows: int
@@ -206,6 +267,7 @@ class LayerFit:
     def crop(self, now: Cropped) -> None:
         """Forget the newest tokens' codes."""
         self.index.crop(now)
+        self.phase = self.phase._replace(watch=crop_watch(self.phase.watch, now.length))
 
     def keep(self, positions: Int[Tensor, "B Hkv K"]) -> None:
         """Keep the codes at these positions."""
@@ -214,14 +276,8 @@ class LayerFit:
     def select(self, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences, in the index, the samples and what is known of them too."""
         self.index.select(sequences)
-        samples, strides, fitted = self.phase[:3]
         # The store has waited for these numbers already.
-        order = sequences.tolist()
-        self.phase = self.phase._replace(
-            samples=None if samples is None else samples.index_select(0, sequences.to(samples.device)),
-            strides=None if strides is None else [strides[i] for i in order],
-            fitted=None if fitted is None else [fitted[i] for i in order],
-        )
+        self.phase = self.phase.select(sequences.tolist(), sequences)
 
     def clear(self) -> None:
         """Forget everything."""

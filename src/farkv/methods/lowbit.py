@@ -57,6 +57,7 @@ class ColumnCoder:
     """Every column as it is, less its mean, which moves all scores of a query alike."""
 
     needs_queries = fits_skew = is_settled = False
+    drifts = True
 
     def __init__(self, bits: int):
         self.bits = bits

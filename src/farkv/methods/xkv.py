@@ -121,7 +121,7 @@ class QueryEvictor(Evictor):
         """Slide the layer's window of queries."""
         last, config = self.last[records.layer], self.config
         real = records.real_tokens(records.seen)
-        valid = None if real is None else real[:, -query.q.shape[2] :].expand(query.q.shape[0], -1)
+        valid = None if real is None else real.expand(query.q.shape[0], -1)
         observed = observe_queries(query.q, config.window, config.scorer, last.observed, valid=valid)
         last.note(observed, query.logits, records.seen)
 
@@ -132,7 +132,7 @@ class QueryEvictor(Evictor):
         last = self.last[layer]
         assert last.observed is not None
         # A deliberate copy where records are in host memory: a few queries go to them, not they near.
-        observed = map_tensors(last.observed, lambda t: t.to(k.device))
+        observed = map_tensors(last.observed._replace(latest=None), lambda t: t.to(k.device))
         if n_recent is not None:
             observed = observed._replace(window=observed.window[:, :, -n_recent:])
         return score_records(self.config.scorer, observed, k, v, visible, last.logits, pool=self.config.pool)
