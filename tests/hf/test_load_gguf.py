@@ -114,7 +114,7 @@ def test_the_profile_beside_a_file_is_the_files_own(tmp_path: Path) -> None:
     with farkv.attach(model) as far:
         assert far.setting.profile is not None
     other, _ = load_model(str(write(tmp_path / "tiny.gguf", kind="Q4_0")), device="cpu")
-    with pytest.raises(ProfileError, match="weights is .*create one for this model"):
+    with pytest.raises(ProfileError, match=r"weights is .*create one for this model"):
         farkv.attach(other)
 
 
