@@ -87,7 +87,9 @@ def read_prompts(
     settings: PrefillSettings, context: int, plain: PreTrainedModel, far: Any, i: int, advance: Callable[[], None]
 ) -> tuple[float, float]:
     """Prefill one prompt with both models, alternating chunk by chunk; return the seconds of farkv and plain model."""
-    ids = torch.randint(VOCABULARY, (settings.batch, context), generator=torch.Generator().manual_seed(i))
+    # A real model's may be smaller.
+    words = min(VOCABULARY, plain.config.get_text_config().vocab_size)
+    ids = torch.randint(words, (settings.batch, context), generator=torch.Generator().manual_seed(i))
     ours: Any = far.new_cache(tokens=context, batch=settings.batch, chunk_tokens=settings.chunk_tokens)
     theirs, seconds = DynamicCache(config=plain.config), [0.0, 0.0]
     for n, chunk in enumerate(ids.split(settings.chunk_tokens, dim=1)):
