@@ -45,7 +45,7 @@ def write_gguf(
     """Write a model and return its weights as they are in the file: matrices of `kind`, norms of float32.
 
     Args:
-        leave_out: a weight that is not written.
+        leave_out: a weight, or the padding token's `pad`, that is not written.
         extra: further tensors, or fields of one number each.
         words: whether a vocabulary is in the file.
     """
@@ -64,7 +64,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(VOCAB)
     if words:
-        add_words(writer)
+        add_words(writer, pads=leave_out != "pad")
     weights, quant = list_weights(), gguf.GGMLQuantizationType[kind]
     for name, value in (extra or {}).items():
         if isinstance(value, int):
@@ -85,7 +85,7 @@ def write_gguf(
     return held
 
 
-def add_words(writer: Any) -> None:
+def add_words(writer: Any, *, pads: bool) -> None:
     """Add a byte-level vocabulary, two special tokens and a chat template."""
     words = [*list_bytes(), *(merge.replace(" ", "") for merge in MERGES), *SPECIAL]
     kinds = [1] * (len(words) - 2) + [3, 3]
@@ -97,5 +97,6 @@ def add_words(writer: Any) -> None:
     writer.add_token_merges(MERGES)
     writer.add_eos_token_id(words.index("<|end|>"))
     writer.add_bos_token_id(words.index("<|start|>"))
-    writer.add_pad_token_id(words.index("<|end|>"))
+    if pads:
+        writer.add_pad_token_id(words.index("<|end|>"))
     writer.add_chat_template(TEMPLATE)

@@ -40,8 +40,14 @@ def test_the_weights_are_those_of_the_file(tmp_path: Path, kind: str) -> None:
     for name, ours in (("blk.1.ffn_down", "layers.1.mlp.down_proj"), ("blk.2.attn_v", "layers.2.self_attn.v_proj")):
         assert np.array_equal(weights[f"model.{ours}.weight"].numpy(), held[f"{name}.weight"])
     assert tokenizer.chat_template == TEMPLATE
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|start|>", "<|end|>", "<|end|>")
     assert tokenizer.decode(tokenizer("the än <|end|>\n")["input_ids"]) == "the än <|end|>\n"
     assert load_config(str(path)).num_key_value_heads == KV_HEADS
+
+
+def test_a_file_need_not_name_every_special_token(tmp_path: Path) -> None:
+    _, tokenizer = load_model(str(write(tmp_path / "tiny.gguf", leave_out="pad")), device="cpu")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", None)
 
 
 def test_attached_it_answers_as_it_does_alone_and_the_receipt_names_its_weights(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ RealOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option(help="float32, bfloat16 or float16; of a --model auto too, the default.", show_default=False),
+    typer.Option(help="float32, bfloat16 or float16; with --model also auto (the default).", show_default=False),
 ]
 ContextsOption = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated: 8192,32K.")]
 LayersOption = Annotated[

@@ -30,6 +30,10 @@ SUFFIX = ".gguf"
 ROTATIONS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
+# Where a file says which tokens begin and end a text, and pad a batch.
+TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+
+
 def is_gguf(path: str) -> bool:
     """Return whether a model's name can only be meant as a GGUF file."""
     return Path(path).is_file() or (path.lower().endswith(SUFFIX) and not Path(path).is_dir())
@@ -112,6 +116,7 @@ def settle(model: PreTrainedModel, tokenizer: Any, path: str, header: GgufHeader
     """Give model and tokenizer the file's name, note where the weights are from, and say so."""
     _compat.forget_quantization(model)
     model.config._name_or_path = tokenizer.name_or_path = path
+    name_tokens(tokenizer, header)
     shown, dtype = quote(Path(path).name), str(model.dtype).removeprefix("torch.")
     types, how = header.describe_types(), "dequantised" if header.is_quantised else "read"
     note_source(model, f"{types} of {shown}, {how} by transformers")
@@ -124,6 +129,17 @@ def settle(model: PreTrainedModel, tokenizer: Any, path: str, header: GgufHeader
             "%s: transformers does not read %s, so positions are rotated without it, and long contexts are read worse "
             "than by llama.cpp; use the model's own folder or hub id for those", shown, lost[0],
         )  # fmt: skip
+
+
+def name_tokens(tokenizer: Any, header: GgufHeader) -> None:
+    """Let a tokenizer's special tokens be those of the file: transformers 5.16 takes the first for the last."""
+    for name, key in TOKENS.items():
+        number = header.fields.get(f"tokenizer.ggml.{key}_token_id")
+        if not isinstance(number, int) or not 0 <= number < len(tokenizer):
+            continue
+        token = tokenizer.convert_ids_to_tokens(number)
+        if token != getattr(tokenizer, name):
+            setattr(tokenizer, name, token)
 
 
 def note_source(model: Any, source: str) -> None:
