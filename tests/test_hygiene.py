@@ -106,11 +106,13 @@ BY_NAME = {
 HELPERS = {"files.py", "names.py"}
 BY_NAME_ALLOWED = {
     ("bench/fill.py", "find_available_bytes", "read_text"): "of /proc",
-    ("calibrate/crossover.py", "read_cpu_model", "read_text"): "of /proc",
+    ("calibrate/processor.py", "read_fields", "read_text"): "of /proc",
     ("cli/boundary.py", "end_output", "open"): "of /dev/null",
     ("cli/options.py", "read_stream", "open"): "what the caller has opened",
     ("demo/filler.py", "read_sources", "read_text"): "the interpreter's own library",
     ("evals/public/read.py", "read_records", "open"): "a descriptor of the helper's",
+    ("hf/gguf_header.py", "read_header", "open"): "a descriptor of the helper's",
+    ("hf/load_gguf.py", "standing_alone", "symlink_to"): "into a folder of its own, which goes again",
     ("hf/session.py", "read_session_text", "open"): "of a session",
     ("measure/part.py", "delete", "unlink"): "a name alone goes, never what it leads to",
     ("session/file.py", "_read_tensor", "open"): "a descriptor of the helper's",

@@ -50,6 +50,14 @@ class Quant:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """The dtype that the model computes in, and what its weights were made from; None: they are as they were stored."""
+
+    dtype: str
+    source: str | None = None
+
+
+@dataclass(frozen=True)
 class Times:
     """Seconds of host time inside the model's forward passes."""
 
@@ -86,6 +94,7 @@ class Receipt:
     """Bytes read, held and moved, time taken, and, if verified, the quality."""
 
     model: str
+    weights: Weights
     method: str
     answer: str
     context_tokens: int

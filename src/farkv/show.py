@@ -36,6 +36,8 @@ def draw_receipt(receipt: Receipt) -> RenderableType:
         names = ", ".join(f"{row.layer} ({row.why})" for row in unmanaged[:4])
         more = f" and {len(unmanaged) - 4} more" if len(unmanaged) > 4 else ""
         parts.append(Text(f"not managed: layer {names}{more}", style="yellow"))
+    if receipt.weights.source is not None:
+        parts.append(Text(f"weights: {receipt.weights.dtype}, from {receipt.weights.source}", style="yellow"))
     parts += [Text(note, style="yellow") for note in receipt.notes]
     if receipt.fallbacks:
         parts.append(Text(f"fallbacks: {receipt.fallbacks}", style="yellow"))

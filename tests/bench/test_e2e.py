@@ -19,8 +19,11 @@ from farkv.bench.e2e import (
 )
 from farkv.bench.fill import KVSource
 from farkv.bench.models import make_model, share_weights
+from farkv.bench.prefill import DTYPES
+from farkv.bench.real import describe_shape, load_real, read_shape
 from farkv.bench.report import Row
 from farkv.errors import ConfigError
+from tests import models as tiny_models
 from tests.bench.plain import TINY
 
 ASKED = ModelSettings(TINY, (128, 256), 2, METHODS, rounds=1)
@@ -72,6 +75,25 @@ def test_growth_is_the_slope_between_the_ends() -> None:
     growth = find_growth(rows)
     assert growth["hf-sdpa-bf16"]["ms_per_1k_tokens"] == pytest.approx(2.0)
     assert growth["infinigen"] == {"ms_per_1k_tokens": pytest.approx(0.125), "share": pytest.approx(1 / 16)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model_is_measured_in_its_own_dtype(dtype: str) -> None:
+    model, shape = load_real("demo", dtype)
+    assert (shape.layers, shape.heads % shape.kv_heads) == (model.config.num_hidden_layers, 0)
+    assert read_shape("demo") == shape
+    asked = ModelSettings(shape, (128,), shape.layers, rounds=1, dtype=dtype, model=model)
+    report = measure_model(asked).to_dict()
+    assert [row["method"] for row in report["rows"]] == ["infinigen", f"hf-sdpa-{DTYPES[dtype]}"]
+    assert (report["settings"]["real"], report["settings"]["dtype"]) == (True, dtype)
+
+
+def test_a_model_of_other_layers_too_is_refused() -> None:
+    model = tiny_models.make_model("gemma3")
+    shape = describe_shape(model.config, "gemma3")
+    assert (shape.kv_heads, shape.head_dim) == (2, 8)
+    with pytest.raises(ConfigError, match="sliding_attention"):
+        measure_model(ModelSettings(shape, (128,), shape.layers, rounds=1, dtype="float32", model=model))
 
 
 def test_an_unknown_method_is_named() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 
 import pytest
 
 from farkv.calibrate import crossover
-from farkv.calibrate.crossover import find_calibration_path, load_crossover, read_cpu_model, save_crossover
+from farkv.calibrate.crossover import find_calibration_path, load_crossover, save_crossover
 from farkv.errors import ConfigError
 
 
@@ -87,15 +86,3 @@ def test_a_failed_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.Mo
 def test_without_a_folder_of_ones_own_it_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FARKV_CACHE_DIR")
     assert find_calibration_path().parent.name == "farkv"
-
-
-def test_a_processor_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert read_cpu_model()
-    info = tmp_path / "cpuinfo"
-    monkeypatch.setattr(crossover, "CPU_INFO", info)
-    info.write_text("processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n")
-    assert read_cpu_model() == "AMD EPYC 25/1"
-    info.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n")
-    assert read_cpu_model() == f"{platform.machine()} 0x41 0xd40"
-    info.unlink()
-    assert read_cpu_model() == platform.processor() or platform.machine()

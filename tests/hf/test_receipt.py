@@ -28,11 +28,12 @@ SELECTORS: dict[str, Method] = {
 }
 # design.md, "The receipt": the keys are stable.
 KEYS = {
-    "": "model method answer context_tokens generated_tokens kv_bytes limits read_fraction index_fraction "
+    "": "model weights method answer context_tokens generated_tokens kv_bytes limits read_fraction index_fraction "
     "resident_fraction kept_fraction managed_read_fraction managed_resident_fraction managed_kept_fraction "
     "least_read_fraction exact notes fetched_bytes_per_token disk_bytes_per_token evicted_records kernel fallbacks "
     "quant time quality layers versions",
     "kv_bytes": "total near_peak host_peak disk_peak index_peak",
+    "weights": "dtype source",
     "limits": "near host disk",
     "quant": "host disk max_error",
     "time": "prefill_s decode_s tokens_per_s",

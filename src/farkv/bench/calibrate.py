@@ -20,7 +20,8 @@ from farkv.bench.ours import DenseNativeRunner
 from farkv.bench.report import draw_machine, format_ms, make_table
 from farkv.bench.shapes import SHAPES, ModelShape, format_tokens
 from farkv.bench.timing import measure_interleaved, summarize
-from farkv.calibrate.crossover import read_cpu_model, save_crossover
+from farkv.calibrate.crossover import save_crossover
+from farkv.calibrate.processor import read_cpu_model
 from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Setup
 from farkv.kernels.native import IndexView, Native, Rows

@@ -18,6 +18,7 @@ from farkv.bench.fill import KVSource, require_memory
 from farkv.bench.machine import describe_machine
 from farkv.bench.models import count_weight_bytes, make_model, share_weights
 from farkv.bench.ours import MOST_GROWTH, fill_layer
+from farkv.bench.prefill import DTYPES
 from farkv.bench.report import OURS, Report, Row, compare, draw_notes, format_fraction, format_ms, make_row, make_table
 from farkv.bench.shapes import ModelShape, format_tokens
 from farkv.bench.timing import divide, measure_interleaved, summarize
@@ -27,32 +28,62 @@ from farkv.hf.handle import Handle
 from farkv.kernels.native import load_native
 from farkv.methods import InfiniGen
 
-METHODS = (OURS, "hf-sdpa-bf16", "hf-eager-bf16")
-DEFAULT = METHODS[:2]
+
+def name_methods(dtype: str) -> tuple[str, ...]:
+    """Return the methods that a model of this dtype can be measured with; the last one is not by default."""
+    return (OURS, f"hf-sdpa-{DTYPES[dtype]}", f"hf-eager-{DTYPES[dtype]}")
+
+
+METHODS = name_methods("bfloat16")
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The user's settings."""
+    """The user's settings.
+
+    Args:
+        methods: empty: farkv and sdpa.
+        fraction: None: the method's default.
+        model: a real one, of `dtype`; None: random weights.
+    """
 
     shape: ModelShape
     contexts: tuple[int, ...]
     layers: int
-    methods: tuple[str, ...] = DEFAULT
+    methods: tuple[str, ...] = ()
     batch: int = 1
-    # None: the method's default.
     fraction: float | None = 0.05
     rounds: int = 5
+    dtype: str = "bfloat16"
+    model: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, got {self.dtype!r}")
+        known = name_methods(self.dtype)
+        if not self.methods:
+            object.__setattr__(self, "methods", known[:2])
         for name in self.methods:
-            if name not in METHODS:
-                raise ConfigError(f"--methods: e2e supports {', '.join(METHODS)}, got {name!r}")
+            if name not in known:
+                raise ConfigError(f"--methods: e2e supports {', '.join(known)}, got {name!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return the dtype of weights and records."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def source(self) -> KVSource:
+        """Return what the caches are filled with."""
+        return KVSource(self.shape, self.batch, torch.device("cpu"), dtype=self.torch_dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        names = ("layers", "methods", "batch", "fraction", "rounds")
-        return {"shape": self.shape.name, "contexts": list(self.contexts)} | {n: getattr(self, n) for n in names}
+        names = ("layers", "methods", "batch", "fraction", "rounds", "dtype")
+        real = self.model is not None
+        return {"shape": self.shape.name, "real": real, "contexts": list(self.contexts)} | {
+            n: getattr(self, n) for n in names
+        }
 
 
 class ModelRunner:
@@ -102,11 +133,7 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
     Raises:
         CapacityError: the model and all caches do not fit in memory.
     """
-    shape, longest = settings.shape, max(settings.contexts)
-    kv_bytes = int((len(settings.methods) + 1 / 16) * settings.layers + 3) * shape.layer_bytes(longest, settings.batch)
-    weights = count_weight_bytes(shape, settings.layers, 2)
-    require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
-    plain = make_model(shape, settings.layers, longest + 1024, torch.bfloat16)
+    shape, plain = settings.shape, build_model(settings)
     rows: list[Row] = []
     done, total = 0, len(settings.contexts) * len(settings.methods) * (settings.rounds + 1)
 
@@ -116,6 +143,11 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
         tell(done, total)
 
     with attach(share_weights(plain), InfiniGen(fraction=settings.fraction), profile=False) as far:
+        if far.unmanaged_kinds:
+            raise ConfigError(
+                f"--model: e2e fills the caches of full-attention layers, {shape.name} has others "
+                f"({', '.join(sorted(far.unmanaged_kinds))}); use farkv bench prefill, or another model"
+            )
         for context in settings.contexts:
             rows += measure_context(settings, context, (plain, far), advance)
     native = load_native()
@@ -123,12 +155,27 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
     growth = find_growth(rows)
     notes = [
         f"{name}: each 1 K tokens of context add {slope['ms_per_1k_tokens']:.3g} ms per token"
-        + (f", {slope['share']:.3f} of hf-sdpa-bf16's growth" if slope.get("share") and name == OURS else "")
+        + (
+            f", {slope['share']:.3f} of {name_methods(settings.dtype)[1]}'s growth"
+            if slope.get("share") and name == OURS
+            else ""
+        )
         for name, slope in growth.items()
     ]
     cap = "its own" if settings.fraction is None else f"{settings.fraction:.1%}"
-    title = f"e2e, {shape.name}, {settings.layers} layers, bfloat16, cap {cap}: whole model per token"
+    title = f"e2e, {shape.name}, {settings.layers} layers, {settings.dtype}, cap {cap}: whole model per token"
     return Report(title, rows, found, settings.to_dict(), notes, {"growth": growth})
+
+
+def build_model(settings: ModelSettings) -> PreTrainedModel:
+    """Return the model to measure, once it is known that the caches fit beside it."""
+    shape, longest, itemsize = settings.shape, max(settings.contexts), settings.torch_dtype.itemsize
+    layer_bytes = shape.layer_bytes(longest, settings.batch, itemsize)
+    kv_bytes = int((len(settings.methods) + 1 / 16) * settings.layers + 3) * layer_bytes
+    # A real one is in memory already.
+    weights = 0 if settings.model is not None else count_weight_bytes(shape, settings.layers, itemsize)
+    require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
+    return settings.model or make_model(shape, settings.layers, longest + 1024, settings.torch_dtype)
 
 
 def measure_context(
@@ -136,8 +183,7 @@ def measure_context(
 ) -> list[Row]:
     """Measure every method at one context."""
     plain, far = models
-    source = KVSource(settings.shape, settings.batch, torch.device("cpu"))
-    runners = []
+    source, runners = settings.source, []
     for name in settings.methods:
         if name == OURS:
             runners.append(ModelRunner(name, far.model, fill_far(settings, context, source, far), settings.batch))
@@ -162,14 +208,15 @@ def measure_context(
 
 
 def find_growth(rows: list[Row]) -> dict[str, dict[str, float]]:
-    """Return, by method, the growth of ms per token from the smallest to the largest context, and its ratio to sdpa."""
+    """Return, by method, the growth of ms per token from the smallest to the largest context, and over sdpa's."""
     growth: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(row.method for row in rows):
         own = sorted((row for row in rows if row.method == name), key=lambda row: row.context)
         if own[-1].context > own[0].context:
             more_ms = own[-1].more["ms_per_token"] - own[0].more["ms_per_token"]
             growth[name] = {"ms_per_1k_tokens": 1024 * more_ms / (own[-1].context - own[0].context)}
-    base = growth.get("hf-sdpa-bf16", {}).get("ms_per_1k_tokens", 0.0)
+    sdpa = next((name for name in growth if name.startswith("hf-sdpa")), "")
+    base = growth.get(sdpa, {}).get("ms_per_1k_tokens", 0.0)
     if base > 0:
         for slope in growth.values():
             slope["share"] = slope["ms_per_1k_tokens"] / base

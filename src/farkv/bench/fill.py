@@ -38,9 +38,7 @@ class Noise:
         # Odd, hence coprime to the power-of-two block length: a head's rows repeat only after the whole block.
         self.stride = 0x9E37_79B1 % rows | 1
 
-    def draw(
-        self, size: tuple[int, int, int], start: int, salt: int, dtype: torch.dtype = torch.bfloat16
-    ) -> Float[Tensor, "B H T D"]:
+    def draw(self, size: tuple[int, int, int], start: int, salt: int, dtype: torch.dtype) -> Float[Tensor, "B H T D"]:
         """Return rows of `size` = (B, H, T) from token `start`; the same arguments give the same rows.
 
         Cost: B * H * T * D elements read and written.
@@ -54,22 +52,25 @@ class Noise:
 
 
 class KVSource:
-    """Keys, values and queries of every layer of a shape."""
+    """Keys, values and queries of every layer of a shape, in `dtype` where nothing else is asked for."""
 
-    def __init__(self, shape: ModelShape, batch: int, device: torch.device, *, rows: int = BLOCK_ROWS):
-        self.shape, self.batch, self.device = shape, batch, device
+    def __init__(
+        self, shape: ModelShape, batch: int, device: torch.device, *,
+        rows: int = BLOCK_ROWS, dtype: torch.dtype = torch.bfloat16,
+    ):  # fmt: skip
+        self.shape, self.batch, self.device, self.dtype = shape, batch, device, dtype
         self.noise = Noise(shape.head_dim, device, rows=rows)
 
     def draw_kv(
-        self, layer: int, start: int, n: int, dtype: torch.dtype = torch.bfloat16
+        self, layer: int, start: int, n: int, dtype: torch.dtype | None = None
     ) -> tuple[Float[Tensor, "B Hkv T D"], Float[Tensor, "B Hkv T D"]]:
         """Return K and V of `n` tokens from `start`."""
-        size = (self.batch, self.shape.kv_heads, n)
+        size, dtype = (self.batch, self.shape.kv_heads, n), dtype or self.dtype
         return self.noise.draw(size, start, 3 * layer, dtype), self.noise.draw(size, start, 3 * layer + 1, dtype)
 
-    def draw_q(self, layer: int, start: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "B Hq T D"]:
+    def draw_q(self, layer: int, start: int, n: int, dtype: torch.dtype | None = None) -> Float[Tensor, "B Hq T D"]:
         """Return queries of `n` tokens from `start`."""
-        return self.noise.draw((self.batch, self.shape.heads, n), start, 3 * layer + 2, dtype)
+        return self.noise.draw((self.batch, self.shape.heads, n), start, 3 * layer + 2, dtype or self.dtype)
 
     def chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
         """Yield (start, length) of each chunk of at most CHUNK_TOKENS."""

@@ -12,7 +12,7 @@ import torch
 
 from farkv._axes import Int, Tensor
 from farkv.bench.case import Bandwidth
-from farkv.calibrate.crossover import read_cpu_model
+from farkv.calibrate.processor import read_cpu_model
 from farkv.errors import ConfigError
 from farkv.kernels.native import Native, load_native
 

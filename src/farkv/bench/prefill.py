@@ -23,12 +23,12 @@ from farkv.hf.attach import attach
 from farkv.kernels.native import load_native
 from farkv.methods import InfiniGen
 
-DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+DTYPES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
 class PrefillSettings:
-    """The user's settings. `fraction` None: the method's default."""
+    """The user's settings. `fraction` None: the method's default; `model` None: random weights."""
 
     shape: ModelShape
     contexts: tuple[int, ...] = (4096,)
@@ -38,11 +38,15 @@ class PrefillSettings:
     chunk_tokens: int = 2048
     dtype: str = "float32"
     fraction: float | None = None
+    model: PreTrainedModel | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
         names = ("layers", "batch", "rounds", "chunk_tokens", "dtype", "fraction")
-        return {"shape": self.shape.name, "contexts": list(self.contexts)} | {n: getattr(self, n) for n in names}
+        real = self.model is not None
+        return {"shape": self.shape.name, "real": real, "contexts": list(self.contexts)} | {
+            n: getattr(self, n) for n in names
+        }
 
 
 def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] = lambda done, total: None) -> Report:
@@ -55,9 +59,9 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
     longest = max(settings.contexts)
     # Both caches, and the copy of a layer that the plain cache's torch.cat makes.
     kv_bytes = (2 * settings.layers + 2) * shape.layer_bytes(longest, settings.batch, dtype.itemsize)
-    weights = count_weight_bytes(shape, settings.layers, dtype.itemsize)
+    weights = 0 if settings.model is not None else count_weight_bytes(shape, settings.layers, dtype.itemsize)
     require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
-    plain = make_model(shape, settings.layers, longest + 1, dtype)
+    plain = settings.model or make_model(shape, settings.layers, longest + 1, dtype)
     rows, done = [], 0
     total = sum(settings.rounds * -(-context // settings.chunk_tokens) for context in settings.contexts)
 
@@ -83,7 +87,9 @@ def read_prompts(
     settings: PrefillSettings, context: int, plain: PreTrainedModel, far: Any, i: int, advance: Callable[[], None]
 ) -> tuple[float, float]:
     """Prefill one prompt with both models, alternating chunk by chunk; return the seconds of farkv and plain model."""
-    ids = torch.randint(VOCABULARY, (settings.batch, context), generator=torch.Generator().manual_seed(i))
+    # A real model's may be smaller.
+    words = min(VOCABULARY, plain.config.get_text_config().vocab_size)
+    ids = torch.randint(words, (settings.batch, context), generator=torch.Generator().manual_seed(i))
     ours: Any = far.new_cache(tokens=context, batch=settings.batch, chunk_tokens=settings.chunk_tokens)
     theirs, seconds = DynamicCache(config=plain.config), [0.0, 0.0]
     for n, chunk in enumerate(ids.split(settings.chunk_tokens, dim=1)):

@@ -16,11 +16,11 @@ class ModelShape:
     """The dimensions of a model that determine the bytes and operations of a decode step.
 
     Args:
-        family: the architecture that implements it where a whole model is measured.
+        family: the architecture that implements it where a whole model of random weights is measured.
     """
 
     name: str
-    family: Family
+    family: Family | None
     layers: int
     hidden: int
     heads: int

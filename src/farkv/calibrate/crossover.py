@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
 
+from farkv.calibrate.processor import read_cpu_model
 from farkv.config import MOST_COUNT
 from farkv.errors import ConfigError
 from farkv.files import read_file, replace_file, write_all
@@ -23,25 +23,12 @@ from farkv.untrusted import parse_json
 
 FORMAT = "farkv-calibration-1"
 MAX_BYTES = 2**20
-CPU_INFO = Path("/proc/cpuinfo")
 
 
 def find_calibration_path() -> Path:
     """Return the file's path: in FARKV_CACHE_DIR, or else in the user's cache folder."""
     folder = os.environ.get("FARKV_CACHE_DIR")
     return (Path(folder) if folder else user_cache_path("farkv")) / "calibration.json"
-
-
-def read_cpu_model() -> str:
-    """Return the processor's name."""
-    lines = CPU_INFO.read_text(errors="replace").splitlines() if CPU_INFO.is_file() else []
-    fields = dict(reversed([(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]))
-    if fields.get("model name"):
-        # Virtual machines often hide the name, but not the family.
-        numbers = [fields[name] for name in ("cpu family", "model") if fields.get(name)]
-        return " ".join([fields["model name"], *(["/".join(numbers)] if numbers else [])])
-    arm = [fields[name] for name in ("CPU implementer", "CPU part") if fields.get(name)]
-    return " ".join([platform.machine(), *arm]) if arm else platform.processor() or platform.machine()
 
 
 def load_crossover(kernel: str) -> int | None:

@@ -26,11 +26,18 @@ from farkv.math.skew import Gram, solve_bilinear, solve_svd
 from farkv.untrusted import parse_json
 
 FORMAT = "farkv-profile-2"
+FILE_NAME = "profile.safetensors"
 # A hundred layers of 128 KV heads of 128 take half of it.
 MAX_BYTES = 4 * 2**30
 _KEYS = {"format", "digest", "identity", "curves", "losses"}
 _CURVES = ("curves.keep", "curves.spread", "curves.tokens")
 _LOSSES = ("losses.keep", "losses.fetch")
+
+
+def find_beside(model: str | Path) -> Path:
+    """Return where a model's profile lies: in its folder, or beside its file, of which a folder may hold several."""
+    path = Path(model)
+    return path.with_name(f"{path.stem}.{FILE_NAME}") if path.suffix.lower() == ".gguf" else path / FILE_NAME
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farkv.cli.bench_model import choose_shape, choose_whole
 from farkv.cli.options import JsonOption
 from farkv.cli.terminal import err, say
-from farkv.errors import ConfigError
 from farkv.quote import quote
 from farkv.show import show_progress
 
@@ -26,7 +26,17 @@ app = typer.Typer(
     help="Measure speed: farkv and its baselines in one run, on random records with the shapes of real models.",
 )
 
-ShapeOption = Annotated[str, typer.Option(help="llama3-8b, llama3.2-1b, qwen3-8b or opt-6.7b.")]
+SHAPES = "llama3-8b, llama3.2-1b, qwen3-8b or opt-6.7b."
+ShapeOption = Annotated[str | None, typer.Option(help=SHAPES, show_default="llama3-8b")]
+WholeShapeOption = Annotated[str | None, typer.Option(help=SHAPES, show_default="llama3.2-1b")]
+RealOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A real model instead of --shape: demo, a folder, a GGUF file or a hub id."),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; with --model also auto (the default).", show_default=False),
+]
 ContextsOption = Annotated[str, typer.Option(help="Context lengths in tokens, comma-separated: 8192,32K.")]
 LayersOption = Annotated[
     int | None, typer.Option(min=1, help="Layers. Default: enough to exceed the processor's caches.")
@@ -61,7 +71,8 @@ def bench(
 
 @app.command()
 def decode(
-    shape: ShapeOption = "llama3-8b",
+    shape: ShapeOption = None,
+    model: RealOption = None,
     contexts: ContextsOption = "8K,32K",
     layers: LayersOption = None,
     batch: BatchOption = 1,
@@ -108,11 +119,12 @@ def decode(
     from farkv.bench.decode import measure_decode
     from farkv.bench.methods import CODED, DEFAULT, Settings
     from farkv.bench.report import draw_rows
-    from farkv.bench.shapes import find_shape, parse_contexts
+    from farkv.bench.shapes import parse_contexts
 
     names = split_names(methods, DEFAULT) + (tuple(CODED) if quant else ())
     settings = Settings(
-        find_shape(shape), tuple(parse_contexts(contexts)), tuple(dict.fromkeys(names)), tuple(peer or ()),
+        choose_shape(shape, model, "llama3-8b"), tuple(parse_contexts(contexts)), tuple(dict.fromkeys(names)),
+        tuple(peer or ()),
         batch=batch, fraction=fraction, layers=layers, rounds=rounds,
     )  # fmt: skip
     with show_progress(err, "decode", quiet=False) as tell:
@@ -140,36 +152,39 @@ def gather(threads: ThreadsOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def prefill(
-    shape: ShapeOption = "llama3.2-1b",
+    shape: WholeShapeOption = None,
+    model: RealOption = None,
     contexts: ContextsOption = "4K",
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the model.")] = 2,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model. Default: 2.")] = None,
     batch: BatchOption = 1,
     fraction: Annotated[float | None, typer.Option(help="Default: the method's own.")] = None,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 on processors that support it.")] = "float32",
+    dtype: DtypeOption = None,
     threads: ThreadsOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="Prompts per model.")] = 3,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Time prefill: a random-weight model with and without farkv, alternating chunk by chunk.
+    r"""Time prefill: a random-weight or real model with and without farkv, alternating chunk by chunk.
 
     [bold]Examples[/bold]
 
       farkv bench prefill
 
       farkv bench prefill --shape qwen3-8b --contexts 2K,8K --json
+
+      farkv bench prefill --model qwen2.5-1.5b-q4_k_m.gguf --contexts 2K
     """
     set_threads(threads)
-    from farkv.bench.prefill import DTYPES, PrefillSettings, measure_prefill
+    from farkv.bench.prefill import PrefillSettings, measure_prefill
     from farkv.bench.report import draw_rows
-    from farkv.bench.shapes import find_shape, parse_contexts
+    from farkv.bench.shapes import parse_contexts
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype: expected {' or '.join(DTYPES)}, got {dtype!r}")
+    tokens = tuple(parse_contexts(contexts))
+    whole = choose_whole(shape, model, layers or (None if model else 2), dtype or ("auto" if model else "float32"))
     settings = PrefillSettings(
-        find_shape(shape), tuple(parse_contexts(contexts)), layers, batch, rounds,
-        chunk_tokens=chunk, dtype=dtype, fraction=fraction,
+        whole.shape, tokens, whole.layers, batch, rounds,
+        chunk_tokens=chunk, dtype=whole.dtype, fraction=fraction, model=whole.model,
     )  # fmt: skip
     with show_progress(err, "prefill", quiet=False) as tell:
         report = measure_prefill(settings, tell)
@@ -178,7 +193,8 @@ def prefill(
 
 @app.command()
 def e2e(
-    shape: ShapeOption = "llama3.2-1b",
+    shape: WholeShapeOption = None,
+    model: RealOption = None,
     contexts: ContextsOption = "8K,32K",
     layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model. Default: the shape's.")] = None,
     batch: BatchOption = 1,
@@ -187,12 +203,15 @@ def e2e(
         bool, typer.Option("--own-fraction", help="Use the method's default: short contexts are read in full.")
     ] = False,
     threads: ThreadsOption = None,
-    methods: Annotated[str | None, typer.Option(help="infinigen, hf-sdpa-bf16, hf-eager-bf16.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="infinigen, hf-sdpa-bf16, hf-eager-bf16 (fp32, fp16 by --dtype).")
+    ] = None,
+    dtype: DtypeOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods run fewer.")] = 5,
     plot: PlotOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    r"""Time whole decode steps of a random-weight bfloat16 model, and how the time grows with context.
+    r"""Time whole decode steps of a random-weight or real model, and how the time grows with context.
 
     Caches are filled directly, without a prefill.
 
@@ -201,15 +220,18 @@ def e2e(
       farkv bench e2e
 
       farkv bench e2e --contexts 2K,32K --threads 1 --json
+
+      farkv bench e2e --model ./my-model --contexts 8K
     """
     set_threads(threads)
-    from farkv.bench.e2e import DEFAULT, ModelSettings, draw_model, measure_model
-    from farkv.bench.shapes import find_shape, parse_contexts
+    from farkv.bench.e2e import ModelSettings, draw_model, measure_model
+    from farkv.bench.shapes import parse_contexts
 
-    found = find_shape(shape)
+    tokens = tuple(parse_contexts(contexts))
+    whole = choose_whole(shape, model, layers, dtype or ("auto" if model else "bfloat16"))
     settings = ModelSettings(
-        found, tuple(parse_contexts(contexts)), layers or found.layers, split_names(methods, DEFAULT),
-        batch=batch, fraction=None if own else fraction, rounds=rounds,
+        whole.shape, tokens, whole.layers, split_names(methods, ()), batch=batch,
+        fraction=None if own else fraction, rounds=rounds, dtype=whole.dtype, model=whole.model,
     )  # fmt: skip
     with show_progress(err, "e2e", quiet=False) as tell:
         report = measure_model(settings, tell)

@@ -65,11 +65,12 @@ def run_command(arguments: Sequence[str], debug: list[bool]) -> int:
     import typer
 
     from farkv.cli.commands import build_command
+    from farkv.cli.terminal import show_log
 
     command, code = build_command(debug.append), 0
     # Not `main`, which has a boundary of its own.
     try:
-        with command.make_context("farkv", list(arguments)) as context:
+        with show_log(), command.make_context("farkv", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as end:
         code = end.exit_code

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from farkv.cli.options import FractionOption, JsonOption, NearOption
+from farkv.cli.options import DtypeOption, FractionOption, JsonOption, NearOption
 from farkv.cli.run import run
 from farkv.cli.terminal import say
 from farkv.files import write_file
@@ -20,6 +20,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the text.")] = 0,
     fraction: FractionOption = 0.1,
     near: NearOption = None,
+    dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     r"""Hide facts in code that the demo model has not seen, and ask for one of them.
@@ -39,7 +40,7 @@ def demo(
         path = Path(folder) / "code.py"
         write_file(path, prompt.text.encode(), "text", private=True)
         lines = prompt.text.count("\n")
-        flags = f"--near {near} " if near else ""
+        flags = (f"--near {near} " if near else "") + (f"--dtype {dtype} " if dtype != "auto" else "")
         said = f"{prompt.name} = {prompt.answer}"
         say(f"{lines} lines of code, {facts} facts; line {prompt.fact_line + 1} says: {said}")
         say(
@@ -48,6 +49,6 @@ def demo(
         )
         run(
             prompt.question, model="demo", file=path, fraction=fraction, near=near,
-            max_new_tokens=4, verify=8, as_json=as_json,
+            max_new_tokens=4, verify=8, dtype=dtype, as_json=as_json,
         )  # fmt: skip
     say(f"expected: {prompt.answer}")

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 STREAM = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="demo, a folder, or a Hugging Face hub id.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="demo, a folder, a GGUF file, or a Hugging Face hub id.")
+]
 FractionOption = Annotated[
     float | None, typer.Option(help="Hard cap on the KV bytes read per step, over all layers (default 0.1).")
 ]
@@ -54,9 +56,11 @@ TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maxi
 VerifyOption = Annotated[int, typer.Option(min=0, help="Compare this many decode steps with full attention.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ProfileOption = Annotated[
-    str | None, typer.Option(help="Profile file, or none. Default: the model folder's profile.safetensors, if any.")
+    str | None, typer.Option(help="Profile file, or none. Default: the one beside the model, if any.")
 ]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 where the CPU is slow in half.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 

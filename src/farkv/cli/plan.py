@@ -22,7 +22,7 @@ RULES = ("xkv", "loss", "maxmin", "pyramid", "uniform", "paper")
 
 def plan_layers(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the plan.")] = Path("plan.json"),
-    profile: Annotated[str | None, typer.Option(help="Profile with curves. Default: the model folder's.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Profile with curves. Default: the one beside the model.")] = None,
     model: ModelOption = "demo",
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Records per KV head, summed over layers, not counting the window.")
@@ -121,14 +121,17 @@ def parse_weights(text: str | None, rule: str) -> tuple[float, ...] | None:
 
 
 def find_profile_of(model: str) -> Path:
-    """Return the path of the profile in the model's folder.
+    """Return the path of the profile in the model's folder, or beside its GGUF file.
 
     Raises:
         ConfigError: there is none.
     """
+    from farkv.calibrate.profile import find_beside
     from farkv.demo import MODEL_PATH
 
-    path = (MODEL_PATH if model == "demo" else Path(model)) / "profile.safetensors"
+    path = find_beside(MODEL_PATH if model == "demo" else model)
     if not path.is_file():
-        raise ConfigError(f"--profile: none found beside {quote(model)}; make one: farkv profile --model {model}")
+        raise ConfigError(
+            f"--profile: {quote(path)} is not there; make it: farkv profile --model {quote(model)} --out {quote(path)}"
+        )
     return path

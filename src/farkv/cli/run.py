@@ -139,6 +139,8 @@ def run(
 
       farkv run -m Qwen/Qwen3-8B -f book.txt --host 8GiB --disk /data/kv:100GiB "Who wrote the letter?"
 
+      farkv run -m qwen2.5-1.5b-q4_k_m.gguf -f book.txt "Who wrote the letter?"
+
       farkv run -m ./my-model -f book.txt --session book.farkv "Who wrote the letter?"
 
       farkv run -m ./my-model --session book.farkv "And to whom?"

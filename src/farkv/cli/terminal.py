@@ -5,8 +5,10 @@ In: answers of a model, names of files, tables. Out: stderr for people, stdout f
 
 from __future__ import annotations
 
+import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -42,6 +44,24 @@ err.push_render_hook(_ShowControls())
 def say(text: str) -> None:
     """Print a line of any length on stderr."""
     err.print(Text(show_controls(text)), soft_wrap=True)
+
+
+class _Saying(logging.Handler):
+    """Prints what the library logs, above a line that is being drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextmanager
+def show_log() -> Iterator[None]:
+    """Print the warnings of the library on stderr, one line each."""
+    log, handler = logging.getLogger("farkv"), _Saying(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def show_waiting(text: str) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from farkv.calibrate.crossover import read_cpu_model
+from farkv.calibrate.processor import read_cpu_model
 from farkv.hf.identity import digest_weights
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from itertools import islice
@@ -109,6 +110,8 @@ def start_worker(plan: EvalPlan) -> None:
     """Load the model in a worker process."""
     # Ctrl-C reaches all processes: the one that started these says so, and they go without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # So does what is said of a model that is loaded.
+    logging.getLogger("farkv").setLevel(logging.ERROR)
     _worker.append(Loaded(plan))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_gguf_pytorch_utils
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -33,15 +33,19 @@ __all__ = [
     "find_attention",
     "find_decoder",
     "find_rotation",
+    "forget_quantization",
     "get_attention_name",
     "get_eager_attention",
+    "hide_gguf_bar",
     "import_state",
     "make_unmanaged_layer",
+    "name_quantization",
     "register",
     "sdpa_attention_forward",
     "set_attention_name",
     "supports_sdpa",
     "text_config",
+    "unpack_gguf",
     "version",
 ]
 
@@ -175,6 +179,35 @@ def find_rotation(module: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, to
     rotate = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
     # It turns a query and a key; one head is enough of a key that nobody reads.
     return None if rotate is None else lambda q, cos, sin: rotate(q, q[:, :1], cos, sin)[0]
+
+
+def unpack_gguf() -> dict[str, Any]:
+    """Return the arguments by which a GGUF file's weights become plain tensors, also where its blocks could be kept."""
+    config = getattr(transformers, "GgufConfig", None)
+    # Older ones keep no blocks.
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def hide_gguf_bar() -> None:
+    """Keep the progress bar of a GGUF file away, which transformers draws whatever its own switch says."""
+    module: Any = modeling_gguf_pytorch_utils
+    if hasattr(module, "tqdm"):
+        module.tqdm = lambda rows, **_: rows
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Let a model whose weights are plain tensors be an ordinary one: converted, copied and saved."""
+    options: Any = model
+    if hasattr(options.config, "quantization_config"):
+        del options.config.quantization_config
+    options.is_quantized, options.hf_quantizer = False, None
+
+
+def name_quantization(model: PreTrainedModel) -> str | None:
+    """Return the method by which a model's weights are quantised; None where they are plain."""
+    config = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 # Whether torch.compile is tracing.

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from farkv.calibrate.crossover import load_crossover
 from farkv.calibrate.plan import Plan
-from farkv.calibrate.profile import Profile
+from farkv.calibrate.profile import Profile, find_beside
 from farkv.calibrate.skews import HeadForm
 from farkv.config import KERNELS, check_name, check_storage, parse_bytes, parse_disk
 from farkv.engine.build import Roles
@@ -31,7 +31,6 @@ from farkv.store.worker import Worker
 
 log = logging.getLogger("farkv")
 
-PROFILE_NAME = "profile.safetensors"
 # Up to here reading everything is faster than choosing, where `farkv bench --calibrate` has not measured it.
 DENSE_TOKENS = 1024
 
@@ -245,5 +244,5 @@ def find_profile(model: PreTrainedModel, profile: Profile | str | Path | bool | 
         raise ConfigError(f"profile: expected a Profile, its path, False or None, got {type(profile).__name__}")
     # A model that came from no folder has nothing beside it, least of all in the working one.
     folder = getattr(model.config, "_name_or_path", "")
-    beside = Path(folder) / PROFILE_NAME if folder else None
+    beside = find_beside(folder) if folder else None
     return Profile.load(beside) if beside is not None and beside.is_file() else None

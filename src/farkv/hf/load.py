@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer by name: `demo`, a folder, or a hub id."""
+"""Load a model and its tokenizer by name: `demo`, a folder, a GGUF file, or a hub id."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from farkv.calibrate.processor import FAST_FLAGS, multiplies_fast
+from farkv.config import format_bytes
 from farkv.demo import MODEL_PATH
 from farkv.errors import ConfigError, InputError
+from farkv.hf import _compat
+from farkv.hf.load_gguf import SUFFIX, count_bytes, is_gguf, load_gguf, load_gguf_config, note_source
 from farkv.names import check_path
 from farkv.quote import quote
 
+log = logging.getLogger("farkv")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = "demo, a folder, a GGUF file or a hub id"
+LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
 def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
     """Load a causal LM and its tokenizer.
 
     Args:
-        name: `demo` is the model inside the package.
-        dtype: auto is the checkpoint's, except that float16 becomes float32 on a CPU, where half arithmetic is slow.
+        name: `demo` is the model inside the package; a folder, a GGUF file, or a hub id.
+        dtype: auto is the checkpoint's, except that half precision becomes float32 on a CPU that multiplies it no
+            faster, which a line on the log `farkv` says. Of a GGUF file it is float32.
         device: auto is a GPU where there is one.
 
     Raises:
@@ -33,25 +42,69 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
-    path = str(MODEL_PATH) if name == "demo" else name
-    shown = quote(name)
-    try:
-        check_path(path)
-        missing = looks_local(path) and not (Path(path) / "config.json").is_file()
-    except OSError as error:
-        raise InputError(f"model {shown}: {error.strerror}; expected demo, a folder or a hub id") from error
-    if missing:
-        raise InputError(f"model {shown}: expected a folder with a config.json, found none; or give a hub id, or demo")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, "auto"))
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model {shown}: cannot be loaded ({reason}); expected demo, a folder or a hub id") from error
-    if dtype == "auto" and place.type == "cpu" and model.dtype == torch.float16:
-        model = model.float()
+    path = find_model(name)
+    if is_gguf(path):
+        model, tokenizer = load_gguf(path, DTYPES.get(dtype, torch.float32))
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, "auto"))
+        except LOAD_ERRORS as error:
+            raise refuse_model(name, error) from error
+    if dtype == "auto" and place.type == "cpu":
+        model = widen(model, name)
     # transformers wraps `to` in a way that loses its signature.
     return model.to(place).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_config(name: str) -> Any:
+    """Return a model's configuration without its weights. Raises as `load_model`."""
+    path = find_model(name)
+    if is_gguf(path):
+        return load_gguf_config(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except LOAD_ERRORS as error:
+        raise refuse_model(name, error) from error
+
+
+def find_model(name: str) -> str:
+    """Return what transformers is to load under a name, after what can be said of it without transformers."""
+    path = str(MODEL_PATH) if name == "demo" else name
+    try:
+        check_path(path)
+        missing = looks_local(path) and not is_gguf(path) and not (Path(path) / "config.json").is_file()
+    except OSError as error:
+        raise InputError(f"model {quote(name)}: {error.strerror}; expected {KINDS}") from error
+    if missing:
+        files = sorted(file.name for file in Path(path).glob(f"*{SUFFIX}"))
+        remedy = f"it has {quote(files[0])}: give that file" if files else "or give a GGUF file, a hub id, or demo"
+        raise InputError(f"model {quote(name)}: expected a folder with a config.json, found none; {remedy}")
+    return path
+
+
+def refuse_model(name: str, error: BaseException) -> InputError:
+    """Return the error about a model that transformers cannot load."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(f"model {quote(name)}: cannot be loaded ({reason}); expected {KINDS}")
+
+
+def widen(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return a model of half precision in float32 where this CPU computes in half no faster, and say so."""
+    held = model.dtype
+    if held not in FAST_FLAGS or multiplies_fast(held) or _compat.name_quantization(model) is not None:
+        return model
+    if name == "demo":
+        # It is stored in half to be a small file; it was trained in float32.
+        return model.float()
+    half = str(held).removeprefix("torch.")
+    log.warning(
+        "model %s: this CPU has no fast products of %s: run in float32, whose weights take %s instead of %s "
+        "(--dtype %s keeps them)",
+        quote(name), half, format_bytes(2 * count_bytes(model)), format_bytes(count_bytes(model)), half,
+    )  # fmt: skip
+    note_source(model, f"{half} of the checkpoint")
+    return model.float()
 
 
 def quiet_libraries() -> None:
@@ -60,6 +113,7 @@ def quiet_libraries() -> None:
     # Silence the hub's retry messages; the final error is reported in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
+    _compat.hide_gguf_bar()
 
 
 def looks_local(path: str) -> bool:

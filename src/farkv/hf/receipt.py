@@ -18,7 +18,7 @@ from farkv.hf.cache import FarCache
 from farkv.hf.layer import FarLayer
 from farkv.methods.full import Full
 from farkv.methods.table import Method, find_name
-from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times
+from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times, Weights
 from farkv.store.records import StoreLimits
 
 
@@ -46,6 +46,7 @@ def make_receipt(
     steps = max(1, account.decode_steps)
     return Receipt(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        weights=describe_weights(model),
         method=name_method(roles.selects or roles.evicts or Full(), roles, setting),
         answer="",
         context_tokens=account.context_tokens,
@@ -84,6 +85,12 @@ def make_receipt(
             "python": platform.python_version(),
         },
     )
+
+
+def describe_weights(model: PreTrainedModel) -> Weights:
+    """Return what a model computes in, and what its weights were made from, if `load_model` or transformers say it."""
+    source = getattr(model, "farkv_source", None) or _compat.name_quantization(model)
+    return Weights(str(model.dtype).removeprefix("torch."), source)
 
 
 def measure_least(cache: FarCache, sizes: list[int]) -> Least:

@@ -27,11 +27,11 @@ class Arguments:
     """The model's arguments.
 
     Args:
-        pretrained: demo, a folder, or a hub id.
+        pretrained: demo, a folder, a GGUF file, or a hub id.
         method: a name as in `farkv eval --methods`.
         fraction: hard cap on the KV bytes read per step; default 0.1, and 1 for `full`.
         near, host, disk, evict, quant, kernel: as in `farkv.attach`.
-        profile: a file; default: the one in the model's folder; false: none.
+        profile: a file; default: the one beside the model; false: none.
         plan: a file, for method infinigen or xkv; replaces `fraction`.
         dtype, device: as on the command line.
         max_length: maximum tokens of context and answer together; default: the model's.
@@ -116,7 +116,9 @@ def parse_arguments(given: Mapping[str, Any]) -> Arguments:
     if unknown:
         raise ConfigError(f"model_args: unknown {', '.join(unknown)}; expected some of {', '.join(KNOWN)}")
     if not given.get("pretrained"):
-        raise ConfigError("model_args: expected pretrained=MODEL, got none; give demo, a folder or a hub id")
+        raise ConfigError(
+            "model_args: expected pretrained=MODEL, got none; give demo, a folder, a GGUF file or a hub id"
+        )
     # `none` means the default; the harness's default device is dropped because it requires a GPU.
     settled = {n: v for n, v in given.items() if v is not None and (n, v) != ("device", HARNESS_DEVICE)}
     return Arguments(**settled)

@@ -1,0 +1,62 @@
+"""What a benchmark measures: a shape with random weights, or a real model. In: options. Out: checked, and loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from farkv.cli.terminal import show_waiting
+from farkv.errors import ConfigError
+from farkv.quote import quote
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from farkv.bench.shapes import ModelShape
+
+
+class Whole(NamedTuple):
+    """What is measured whole: a shape of random weights, or a real model."""
+
+    shape: ModelShape
+    layers: int
+    dtype: str
+    model: PreTrainedModel | None
+
+
+def choose_shape(shape: str | None, model: str | None, default: str) -> ModelShape:
+    """Return the shape that is named, or that of a real model's layers.
+
+    Raises:
+        ConfigError: both are given, or the shape is unknown.
+    """
+    from farkv.bench.shapes import find_shape
+
+    if model is None:
+        return find_shape(shape or default)
+    if shape is not None:
+        raise ConfigError("--model: a real model has a shape of its own; drop --shape")
+    from farkv.bench.real import read_shape
+    from farkv.hf.load import quiet_libraries
+
+    quiet_libraries()
+    return read_shape(model)
+
+
+def choose_whole(shape: str | None, model: str | None, layers: int | None, dtype: str) -> Whole:
+    """Return what is measured whole. Raises as `choose_shape`."""
+    from farkv.bench.prefill import DTYPES
+
+    if dtype not in (*DTYPES, *(("auto",) if model else ())):
+        raise ConfigError(f"--dtype: expected {', '.join(DTYPES)}, or with --model auto; got {dtype!r}")
+    if model is None:
+        found = choose_shape(shape, model, "llama3.2-1b")
+        return Whole(found, layers or found.layers, dtype, None)
+    if shape is not None or layers is not None:
+        raise ConfigError("--model: a real model has a shape and layers of its own; drop --shape and --layers")
+    from farkv.bench.real import load_real
+    from farkv.hf.load import quiet_libraries
+
+    quiet_libraries()
+    with show_waiting(f"loading {quote(model)}"):
+        loaded, found = load_real(model, dtype)
+    return Whole(found, found.layers, str(loaded.dtype).removeprefix("torch."), loaded)
