@@ -4,7 +4,7 @@
     python benchmarks/evidence.py --model smollm2 --quick    # a few tasks and methods, 20 minutes on two cores
     python benchmarks/evidence.py --model ./folder --only kept --scale 0.5
     python benchmarks/evidence.py --model FILE.gguf
-    python benchmarks/evidence.py --model smollm2 --calibrate # measures the profile first, from texts that are not asked
+    python benchmarks/evidence.py --model smollm2 --calibrate   # measures a profile first, from texts of its own
 
 In: a name of `benchmarks/real_models.py`, a folder or a GGUF file. Out: `benchmarks/results/eval/NAME`, rows of
 `farkv eval` (another model's: `--out`), its tables on stdout, and those of README and docs (`tables.py`).
@@ -25,6 +25,7 @@ from rows import RESULTS
 from runs import make_parser
 from transformers import AutoTokenizer
 
+from farkv.calibrate.profile import find_beside
 from farkv.evals.fillers import draw_lines
 from farkv.evals.row import RESULTS as ROWS
 from farkv.evals.row import RUN, Row, read_rows, write_rows
@@ -143,7 +144,7 @@ def main() -> None:
     args = parser.parse_args()
     name, model = find_model(args.model)
     folder = args.out or OUT / name
-    profile = args.profile or Path(model) / "profile.safetensors"
+    profile = args.profile or find_beside(model)
     if args.calibrate:
         calibrate(model, profile, args.dtype)
     measured = str(profile) if profile.is_file() else "none"

@@ -79,6 +79,17 @@ def is_there(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
+def find_model(model: str) -> tuple[str, str]:
+    """Return a model's name and path: of the table, a folder or a GGUF file; SystemExit says how to get one."""
+    if model not in SOURCES:
+        path = Path(model)
+        return (path.stem if path.suffix == ".gguf" else path.absolute().name), model
+    folder = find_folder() / model
+    if not is_there(folder):
+        raise SystemExit(f"{folder}: expected {SOURCES[model].what}; run: python benchmarks/real_models.py {model}")
+    return model, str(folder)
+
+
 def put(name: str, folder: Path, hub: str | None = None) -> Path:
     """Return the folder of a model, which is filled first where it is not there."""
     target = folder / name

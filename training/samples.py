@@ -16,9 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from farkv.demo.recall import fact_line, question_line
+from farkv.evals.code_tasks import CODE_TASKS
 from farkv.evals.draw import Draw
 from farkv.evals.sample import Made, Turn, lay
-from farkv.evals.code_tasks import CODE_TASKS
 
 NOTHING, TEXT, ANSWER, COPY = 0, 1, 2, 3
 DIGITS = 4
