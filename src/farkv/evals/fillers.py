@@ -18,6 +18,7 @@ from pathlib import Path
 
 from farkv.demo.filler import STDLIB, draw_filler, read_sources
 from farkv.errors import ConfigError
+from farkv.files import read_file
 
 # Texts of `code` are those that the demo model was not trained on; `english` is the same as `manuals`, on both sides.
 FILLERS = ("mixed", "code", "manuals", "licences", "prose", "english")
@@ -26,6 +27,7 @@ CALIBRATION_PERCENT = 25
 LEAST_CHARACTERS, MOST_CHARACTERS = 1500, 120_000
 # Filler may be so many tokens short.
 LEAST_LEFT = 40
+MAX_FILE_BYTES = 2**24
 LICENCE = re.compile(r"licen[cs]e|copying|notice", re.IGNORECASE)
 # Where Linux distributions keep them.
 COMMON_LICENCES = Path("/usr/share/common-licenses")
@@ -134,8 +136,8 @@ def describe(package: Distribution) -> str:
 def read_quietly(path: Path) -> str:
     """Return the text of a file; empty where it cannot be read."""
     try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+        return read_file(path, MAX_FILE_BYTES).decode("utf-8")
+    except (OSError, ValueError):
         return ""
 
 
