@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, read_text
-from farkv.cli.terminal import err, say
+from farkv.cli.terminal import err, say, show_waiting
 from farkv.config import check_text
 from farkv.errors import ConfigError, InputError
 from farkv.names import check_target
@@ -87,7 +87,8 @@ def profile_model(
     if not any(found for _, found in files):
         raise InputError("--prompts: expected at least one file that contains text, got none")
     quiet_libraries()
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    with show_waiting(f"loading {quote(model)}"):
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     encode = partial(encode_prompt, tokenizer)
     rows = draw_rows([row for path, found in files for row in cut_rows(path, found, encode, tokens)], limit, seed)
     part, started = out.with_name(out.name + ".part"), time.perf_counter()
