@@ -16,14 +16,15 @@ from farkv.evals.row import Row
 from farkv.evals.stats import Floats, Interval, column_means, draw_means, interval
 
 # Averaged besides.
-MEASURED = ("top1", "read_fraction", "index_fraction", "kept_fraction")
+MEASURED = ("top1", "read_fraction", "index_fraction", "kept_fraction", "managed_read_fraction")
 
 
 class Near(NamedTuple):
     """One method at one fraction.
 
     kl: nats per token to the full cache.  top1: share of equal first choices.  score: mean over the cells that the full
-    cache itself does not fail; None if there is none.  mark: `best` of its fraction but for what reads every key;
+    cache itself does not fail; None if there is none.  managed_read_fraction: of the managed layers; NaN where not
+    measured.  mark: `best` of its fraction but for what reads every key;
     `same`: the paired interval of the difference to it holds 0.  n: samples.
     """
 
@@ -34,6 +35,7 @@ class Near(NamedTuple):
     read_fraction: float
     index_fraction: float
     kept_fraction: float
+    managed_read_fraction: float
     n: int
     bound: bool
     mark: str = ""

@@ -178,7 +178,7 @@ class Judge:
                 prompt_sha=sample.prompt_sha, gated=False, tokens=texts.prompts[b].n_tokens,
                 steps=account.decode_steps, agrees=None, kl=None, nll=None, depth=depths[0] if depths else None,
                 turns=turns, proof=prove(variant, account), bytes_per_step=read / n, full_bytes_per_step=held / n,
-                decode_s=output.seconds / n, tokens_per_s=rate,
+                decode_s=output.seconds / n, tokens_per_s=rate, managed_read_fraction=receipt.managed_read_fraction,
             ))  # fmt: skip
         return rows
 
@@ -234,9 +234,10 @@ def check_reads(row: Row) -> None:
         return
     # One record per head is always read; methods that keep decoded tokens grow by one record per step.
     more = 1 + (row.steps if find_method(row.method).grows else 0)
-    if row.read_fraction > row.fraction + more / max(1, row.tokens):
+    managed = row.read_fraction if row.managed_read_fraction is None else row.managed_read_fraction
+    if managed > row.fraction + more / max(1, row.tokens):
         raise CacheStateError(
-            f"eval: {row.method} at {row.fraction} read {row.read_fraction:.4f} of the KV bytes of "
+            f"eval: {row.method} at {row.fraction} read {managed:.4f} of the KV bytes of the managed layers of "
             f"{row.task}/{row.length}/{row.seed}; expected at most {row.fraction}: the result is not valid for this cap"
         )
     if row.bytes_per_step >= row.full_bytes_per_step:

@@ -5,6 +5,7 @@ In: lines of `farkv.evals.closeness`. Out: text. The first column is what was re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from rich.text import Text
 from farkv.evals.closeness import Near
 from farkv.evals.show import NONE, fraction_text, number, percent, write_rows
 
+# A difference of fractions that is no rounding error.
+TINY = 1e-6
 MARKS = {"best": " *", "same": " ≈"}
 EXPLAINED = (
     "KL: nats per token to the full cache, at every token of the right answers, which are fed; in brackets its 95 % "
@@ -27,6 +30,13 @@ EXPLAINED = (
 def sum_bytes(line: Near) -> float:
     """Return the share of the cache's bytes that a step reads, index included; what reads every key, without those."""
     return line.read_fraction + (0.0 if line.bound else line.index_fraction)
+
+
+def show_bytes(line: Near) -> str:
+    """Return what is read per step, index included, and in a hybrid model what of the managed layers is."""
+    managed = line.managed_read_fraction
+    differs = math.isfinite(managed) and abs(managed - line.read_fraction) > TINY
+    return percent(sum_bytes(line)) + (f" (managed: {percent(managed)})" if differs else "")
 
 
 def show_kl(line: Near) -> str:
@@ -59,7 +69,7 @@ def write_near(by_length: Mapping[str, Sequence[Near]]) -> str:
     for setting in sorted(keys, key=lambda s: (not s.is_full, s.fraction, s.method)):
         found = [next((x for x in lines if x.setting == setting), None) for lines in by_length.values()]
         first = next(line for line in found if line is not None)
-        row = [setting.method, fraction_text(setting.fraction), percent(sum_bytes(first))]
+        row = [setting.method, fraction_text(setting.fraction), show_bytes(first)]
         for line in found:
             row += [NONE] * 3 if line is None else [show_kl(line), percent(line.top1), show_score(line)]
         rows.append(row)

@@ -40,7 +40,8 @@ class Row:
     bytes_per_step: mean KV and index bytes read per decode step; full_bytes_per_step: the same of a full cache.
     agrees: the answer equals the full cache's.  kl, top1: nats per token, and the share of equal first choices, to the
     full cache, at every token of the right answer (or of a known continuation), which is fed.  nll: nats per token of a
-    continuation.  gated: the full cache itself fails the task at this length, so the score says nothing.
+    continuation.  managed_read_fraction: of the layers that a method manages, which is what it caps; in a hybrid model
+    the others read all they hold.  gated: the full cache itself fails the task at this length, so the score says nothing.
     """
 
     task: str
@@ -71,6 +72,7 @@ class Row:
     tokens_per_s: float = 0.0
     query_aware: bool = False
     top1: float | None = None
+    managed_read_fraction: float | None = None
 
     @property
     def key(self) -> Key:
