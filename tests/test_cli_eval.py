@@ -39,6 +39,12 @@ def test_it_compares_and_prints_one_object(tmp_path: Path) -> None:
     row = json.loads((out / "results.jsonl").read_text().splitlines()[0])
     assert prompt["prompt_sha"] == row["prompt_sha"]
     assert prompt["turns"][0]["completion"].startswith("print(")
+    # The same command again, by the run's own settings: nothing is left to do, and what was cut off is made again.
+    lines = (out / "results.jsonl").read_text().splitlines(keepends=True)
+    (out / "results.jsonl").write_text("".join(lines[:2]))
+    again = call("--out", str(out), "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert (json.loads(again.stdout)["rows"], json.loads(again.stdout)["written"]) == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +57,7 @@ def test_it_compares_and_prints_one_object(tmp_path: Path) -> None:
         (("--tasks", ","), "--tasks: expected comma-separated names"),
         (("--tasks", "ruler:/nowhere.jsonl"), "/nowhere.jsonl"),
         (("--methods", "h3o"), "expected some of full, infinigen"),
+        (("--resume",), "--resume: "),
     ],
 )
 def test_a_mistake_is_one_error(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:

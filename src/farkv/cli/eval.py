@@ -38,6 +38,7 @@ def evaluate(
     limit: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample; the others count up from it.")] = 0,
     out: Annotated[Path, typer.Option("--out", "-o", help="Results folder; resumes a run found there.")] = Path("eval"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, by its own settings.")] = False,
     filler: Annotated[
         str | None,
         typer.Option(help="Filler text: mixed, code, manuals, licences, prose. Default: mixed; in code: code."),
@@ -100,6 +101,8 @@ def evaluate(
 
       farkv eval --model demo --tasks niah_multikey,ppl --limit 5 --out eval
 
+      farkv eval --out eval --resume
+
       farkv eval -m Qwen/Qwen3-8B --tasks orders,vt --lengths 8K,32K
 
       farkv eval -m ./my-model --tasks ruler:validation.jsonl --lengths 32K
@@ -107,7 +110,7 @@ def evaluate(
     from farkv.bench.shapes import parse_contexts
     from farkv.evals.describe import EvalPlan
     from farkv.evals.prompter import check_form
-    from farkv.evals.run import run_eval
+    from farkv.evals.run import resume_plan, run_eval
 
     check_form(form)
 
@@ -118,6 +121,8 @@ def evaluate(
         tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, form, trace, workers, threads,
         dtype, device, profile, save_prompts, batch,
     )  # fmt: skip
+    if resume:
+        plan = resume_plan(plan, out)
     # Otherwise each worker's tokenizer prints a warning over the progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with show_progress(err, "eval", quiet=False) as tell:

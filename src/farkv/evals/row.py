@@ -41,7 +41,7 @@ class Row:
     agrees: the answer equals the full cache's.  kl, top1: nats per token, and the share of equal first choices, to the
     full cache, at every token of the right answer (or of a known continuation), which is fed.  nll: nats per token of a
     continuation.  managed_read_fraction: of the layers that a method manages, which is what it caps; in a hybrid model
-    the others read all they hold.  gated: the full cache itself fails the task at this length, so the score says nothing.
+    the others read all they hold.  gated: the full cache itself fails the task at this length: the score says nothing.
     """
 
     task: str

@@ -77,6 +77,28 @@ def find_variants(plan: EvalPlan) -> list[Variant]:
     return [Variant(name, fraction) for name in names for fraction in plan.fractions]
 
 
+def resume_plan(plan: EvalPlan, out: Path) -> EvalPlan:
+    """Return the settings of the run in a folder; processes, device and profile are those asked for now.
+
+    Raises:
+        InputError: the folder has no run, or its record is damaged.
+    """
+    path = out / RUN
+    try:
+        old = parse_json(read_file(path, MAX_BYTES))
+        check_old(old)
+        lists: dict[str, Any] = {name: tuple(old[name]) for name in ("tasks", "methods", "fractions", "lengths")}
+        same = {name: old[name] for name in ("model", "seed", "filler", "form", "dtype", "limit", "batch")}
+        kinds = {"seed": int, "limit": int, "batch": int}
+        if wrong := next((n for n, x in same.items() if type(x) is not kinds.get(n, str)), None):
+            raise ValueError(f"{wrong}: expected {kinds.get(wrong, str).__name__}")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"--resume: {quote(path)}: expected the run of farkv eval ({error!r:.200}); leave --resume out to begin one"
+        ) from error
+    return plan._replace(**lists, **same)
+
+
 def check_folder(out: Path, record: dict[str, Any]) -> None:
     """Check that the folder's run, if any, can be continued, and merge its settings into the record.
 
