@@ -1,8 +1,8 @@
 """How kvpress answers a prompt: one reading of the text, every press's eviction from it, the question token by token.
 
-In: a model folder, prompts. Out: `Told`s. Presses do not change what later layers see while the text is read, so one
-reading serves them all: each press's own `compress` gets what its hook would get. `compare_presses` checks that against
-the hooks themselves.
+In: a model folder, prompts with their tokens. Out: `Told`s, compared with the full cache. Presses do not change what
+later layers see while the text is read, so one reading serves them all: each press's own `compress` gets what its hook
+would get. `compare_presses` checks that against the hooks themselves.
 """
 
 from __future__ import annotations
@@ -15,20 +15,24 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kvpress_peer import Told
+from kvpress_talk import Speaker, Spoken, Talk
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
+
+from farkv.evals.forced import average, compare_continuation, compare_turn
 
 # Prints the logits of a text's first tokens; run by another environment's interpreter, which reads it from -c.
 LOGITS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+dtype = getattr(torch, sys.argv[4])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=dtype).eval()
 ids = torch.load(sys.argv[2])
 with torch.no_grad():
-    torch.save(model(ids).logits, sys.argv[3])
+    torch.save(model(ids).logits.float(), sys.argv[3])
 """
 CHECKED_TOKENS = 512
 # kvpress's names; those of the second line need all attention weights, that of the third only masks.
@@ -58,110 +62,62 @@ def make_press(name: str, fraction: float) -> Any:
     return getattr(kvpress, known[name])(compression_ratio=1 - fraction)
 
 
-class Talk:
-    """A cache while it is asked, token by token; what its tensors hold at every step is counted."""
+class Heard(NamedTuple):
+    """What a cache said: turns, or the predictions of a continuation; and the talk, which counted what was read."""
 
-    def __init__(self, answerer: Answerer, cache: DynamicCache, n_text: int):
-        self.own, self.cache, self.n_text, self.steps = answerer, cache, n_text, 0
-        self.read = self.full = 0
-        keys = cache.layers[0].keys
-        self.record_bytes = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
-        # A view of a larger tensor counts as that.
-        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
-        held = sum(t.untyped_storage().nbytes() for t in tensors)
-        self.smaller = held < n_text * self.record_bytes * len(cache.layers)
-
-    def feed(self, tokens: list[int]) -> torch.Tensor:
-        """Feed tokens, each at its own place in the text; return the last logits, [vocabulary]."""
-        logits = torch.empty(0)
-        for token in tokens:
-            ids, place = torch.tensor([[token]]), torch.tensor([[self.n_text + self.steps]])
-            out = self.own.model(input_ids=ids, past_key_values=self.cache, position_ids=place, use_cache=True)
-            logits, self.steps = out.logits[0, -1], self.steps + 1
-            self.read += self.held
-            self.full += len(self.cache.layers) * (self.n_text + self.steps)
-        return logits
-
-    @property
-    def held(self) -> int:
-        """Return the records in the tensors of all layers."""
-        return sum(layer.keys.shape[2] for layer in self.cache.layers)
-
-    def force(self, tokens: list[int]) -> torch.Tensor:
-        """Feed known tokens; return the log-probabilities after each but the last, [n - 1, vocabulary]."""
-        return torch.stack([self.feed([token]).float().log_softmax(-1) for token in tokens[:-1]])
-
-    def ask(self, turns: list[dict[str, Any]]) -> list[str]:
-        """Ask turn by turn as `farkv eval` asks a base model: an answer ends with its line."""
-        answers: list[str] = []
-        pending: list[int] = []
-        for turn in turns:
-            ids, pending = self._answer([*pending, *self.own.encode(turn["completion"])], turn)
-            answers.append(self.own.tokenizer.decode(ids, skip_special_tokens=True))
-        return answers
-
-    def _answer(self, question: list[int], turn: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Return an answer's tokens, and what of it the cache has not seen."""
-        n_right, line_end, ids = len(self.own.encode(turn["answer"])), self.own.encode("\n"), []
-        logits = self.feed(question)
-        while True:
-            token = int(logits.argmax())
-            if token in self.own.stops:
-                return ids, line_end
-            if "\n" in self.own.tokenizer.decode([token]):
-                return ids, [token]
-            ids.append(token)
-            if len(ids) == n_right + n_right // 3 + 4:
-                return ids, [token, *line_end]
-            logits = self.feed([token])
+    talk: Talk
+    spoken: list[Spoken]
+    logs: torch.Tensor | None
+    seconds: float
 
 
 class Answerer:
-    """A model, its tokenizer and what they answer."""
+    """A model, its tokenizer and what they answer.
 
-    def __init__(self, path: str, threads: int, eager_tokens: int):
-        torch.set_num_threads(threads)
+    Args:
+        path: the model's folder, or a hub id.
+        dtype: the run's.
+        form: the run's: how answers end.
+        eager_tokens: the longest text for a press that needs all weights.
+    """
+
+    def __init__(self, path: str, dtype: torch.dtype, form: str, eager_tokens: int):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        # farkv computes half-precision checkpoints in float32 on a CPU.
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
         self.eager_tokens = eager_tokens
         eos = self.model.generation_config.eos_token_id
-        self.stops = set(eos) if isinstance(eos, list) else {eos} - {None}
-
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of what goes on after something else."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.speaker = Speaker(self.model, self.tokenizer, form, set(eos) if isinstance(eos, list) else {eos} - {None})
 
     @torch.no_grad()
     def answer(self, prompt: dict[str, Any], variants: Variants) -> Iterator[Told]:
-        """Yield the full cache's answer, then every variant's."""
-        text, following = self._split(prompt)
+        """Yield the full cache's answer, then every variant's, compared with it."""
+        text = prompt["tokens"]["text"]
         caches = self.read(text, [v for v in variants if v[0] in SDPA], eager=False)
         eager = [v for v in variants if v[0] in EAGER]
         if eager and len(text) <= self.eager_tokens:
             caches |= self.read(text, eager, eager=True)
-        reference = None
+        full = None
         for variant in list(caches):
-            told, logs = self._tell(variant, Talk(self, caches.pop(variant), len(text)), prompt, following, reference)
-            reference = logs if reference is None else reference
-            yield told
+            heard = self._hear(caches.pop(variant), prompt)
+            full = heard if full is None else full
+            yield tell(variant, heard, full, prompt)
         for variant in variants:
-            if variant[0] in MASKS:
-                talk = Talk(self, self.press(text, make_press(*variant)), len(text))
-                yield self._tell(variant, talk, prompt, following, reference)[0]
+            if variant[0] in MASKS and full is not None:
+                yield tell(variant, self._hear(self.press(text, make_press(*variant)), prompt), full, prompt)
                 for layer in self.model.model.layers:
                     layer.self_attn.masked_key_indices = None
 
-    def _split(self, prompt: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Return the tokens of the text, and of a continuation that is fed after it, as `farkv eval` cuts them."""
-        if not prompt.get("continuation"):
-            return list(self.tokenizer(prompt["text"])["input_ids"]), []
-        whole = self.tokenizer(prompt["text"] + prompt["continuation"], return_offsets_mapping=True)
-        ids, ends = list(whole["input_ids"]), whole["offset_mapping"]
-        cut = next(i for i, (_, stop) in enumerate(ends) if stop > len(prompt["text"]))
-        return ids[:cut], ids[cut:]
+    def _hear(self, cache: DynamicCache, prompt: dict[str, Any]) -> Heard:
+        """Ask a cache, or feed it what follows."""
+        tokens, started = prompt["tokens"], time.perf_counter()
+        talk = Talk(self.speaker, cache, len(tokens["text"]))
+        if tokens["continuation"]:
+            spoken, logs = [], talk.force(tokens["continuation"])
+        else:
+            spoken, logs = talk.ask(tokens["turns"], speaks=not prompt["n_written"]), None
+        return Heard(talk, spoken, logs, time.perf_counter() - started - talk.paused)
 
     def read(self, text: list[int], variants: Variants, *, eager: bool) -> dict[tuple[str, float], DynamicCache]:
         """Read the text once; return each variant's cache, and the full one where attention is not eager."""
@@ -204,46 +160,49 @@ class Answerer:
             self.model.model(input_ids=torch.tensor([text]), past_key_values=cache)
         return cache
 
-    def _tell(
-        self, variant: tuple[str, float], talk: Talk, prompt: dict[str, Any], following: list[int],
-        reference: torch.Tensor | None,
-    ) -> tuple[Told, torch.Tensor | None]:  # fmt: skip
-        """Ask a cache, or feed it what follows; `reference`: of a continuation, the full cache's predictions."""
-        started, judged, answers, logs = time.perf_counter(), {}, [], None
-        if following:
-            logs, goal = talk.force(following), torch.tensor(following[1:])
-            full = logs if reference is None else reference
-            judged = dict(score=float((logs.argmax(-1) == goal).float().mean()),
-                          nll=float(-logs[torch.arange(len(goal)), goal].mean()),
-                          kl=float((full.exp() * (full - logs)).sum(-1).mean()))  # fmt: skip
-        else:
-            answers = talk.ask(prompt["turns"])
-        last = talk.held / len(talk.cache.layers) / (talk.n_text + talk.steps)
-        read, full_bytes = (n * talk.record_bytes / talk.steps for n in (talk.read, talk.full))
-        told = Told(*variant, answers, read / full_bytes, last, read, full_bytes, talk.smaller, talk.steps,
-                    time.perf_counter() - started, **judged)  # fmt: skip
-        return told, logs
+
+def tell(variant: tuple[str, float], heard: Heard, full: Heard, prompt: dict[str, Any]) -> Told:
+    """Return what a cache said, how near it is to the full one, and what it read."""
+    talk = heard.talk
+    last = talk.held / len(talk.cache.layers) / (talk.n_text + talk.steps)
+    read, full_bytes = (n * talk.record_bytes / talk.steps for n in (talk.read, talk.full))
+    texts = [spoken.text for spoken in heard.spoken]
+    told = Told(*variant, texts, read / full_bytes, last, read, full_bytes, talk.smaller, talk.steps, heard.seconds)
+    if heard.logs is not None and full.logs is not None:
+        goal = torch.tensor(prompt["tokens"]["continuation"][1:])
+        near = compare_continuation(full.logs, heard.logs, goal)
+        return told._replace(**near, agrees=near["top1"] == 1)
+    pairs = [compare_turn(f.logs, h.logs) for f, h in zip(full.spoken, heard.spoken, strict=True)]
+    kl, top1 = average([closeness for closeness, _ in pairs])
+    told = told._replace(kl=kl, top1=top1, turns=tuple(record for _, record in pairs))
+    if prompt["n_written"]:
+        # There is no right answer: right is what the full cache would say next.
+        return told._replace(score=top1, agrees=top1 == 1)
+    return told._replace(agrees=texts == [spoken.text for spoken in full.spoken])
 
 
-def compare_logits(python: str, path: str, text: str, answerer: Answerer) -> str:
+def compare_logits(python: str, path: str, text: list[int], answerer: Answerer) -> str:
     """Say how far this version's logits are from those of the environment that has farkv."""
+    dtype = answerer.model.dtype
+    name = str(dtype).removeprefix("torch.")
     with tempfile.TemporaryDirectory() as folder:
         ids, out = Path(folder) / "ids.pt", Path(folder) / "logits.pt"
-        tokens = torch.tensor([answerer.tokenizer(text)["input_ids"][:CHECKED_TOKENS]])
+        tokens = torch.tensor([text[:CHECKED_TOKENS]])
         torch.save(tokens, ids)
-        subprocess.run([python, "-c", LOGITS, path, str(ids), str(out)], check=True, capture_output=True)
+        subprocess.run([python, "-c", LOGITS, path, str(ids), str(out), name], check=True, capture_output=True)
         with torch.no_grad():
-            ours, theirs = answerer.model(tokens).logits, torch.load(out)
+            ours, theirs = answerer.model(tokens).logits.float(), torch.load(out)
     gap, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
-    if not gap <= 1e-4 * size:
+    # Half precision rounds coarser than float32's bound: a few of its last digits.
+    if not gap <= max(1e-4, 4 * torch.finfo(dtype).eps) * size:
         sys.exit(f"kvpress_peer: the model's logits differ by {gap:.3g} of {size:.3g} between the two environments")
-    return json.dumps({"logits_checked": list(ours.shape), "largest": size, "largest_difference": gap})
+    return json.dumps({"logits_checked": list(ours.shape), "dtype": name, "largest": size, "largest_difference": gap})
 
 
 @torch.no_grad()
-def compare_presses(answerer: Answerer, text: str, names: list[str], fraction: float) -> str:
+def compare_presses(answerer: Answerer, text: list[int], names: list[str], fraction: float) -> str:
     """Say whether one reading for all presses leaves the very caches that each press's own hooks leave."""
-    tokens, same = list(answerer.tokenizer(text)["input_ids"])[: 4 * CHECKED_TOKENS], {}
+    tokens, same = text[: 4 * CHECKED_TOKENS], {}
     for name in names:
         if name in MASKS or name == "random":
             continue

@@ -11,14 +11,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${KVPRESS_VENV:-.venv-kvpress}
-if ! "$venv/bin/python" -c 'import kvpress' >/dev/null 2>&1; then
+if ! "$venv/bin/python" -c 'import jaxtyping, kvpress' >/dev/null 2>&1; then
     [ -x "$venv/bin/pip" ] || "${PYTHON:-python3.11}" -m venv "$venv"
-    # The same torch as farkv's own environment; the rest is kvpress's to say.
-    grep -E '^(torch|numpy|safetensors)==' constraints.txt >"$venv/constraints.txt"
+    # The same torch as farkv's own environment; jaxtyping for farkv's measures; the rest is kvpress's to say.
+    grep -E '^(torch|numpy|safetensors|jaxtyping)==' constraints.txt >"$venv/constraints.txt"
     # shellcheck disable=SC2086 # PIP_FLAGS are several words
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check ${PIP_FLAGS:-} -c "$venv/constraints.txt" \
-        torch 'transformers==5.2.0' 'kvpress==0.5.5'
+        torch 'transformers==5.2.0' 'kvpress==0.5.5' jaxtyping
 fi
 farkv=${FARKV_PYTHON:-.venv/bin/python}
 [ -x "$farkv" ] && set -- --reference "$farkv" "$@"
-exec "$venv/bin/python" benchmarks/kvpress_peer.py "$@"
+# Scores and closeness are farkv's own files, which import torch alone.
+PYTHONPATH=src exec "$venv/bin/python" benchmarks/kvpress_peer.py "$@"

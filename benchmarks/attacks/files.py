@@ -240,7 +240,7 @@ def append_result(folder: Path) -> None:
     class Plan:
         pass
 
-    runner = Runner(Plan(), folder, [], lambda items: iter(()))  # type: ignore[arg-type]
+    runner = Runner(Plan(), folder, [], lambda items: iter(()), None)  # type: ignore[arg-type]
     runner._write(Row(**json.loads(make_rows().splitlines()[0])))
 
 

@@ -20,10 +20,10 @@ from farkv.evals.forced import compare_turn
 from farkv.evals.judge import Judge, check_reads
 from farkv.evals.methods import list_methods
 from farkv.evals.prefill import fill_cache, prefill_once
-from farkv.evals.prompter import Prompter, choose_form
-from farkv.evals.row import RESULTS, RUN, Key, read_rows, write_rows
+from farkv.evals.prompter import Prompter
+from farkv.evals.row import PROMPTS, RESULTS, RUN, Key, read_rows, write_rows
 from farkv.evals.run import run_eval
-from farkv.evals.sample import Sample, Turn
+from farkv.evals.sample import Sample
 from farkv.evals.text import Maker
 from farkv.files import append_line
 from farkv.hf.ask import Listener, Prompt, prefill
@@ -133,6 +133,16 @@ def test_tasks_that_the_full_cache_fails_are_gated(tmp_path: Path) -> None:
 def read_lines_of(plan: EvalPlan, out: Path) -> list[dict[str, Any]]:
     run_eval(plan, out)
     return read_lines(out)
+
+
+def test_saved_prompts_hold_the_tokens(tmp_path: Path) -> None:
+    run_eval(PLAN._replace(methods=("full",), save_prompts=True), tmp_path)
+    prompts = [json.loads(line) for line in (tmp_path / PROMPTS).read_text().splitlines()]
+    assert [prompt["tokens"] for prompt in prompts] == [
+        judge().prompter.list_tokens(make("niah_multikey", 512, seed)) for seed in range(2)
+    ]
+    fed = [tokens["text"] + turn["question"] for tokens in (p["tokens"] for p in prompts) for turn in tokens["turns"]]
+    assert [len(ids) for ids in fed] == [row["tokens"] for row in read_lines(tmp_path)]
 
 
 def test_what_a_method_cannot_do_is_skipped_and_said(tmp_path: Path) -> None:
@@ -282,41 +292,6 @@ def test_closeness_is_zero_to_itself_and_counts_other_choices() -> None:
     wanted = (logs.exp().double() * (logs - other).double()).sum(-1)
     assert far.kl == pytest.approx(float(wanted.sum()), rel=1e-5)
     assert record["kl_along"] == pytest.approx([float(part.mean()) for part in wanted.chunk(8)], abs=1e-5)
-
-
-def test_the_form_follows_from_model_and_tokenizer() -> None:
-    tokenizer = demo()[1]
-    chatty = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
-    chatty.chat_template = "{{ messages }}"
-    assert choose_form("auto", "demo", tokenizer, 1) == "code"
-    assert choose_form("auto", "else", tokenizer, 1) == "completion"
-    assert choose_form("auto", "else", chatty, 10**9) == "prefix"
-    assert choose_form("auto", "else", chatty, 10**10) == "chat"
-    assert choose_form("code", "else", chatty, 1) == "code"
-    with pytest.raises(InputError, match="no chat template"):
-        choose_form("prefix", "else", tokenizer, 1)
-    with pytest.raises(ConfigError, match="expected auto, code"):
-        choose_form("song", "else", tokenizer, 1)
-
-
-def test_chat_models_are_asked_in_their_template() -> None:
-    _, tokenizer = demo()
-    tokenizer = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    prompter = Prompter(tokenizer, "chat")
-    turns = (Turn("q(1)  # ", "Say one.", "1", ("1",)), Turn("q(2)  # ", "Say two.", "2", ("2",)))
-    prompt = prompter.build(Sample("t", 64, 0, "some text\n", turns))
-    assert tokenizer.decode(prompt.text + prompt.question) == "<user>some text\nSay one.</user><assistant>"
-    assert tokenizer.decode(prompter.follow(turns[1])) == "</assistant><user>Say two.</user><assistant>"
-    begun = Prompter(tokenizer, "prefix")
-    turn = turns[0]._replace(prefix="It is", answer=" 1")
-    prompt = begun.build(Sample("t", 64, 0, "some text\n", (turn,)))
-    assert tokenizer.decode(prompt.text + prompt.question) == "<user>some text\nSay one.</user><assistant>It is"
-    assert tokenizer.decode(begun.encode_answer(turn)) == " 1"
-    assert tokenizer.decode(prompter.encode_answer(turn)) == "1"
 
 
 def test_results_are_the_users_alone_and_half_letters_survive(done: Path, tmp_path: Path) -> None:

@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Float, Tensor
+from farkv.evals.forced import space_places
 from farkv.evals.prompter import Prompter
 from farkv.evals.sample import Sample, Turn
 from farkv.hf.ask import Prompt
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 
-# Of a long answer, predictions are kept at so many places at most.
-KEPT_PLACES = 256
 # What the full cache writes where there is no right answer: drawn at this temperature, so that it does not repeat
 # itself; by a seed.
 TEMPERATURE = 0.7
@@ -95,7 +94,7 @@ class Asker:
         right, own, rows = [self.prompter.encode_answer(turn) for turn in turns], None, list[Tensor]()
         n = max(map(len, right))
         fed = [ids + [self.line_end] * (n - len(ids)) for ids in right]
-        every = -(-n // KEPT_PLACES)
+        every = space_places(n)
         for i in range(n):
             if i % every == 0:
                 rows.append(logits.float().log_softmax(-1).cpu())
@@ -139,7 +138,7 @@ class Asker:
         rngs = [torch.Generator().manual_seed(sample.seed) for sample in samples]
         n, rows = samples[0].n_written, list[Tensor]()
         ids: list[list[int]] = self.written or [[] for _ in samples]
-        every = -(-n // KEPT_PLACES)
+        every = space_places(n)
         for i in range(n):
             logs = logits.float().log_softmax(-1).cpu()
             if i % every == 0:

@@ -14,6 +14,8 @@ from farkv._axes import Float32, Tensor
 
 # Long answers are also compared part by part; an answer with fewer places than this is not long.
 PARTS, LEAST_PLACES = 8, 64
+# Of a long answer, predictions are kept at so many places at most.
+KEPT_PLACES = 256
 
 
 class Closeness(NamedTuple):
@@ -22,6 +24,11 @@ class Closeness(NamedTuple):
     kl: float
     same: int
     places: int
+
+
+def space_places(n: int) -> int:
+    """Return that predictions are kept at every n-th place of an answer of so many tokens."""
+    return -(-n // KEPT_PLACES)
 
 
 def measure(full: Float32[Tensor, "N V"], logs: Float32[Tensor, "N V"]) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,23 @@ class Prompter:
         # Special tokens at the beginning belong to the text only, not to the question.
         return Prompt(list(self.tokenizer(sample.text)["input_ids"]), self.encode(question.completion))
 
+    def list_tokens(self, sample: Sample) -> dict[str, Any]:
+        """Return all that a sample alone is fed, in order, for programs that answer the same prompts.
+
+        Returns:
+            The text's tokens; turn by turn the question's, what ends the answer before it included, and the right
+            answer's; or the continuation's.
+        """
+        prompt = self.build(sample)
+        if sample.continuation:
+            return {"text": prompt.text, "turns": [], "continuation": prompt.question}
+        questions = [prompt.question, *(self.line_end + self.follow(turn) for turn in sample.turns[1:])]
+        turns = [
+            {"question": question, "answer": self.encode_answer(turn)}
+            for question, turn in zip(questions, sample.turns, strict=True)
+        ]
+        return {"text": prompt.text, "turns": turns, "continuation": []}
+
     def begin(self, turn: Turn) -> list[int]:
         """Return the tokens that an answer is begun with."""
         return self.encode(turn.prefix) if self.form == "prefix" and turn.prefix else []

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from farkv.errors import ConfigError, InputError
 from farkv.evals.describe import EvalPlan, Variant, describe_run
 from farkv.evals.methods import FULL, list_methods
+from farkv.evals.prompter import Prompter
 from farkv.evals.row import MAX_BYTES, PROMPTS, READS, RESULTS, RUN, Key, Row, read_rows, write_rows
 from farkv.evals.sample import Sample
 from farkv.evals.work import Answered, CellSamples, Loaded, WorkItem, run_item, run_whole, start_worker
@@ -65,7 +66,9 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
     check_folder(out, record)
     write_file(out / RUN, (json.dumps(record, indent=1) + "\n").encode(), "file", private=True)
     with open_workers(plan, loaded) as work:
-        return Runner(plan, out, variants, work).run(loaded.cells(plan), on_progress, record["skipped"])
+        return Runner(plan, out, variants, work, loaded.judge.prompter).run(
+            loaded.cells(plan), on_progress, record["skipped"]
+        )
 
 
 def find_variants(plan: EvalPlan) -> list[Variant]:
@@ -173,8 +176,8 @@ def open_workers(plan: EvalPlan, loaded: Loaded) -> Iterator[Work]:
 class Runner:
     """Runs all cells and writes the rows."""
 
-    def __init__(self, plan: EvalPlan, out: Path, variants: list[Variant], work: Work):
-        self.plan, self.out, self.variants, self.work = plan, out, variants, work
+    def __init__(self, plan: EvalPlan, out: Path, variants: list[Variant], work: Work, prompter: Prompter):
+        self.plan, self.out, self.variants, self.work, self.prompter = plan, out, variants, work, prompter
         path = out / RESULTS
         self.rows = read_rows(path, mend=True) if path.exists() else []
         self.done: dict[Key, Row] = {row.key: row for row in self.rows}
@@ -275,6 +278,6 @@ class Runner:
         known = read_known(path)
         for s in cell.samples:
             if s.prompt_sha not in known:
-                turns = [t._asdict() for t in s.turns]
                 row = {"prompt_sha": s.prompt_sha, **{k: v for k, v in asdict(s).items() if k not in ("turns", "meta")}}
-                self._append(PROMPTS, json.dumps({**row, "turns": turns}, ensure_ascii=False))
+                row |= {"turns": [t._asdict() for t in s.turns], "tokens": self.prompter.list_tokens(s)}
+                self._append(PROMPTS, json.dumps(row, ensure_ascii=False))
