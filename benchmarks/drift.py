@@ -3,7 +3,7 @@
     python benchmarks/drift.py --model FOLDER
     PYTHONPATH=OLD/src python benchmarks/drift.py --model FOLDER --when before --add
 
-In: a model, a prompt of 2,048 tokens, and text of another kind that is appended: in turns of 512 tokens, each answered
+In: a model, a prompt of 2,048 tokens, and text of another kind that is appended: in turns of 256 tokens, each answered
 by 8, or token by token, as a long generation. Out: a JSON line per text, method, way and length: KL in nats over known
 tokens that follow, fed one by one, and how often a layer was fitted again. `whole` is a prompt that was read with all
 of the text at once. `before` is the code that fitted to turns once the text was longer by half, and never to what was
@@ -34,7 +34,7 @@ METHODS: dict[str, Any] = {
     "lowbit": LowBit(fraction=0.05),
 }
 PROMPT, STEPS = 2048, 16
-TURN, ANSWER = 504, 8
+TURN, ANSWER = 248, 8
 PROFILE_TOKENS = 1536
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser = make_parser(__doc__, "drift.jsonl")
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument("--name", default="SmolLM2-135M-Instruct", help="the model's name in the table")
-    parser.add_argument("--more", default="256,1024", type=read_numbers, help="tokens appended, by commas")
+    parser.add_argument("--more", default="1024", type=read_numbers, help="tokens appended, by commas")
     parser.add_argument("--texts", default=6, type=int)
     parser.add_argument("--ways", default="generated,turns,whole", type=read_names)
     parser.add_argument("--methods", default=",".join(METHODS), type=lambda text: text.replace(", ", "; ").split(","))
