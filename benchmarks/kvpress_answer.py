@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -189,7 +190,10 @@ def compare_logits(python: str, path: str, text: list[int], answerer: Answerer) 
         ids, out = Path(folder) / "ids.pt", Path(folder) / "logits.pt"
         tokens = torch.tensor([text[:CHECKED_TOKENS]])
         torch.save(tokens, ids)
-        subprocess.run([python, "-c", LOGITS, path, str(ids), str(out), name], check=True, capture_output=True)
+        # In half precision sums over other numbers of threads are other numbers.
+        same = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [python, "-c", LOGITS, path, str(ids), str(out), name]
+        subprocess.run(command, check=True, capture_output=True, env=same)
         with torch.no_grad():
             ours, theirs = answerer.model(tokens).logits.float(), torch.load(out)
     gap, size = float((ours - theirs).abs().max()), float(theirs.abs().max())
