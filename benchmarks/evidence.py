@@ -37,9 +37,7 @@ OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_
 MAIN = (
     "infinigen", "lowbit", "pages", "oracle", "infinigen-paper", "xkv", "snapkv", "pyramidkv", "h2o", "window",
 )  # fmt: skip
-SELECTORS = (
-    "infinigen", "infinigen-prompt", "infinigen-far", "infinigen-far-attn", "infinigen-ahead", "infinigen-ahead-attn",
-)  # fmt: skip
+SELECTORS = ("infinigen", "infinigen-far", "infinigen-far-attn", "infinigen-ahead", "infinigen-ahead-attn")
 EVICTORS = ("xkv", "xkv-uniform", "xkv-pyramid", "xkv-plan", "snapkv", "h2o")
 AWARE = tuple(f"{name}-aware" for name in EVICTORS)
 
@@ -49,13 +47,14 @@ CALIBRATION, CALIBRATION_TOKENS = 16, 1024
 
 
 class Part(NamedTuple):
-    """Methods at fractions on tasks: samples per task at each length."""
+    """Methods at fractions on tasks: samples per task at each length; `profiled`: with the model's profile."""
 
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     fractions: tuple[float, ...]
     limits: dict[int, int]
     batch: int = 8
+    profiled: bool = False
 
 
 # In the order in which they are run.
@@ -64,8 +63,9 @@ PARTS: dict[str, Part] = {
     "ahead": Part(("ppl", "niah_single_2", "niah_multiquery"), SELECTORS, (0.05, 0.1), {2048: 8, 8192: 4}),
     "kept": Part(
         ("ppl", "niah_single_2", "niah_multiquery", "qa_1"), (*EVICTORS, *AWARE), (0.05, 0.1, 0.2, 0.384, 0.5),
-        {2048: 8},
+        {2048: 8}, profiled=True,
     ),
+    "profile": Part(("ppl", "niah_single_2", "niah_multiquery"), ("infinigen-profile",), (0.05, 0.1), {2048: 8}, 8, True),
     "long": Part(("longgen", "extraction"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.05,), {4096: 2}, 2),
     "longest": Part(("ppl", "niah_single_2"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.02, 0.05), {32768: 2}, 1),
 }  # fmt: skip
@@ -75,18 +75,25 @@ QUICK = Part(
 )  # fmt: skip
 
 
-def run_part(part: Part, folder: Path, model: str, options: list[str], scale: float, most: int) -> None:
+class Limits(NamedTuple):
+    """Times the samples of every task, and the longest texts."""
+
+    scale: float
+    most_tokens: int
+
+
+def run_part(part: Part, folder: Path, model: str, profile: str, options: list[str], limits: Limits) -> None:
     """Run every task and length of a part; what is there already is left."""
     for length, limit in part.limits.items():
-        if length > most:
+        if length > limits.most_tokens:
             continue
         for task in part.tasks:
             command = [
                 sys.executable, "-m", "farkv.cli", "eval", "--model", model, "--tasks", task,
                 "--methods", ",".join(part.methods), "--fractions", ",".join(map(str, part.fractions)),
-                "--lengths", str(length), "--limit", str(max(1, round(limit * scale))), "--trace", "0",
+                "--lengths", str(length), "--limit", str(max(1, round(limit * limits.scale))), "--trace", "0",
                 "--batch", str(max(1, part.batch * 2048 // length if length > 2048 else part.batch)),
-                "--save-prompts", "--out", str(folder), *options,
+                "--save-prompts", "--profile", profile if part.profiled else "none", "--out", str(folder), *options,
             ]  # fmt: skip
             subprocess.run(command, check=True)
 
@@ -148,10 +155,10 @@ def main() -> None:
     if args.calibrate:
         calibrate(model, profile, args.dtype)
     measured = str(profile) if profile.is_file() else "none"
-    options = ["--threads", str(args.threads), "--dtype", args.dtype, "--profile", measured]
+    options = ["--threads", str(args.threads), "--dtype", args.dtype]
     parts = {"quick": QUICK} if args.quick else {n: p for n, p in PARTS.items() if not args.only or n in args.only}
     for part in parts.values():
-        run_part(part, folder, model, options, args.scale, args.most_tokens)
+        run_part(part, folder, model, measured, options, Limits(args.scale, args.most_tokens))
     tidy(folder, f"python benchmarks/evidence.py --model {name}")
 
 

@@ -6,7 +6,7 @@ import json
 from functools import cache
 
 import numpy as np
-from evidence import AWARE, EVICTORS, MAIN, OUT, SELECTORS
+from evidence import MAIN, OUT, PARTS, Part
 from rows import format_rows
 
 from farkv.evals.closeness import Near, measure_near
@@ -74,16 +74,17 @@ def format_tasks(name: str = "smollm2", fraction: float = HEADLINE) -> str:
     return format_rows(["task", "n", "full cache", *SHORT], lines)
 
 
-def format_part(methods: tuple[str, ...], tasks: tuple[str, ...], name: str = "smollm2") -> str:
+def format_part(part: Part, tasks: tuple[str, ...], name: str = "smollm2") -> str:
     """Return methods of one part, a row each, fractions across: KL, top-1 and score."""
     rows = [row for row in read_model(name) if row.length == 2048 and row.task in tasks]
-    lines = [line for line in measure_near(rows, methods=methods) if not line.setting.is_full]
+    found = measure_near(rows, methods=part.methods, fractions=part.fractions)
+    lines = [line for line in found if not line.setting.is_full]
     fractions = sorted({line.setting.fraction for line in lines})
     shown: list[list[str]] = []
-    for method in methods:
-        found = {line.setting.fraction: line for line in lines if line.setting.method == method}
-        if found:
-            shown.append([f"`{method}`", *(describe_cell(found.get(fraction)) for fraction in fractions)])
+    for method in part.methods:
+        mine = {line.setting.fraction: line for line in lines if line.setting.method == method}
+        if mine:
+            shown.append([f"`{method}`", *(describe_cell(mine.get(fraction)) for fraction in fractions)])
     n = lines[0].n if lines else 0
     head = ["method", *(fraction_text(f) for f in fractions)]
     return format_rows(head, shown, f"{MODELS[name]}, 2 K, {', '.join(tasks)}, n = {n}: KL (top-1, score).")
@@ -96,12 +97,18 @@ def describe_cell(line: Near | None) -> str:
 
 def format_ahead() -> str:
     """Return speculation one layer ahead beside the true query, and the paper's source beside ours."""
-    return format_part(SELECTORS, ("ppl",))
+    return format_part(PARTS["ahead"], ("ppl",))
+
+
+def format_profile() -> str:
+    """Return what a measured profile gives over a skew that is fitted to the prompt."""
+    part = PARTS["profile"]
+    return format_part(part._replace(methods=("infinigen", *part.methods)), ("ppl", "niah_single_2"))
 
 
 def format_kept() -> str:
     """Return what evicts, by how layers share, with and without the question."""
-    return format_part((*EVICTORS, *AWARE), ("qa_1",))
+    return format_part(PARTS["kept"], ("qa_1",))
 
 
 def format_orders(name: str = "smollm2", fraction: float = HEADLINE) -> str:

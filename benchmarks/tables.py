@@ -50,6 +50,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "tasks": evidence_tables.format_tasks,
         "orders": evidence_tables.format_orders,
         "ahead": evidence_tables.format_ahead,
+        "profile": evidence_tables.format_profile,
         "kept": evidence_tables.format_kept,
     },
     "docs/evaluation_demo.md": {"eval": demo_eval.format_methods, "grids": demo_eval.format_grids},

@@ -88,8 +88,8 @@ def evaluate(
 
     [bold]Methods[/bold]
 
-      select records at every step: infinigen, infinigen-prompt (skew from the
-      prompt), infinigen-far, infinigen-far-attn (one layer ahead; the paper's
+      select records at every step: infinigen, infinigen-profile (only with a
+      profile), infinigen-far, infinigen-far-attn (one layer ahead; the paper's
       source), infinigen-ahead, infinigen-ahead-attn (the same without top-up),
       infinigen-plan, infinigen-paper, pages (Quest), lowbit, window, random,
       oracle

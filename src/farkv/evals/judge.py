@@ -77,8 +77,8 @@ class Judge:
         """
         known = find_method(variant.method)
         options = attach_options(known, self.profile, variant.fraction, n_bytes)
-        profile = self.profile if known.profiled else None
-        return attach(self.model, make_method(variant.method, variant.fraction), profile=profile or False, **options)
+        method = make_method(variant.method, variant.fraction)
+        return attach(self.model, method, profile=self.profile or False, **options)
 
     def find_skipped(self, variants: list[Variant]) -> dict[Variant, str]:
         """Return the variants that cannot run, and why, before anything is run."""

@@ -23,8 +23,8 @@ class Known(NamedTuple):
     evicts: the records kept after the text are all that later questions can read.  reads_keys: selection reads every
     key, so it is an upper bound that saves nothing.  far: near memory is a separate tier, so records are selected one
     layer ahead.  plan: the lever whose per-layer shares come from the model's profile.  grows: as published, decoded
-    tokens are kept in addition, so the fraction applies to the text only.  profiled: it uses the model's profile, if
-    there is one.  aware: the first question is read with the text, before anything is evicted.
+    tokens are kept in addition, so the fraction applies to the text only.  profiled: it is a method
+    with the model's profile, and needs one.  aware: the first question is read with the text, before anything is evicted.
     """
 
     make: Callable[[float], Method]
@@ -33,15 +33,15 @@ class Known(NamedTuple):
     far: bool = False
     plan: str | None = None
     grows: bool = False
-    profiled: bool = True
+    profiled: bool = False
     aware: bool = False
 
 
 # Further variants of the table's methods.
 VARIANTS: dict[str, dict[str, Known]] = {
     "infinigen": {
-        # The skew from the prompt, whatever was measured.
-        "infinigen-prompt": Known(lambda f: InfiniGen(fraction=f), profiled=False),
+        # Its row beside that of a run with `--profile none`, whose skew is the prompt's.
+        "infinigen-profile": Known(lambda f: InfiniGen(fraction=f), profiled=True),
         # One layer ahead: with the top-up by the true query, and without; from the paper's hidden state.
         "infinigen-far": Known(lambda f: InfiniGen(fraction=f), far=True),
         "infinigen-far-attn": Known(lambda f: InfiniGen(fraction=f, source="attn"), far=True),
@@ -119,6 +119,8 @@ def attach_options(known: Known, profile: Any, fraction: float, n_bytes: int) ->
         ConfigError, ProfileError: the method needs a plan, and there is no profile with measured losses.
     """
     options: dict[str, Any] = {}
+    if known.profiled and (profile is None or not profile.has_skew):
+        raise ConfigError("profile: this method needs one with skews; create it with farkv profile, or drop the method")
     if known.far:
         options["near"] = 4 * n_bytes + 2**28
     if known.plan is not None:
