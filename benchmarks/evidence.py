@@ -71,7 +71,7 @@ PARTS: dict[str, Part] = {
 }  # fmt: skip
 QUICK = Part(
     ("ppl", "niah_single_2", "niah_multikey_2", "qa_1", "orders"),
-    ("infinigen", "lowbit", "pages", "oracle", "snapkv", "window"), (0.05, 0.1), {2048: 4}, 4,
+    ("infinigen", "lowbit", "pages", "oracle", "snapkv", "window"), (0.05,), {2048: 4}, 4,
 )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ class Known(NamedTuple):
     evicts: the records kept after the text are all that later questions can read.  reads_keys: selection reads every
     key, so it is an upper bound that saves nothing.  far: near memory is a separate tier, so records are selected one
     layer ahead.  plan: the lever whose per-layer shares come from the model's profile.  grows: as published, decoded
-    tokens are kept in addition, so the fraction applies to the text only.  profiled: it needs the model's profile, which
-    others use if there is one.  aware: the first question is read with the text, before anything is evicted.
+    tokens are kept in addition, so the fraction applies to the text only.  profiled: it needs a profile; others
+    use one if there is one.  aware: the first question is read with the text, before anything is evicted.
     """
 
     make: Callable[[float], Method]
