@@ -135,7 +135,7 @@ def find_near_need(model: Any, method: Method, tokens: int, **options: Any) -> t
 
 def prefill_once(model: Any, tokens: list[int]) -> Prefilled:
     """Run the text densely, in one pass, and keep what each layer saw."""
-    return shared.prefill_once(model, tokens, chunk=len(tokens))
+    return shared.prefill_once(model, [tokens], chunk=len(tokens))
 
 
 def fill_cache(far: Handle, prefilled: Prefilled, verify: int = 0) -> FarCache:

@@ -88,7 +88,7 @@ def cut_step(step: Any, start: int, stop: int) -> Any:
 
 def read_once(model: Any, tokens: list[int]) -> Prefilled:
     """Read a text densely, in one pass."""
-    return prefill_once(model, tokens, chunk=len(tokens))
+    return prefill_once(model, [tokens], chunk=len(tokens))
 
 
 @torch.no_grad()

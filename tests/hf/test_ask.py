@@ -7,7 +7,7 @@ import torch
 
 import farkv
 from farkv.errors import InputError
-from farkv.hf.ask import Decoding, Listener, ask, build_prompt
+from farkv.hf.ask import Decoding, Listener, ask, build_prompt, cut_text
 from farkv.hf.load import load_model
 from farkv.methods import Full, InfiniGen
 
@@ -92,3 +92,12 @@ def test_the_question_is_decoded_not_prefilled(loaded) -> None:
         ask(far, tokenizer, prompt, cache=cache, decoding=Decoding(3))
     # The last new token is never fed back.
     assert cache.account.decode_steps == len(prompt.question) + 2
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "chunk", "sizes"),
+    [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (2049, 2048, [2047, 2]), (1, 4, [1]), (3, 1, [1, 1, 1]), (0, 4, [])],
+)
+def test_no_token_of_a_text_is_read_alone_at_its_end(n_tokens: int, chunk: int, sizes: list[int]) -> None:
+    """It would be a decode step, before what evicts has evicted; chunks of two have no choice."""
+    assert cut_text(n_tokens, chunk) == sizes

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from farkv.hf.ask import cut_text
 from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, Handle
@@ -55,7 +56,7 @@ def prefill_once(
             if isinstance(layer, FarLayer):
                 _record(layer, passes)
         layers: list[Any] = cache.layers
-        for part in torch.tensor(texts, device=far.device).split(chunk, 1):
+        for part in torch.tensor(texts, device=far.device).split(cut_text(len(texts[0]), chunk), 1):
             passes.append({})
             far.decoder(input_ids=part, past_key_values=cache, use_cache=True)
         found = Prefilled(passes, {i: x for i, x in enumerate(layers) if not isinstance(x, FarLayer)}, len(texts[0]))

@@ -107,10 +107,23 @@ def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int | Non
     # What evicts, and what an index is fitted to, waits for the end of the prompt.
     fitting = cache.engine.announce_prompt(cache.get_seq_length() + len(tokens), CHUNK_TOKENS)
     chunk = fitting if chunk is None else chunk
-    for start in range(0, len(tokens), chunk):
-        part = torch.tensor([tokens[start : start + chunk]], device=handle.device)
+    done = 0
+    for size in cut_text(len(tokens), chunk):
+        part = torch.tensor([tokens[done : done + size]], device=handle.device)
         handle.decoder(input_ids=part, past_key_values=cache, use_cache=True)
-        listener.on_prefill(min(start + chunk, len(tokens)), len(tokens))
+        done += size
+        listener.on_prefill(done, len(tokens))
+
+
+def cut_text(n_tokens: int, chunk: int) -> list[int]:
+    """Return the sizes of the passes that read a text: `chunk` each, and the rest.
+
+    A pass of one token is a decode step, so none is left alone at the end.
+    """
+    sizes = [min(chunk, n_tokens - start) for start in range(0, n_tokens, chunk)]
+    if len(sizes) > 1 and sizes[-1] == 1 < sizes[-2] - 1:
+        sizes[-2:] = [sizes[-2] - 1, 2]
+    return sizes
 
 
 @torch.no_grad()
