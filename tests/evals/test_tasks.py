@@ -114,9 +114,10 @@ def test_links_can_be_walked_and_chains_hold_their_value() -> None:
         assert f"find({value})" in chain.turns[0].completion
 
 
-def test_a_continuation_goes_on_where_the_text_ends() -> None:
-    sample = maker().make(PPL, 600, 0)
-    assert maker().count(sample.text) == 600
+@pytest.mark.parametrize(("filler", "length", "seed"), [("code", 600, 0), ("mixed", 8192, 0), ("mixed", 8192, 1)])
+def test_a_continuation_goes_on_where_the_text_ends(filler: str, length: int, seed: int) -> None:
+    sample = maker(filler, in_code=filler == "code").make(PPL, length, seed)
+    assert abs(maker().count(sample.text) - length) <= 1
     assert sample.continuation
     assert not sample.turns
 

@@ -97,8 +97,13 @@ class Maker:
         """Make a `ppl` sample: `length` tokens of text and the continuation."""
         wanted = length + CONTINUATION
         mixed = mix_seed(PPL, length, seed)
-        text = "".join(self.draw(wanted + 200, mixed))
-        ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ends: list[tuple[int, int]] = []
+        room, text = wanted + 200, ""
+        # Lines together may have fewer tokens than alone.
+        while len(ends) < wanted:
+            text = "".join(self.draw(room, mixed))
+            ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            room += room // 10
         cut, end = ends[length - 1][1], ends[min(wanted, len(ends)) - 1][1]
         return Sample(PPL, length, seed, text[:cut], (), continuation=text[cut:end])
 
