@@ -23,13 +23,22 @@ MODELS = {
 }
 SHORT = ("infinigen", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
 HEADLINE = 0.05
+# A task that fewer of the main settings have answered is not in the tables yet.
+FINISHED = 0.8
 
 
 @cache
 def read_model(name: str) -> list[Row]:
-    """Return a model's rows; none where it was not run."""
+    """Return a model's rows, of the tasks that the main methods have finished; none where it was not run."""
     path = OUT / name / RESULTS
-    return read_rows(path) if path.is_file() else []
+    rows = read_rows(path) if path.is_file() else []
+    settings: dict[tuple[str, int], set[tuple[str, float]]] = {}
+    for row in rows:
+        if row.method in MAIN:
+            settings.setdefault((row.task, row.length), set()).add((row.method, row.fraction))
+    most = max(map(len, settings.values()), default=0)
+    whole = {place for place, found in settings.items() if len(found) >= FINISHED * most}
+    return [row for row in rows if (row.task, row.length) in whole]
 
 
 def list_models() -> list[str]:
@@ -79,6 +88,9 @@ def format_part(part: Part, tasks: tuple[str, ...], name: str = "smollm2") -> st
     rows = [row for row in read_model(name) if row.length == 2048 and row.task in tasks]
     found = measure_near(rows, methods=part.methods, fractions=part.fractions)
     lines = [line for line in found if not line.setting.is_full]
+    missing = set(part.methods) - {line.setting.method for line in lines}
+    if len(missing) > len(part.methods) // 2:
+        return say_missing(part)
     fractions = sorted({line.setting.fraction for line in lines})
     shown: list[list[str]] = []
     for method in part.methods:
@@ -88,6 +100,12 @@ def format_part(part: Part, tasks: tuple[str, ...], name: str = "smollm2") -> st
     n = lines[0].n if lines else 0
     head = ["method", *(fraction_text(f) for f in fractions)]
     return format_rows(head, shown, f"{MODELS[name]}, 2 K, {', '.join(tasks)}, n = {n}: KL (top-1, score).")
+
+
+def say_missing(part: Part) -> str:
+    """Say how a part is run that was not."""
+    name = next((name for name, known in PARTS.items() if set(part.methods) >= set(known.methods)), "main")
+    return f"Not run yet: `python benchmarks/evidence.py --model smollm2 --only {name}`."
 
 
 def describe_cell(line: Near | None) -> str:
@@ -103,7 +121,9 @@ def format_ahead() -> str:
 def format_profile() -> str:
     """Return what a measured profile gives over a skew that is fitted to the prompt."""
     part = PARTS["profile"]
-    return format_part(part._replace(methods=("infinigen", *part.methods)), ("ppl", "niah_single_2"))
+    if not any(row.method in part.methods for row in read_model("smollm2")):
+        return say_missing(part)
+    return format_part(part._replace(methods=("infinigen", *part.methods)), part.tasks)
 
 
 def format_kept() -> str:
@@ -115,6 +135,8 @@ def format_orders(name: str = "smollm2", fraction: float = HEADLINE) -> str:
     """Return how near several turns stay: depth of the fact downwards, turn to the right."""
     rows = [row for row in read_model(name) if row.task == "orders" and row.length == 2048]
     methods = [m for m in SHORT if any(row.method == m and row.fraction == fraction for row in rows)]
+    if not methods:
+        return say_missing(PARTS["main"])
     lines: list[list[str]] = []
     for method in methods:
         grid: dict[int, list[float]] = {}
