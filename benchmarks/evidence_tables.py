@@ -23,22 +23,13 @@ MODELS = {
 }
 SHORT = ("infinigen", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
 HEADLINE = 0.05
-# A task that fewer of the main settings have answered is not in the tables yet.
-FINISHED = 0.8
 
 
 @cache
 def read_model(name: str) -> list[Row]:
-    """Return a model's rows, of the tasks that the main methods have finished; none where it was not run."""
+    """Return a model's rows; none where it was not run."""
     path = OUT / name / RESULTS
-    rows = read_rows(path) if path.is_file() else []
-    settings: dict[tuple[str, int], set[tuple[str, float]]] = {}
-    for row in rows:
-        if row.method in MAIN:
-            settings.setdefault((row.task, row.length), set()).add((row.method, row.fraction))
-    most = max(map(len, settings.values()), default=0)
-    whole = {place for place, found in settings.items() if len(found) >= FINISHED * most}
-    return [row for row in rows if (row.task, row.length) in whole]
+    return read_rows(path) if path.is_file() else []
 
 
 def list_models() -> list[str]:

@@ -53,6 +53,11 @@ def test_the_nearest_is_marked_and_a_bound_is_not() -> None:
     assert {find(measure_near(same), m).mark for m in ("infinigen", "lowbit")} <= {"best", "same"}
 
 
+def test_a_cell_that_is_not_finished_takes_no_method_away() -> None:
+    begun = [*ROWS, *rows_of("full", 1.0, {("cwe", 2048): [0.0]}), *rows_of("infinigen", 0.1, {("cwe", 2048): [9.0]})]
+    assert [(x.setting, x.kl) for x in measure_near(begun)] == [(x.setting, x.kl) for x in measure_near(ROWS)]
+
+
 def test_what_is_named_is_taken_and_what_misses_a_cell_is_left_out() -> None:
     more = [*ROWS, *rows_of("h2o", 0.1, {("vt", 2048): [0.5, 0.5]})]
     assert "h2o" not in {line.setting.method for line in measure_near(more)}

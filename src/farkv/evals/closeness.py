@@ -61,7 +61,8 @@ def measure_near(
 ) -> list[Near]:
     """Return a line per method and fraction; those named, or all.
 
-    A setting that was not run on all cells is left out, and a sample that not all settings of its cell answered.
+    Only settings that were run on all cells are compared, over samples that all settings of a cell answered. Cells
+    whose run is not finished are left out, where otherwise too many settings would be (`choose_cells`).
     """
     chosen = [
         row
@@ -74,14 +75,21 @@ def measure_near(
     ]
     bounds = {Setting(r.method, r.fraction) for r in chosen if r.proof == BOUND_PROOF}
     groups = group_cells(chosen)
-    counts: dict[Setting, int] = {}
-    for group in groups:
-        for setting in group.settings:
-            counts[setting] = counts.get(setting, 0) + 1
-    everywhere = [s for s, n in counts.items() if n == len(groups)]
+    groups, everywhere = choose_cells(groups)
     lines = [make_line(groups, s, is_bound=s in bounds) for s in everywhere]
     lines.sort(key=lambda x: (not x.setting.is_full, x.setting))
     return mark_nearest(groups, lines)
+
+
+def choose_cells(groups: list[Group]) -> tuple[list[Group], list[Setting]]:
+    """Return those cells, the fullest first, that give the most cells times settings in common, and these settings."""
+    ordered = sorted(groups, key=lambda group: -len(group.settings))
+    best: tuple[list[Group], list[Setting]] = ([], [])
+    for n in range(1, len(ordered) + 1):
+        common = [s for s in ordered[0].settings if all(s in group.settings for group in ordered[:n])]
+        if n * len(common) >= len(best[0]) * len(best[1]):
+            best = ordered[:n], common
+    return best
 
 
 def group_cells(rows: list[Row]) -> list[Group]:
