@@ -193,26 +193,26 @@ def describe_turn(answer: Answer, turn: Turn) -> dict[str, Any]:
 
 def compare(rows: list[Row], texts: Texts, output: Output, full: Output) -> list[Row]:
     """Add the comparison with the full cache's predictions, and for `ppl` with the true continuation."""
+    if output.logs is None or full.logs is None:
+        pairs = zip(rows, full.answers, output.answers, strict=True)
+        return [compare_answers(row, theirs, ours, texts.samples[b]) for b, (row, theirs, ours) in enumerate(pairs)]
     found: list[Row] = []
-    for b, row in enumerate(rows):
-        if output.logs is not None and full.logs is not None:
-            goal, same = (
-                torch.tensor(texts.prompts[b].question[1:]),
-                full.logs[b].argmax(-1) == output.logs[b].argmax(-1),
-            )
-            found.append(
-                replace(row, **compare_continuation(full.logs[b], output.logs[b], goal), agrees=bool(same.all()))
-            )
-            continue
-        theirs, ours = full.answers[b], output.answers[b]
-        pairs = [compare_turn(f.logs, o.logs) for f, o in zip(theirs, ours, strict=True)]
-        kl, top1 = average([closeness for closeness, _ in pairs])
-        turns = [turn | record for turn, (_, record) in zip(row.turns, pairs, strict=True)]
-        agrees = [f.text for f in theirs] == [o.text for o in ours]
-        near = replace(row, turns=turns, kl=kl, top1=top1, agrees=agrees)
-        # There is no right answer: right is what the full cache would say next.
-        found.append(replace(near, score=top1, agrees=top1 == 1) if texts.samples[b].n_written else near)
+    for row, prompt, theirs, ours in zip(rows, texts.prompts, full.logs, output.logs, strict=True):
+        same = bool((theirs.argmax(-1) == ours.argmax(-1)).all())
+        goal = torch.tensor(prompt.question[1:])
+        found.append(replace(row, **compare_continuation(theirs, ours, goal), agrees=same))
     return found
+
+
+def compare_answers(row: Row, theirs: list[Answer], ours: list[Answer], sample: Sample) -> Row:
+    """Add to one sample's row how near its answers' predictions are to the full cache's."""
+    pairs = [compare_turn(full.logs, own.logs) for full, own in zip(theirs, ours, strict=True)]
+    kl, top1 = average([closeness for closeness, _ in pairs])
+    turns = [turn | record for turn, (_, record) in zip(row.turns, pairs, strict=True)]
+    agrees = [full.text for full in theirs] == [own.text for own in ours]
+    row = replace(row, turns=turns, kl=kl, top1=top1, agrees=agrees)
+    # Where there is no right answer, right is what the full cache would say next.
+    return replace(row, score=top1, agrees=top1 == 1) if sample.n_written else row
 
 
 def prove(variant: Variant, account: Account) -> str:
