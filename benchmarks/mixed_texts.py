@@ -54,7 +54,7 @@ class Bench:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self.kinds = read_kinds()
-        self.used = dict.fromkeys(KINDS, 0)
+        self.used: dict[str, int] = dict.fromkeys(KINDS, 0)
 
     def take(self, kind: str, n: int) -> list[int]:
         """Return the next `n` tokens of a kind."""
