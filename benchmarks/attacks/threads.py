@@ -42,7 +42,7 @@ def share_one_model(rng: random.Random) -> Verdict:
                 cache = make_cache(far, place, texts[i])
             except FarKVError:
                 return "refused"
-            return go_on(far, cache, texts[i], calms[i], 0)
+            return go_on(far, cache, texts[i], calms[i], 0, alone=False)
 
         said = run_at_once([lambda: work(place, 0), lambda: work(place, 1)])
         # Over a limit that is for one cache, the second may be refused; at a wrong answer nothing helps.
