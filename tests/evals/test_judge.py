@@ -114,14 +114,12 @@ def test_a_batch_is_answered_as_its_samples_alone(task: str) -> None:
     """Of the same tokens: what one sequence is fed, reads and predicts does not depend on the others."""
     model, tokenizer = demo()
     plain = Judge(model, tokenizer)
-    samples = [make(task, 512, seed) for seed in range(3)]
+    samples = [make(task, 400, seed) for seed in range(2)]
     texts = plain.read(samples)
     variants = [Variant("full", 1.0), Variant("infinigen", 0.1), Variant("snapkv", 0.1), Variant("h2o", 0.1)]
     for variant in variants:
         together, _, _ = plain.answer(variant, texts)
         for b, sample in enumerate(samples):
-            if task == "multiturn":
-                continue
             alone = texts._replace(
                 samples=[sample], prompts=[texts.prompts[b]],
                 prefilled=prefill_once(model, [texts.prompts[b].text]),
@@ -130,7 +128,8 @@ def test_a_batch_is_answered_as_its_samples_alone(task: str) -> None:
             if together.logs is not None and one.logs is not None:
                 torch.testing.assert_close(together.logs[b], one.logs[0], atol=2e-3, rtol=1e-3)
                 continue
-            (many,), (single,) = together.answers[b], one.answers[0]
+            # Later questions are filled up to the longest, so that they are other tokens alone.
+            many, single = together.answers[b][0], one.answers[0][0]
             torch.testing.assert_close(many.logs, single.logs[: len(many.logs)], atol=2e-3, rtol=1e-3)
             assert many.text == single.text
 
@@ -146,13 +145,13 @@ def test_prompts_of_a_batch_have_the_same_lengths_and_lose_nothing() -> None:
 
 def test_long_generation_follows_what_the_full_cache_wrote(tmp_path: Path) -> None:
     """A run that is resumed feeds the same words again, and says how far methods drift along the way."""
-    plan = PLAN._replace(tasks=("longgen",), form="completion", limit=2, batch=2, trace=0, lengths=(512,))
+    plan = PLAN._replace(tasks=("longgen",), form="completion", limit=2, batch=2, trace=0, lengths=(256,))
     run_eval(plan, tmp_path)
     rows = read_rows(tmp_path / RESULTS)
     by_method = {(row.method, row.seed): row for row in rows}
     for seed in (0, 1):
         words = by_method["full", seed].turns[0]["written"]
-        assert len(words) == 256
+        assert len(words) == 128
         assert len(by_method["window", seed].turns[0]["kl_along"]) == 8
     write_rows(tmp_path / RESULTS, [row for row in rows if row.method != "window"])
     run_eval(plan, tmp_path)
