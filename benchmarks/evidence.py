@@ -1,13 +1,14 @@
 """The published evaluation: how near every method stays to the full cache, on a real model, at how many bytes.
 
     python benchmarks/evidence.py --model smollm2            # what is not there yet; goes on where it stopped
-    python benchmarks/evidence.py --model smollm2 --quick    # a few tasks and methods, 20 minutes on two cores
+    python benchmarks/evidence.py --model smollm2 --quick    # a few tasks and methods
     python benchmarks/evidence.py --model ./folder --only kept --scale 0.5
     python benchmarks/evidence.py --model FILE.gguf
     python benchmarks/evidence.py --model smollm2 --calibrate   # measures a profile first, from texts of its own
 
-In: a name of `benchmarks/real_models.py`, a folder or a GGUF file. Out: `benchmarks/results/eval/NAME`, rows of
-`farkv eval` (another model's: `--out`), its tables on stdout, and those of README and docs (`tables.py`).
+In: a name of `benchmarks/real_models.py`, a folder or a GGUF file. Out: rows of `farkv eval` in `runs/evidence/NAME`, a
+table on stdout. Published rows are of `--dtype bfloat16 --out benchmarks/results/eval/NAME`; `tables.py` makes their
+tables. Filler is of what is installed, so another machine's rows have other prompts and a folder of their own.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from typing import NamedTuple
 from real_models import find_model
 from rows import RESULTS
 from runs import make_parser
-from transformers import AutoTokenizer
 
 from farkv.calibrate.profile import find_beside
+from farkv.evals.closeness import measure_near
 from farkv.evals.fillers import draw_lines
+from farkv.evals.near_tables import write_near
 from farkv.evals.row import RESULTS as ROWS
 from farkv.evals.row import RUN, Row, read_rows, write_rows
+from farkv.evals.show import length_text
+from farkv.hf.load import load_model
 
 OUT = RESULTS / "eval"
 SINGLES = ("niah_single_1", "niah_single_2", "niah_single_3")
@@ -100,7 +104,8 @@ def run_part(part: Part, folder: Path, model: str, profile: str, options: list[s
 
 def calibrate(model: str, profile: Path, dtype: str) -> None:
     """Measure a model's profile, with losses, from texts of the side that calibrates."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    # The one loader that reads folders, hub ids and GGUF files.
+    _, tokenizer = load_model(model, dtype=dtype)
 
     def count(line: str) -> int:
         return len(tokenizer(line, add_special_tokens=False)["input_ids"])
@@ -147,10 +152,10 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true", help="measure the profile first")
     parser.add_argument("--profile", type=Path, help="profile file (default: profile.safetensors beside the model)")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", type=Path, help="results folder")
+    parser.add_argument("--out", type=Path, help="results folder (default: runs/evidence/NAME)")
     args = parser.parse_args()
     name, model = find_model(args.model)
-    folder = args.out or OUT / name
+    folder = args.out or Path("runs/evidence", name)
     profile = args.profile or find_beside(model)
     if args.calibrate:
         calibrate(model, profile, args.dtype)
@@ -159,7 +164,9 @@ def main() -> None:
     parts = {"quick": QUICK} if args.quick else {n: p for n, p in PARTS.items() if not args.only or n in args.only}
     for part in parts.values():
         run_part(part, folder, model, measured, options, Limits(args.scale, args.most_tokens))
-    tidy(folder, f"python benchmarks/evidence.py --model {name}")
+    tidy(folder, f"python benchmarks/evidence.py --model {name} --dtype {args.dtype}")
+    rows = read_rows(folder / ROWS)
+    print(write_near({length_text(n): measure_near(rows, lengths=[n]) for n in sorted({row.length for row in rows})}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 import farkv
 from farkv.errors import CacheStateError
 from farkv.evals.ask import Asker, align
-from farkv.evals.describe import EvalPlan, Variant
+from farkv.evals.describe import Variant
 from farkv.evals.forced import compare_turn
 from farkv.evals.judge import Judge, check_reads
 from farkv.evals.methods import list_methods
@@ -22,25 +21,8 @@ from farkv.evals.prompter import Prompter
 from farkv.evals.row import RESULTS, read_rows, write_rows
 from farkv.evals.run import run_eval
 from farkv.evals.sample import Sample
-from farkv.evals.text import Maker
 from farkv.hf.ask import Listener, Prompt, prefill
-from farkv.hf.load import load_model
-
-PLAN = EvalPlan("demo", ("niah_multikey",), ("full", "infinigen", "window"), (0.1,), (512,), limit=2, threads=1)
-
-
-@cache
-def demo() -> tuple[Any, Any]:
-    return load_model("demo", device="cpu")
-
-
-@cache
-def judge() -> Judge:
-    return Judge(*demo())
-
-
-def make(task: str, length: int = 512, seed: int = 0) -> Sample:
-    return Maker(demo()[1]).make(task, length, seed)
+from tests.evals.asked import PLAN, demo, judge, make
 
 
 def test_a_method_that_reads_too_much_stops_the_run() -> None:

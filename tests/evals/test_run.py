@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +12,16 @@ import pytest
 
 from farkv.errors import ConfigError, InputError
 from farkv.evals.describe import EvalPlan
-from farkv.evals.judge import Judge
 from farkv.evals.row import PROMPTS, RESULTS, RUN, Key, read_rows
 from farkv.evals.run import run_eval
-from farkv.evals.sample import Sample
-from farkv.evals.text import Maker
 from farkv.files import append_line
-from farkv.hf.load import load_model
+from tests.evals.asked import PLAN, judge, make
 
 # What the issue wants of every line.
 KEYS = (
     "task", "method", "fraction", "length", "seed", "answer", "expected", "score", "read_fraction", "index_fraction",
     "prompt_sha", "gated",
 )  # fmt: skip
-PLAN = EvalPlan("demo", ("niah_multikey",), ("full", "infinigen", "window"), (0.1,), (512,), limit=2, threads=1)
-
-
-@cache
-def demo() -> tuple[Any, Any]:
-    return load_model("demo", device="cpu")
-
-
-@cache
-def judge() -> Judge:
-    return Judge(*demo())
-
-
-def make(task: str, length: int = 512, seed: int = 0) -> Sample:
-    return Maker(demo()[1]).make(task, length, seed)
 
 
 @pytest.fixture(scope="module")
