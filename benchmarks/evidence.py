@@ -151,7 +151,9 @@ def main() -> None:
     parser.add_argument("--most-tokens", type=int, default=8192, help="longest texts; 32768 where a model has them")
     parser.add_argument("--calibrate", action="store_true", help="measure the profile first")
     parser.add_argument("--profile", type=Path, help="profile file (default: profile.safetensors beside the model)")
+    parser.add_argument("--prompts", type=Path, help="ask the prompts of this file, which an earlier run saved")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="results folder (default: runs/evidence/NAME)")
     args = parser.parse_args()
     name, model = find_model(args.model)
@@ -160,7 +162,8 @@ def main() -> None:
     if args.calibrate:
         calibrate(model, profile, args.dtype)
     measured = str(profile) if profile.is_file() else "none"
-    options = ["--threads", str(args.threads), "--dtype", args.dtype]
+    options = ["--threads", str(args.threads), "--dtype", args.dtype, "--device", args.device]
+    options += ["--prompts", str(args.prompts)] if args.prompts else []
     parts = {"quick": QUICK} if args.quick else {n: p for n, p in PARTS.items() if not args.only or n in args.only}
     for part in parts.values():
         run_part(part, folder, model, measured, options, Limits(args.scale, args.most_tokens))

@@ -22,9 +22,9 @@ EVICT = ("refuse", "fifo", "lru", "counter", "clock", "score")
 QUANT = ("int8", "int4")
 KERNELS = ("auto", "native", "plain")
 
-# The hidden state from which the next layer's query is estimated.
-Source = Literal["attn", "residual", "post_attn"]
-SOURCES: tuple[Source, ...] = ("attn", "residual", "post_attn")
+# The hidden state from which the next layer's query is estimated; `query`: it is not, the layer's own one chooses.
+Source = Literal["attn", "residual", "post_attn", "query"]
+SOURCES: tuple[Source, ...] = ("attn", "residual", "post_attn", "query")
 # What a plan can set per layer: the records it keeps after the prompt, pins near, and may fetch per step.
 Lever = Literal["keep", "near", "fetch"]
 LEVERS: tuple[Lever, ...] = ("keep", "near", "fetch")

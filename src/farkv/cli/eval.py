@@ -54,6 +54,10 @@ def evaluate(
     save_prompts: Annotated[
         bool, typer.Option("--save-prompts", help="Also write the prompts, so that other programs can answer them.")
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Ask the prompts of this file, which --save-prompts wrote, perhaps on another machine."),
+    ] = None,
     batch: Annotated[
         int, typer.Option(min=1, help="Samples answered together; uses their KV caches' memory several times.")
     ] = 1,
@@ -119,7 +123,7 @@ def evaluate(
     plan = EvalPlan(
         model, split(tasks, "--tasks"), split(methods, "--methods"), parse_fractions(fractions),
         tuple(parse_contexts(lengths, "--lengths")), limit, seed, filler, form, trace, workers, threads,
-        dtype, device, profile, save_prompts, batch,
+        dtype, device, profile, save_prompts, batch, None if prompts is None else str(prompts),
     )  # fmt: skip
     if resume:
         plan = resume_plan(plan, out)

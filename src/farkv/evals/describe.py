@@ -9,6 +9,8 @@ import sys
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import torch
+
 from farkv.calibrate.processor import read_cpu_model
 from farkv.hf.identity import digest_weights
 
@@ -25,7 +27,8 @@ class EvalPlan(NamedTuple):
 
     limit: samples per task and length.  seed: of the first sample; the others count up from it.  filler: None: that of
     the form.  form: a name in `prompter.FORMS`.  trace: samples per task and length whose reads are traced.  workers:
-    processes.  threads: per process.  batch: samples that are answered together.
+    processes.  threads: per process.  batch: samples that are answered together.  prompts: a file of `--save-prompts`
+    whose prompts are asked, none are made.
     """
 
     model: str
@@ -45,6 +48,7 @@ class EvalPlan(NamedTuple):
     profile: str | None = None
     save_prompts: bool = False
     batch: int = 1
+    prompts: str | None = None
 
 
 def describe_run(plan: EvalPlan, loaded: Any, skipped: dict[Variant, str]) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def describe_run(plan: EvalPlan, loaded: Any, skipped: dict[Variant, str]) -> di
         "filler": loaded.maker.filler,
         "form": loaded.form,
         "versions": {**{name: version(name) for name in names}, "python": platform.python_version()},
-        "machine": describe_machine(),
+        "machine": describe_machine(loaded.model.device),
         "batch": plan.batch,
         "workers": plan.workers,
         "threads": plan.threads,
@@ -72,7 +76,8 @@ def describe_run(plan: EvalPlan, loaded: Any, skipped: dict[Variant, str]) -> di
     }
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the facts about the machine that are needed to interpret times."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    return {"processor": read_cpu_model(), "cores": os.cpu_count(), "memory_bytes": memory}
+    facts = {"processor": read_cpu_model(), "cores": os.cpu_count(), "memory_bytes": memory}
+    return facts | ({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})

@@ -40,8 +40,10 @@ class Known(NamedTuple):
 # Further variants of the table's methods.
 VARIANTS: dict[str, dict[str, Known]] = {
     "infinigen": {
+        # By the true query on any device: what the index finds. On a GPU the method chooses one layer ahead (-far).
+        "infinigen": Known(lambda f: InfiniGen(fraction=f, source="query")),
         # Its row beside that of a run with `--profile none`, whose skew is the prompt's.
-        "infinigen-profile": Known(lambda f: InfiniGen(fraction=f), profiled=True),
+        "infinigen-profile": Known(lambda f: InfiniGen(fraction=f, source="query"), profiled=True),
         # One layer ahead: with the top-up by the true query, and without; from the paper's hidden state.
         "infinigen-far": Known(lambda f: InfiniGen(fraction=f), far=True),
         "infinigen-far-attn": Known(lambda f: InfiniGen(fraction=f, source="attn"), far=True),

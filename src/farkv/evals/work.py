@@ -6,6 +6,7 @@ import logging
 import signal
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from farkv.evals.judge import Judge
 from farkv.evals.prompter import choose_form
 from farkv.evals.row import Row
 from farkv.evals.sample import Sample
+from farkv.evals.saved import SavedPrompts
 from farkv.evals.text import Maker
 from farkv.hf.load import load_model, quiet_libraries
 
@@ -76,14 +78,21 @@ class Loaded:
             raise ConfigError(f"--lengths: {plan.model} has {most} positions, got {too_long[0]}; use shorter lengths")
 
     def cells(self, plan: EvalPlan) -> Iterator[CellSamples]:
-        """Make the samples, one task and length at a time; tasks with a colon are files (`ruler:PATH`)."""
+        """Make the samples, one task and length at a time; tasks with a colon are files (`ruler:PATH`).
+
+        Prompts that were saved are taken from their file.
+        """
+        saved = None if plan.prompts is None else SavedPrompts(Path(plan.prompts))
         for task in plan.tasks:
             if ":" in task:
                 yield from self.load_cells(task, plan)
                 continue
             for length in plan.lengths:
                 seeds = range(plan.seed, plan.seed + plan.limit)
-                yield CellSamples(task, length, [self.maker.make(task, length, seed) for seed in seeds])
+                if saved is not None:
+                    yield CellSamples(task, length, saved.find(task, length, seeds))
+                else:
+                    yield CellSamples(task, length, [self.maker.make(task, length, seed) for seed in seeds])
 
     def load_cells(self, spec: str, plan: EvalPlan) -> list[CellSamples]:
         """Return the cells of a public data set."""

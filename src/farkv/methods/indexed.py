@@ -31,8 +31,8 @@ class IndexRule(NamedTuple):
     """How one method uses an index; its config makes it.
 
     make_coder: what turns keys into codes, in a place.  source: of the estimated query, where records travel or
-    `always_ahead`; None: the true query chooses.  rule, pool: what ends a choice besides the cap, and how a query
-    group's scores are joined for it.  dense_first: the first layer is read whole.
+    `always_ahead`; None or "query": the true query chooses.  rule, pool: what ends a choice besides the cap, and how a
+    query group's scores are joined for it.  dense_first: the first layer is read whole.
     """
 
     cap: Cap
@@ -58,7 +58,8 @@ class IndexSelector(Selector):
         if use.dense_first:
             self.cap = self.cap._replace(fraction=config.share_beside_dense(len(place.layers)))
         self.rule, self.pool = use.rule, use.pool
-        self.source = use.source if place.travels or use.always_ahead else None
+        ahead = (place.travels or use.always_ahead) and use.source != "query"
+        self.source = use.source if ahead else None
         self.dense_layers = set(place.layers[:1]) if use.dense_first else set[int]()
         self.coder = use.make_coder(place)
         self.fits = {layer: LayerFit(place, self.coder, layer) for layer in place.layers}

@@ -45,7 +45,8 @@ class InfiniGen:
             Left out, it is 0.1 (the paper's: 0.2) but never fewer than 64 records: a short text is read whole.
         paper: the published algorithm; it decides what the following are where they are left out.
         source: the hidden state the query is estimated from: `post_attn`, LN_i(h + attn_{i-1}), is ours;
-            `residual`, LN_i(h_{i-1}); `attn`, layer i-1's attention input, is the paper's.
+            `residual`, LN_i(h_{i-1}); `attn`, layer i-1's attention input, is the paper's; `query`: nothing is
+            estimated or fetched ahead, the layer's own query chooses.
         columns: index columns R per KV head (ours: as many as fill 1/32 of the KV bytes; the paper's: 0.3 of
             the head dimension).
         index_bits: bits of an index entry, 4 (ours) or 8; the paper's partial keys have the model's dtype.
