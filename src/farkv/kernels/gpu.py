@@ -17,7 +17,7 @@ import torch
 
 from farkv._axes import Float, Int, Tensor
 from farkv.errors import CacheStateError
-from farkv.kernels.native import IndexView, Rows
+from farkv.kernels.native import IndexView, Rows, load_native
 from farkv.kernels.near_copies import NearCopies
 from farkv.kernels.operands import WHOLE
 from farkv.math.logits import Logits
@@ -169,10 +169,13 @@ class Gpu:
         Args:
             data: [B, Hkv, S, W], near or in pinned host memory, which the kernel reads over the link in place.
             heads, positions: [N], on the device.
-            out: [N, W], near, contiguous.
+            out: [N, W], near, contiguous; or in host memory as the rows are: those a CPU moves (`native.gather`).
 
         Cost: N rows read (over the link from host memory) and written.
         """
+        if out.device.type == "cpu" and not self.interpreted:
+            gather_in_host(data, heads, positions, out)
+            return
         self._check_rows(data)
         if len(positions) == 0:
             return
@@ -259,6 +262,16 @@ class Gpu:
             area = torch.empty(1 << (n - 1).bit_length(), dtype=dtype, device=device)
             self._scratch[key] = area
         return area
+
+
+def gather_in_host(data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
+    """Copy rows from host memory to host memory, for a staging area that is then copied near in one piece."""
+    native = load_native()
+    if native is not None:
+        native.gather(data, heads, positions, out)
+    else:
+        rows = data.view(-1, data.shape[3]).index_select(0, heads * data.shape[2] + positions)
+        out.copy_(rows.view(out.shape))
 
 
 def _expect_positions(name: str, positions: Tensor | None, leading: tuple[int, int]) -> None:

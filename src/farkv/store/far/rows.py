@@ -5,6 +5,9 @@ In: new rows. Out: views of the stored rows. Knows bytes, not what the rows mean
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 
 from farkv._axes import Int, Tensor
@@ -41,6 +44,17 @@ class Rows:
         self.ledger, self.device, self.pin, self.reserve, self.mover = ledger, device, pin, reserve, mover
         self.data: Tensor | None = None
         self.length = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rows:
+        """Copy rows that a GPU reads into memory that it can read: a copied tensor would not be pinned."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            if name != "data" or value is None or not self.pin:
+                setattr(twin, name, copy.deepcopy(value, memo))
+            else:
+                twin.data = allocate(tuple(value.shape), value.dtype, self.device, pin=True).copy_(value)
+        return twin
 
     @property
     def n_bytes(self) -> int:
