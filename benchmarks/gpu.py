@@ -25,7 +25,7 @@ if "--smoke" in sys.argv:
 import torch
 from gpu_kernels import make_layer, measure_kernels
 from gpu_models import OFFLOADED, RESIDENT, Task, measure_task
-from rows import Row, Rows, format_rows, group
+from rows import RESULTS, Row, Rows, format_rows, group
 from runs import make_parser
 
 from farkv.bench.e2e import ModelSettings
@@ -118,19 +118,31 @@ def compare(rows: Rows, link: float) -> str:
     return format_rows(head, lines, *notes)
 
 
-def format_table(result: Row) -> str:
-    """Return everything that was measured, for people."""
+def format_published() -> str:
+    """Return the table of docs/speed.md: the newest line of the results."""
+    return format_measured(json.loads((RESULTS / "gpu.jsonl").read_text().splitlines()[-1]))
+
+
+def format_measured(result: Row) -> str:
+    """Return kernel times beside their floors, and whole models."""
     crossed, speeds = result["crossed"], result["bandwidth"]
     kernels = (
         [r["kernel"], f"{r['us']:.1f}", f"{r['bytes'] / 1e6:.2f}", r["floor"], f"{r['floor_percent']:.0f}"]
         for r in result["kernels"]
     )
+    floors = "; ".join(f"{name.replace('_', ', in ')}: {speed / 1e9:.1f} GB/s" for name, speed in speeds.items())
     return "\n".join([
-        f"device: {result['device']}; torch {torch.__version__}\n",
-        *(f"{name.replace('_', ', in ')}: {speed / 1e9:.1f} GB/s" for name, speed in speeds.items()),
-        "\n" + format_rows(["kernel", "µs", "MB", "floor", "% of it"], kernels),
-        f"bytes over the link: {crossed['predicted']} predicted, {crossed['counted']} counted on the device\n",
+        f"{result['device']}, torch {result['torch']}. {floors}\n",
+        format_rows(["kernel", "µs", "MB", "floor", "% of it"], kernels),
+        f"\nbytes over the link: {crossed['predicted']} predicted, {crossed['counted']} counted on the device\n",
         compare(result["models"], speeds["link_rows"]),
+    ])  # fmt: skip
+
+
+def format_table(result: Row) -> str:
+    """Return everything that was measured, for people."""
+    return "\n".join([
+        format_measured(result),
         *(f"{name}: {values}" for name, values in PAPER.items()),
         *(f"left out for want of {name}" for name in result["left_out"]),
     ])  # fmt: skip
@@ -149,7 +161,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with torch.no_grad():
-        result = {"device": "cpu, interpreted" if args.smoke else torch.cuda.get_device_name()}
+        result: Row = {"device": "cpu, interpreted" if args.smoke else torch.cuda.get_device_name()}
+        result["torch"] = torch.__version__
         result |= run_kernels(device, smoke=args.smoke)
         result["models"], result["left_out"] = run_models(device, stop, args.trace, smoke=args.smoke)
     line = json.dumps(result | {"paper": PAPER, "smoke": args.smoke})

@@ -20,6 +20,7 @@ import drift
 import eviction
 import evidence_tables
 import faults
+import gpu
 import hot
 import limits
 import overhead
@@ -87,6 +88,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "short": partial(speed.format_model, "short"),
         "overhead": overhead.format_table,
         "prefill": speed.format_prefill,
+        "gpu": gpu.format_published,
     },
 }
 

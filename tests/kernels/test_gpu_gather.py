@@ -7,6 +7,7 @@ import torch
 
 from farkv.errors import CacheStateError
 from farkv.kernels import gpu
+from farkv.kernels.native import load_native
 from farkv.kernels.near_copies import NearCopies
 from tests.kernels.gpu_interpreter import DEVICE, GPU, HAS_GPU, LARGER, MARKS
 
@@ -70,6 +71,16 @@ def test_nothing_to_bring_touches_nothing() -> None:
     GPU.fetch(pool, none, out, crossed.to(DEVICE))
     GPU.gather(pool, none.view(-1), none.view(-1), out.view(-1, 24)[:0])
     assert not out.any()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_rows_from_host_to_host_memory_are_the_cpus(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan or a set of recently used records lacks is gathered in host memory first."""
+    monkeypatch.setattr(gpu, "load_native", load_native if native else lambda: None)
+    pool, heads, positions = torch.randn(2, 2, 9, 6), torch.tensor([0, 3, 1]), torch.tensor([8, 0, 4])
+    out = torch.empty(3, 6)
+    gpu.Gpu().gather(pool, heads, positions, out)
+    assert torch.equal(out, pool.view(4, 9, 6)[heads, positions])
 
 
 @pytest.mark.parametrize("wrong", ["strided", "sequences apart"])

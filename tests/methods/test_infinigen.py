@@ -106,3 +106,21 @@ def test_the_paper_leaves_the_first_layer_dense() -> None:
     assert rows[0].read_fraction == 1.0
     assert all(row.read_fraction <= 0.2 + 1e-9 for row in rows[1:])
     assert torch.isfinite(torch.tensor([row.read_fraction for row in rows])).all()
+
+
+def test_by_its_own_query_a_far_pool_is_chosen_from_as_one_in_place() -> None:
+    """`source="query"`: nothing is estimated, on any tier."""
+    model, ids = make_model("llama"), make_prompt(2, tokens=90)["input_ids"]
+
+    def run(**storage: Any) -> tuple[torch.Tensor, Any]:
+        with farkv.attach(model, InfiniGen(fraction=0.3, source="query"), kernel="plain", **storage) as far:
+            cache = far.new_cache(tokens=110, batch=2)
+            with torch.no_grad():
+                forward(model, ids, cache)
+                steps = [forward(model, ids[:, i : i + 1], cache) for i in range(8)]
+            return torch.cat(steps, 1), far.receipt(cache)
+
+    here, there = run(), run(near="64MiB")
+    assert torch.equal(here[0], there[0])
+    assert here[1].read_fraction == there[1].read_fraction < 0.31
+    assert there[1].fetched_bytes_per_token > 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CapacityError
+from farkv.store.far import rows as rows_module
 from farkv.store.far.rows import Rows, gather_rows
 from farkv.store.ledger import Ledger
 
@@ -116,3 +119,22 @@ def test_rows_are_gathered_per_sequence_and_head() -> None:
     positions = torch.stack([torch.randperm(9)[:4].sort().values for _ in range(2 * HEADS)]).view(2, HEADS, 4)
     expected = rows.gather(2, positions[..., None].expand(-1, -1, -1, 5))
     assert torch.equal(gather_rows(rows, positions), expected)
+
+
+def test_a_copy_of_pinned_rows_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copied tensor would lie in ordinary memory, which a GPU cannot read."""
+    pins: list[bool] = []
+
+    def allocate(shape: Any, dtype: torch.dtype, device: torch.device, *, pin: bool = False) -> torch.Tensor:
+        pins.append(pin)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(rows_module, "allocate", allocate)
+    rows = Rows(Ledger("host", None), device=CPU, pin=True)
+    rows.append(torch.randn(1, HEADS, 5, WIDTH))
+    twin = copy.deepcopy(rows)
+    rows.append(torch.randn(1, HEADS, 1, WIDTH))
+    assert all(pins)
+    assert torch.equal(twin.view(), rows.view()[:, :, :5])
+    assert twin.length == 5 and twin.get().data_ptr() != rows.get().data_ptr()
+    assert twin.ledger is not rows.ledger
