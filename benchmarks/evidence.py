@@ -26,7 +26,7 @@ from rows import RESULTS
 from runs import make_parser
 
 from farkv.calibrate.profile import find_beside
-from farkv.evals.closeness import measure_near
+from farkv.evals.closeness import measure_fractions
 from farkv.evals.fillers import draw_lines
 from farkv.evals.near_tables import write_near
 from farkv.evals.row import RESULTS as ROWS
@@ -169,7 +169,7 @@ def main() -> None:
         run_part(part, folder, model, measured, options, Limits(args.scale, args.most_tokens))
     tidy(folder, f"python benchmarks/evidence.py --model {name} --dtype {args.dtype}")
     rows = read_rows(folder / ROWS)
-    print(write_near({length_text(n): measure_near(rows, lengths=[n]) for n in sorted({row.length for row in rows})}))
+    print(write_near({length_text(n): measure_fractions(rows, n) for n in sorted({row.length for row in rows})}))
 
 
 if __name__ == "__main__":

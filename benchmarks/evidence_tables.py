@@ -9,10 +9,11 @@ import numpy as np
 from evidence import MAIN, OUT, PARTS, Part
 from rows import format_rows
 
-from farkv.evals.closeness import Near, measure_near
+from farkv.evals.closeness import Near, measure_fractions, measure_near
 from farkv.evals.near_tables import EXPLAINED, show_kl, show_score, sum_bytes, write_near
 from farkv.evals.row import RESULTS, RUN, Row, read_rows
 from farkv.evals.show import fraction_text, length_text, number, percent
+from farkv.evals.tasks.orders import FACTS, list_orders
 
 # In the order in which they are shown; README's is the first.
 MODELS = {
@@ -22,6 +23,7 @@ MODELS = {
     "qwen15": "Qwen2.5-Coder-1.5B-Instruct",
 }
 SHORT = ("infinigen", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
+IN_ORDERS = ("full", "infinigen", "lowbit", "oracle", "snapkv", "xkv", "h2o")
 HEADLINE = 0.05
 
 
@@ -46,7 +48,7 @@ def describe(name: str, lines: dict[str, list[Near]], rows: list[Row]) -> str:
     """Return what a table is of: model, dtype, tasks, samples."""
     run = json.loads((OUT / name / RUN).read_text())
     tasks = list(dict.fromkeys(row.task for row in rows if row.method == "infinigen"))
-    counts = ", ".join(f"n = {found[0].n} at {length}" for length, found in lines.items() if found)
+    counts = ", ".join(f"{found[0].n} samples at {length}" for length, found in lines.items() if found)
     of = f"**{MODELS[name]}**, {run['dtype']}, {run['filler']} filler, {run['form']} form"
     return f"{of}. {counts}. Tasks: {', '.join(tasks)}."
 
@@ -56,22 +58,33 @@ def format_models() -> str:
     parts: list[str] = []
     for name in list_models():
         rows = [row for row in read_model(name) if row.method in (*MAIN, "full")]
-        by_length = {length_text(n): measure_near(rows, lengths=[n]) for n in list_lengths(rows)}
+        by_length = {length_text(n): measure_fractions(rows, n) for n in list_lengths(rows)}
         parts += [describe(name, by_length, rows), write_near(by_length)]
     return "\n\n".join([*parts, EXPLAINED])
 
 
-def format_tasks(name: str = "smollm2", fraction: float = HEADLINE) -> str:
-    """Return KL by task at one fraction, and the full cache's score."""
+def format_tasks(fraction: float = HEADLINE) -> str:
+    """Return every model's KL by task at one fraction, and the full cache's score."""
+    return "\n\n".join(table for name in list_models() if (table := format_model_tasks(name, fraction)))
+
+
+def format_model_tasks(name: str, fraction: float) -> str:
+    """Return one model's KL by task; nothing where there is one task alone."""
     rows = [row for row in read_model(name) if row.length == 2048]
     tasks = list(dict.fromkeys(row.task for row in rows if row.method == "infinigen"))
+    methods = [m for m in SHORT if any(row.method == m and row.fraction == fraction for row in rows)]
     lines: list[list[object]] = []
     for task in tasks:
-        found = {line.setting.method: line for line in measure_near(rows, tasks=[task], fractions=[fraction])}
+        lines_of = measure_near(rows, tasks=[task], fractions=[fraction], methods=methods)
+        found = {line.setting.method: line for line in lines_of}
         full = found["full"]
-        cells = [number(found[m].kl.mean) if m in found else "–" for m in SHORT]
+        cells = [number(found[m].kl.mean) if m in found else "–" for m in methods]
         lines.append([f"`{task}`", full.n, "fails" if full.score is None else percent(full.score, 0), *cells])
-    return format_rows(["task", "n", "full cache", *SHORT], lines)
+    if len(tasks) < 2:
+        return ""
+    return f"**{MODELS[name]}**, 2 K, {fraction_text(fraction)}.\n\n" + format_rows(
+        ["task", "n", "full cache", *methods], lines
+    )
 
 
 def format_part(part: Part, tasks: tuple[str, ...], name: str = "smollm2") -> str:
@@ -123,22 +136,37 @@ def format_kept() -> str:
 
 
 def format_orders(name: str = "smollm2", fraction: float = HEADLINE) -> str:
-    """Return how near several turns stay: depth of the fact downwards, turn to the right."""
+    """Return several turns over one cache: depth of the fact downwards, turn to the right."""
     rows = [row for row in read_model(name) if row.task == "orders" and row.length == 2048]
-    methods = [m for m in SHORT if any(row.method == m and row.fraction == fraction for row in rows)]
-    if not methods:
+    methods = [m for m in IN_ORDERS if any(row.method == m and row.fraction in (fraction, 1.0) for row in rows)]
+    if not any(row.method != "full" for row in rows):
         return say_missing(PARTS["main"])
     lines: list[list[str]] = []
     for method in methods:
-        grid: dict[int, list[float]] = {}
+        grid: dict[tuple[int, int], list[tuple[float, float]]] = {}
         for row in rows:
-            if row.method == method and row.fraction == fraction:
-                for turn, said in enumerate(row.turns):
-                    grid.setdefault(turn, []).append(said["kl"])
-        lines.append([f"`{method}`", *(number(float(np.mean(grid[turn]))) for turn in sorted(grid))])
+            if row.method == method and row.fraction in (fraction, 1.0):
+                facts = list_orders()[row.seed % len(list_orders())]
+                for turn, (fact, said) in enumerate(zip(facts, row.turns, strict=True)):
+                    grid.setdefault((fact, turn), []).append((said["kl"], said["score"]))
+        lines += [
+            [f"`{method}`" if fact == 0 else "", f"{(2 * fact + 1) / (2 * FACTS):.3g}",
+             *(describe_turns(grid.get((fact, turn), [])) for turn in range(FACTS))]
+            for fact in range(FACTS)
+        ]  # fmt: skip
     n = len({row.seed for row in rows})
-    note = f"{MODELS[name]}, 2 K, {fraction_text(fraction)}: KL of four turns over one cache, n = {n} orders."
-    return format_rows(["method", *(f"turn {i}" for i in range(1, 5))], lines, note)
+    note = (
+        f"{MODELS[name]}, 2 K, {fraction_text(fraction)}, n = {n} orders of four questions over one cache: KL to "
+        "the full cache (values found of those asked)."
+    )
+    return format_rows(["method", "depth", *(f"turn {i}" for i in range(1, FACTS + 1))], lines, note)
+
+
+def describe_turns(found: list[tuple[float, float]]) -> str:
+    """Return the mean KL of some answers, and how many were right."""
+    if not found:
+        return "–"
+    return f"{number(float(np.mean([kl for kl, _ in found])))} ({sum(score for _, score in found):.0f}/{len(found)})"
 
 
 def find_lines(name: str, fraction: float) -> dict[str, Near]:

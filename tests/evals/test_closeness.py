@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from farkv.evals.closeness import Near, measure_near
+from farkv.evals.closeness import Near, measure_fractions, measure_near
 from farkv.evals.near_tables import draw_near, sum_bytes, to_json, write_near
 from tests.evals.results import make_row
 
@@ -65,6 +65,17 @@ def test_what_is_named_is_taken_and_what_misses_a_cell_is_left_out() -> None:
     assert [line.setting.method for line in lines] == ["full", "h2o"]
     assert lines[1].n == 2
     assert measure_near(ROWS, lengths=[64]) == []
+
+
+def test_a_fraction_of_more_tasks_keeps_them() -> None:
+    few = {("vt", 2048): [0.7, 0.7]}
+    more = [*ROWS, *rows_of("infinigen", 0.02, few), *rows_of("lowbit", 0.02, few)]
+    lines = measure_fractions(more, 2048)
+    assert [(x.setting.method, x.setting.fraction, x.n) for x in lines] == [
+        ("full", 1.0, 5), ("infinigen", 0.02, 2), ("lowbit", 0.02, 2),
+        ("infinigen", 0.1, 5), ("lowbit", 0.1, 5), ("oracle", 0.1, 5),
+    ]  # fmt: skip
+    assert measure_fractions(more, 64) == []
 
 
 def test_a_sample_that_one_did_not_answer_is_compared_by_none() -> None:

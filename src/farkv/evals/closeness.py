@@ -6,7 +6,7 @@ KL needs no skill of the model. Cells (a task at a length) have equal weights; i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,18 @@ def measure_near(
     lines = [make_line(groups, s, is_bound=s in bounds) for s in everywhere]
     lines.sort(key=lambda x: (not x.setting.is_full, x.setting))
     return mark_nearest(groups, lines)
+
+
+def measure_fractions(rows: Sequence[Row], length: int) -> list[Near]:
+    """Return the lines of one length, fraction by fraction: each over all tasks that were run at that fraction.
+
+    Fractions of more tasks than others are not cut down to what they have in common; the full cache's line is of the
+    most samples.
+    """
+    fractions = sorted({row.fraction for row in rows if row.method != FULL and row.length == length})
+    found = [line for f in fractions for line in measure_near(rows, lengths=[length], fractions=[f])]
+    full = max((line for line in found if line.setting.is_full), key=lambda line: line.n, default=None)
+    return ([] if full is None else [full]) + [line for line in found if not line.setting.is_full]
 
 
 def choose_cells(groups: list[Group]) -> tuple[list[Group], list[Setting]]:

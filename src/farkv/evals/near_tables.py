@@ -21,8 +21,8 @@ from farkv.evals.show import NONE, fraction_text, number, percent, write_rows
 TINY = 1e-6
 MARKS = {"best": " *", "same": " ≈"}
 EXPLAINED = (
-    "KL: nats per token to the full cache, at every token of the right answers, which are fed; in brackets its 95 % "
-    "interval. top-1: the same token is the likeliest. score: of the method's own answers, on tasks that the full "
+    "n: samples, of the tasks that were run at that fraction. KL: nats per token to the full cache, at every token of "
+    "the right answers, which are fed; in brackets its 95 % interval. top-1: the same token is the likeliest. score: of the method's own answers, on tasks that the full "
     "cache does not fail. *: nearest of its fraction, except what reads every key; ≈: not told apart from it (paired)."
 )
 
@@ -61,17 +61,17 @@ def to_json(lines: Sequence[Near]) -> list[dict[str, Any]]:
 
 
 def write_near(by_length: Mapping[str, Sequence[Near]]) -> str:
-    """Return a Markdown table: a row per method and fraction, and per length KL, top-1 and score."""
+    """Return a Markdown table: a row per method and fraction, and per length samples, KL, top-1 and score."""
     rows = [["method", "fraction", "read + index"]]
     for name in by_length:
-        rows[0] += [f"KL, {name}", "top-1", "score"]
+        rows[0] += ["n", f"KL, {name}", "top-1", "score"]
     keys = list(dict.fromkeys(line.setting for lines in by_length.values() for line in lines))
     for setting in sorted(keys, key=lambda s: (not s.is_full, s.fraction, s.method)):
         found = [next((x for x in lines if x.setting == setting), None) for lines in by_length.values()]
         first = next(line for line in found if line is not None)
         row = [setting.method, fraction_text(setting.fraction), show_bytes(first)]
         for line in found:
-            row += [NONE] * 3 if line is None else [show_kl(line), percent(line.top1), show_score(line)]
+            row += [NONE] * 4 if line is None else [str(line.n), show_kl(line), percent(line.top1), show_score(line)]
         rows.append(row)
     return write_rows(rows, right=slice(1, None)).rstrip()
 
