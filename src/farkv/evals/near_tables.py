@@ -22,8 +22,9 @@ TINY = 1e-6
 MARKS = {"best": " *", "same": " ≈"}
 EXPLAINED = (
     "n: samples, of the tasks that were run at that fraction. KL: nats per token to the full cache, at every token of "
-    "the right answers, which are fed; in brackets its 95 % interval. top-1: the same token is the likeliest. score: of the method's own answers, on tasks that the full "
-    "cache does not fail. *: nearest of its fraction, except what reads every key; ≈: not told apart from it (paired)."
+    "the right answers, which are fed; in brackets its 95 % interval. top-1: the same token is the likeliest. score: "
+    "of the method's own answers, on tasks that the full cache does not fail. *: nearest of its fraction, except what "
+    "reads every key; ≈: not told apart from it (paired)."
 )
 
 
