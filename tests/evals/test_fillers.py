@@ -5,16 +5,41 @@ from __future__ import annotations
 import pytest
 
 from farkv.errors import ConfigError
-from farkv.evals.fillers import FILLERS, MIXED, calibrates, draw_lines, read_filler, read_vocabulary
+from farkv.evals import fillers
+from farkv.evals.fillers import (
+    FILLERS,
+    MIXED,
+    calibrates,
+    draw_lines,
+    list_telling,
+    read_filler,
+    read_vocabulary,
+    share_known,
+)
 
 
 @pytest.mark.parametrize("kind", MIXED)
 def test_every_kind_is_here_and_what_calibrates_does_not_measure(kind: str) -> None:
     measures, calibration = (read_filler(kind, calibration=side) for side in (False, True))
     assert measures
-    assert calibration
+    # Of a few packages all licences may be the same ones.
+    assert calibration or kind == "licences"
     assert not measures.keys() & calibration.keys()
-    assert not set(measures.values()) & set(calibration.values())
+    known = {line for text in measures.values() for line in list_telling(text)}
+    assert all(share_known(text, known) < 0.5 for text in calibration.values())
+
+
+def test_a_licence_with_another_name_in_it_is_a_copy() -> None:
+    text = "".join(f"This is the long line number {i} of a licence.\n" for i in range(9))
+    known = set(list_telling("Copyright by somebody, some day long ago\n" + text))
+    assert share_known("Copyright by somebody else, another day\n" + text, known) == 0.9
+    assert share_known("a text of a kind of its own, which nobody knows\n", known) == 0
+
+
+def test_a_kind_without_texts_is_left_out_of_a_mixture(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = fillers.read_filler
+    monkeypatch.setattr(fillers, "read_filler", lambda kind, **side: {} if kind == "licences" else read(kind, **side))
+    assert 5000 < sum(map(len, draw_lines("mixed", 6000, 5, len, calibration=True))) <= 6000
 
 
 def test_the_side_is_decided_by_the_name_alone() -> None:

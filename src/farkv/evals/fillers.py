@@ -25,6 +25,8 @@ FILLERS = ("mixed", "code", "manuals", "licences", "prose", "english")
 MIXED = ("manuals", "licences", "prose", "code")
 CALIBRATION_PERCENT = 25
 LEAST_CHARACTERS, MOST_CHARACTERS = 1500, 120_000
+# A text of which so much stands in others, line by line, is a copy; shorter lines are no one's own.
+COPIED, TELLING = 0.5, 30
 # Filler may be so many tokens short.
 LEAST_LEFT = 40
 MAX_FILE_BYTES = 2**24
@@ -46,14 +48,38 @@ def read_filler(kind: str, *, calibration: bool = False) -> dict[str, str]:
     """
     if kind not in FILLERS:
         raise ConfigError(f"filler: expected {', '.join(FILLERS[:-1])} or {FILLERS[-1]}, got {kind!r}")
-    if kind == "code":
-        return read_code(calibration=calibration)
     if kind == "english":
         return read_manuals()
     if kind == "mixed":
         return {n: text for each in MIXED for n, text in read_filler(each, calibration=calibration).items()}
+    return read_calibration(kind) if calibration else read_side(kind, calibration=False)
+
+
+def read_side(kind: str, *, calibration: bool) -> dict[str, str]:
+    """Return the texts of one kind on one side, by their names alone."""
+    if kind == "code":
+        return read_code(calibration=calibration)
     texts = {"manuals": read_manuals, "licences": read_licences, "prose": read_prose}[kind]()
     return {name: text for name, text in texts.items() if calibrates(name) is calibration}
+
+
+@cache
+def read_calibration(kind: str) -> dict[str, str]:
+    """Return what calibrates, less the near copies of what measures: most licences differ in names and years alone."""
+    known = {line for text in read_side(kind, calibration=False).values() for line in list_telling(text)}
+    texts = read_side(kind, calibration=True)
+    return {name: text for name, text in texts.items() if share_known(text, known) < COPIED}
+
+
+def list_telling(text: str) -> list[str]:
+    """Return a text's lines that are long enough to be its own."""
+    return [line.strip() for line in text.splitlines() if len(line.strip()) >= TELLING]
+
+
+def share_known(text: str, known: set[str]) -> float:
+    """Return the share of a text's telling lines that are known."""
+    lines = list_telling(text)
+    return sum(line in known for line in lines) / max(1, len(lines))
 
 
 def draw_lines(
@@ -70,7 +96,8 @@ def draw_lines(
     if kind != "mixed":
         return draw_filler(read_filler(kind, calibration=calibration), size, seed, measure)
     rng, lines, left = random.Random(seed), list[str](), size
-    kinds = rng.sample(MIXED, len(MIXED))
+    # All licences of a small installation may be copies of those that measure.
+    kinds = [each for each in rng.sample(MIXED, len(MIXED)) if read_filler(each, calibration=calibration)]
     for turn in range(max(1, size)):
         each = kinds[turn % len(kinds)]
         run = draw_run(read_filler(each, calibration=calibration), min(left, size // 4), rng, measure)
