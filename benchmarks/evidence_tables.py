@@ -199,16 +199,16 @@ def format_short(name: str = "smollm2") -> str:
     found = {fraction: find_lines(name, fraction) for fraction in fractions}
     lines: list[list[str]] = []
     for method in SHORT:
-        here = [found[f].get(method) for f in fractions]
+        here = [found[f].get(method) for f in fractions if found[f]]
         known = next((line for line in here if line is not None), None)
         if known is None:
             continue
         cells = ["–" if x is None else f"{number(x.kl.mean)} ({percent(x.top1)})" for x in here]
         cells = [f"**{c}**" if x is not None and x.mark == "best" else c for c, x in zip(cells, here, strict=True)]
         lines.append([method, percent(0.0 if known.bound else known.index_fraction), *cells])
-    n = next(iter(found[0.05].values())).n
+    counts = {f: next(iter(found[f].values())).n for f in fractions if found[f]}
     note = (
-        f"KL in nats to the full cache (top-1), {MODELS[name]}, 2 K tokens, n = {n}. **Bold**: nearest, but for the "
+        f"KL in nats to the full cache (top-1), {MODELS[name]}, 2 K tokens; n: samples. **Bold**: nearest, but for the "
         "oracle, which reads every key."
     )
-    return format_rows(["method", "index", *(percent(f, 0) for f in fractions)], lines, note)
+    return format_rows(["method", "index", *(f"{percent(f, 0)} (n = {n})" for f, n in counts.items())], lines, note)
