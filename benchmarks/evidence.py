@@ -169,7 +169,7 @@ def main() -> None:
         run_part(part, folder, model, measured, options, Limits(args.scale, args.most_tokens))
     tidy(folder, f"python benchmarks/evidence.py --model {name} --dtype {args.dtype}")
     rows = read_rows(folder / ROWS)
-    print(write_near({length_text(n): measure_fractions(rows, n) for n in sorted({row.length for row in rows})}))
+    print(write_near({length_text(n): measure_fractions(rows, [n]) for n in sorted({row.length for row in rows})}))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def format_models() -> str:
     parts: list[str] = []
     for name in list_models():
         rows = [row for row in read_model(name) if row.method in (*MAIN, "full")]
-        by_length = {length_text(n): measure_fractions(rows, n) for n in list_lengths(rows)}
+        by_length = {length_text(n): measure_fractions(rows, [n]) for n in list_lengths(rows)}
         parts += [describe(name, by_length, rows), write_near(by_length)]
     return "\n\n".join([*parts, EXPLAINED])
 

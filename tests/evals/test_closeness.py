@@ -70,12 +70,15 @@ def test_what_is_named_is_taken_and_what_misses_a_cell_is_left_out() -> None:
 def test_a_fraction_of_more_tasks_keeps_them() -> None:
     few = {("vt", 2048): [0.7, 0.7]}
     more = [*ROWS, *rows_of("infinigen", 0.02, few), *rows_of("lowbit", 0.02, few)]
-    lines = measure_fractions(more, 2048)
+    lines = measure_fractions(more, [2048])
     assert [(x.setting.method, x.setting.fraction, x.n) for x in lines] == [
         ("full", 1.0, 5), ("infinigen", 0.02, 2), ("lowbit", 0.02, 2),
         ("infinigen", 0.1, 5), ("lowbit", 0.1, 5), ("oracle", 0.1, 5),
     ]  # fmt: skip
-    assert measure_fractions(more, 64) == []
+    assert measure_fractions(more) == lines
+    assert measure_fractions(more, [64]) == []
+    full = [row for row in ROWS if row.method == "full"]
+    assert [(x.setting.method, x.n) for x in measure_fractions(full)] == [("full", 5)]
 
 
 def test_a_sample_that_one_did_not_answer_is_compared_by_none() -> None:

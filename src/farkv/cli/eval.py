@@ -138,7 +138,7 @@ def evaluate(
 
 def describe(summary: Summary, out: Path) -> dict[str, Any]:
     """Return the object that `--json` prints."""
-    from farkv.evals.closeness import measure_near
+    from farkv.evals.closeness import measure_fractions
     from farkv.evals.near_tables import to_json
     from farkv.evals.tables import make_table
 
@@ -146,18 +146,18 @@ def describe(summary: Summary, out: Path) -> dict[str, Any]:
     table = make_table(summary.rows)
     return {
         "out": str(out), "rows": len(summary.rows), "written": summary.written, "gated": gated,
-        "skipped": summary.skipped, "near": to_json(measure_near(summary.rows)), "table": table.to_dict(),
+        "skipped": summary.skipped, "near": to_json(measure_fractions(summary.rows)), "table": table.to_dict(),
     }  # fmt: skip
 
 
 def show_summary(summary: Summary, out: Path) -> None:
     """Print the tables, and list what was gated or skipped."""
-    from farkv.evals.closeness import measure_near
+    from farkv.evals.closeness import measure_fractions
     from farkv.evals.near_tables import draw_near
     from farkv.evals.show import draw_table
     from farkv.evals.tables import make_table
 
-    err.print(draw_near(measure_near(summary.rows)))
+    err.print(draw_near(measure_fractions(summary.rows)))
     err.print(draw_table(make_table(summary.rows)))
     for task, length, score in summary.gated:
         say(f"gated: {task} at {length}: the full cache itself scores only {score:.0%}")

@@ -81,14 +81,16 @@ def measure_near(
     return mark_nearest(groups, lines)
 
 
-def measure_fractions(rows: Sequence[Row], length: int) -> list[Near]:
-    """Return the lines of one length, fraction by fraction: each over all tasks that were run at that fraction.
+def measure_fractions(rows: Sequence[Row], lengths: Collection[int] = ()) -> list[Near]:
+    """Return the lines of some lengths or all, fraction by fraction: each over all cells that were run at that one.
 
     Fractions of more tasks than others are not cut down to what they have in common; the full cache's line is of the
     most samples.
     """
-    fractions = sorted({row.fraction for row in rows if row.method != FULL and row.length == length})
-    found = [line for f in fractions for line in measure_near(rows, lengths=[length], fractions=[f])]
+    own = [row for row in rows if not lengths or row.length in lengths]
+    fractions = sorted({row.fraction for row in own if row.method != FULL})
+    # Where the full cache alone was run there is its line.
+    found = [line for f in fractions or [1.0] for line in measure_near(own, fractions=[f])]
     full = max((line for line in found if line.setting.is_full), key=lambda line: line.n, default=None)
     return ([] if full is None else [full]) + [line for line in found if not line.setting.is_full]
 

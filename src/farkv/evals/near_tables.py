@@ -77,6 +77,12 @@ def write_near(by_length: Mapping[str, Sequence[Near]]) -> str:
     return write_rows(rows, right=slice(1, None)).rstrip()
 
 
+def count_samples(lines: Sequence[Near]) -> str:
+    """Return the samples of some lines: `24`, or `16..112` where fractions have different ones."""
+    counts = sorted({line.n for line in lines if not line.setting.is_full} or {line.n for line in lines} or {0})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]}..{counts[-1]}"
+
+
 def draw_near(lines: Sequence[Near]) -> RenderableType:
     """Return a table for an 80-column terminal."""
     drawn = RichTable(
@@ -91,9 +97,8 @@ def draw_near(lines: Sequence[Near]) -> RenderableType:
         span = NONE if line.setting.is_full else f"{number(line.kl.low)}..{number(line.kl.high)}"
         texts = [fraction_text(line.setting.fraction), kl, span, percent(line.top1), show_score(line)]
         drawn.add_row(line.setting.method, *texts, percent(sum_bytes(line)), style=style)
-    n = lines[0].n if lines else 0
     notes = [
-        f"KL in nats per token, n = {n} samples; score: on tasks that the full cache does not fail",
+        f"KL in nats per token, n = {count_samples(lines)} samples; score: on tasks that the full cache does not fail",
         "*: nearest, except what reads every key; ≈: not told apart from it",
     ]
     return Group(drawn, *(Text(f"- {note}", style="dim") for note in notes))

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from farkv.evals import near_tables, show
 from farkv.evals.cells import FULL, OURS, Setting, Study, study_rows
-from farkv.evals.closeness import measure_near
+from farkv.evals.closeness import measure_fractions
 from farkv.evals.report.curves import draw_averages, draw_cells
 from farkv.evals.report.facts import list_facts, list_lost, list_skipped
 from farkv.evals.report.heat import count_samples, find_known, make_maps
@@ -49,7 +49,7 @@ def make_page(rows: Sequence[Row], reads: Sequence[Reads], run: dict[str, Any], 
     """
     study = study_rows(rows)
     table = make_table(study)
-    findings, chosen = summarize(study, table), choose_fraction(study)
+    findings, chosen = summarize(study, table), choose_fraction(study, table)
     bounds = {s.method for s in study.proofs if study.is_bound(s)}
     looks = choose_looks(study.methods, {s.method for s in study.aware}, bounds)
     columns = show.list_columns(study) if table.lines else []
@@ -59,7 +59,7 @@ def make_page(rows: Sequence[Row], reads: Sequence[Reads], run: dict[str, Any], 
         title=title, findings=findings, model=run.get("model"), looks=looks, study=study, table=table, subject=subject,
         averages=draw_averages(table, looks) if table.lines else [],
         cells=draw_cells(study, looks) if table.lines else [],
-        columns=columns, near=[line for line in measure_near(rows) if not line.setting.is_full],
+        columns=columns, near=[line for line in measure_fractions(rows) if not line.setting.is_full],
         grids={text: list_grid(study, columns, f) for text, f in fractions.items() if len(columns) > 1},
         maps={text: make_maps(study, f) for text, f in fractions.items() if find_known(study)},
         found=count_samples(study),

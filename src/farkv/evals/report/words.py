@@ -25,9 +25,10 @@ class Findings(NamedTuple):
     more: list[str]
 
 
-def choose_fraction(study: Study) -> float | None:
-    """Return the fraction nearest to 0.1, among ours if it was run; None if there is none."""
-    fractions = [s.fraction for s in study.settings if s.method == OURS] or study.fractions
+def choose_fraction(study: Study, table: Table) -> float | None:
+    """Return the fraction nearest to 0.1, among ours if it was run, of those in the table; None if there is none."""
+    compared = [line.setting for line in table.lines if not line.setting.is_full] or study.settings
+    fractions = [s.fraction for s in compared if s.method == OURS] or [s.fraction for s in compared if not s.is_full]
     return min(fractions, key=lambda fraction: abs(fraction - TARGET), default=None)
 
 
@@ -38,7 +39,7 @@ def list_best(study: Study, table: Table, fraction: float) -> list[Line]:
 
 def summarize(study: Study, table: Table) -> Findings:
     """Summarise a run, for our method or, if it was not run, for the best one."""
-    full, fraction = table.find(FULL), choose_fraction(study)
+    full, fraction = table.find(FULL), choose_fraction(study, table)
     if full is None:
         return Findings("Nothing can be compared: the full cache itself is near the floor on every task.", [])
     lines = [] if fraction is None else [table.find(OURS, fraction), *list_best(study, table, fraction)]
