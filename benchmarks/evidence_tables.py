@@ -6,7 +6,7 @@ import json
 from functools import cache
 
 import numpy as np
-from evidence import MAIN, OUT, PARTS, Part
+from evidence import AWARE, MAIN, OUT, PARTS, Part
 from rows import format_rows
 
 from farkv.evals.closeness import Near, measure_fractions, measure_near
@@ -25,6 +25,8 @@ MODELS = {
 SHORT = ("infinigen", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
 IN_ORDERS = ("full", "infinigen", "lowbit", "oracle", "snapkv", "xkv", "h2o")
 HEADLINE = 0.05
+# A table of fewer compares nothing.
+MIN_METHODS = 2
 
 
 @cache
@@ -92,8 +94,7 @@ def format_part(part: Part, tasks: tuple[str, ...], name: str = "smollm2") -> st
     rows = [row for row in read_model(name) if row.length == 2048 and row.task in tasks]
     found = measure_near(rows, methods=part.methods, fractions=part.fractions)
     lines = [line for line in found if not line.setting.is_full]
-    missing = set(part.methods) - {line.setting.method for line in lines}
-    if len(missing) > len(part.methods) // 2:
+    if len({line.setting.method for line in lines}) < MIN_METHODS:
         return say_missing(part)
     fractions = sorted({line.setting.fraction for line in lines})
     shown: list[list[str]] = []
@@ -132,7 +133,11 @@ def format_profile() -> str:
 
 def format_kept() -> str:
     """Return what evicts, by how layers share, with and without the question."""
-    return format_part(PARTS["kept"], ("qa_1",))
+    part = PARTS["kept"]
+    run = [
+        task for task in part.tasks if any(row.method == AWARE[0] and row.task == task for row in read_model("smollm2"))
+    ]
+    return "\n\n".join(format_part(part, (task,)) for task in run) or say_missing(part)
 
 
 def format_orders(name: str = "smollm2", fraction: float = HEADLINE) -> str:
