@@ -120,7 +120,8 @@ def describe_cell(line: Near | None) -> str:
 
 def format_ahead() -> str:
     """Return speculation one layer ahead beside the true query, and the paper's source beside ours."""
-    return format_part(PARTS["ahead"], ("ppl",))
+    part = PARTS["ahead"]
+    return format_part(part._replace(methods=(*part.methods, "infinigen-paper")), ("ppl",))
 
 
 def format_profile() -> str:
