@@ -69,7 +69,9 @@ def compile_attend(kernels: Any, q: torch.Tensor, n: torch.Tensor, positions: to
         kernels.attend(q, rows, Logits(0.1), positions=None, n=n, sinks=torch.zeros(HEADS * GROUP))
         kernels.attend(q, rows, Logits(0.1, 30.0), positions=positions, n=TOKENS, tail=5, counts=counts)
     pool, out = zeros(HEADS, TOKENS, 2 * DIM, dtype=torch.bfloat16), zeros(HEADS, 60, 2 * DIM, dtype=torch.bfloat16)
-    kernels.gather(pool, positions.view(-1), positions.view(-1), out.view(-1, 2 * DIM))
+    # The launch itself: rows that lie in host memory, as all do here, would be the CPU's to move.
+    flat = positions.view(-1)
+    kernels._gather.run_gather(pool, flat, flat, out.view(-1, 2 * DIM), kernels.blocks.gather)
     copies = NearCopies(out, zeros(HEADS, TOKENS, dtype=torch.int32))
     kernels.fetch(pool, positions, out, torch.zeros(1, dtype=torch.int64), counts=counts, copies=copies)
 
