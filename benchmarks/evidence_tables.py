@@ -24,6 +24,7 @@ MODELS = {
 }
 SHORT = ("infinigen", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
 IN_ORDERS = ("full", "infinigen", "lowbit", "oracle", "snapkv", "xkv", "h2o")
+BESIDE = ("snapkv", "xkv", "infinigen", "lowbit")
 HEADLINE = 0.05
 # A table of fewer compares nothing.
 MIN_METHODS = 2
@@ -139,6 +140,30 @@ def format_kept() -> str:
         task for task in part.tasks if any(row.method == AWARE[0] and row.task == task for row in read_model("smollm2"))
     ]
     return "\n\n".join(format_part(part, (task,)) for task in run) or say_missing(part)
+
+
+def format_kvpress(name: str = "smollm2") -> str:
+    """Return another library's presses beside ours, over the prompts that both answered."""
+    path = OUT / name / "results-kvpress.jsonl"
+    if not path.is_file():
+        return "Not run yet: `benchmarks/kvpress_peer.sh DIR`."
+    theirs = read_rows(path)
+    asked = {row.prompt_sha for row in theirs}
+    rows = [*theirs, *(row for row in read_model(name) if row.prompt_sha in asked and row.method in BESIDE)]
+    tasks = list(dict.fromkeys(row.task for row in theirs))
+    fractions = sorted({row.fraction for row in theirs if row.fraction < 1})
+    lines: list[list[str]] = []
+    for method in dict.fromkeys(row.method for row in rows if row.method != "full"):
+        cells: list[str] = []
+        for task in tasks:
+            for fraction in fractions:
+                mine = [r for r in rows if (r.method, r.task, r.fraction) == (method, task, fraction)]
+                known = [r.kl for r in mine if r.kl is not None]
+                cells.append(number(float(np.mean(known))) if known else "–")
+        lines.append([f"`{method}`", *cells])
+    head = ["method", *(f"{task}, {fraction_text(fraction)}" for task in tasks for fraction in fractions)]
+    note = f"{MODELS[name]}, 2 K, n = {len(asked) // len(tasks)} a task: KL, each to its own program's full cache."
+    return format_rows(head, lines, note)
 
 
 def format_orders(name: str = "smollm2", fraction: float = HEADLINE) -> str:

@@ -53,6 +53,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "ahead": evidence_tables.format_ahead,
         "profile": evidence_tables.format_profile,
         "kept": evidence_tables.format_kept,
+        "kvpress": evidence_tables.format_kvpress,
     },
     "docs/evaluation_demo.md": {"eval": demo_eval.format_methods, "grids": demo_eval.format_grids},
     "docs/papers/infinigen.md": {
