@@ -20,7 +20,7 @@ from farkv.kernels.near_copies import NearCopies
 from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 
-COLUMNS, BITS = 32, 4
+CODE_BYTES, COLUMNS, WIDTH = 16, 64, 8
 
 
 class Layer(NamedTuple):
@@ -41,11 +41,11 @@ def make_layer(shape: ModelShape, tokens: int, fraction: float, device: torch.de
     near = torch.randn(1, shape.kv_heads, tokens, width, device=device).to(torch.bfloat16)
     far = torch.empty(near.shape, dtype=near.dtype, pin_memory=device.type == "cuda")
     far.copy_(near)
-    codes = torch.randint(-128, 128, (1, shape.kv_heads, tokens, COLUMNS * BITS // 8), device=device).to(torch.int8)
+    codes = torch.randint(-128, 128, (1, shape.kv_heads, tokens, CODE_BYTES), device=device).to(torch.int8)
     projection = torch.randn(1, shape.kv_heads, shape.head_dim, COLUMNS, device=device)
-    scale = torch.full((1, shape.kv_heads, 1, COLUMNS), 0.02, device=device)
+    tables = torch.randn(1, shape.kv_heads, 32 * CODE_BYTES, WIDTH, device=device)
     queries = torch.randn(1, shape.heads, 1, shape.head_dim, device=device).to(torch.bfloat16)
-    return Layer(shape, tokens, int(fraction * tokens), IndexView(codes, BITS, projection, scale), far, near, queries)
+    return Layer(shape, tokens, int(fraction * tokens), IndexView(codes, projection, tables), far, near, queries)
 
 
 def measure_us(call: Callable[[], Any], device: torch.device, rounds: int = 20) -> float:

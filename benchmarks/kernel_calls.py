@@ -153,20 +153,19 @@ def make_rows(rng: random.Random, form: str, shape: tuple[int, int, int, int, in
 
 def draw_select(rng: random.Random, wild: bool) -> tuple[str, dict[str, Any], Check]:
     """Choose records by an index."""
-    batch, heads, group, bits = rng.randint(1, 2), rng.randint(1, 3), rng.randint(1, 9), rng.choice([4, 4, 8])
-    dim, columns = rng.randint(1, 40), 2 * rng.choice([rng.randint(1, 20), 16, 14, 33])
+    batch, heads, group, dim = rng.randint(1, 2), rng.randint(1, 3), rng.randint(1, 9), rng.randint(1, 40)
+    wide, stages = rng.choice([1, 1, 2, 8]), rng.choice([1, 2, 4])
+    nibbles = 2 * stages * rng.choice([rng.randint(1, 10), 8, 7, 33])
+    columns = nibbles // stages * wide
     n = rng.choice([1, 2, 63, 64, 65, rng.randint(1, 500), rng.randint(4224, 7000)])
-    top = 7 if bits == 4 else 127
-    codes = (torch.randn(batch, heads, n, columns) * top / 2.5).round().clamp(-top - 1, top).to(torch.int8)
+    codes = torch.randint(-128, 128, (batch, heads, n, nibbles // 2), dtype=torch.int8)
     if rng.random() < 0.1:
         codes[:] = codes[:, :, :1]
-    half = columns // 2
-    codes = spread_out(rng, codes if bits == 8 else (codes[..., :half] & 15) | (codes[..., half:] << 4))
-    side, scale = torch.randn(rng.choice([1, batch]), heads, dim, columns), torch.rand(batch, heads, 1, columns) + 0.5
+    codes, side = spread_out(rng, codes), torch.randn(rng.choice([1, batch]), heads, dim, columns)
+    tables = torch.randn(batch, heads, 16 * nibbles, wide)
     q, strange = torch.randn(batch, heads * group, 1, dim), wild and rng.random() < 0.4
-    scale *= 2.5 / top
     if strange:
-        q, side, scale = (make_wild(rng, x) for x in (q, side, scale))
+        q, side, tables = (make_wild(rng, x) for x in (q, side, tables))
     n_open = rng.choice([n, rng.randint(1, n)])
     taken = None
     if rng.random() < 0.5:
@@ -176,8 +175,8 @@ def draw_select(rng: random.Random, wild: bool) -> tuple[str, dict[str, Any], Ch
     n_taken = 0 if taken is None else taken.shape[2]
     cap = rng.choice([0, 1, n_open - n_taken, rng.randint(0, n_open - n_taken), (n_open - n_taken) // 20])
     cap, sinks = min(cap, n_open - n_taken), rng.choice([0, 0, 4, 100])
-    logits = draw_logits(rng, rng.choice([0.3, 3.0, 30.0]) / math.sqrt(dim * columns), wild)
-    index = IndexView(codes, bits, side, scale)
+    logits = draw_logits(rng, rng.choice([0.3, 3.0, 30.0]) / math.sqrt(dim * nibbles * wide), wild)
+    index = IndexView(codes, side, tables)
     arguments = dict(q=q, index=index, logits=logits, cap=cap, n=n_open, sinks=sinks, taken=taken)
     return "select", arguments, lambda out: check_choice(out, arguments, exact=not strange)
 

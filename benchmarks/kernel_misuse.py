@@ -27,7 +27,7 @@ def make_right(entry: str) -> Arguments:
     q, positions = torch.randn(2, 6, 1, 16), torch.arange(5).expand(2, 3, 5).clone()
     if entry == "select":
         codes = torch.randint(-128, 128, (2, 3, 40, 8), dtype=torch.int8)
-        index = IndexView(codes, 4, torch.randn(2, 3, 16, 16), torch.rand(2, 3, 1, 16))
+        index = IndexView(codes, torch.randn(2, 3, 16, 16), torch.randn(2, 3, 256, 2))
         return dict(q=q, index=index, logits=Logits(0.25), cap=6, n=38, sinks=2, taken=positions + 7)
     if entry == "attend":
         rows = Rows(torch.randn(2, 3, 40, 28), 16, 12)
@@ -90,7 +90,7 @@ def take_heads(given: Arguments) -> None:
     rows = given.get("rows")
     if rows is None:
         index = given["index"]
-        given["index"] = IndexView(index.codes[:, :0], 4, index.query[:, :0], index.scale[:, :0])
+        given["index"] = IndexView(index.codes[:, :0], index.query[:, :0], index.tables[:, :0])
         given["taken"] = given["taken"][:, :0]
     else:
         given["rows"], given["sinks"] = rows._replace(data=rows.data[:, :0]), given["sinks"][:0]
@@ -151,19 +151,19 @@ WRONG: dict[str, dict[str, Change]] = {
         "codes: bytes apart": turn("index.codes", skip),
         "codes: no bytes": turn("index.codes", lambda x: x[..., :0]),
         "codes: elsewhere": turn("index.codes", to_meta),
-        "bits: of bytes": turn("index.bits", lambda _: 8),
-        "bits: none": turn("index.bits", lambda _: 0),
-        "bits: two": turn("index.bits", lambda _: 2),
         "projection: one head": turn("index.query", lambda x: x[:, :1]),
         "projection: half the numbers": turn("index.query", lambda x: x[:, :, :8]),
-        "projection: half the columns": turn("index.query", lambda x: x[..., :8]),
+        "projection: other columns": turn("index.query", lambda x: x[..., :6]),
         "projection: of three sequences": turn("index.query", lambda x: x[:1].repeat(3, 1, 1, 1)),
         "projection: of no sequence": turn("index.query", lambda x: x[:0]),
         "projection: elsewhere": turn("index.query", to_meta),
-        "scale: one sequence": turn("index.scale", lambda x: x[:1]),
-        "scale: one head": turn("index.scale", lambda x: x[:, :1]),
-        "scale: half the columns": turn("index.scale", lambda x: x[..., :8]),
-        "scale: whole numbers": turn("index.scale", lambda x: x.long()),
+        "tables: one sequence": turn("index.tables", lambda x: x[:1]),
+        "tables: one head": turn("index.tables", lambda x: x[:, :1]),
+        "tables: half the nibbles": turn("index.tables", lambda x: x[:, :, :128]),
+        "tables: of three columns": turn("index.tables", lambda x: x[..., :1].repeat(1, 1, 1, 3)),
+        "tables: of no column": turn("index.tables", lambda x: x[..., :0]),
+        "tables: whole numbers": turn("index.tables", lambda x: x.long()),
+        "tables: elsewhere": turn("index.tables", to_meta),
         "cap: negative": put(cap=-3),
         "cap: more than are left": put(cap=34),
         "cap: past 64 bits": put(cap=2**64 + 2),

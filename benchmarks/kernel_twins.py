@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from farkv.math.logits import Logits
-from farkv.math.score import unpack_codes
+from farkv.math.tables import decode_nibbles
 
 # Float32's sums and products of such numbers may overflow: what is right then is not defined.
 OVERFLOW, UNKNOWN = 1e37, 1e300
@@ -118,9 +118,9 @@ def check_choice(chosen: Tensor, given: dict[str, Any], exact: bool) -> str | No
 def check_masses(marks: Tensor, free: Tensor, given: dict[str, Any]) -> str | None:
     """Check that nothing free weighs more than what was chosen, up to the kernel's promise."""
     index, logits, (batch, heads, n) = given["index"], given["logits"], marks.shape
-    codes = (unpack_codes(index.codes) if index.bits == 4 else index.codes)[:, :, :n].double()
+    keys = decode_nibbles(index.codes[:, :, :n], index.tables, index.query.shape[-1]).double()
     grouped = given["q"].double().reshape(batch, heads, -1, given["q"].shape[-1])
-    scores = (grouped @ index.query.double()) * index.scale.double() * logits.scaling @ codes.mT
+    scores = (grouped @ index.query.double()) * logits.scaling @ keys.mT
     masses = logits.cap(scores).softmax(-1).sum(2)
     worst = masses.where(free & marks, torch.inf).amin(-1)
     best = masses.where(free & ~marks, 0.0).amax(-1)

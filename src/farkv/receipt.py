@@ -109,6 +109,7 @@ class Receipt:
     managed_resident_fraction: float
     managed_kept_fraction: float
     least_read_fraction: float
+    peak_read_fraction: float
     exact: str
     notes: tuple[str, ...]
     fetched_bytes_per_token: float
@@ -189,6 +190,9 @@ class Account:
     decoding: bool = False
     # False while a step is repeated for verification: the bytes it moves are not part of the run.
     counts_bytes: bool = True
+    # The largest share of the records that one decode step has read, and what all steps before had read and held.
+    peak_read: float = 0.0
+    summed: tuple[float, float] = (0.0, 0.0)
     # Records the positions that decode steps read; None: not traced.
     trace: ReadTrace | None = None
     # The worst of `EXACT` of all passes so far.
@@ -211,9 +215,22 @@ class Account:
             self.prefill_s += seconds
             return
         self.decode_steps += 1
+        self._note_peak()
         if not measures:
             self.timed_steps += 1
             self.decode_s += seconds
+
+    def _note_peak(self) -> None:
+        """Note what this step has read, if no count of it has stayed on a device."""
+        counts = self.layers.items()
+        if any(count.device_read is not None and count.device_read.device.type != "cpu" for _, count in counts):
+            return
+        read = sum(c.total_read() * self.record_bytes.get(i, 1) for i, c in counts)
+        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in counts)
+        was_read, was_held = self.summed
+        self.summed = read, held
+        if held > was_held:
+            self.peak_read = max(self.peak_read, (read - was_read) / (held - was_held))
 
     def add_fallback(self, name: str) -> None:
         """Count one use of a slower or different path than the one requested."""

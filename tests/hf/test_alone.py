@@ -275,7 +275,7 @@ def test_what_cannot_join_says_why_and_changes_nothing() -> None:
         model(input_ids=ids, past_key_values=cache)
         return cache
 
-    with farkv.attach(model, InfiniGen(fraction=0.3), host="58KiB") as far:
+    with farkv.attach(model, InfiniGen(fraction=0.3), host="60KiB") as far:
         a, b = read(far), read(far)
         before = a.engine.store.pool[0].view().clone()
         with pytest.raises(CapacityError, match=r"host limit: a batch of 2 sequences of 40 tokens needs"):

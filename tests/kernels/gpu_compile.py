@@ -54,10 +54,10 @@ def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 
 def compile_select(kernels: Any, q: torch.Tensor, n: torch.Tensor, positions: torch.Tensor) -> None:
-    for bits, softcap, held in ((4, None, n), (8, 30.0, TOKENS)):
+    for wide, softcap, held in ((8, None, n), (1, 30.0, TOKENS)):
         codes = zeros(HEADS, TOKENS, 16, dtype=torch.int8)
         floats = {"dtype": torch.float32}
-        index = IndexView(codes, bits, zeros(HEADS, DIM, 128 // bits, **floats), zeros(HEADS, 1, 128 // bits, **floats))
+        index = IndexView(codes, zeros(HEADS, DIM, 32, **floats), zeros(HEADS, 512, wide, **floats))
         kernels.select(q, index, Logits(0.1, softcap), cap=400, n=held, sinks=4, taken=positions)
 
 

@@ -56,7 +56,7 @@ def make_step(cap: int = 24) -> Step:
     n, cap = 90 * LARGER, cap * LARGER
     far = torch.randn(1, 2, n, 32, dtype=torch.float16)
     codes = torch.randint(-128, 128, (1, 2, n, 4), dtype=torch.int8, device=DEVICE)
-    index = IndexView(codes, 4, torch.randn(1, 2, 16, 8, device=DEVICE), torch.full((1, 2, 1, 8), 0.1, device=DEVICE))
+    index = IndexView(codes, torch.randn(1, 2, 16, 8, device=DEVICE), torch.randn(1, 2, 128, 1, device=DEVICE))
     slots = torch.full((1, 2, n), -1, dtype=torch.int32, device=DEVICE)
     slots[..., : n // 2] = torch.arange(n // 2, dtype=torch.int32, device=DEVICE)
     copies = gpu.NearCopies(far[:, :, : n // 2].to(DEVICE).contiguous(), slots)

@@ -11,7 +11,7 @@ import torch
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView
 from farkv.math.logits import Logits
-from farkv.math.score import unpack_codes
+from farkv.math.tables import decode_nibbles
 from tests.kernels.gpu_interpreter import DEVICE, GPU, LARGER, MARKS
 
 pytestmark = MARKS
@@ -38,21 +38,22 @@ class Case(NamedTuple):
 
 def make_index(case: Case, kv_heads: int = 2, dim: int = 20) -> tuple[torch.Tensor, IndexView]:
     n, width = case.n * LARGER, case.columns * case.bits // 8
-    low, high = (-8, 8) if case.bits == 8 else (-128, 128)
-    codes = torch.randint(low, high, (case.batch, kv_heads, n + 37, width), dtype=torch.int8)[:, :, :n]
+    codes = torch.randint(-128, 128, (case.batch, kv_heads, n + 37, width), dtype=torch.int8)[:, :, :n]
     query = torch.randn(1 if case.shared else case.batch, kv_heads, dim, case.columns)
-    scale = torch.rand(case.batch, kv_heads, 1, case.columns) * 0.2 * case.spread
+    # Of eight bits two nibbles code a column; of four, each nibble codes two of a group's eight columns.
+    wide = 1 if case.bits == 8 or case.columns % 8 else 2
+    tables = torch.randn(case.batch, kv_heads, 32 * width, wide) * case.spread
     q = torch.randn(case.batch, kv_heads * case.group, 1, dim).to(case.dtype)
-    return q.to(DEVICE), IndexView(codes.to(DEVICE), case.bits, query.to(DEVICE), scale.to(DEVICE))
+    return q.to(DEVICE), IndexView(codes.to(DEVICE), query.to(DEVICE), tables.to(DEVICE))
 
 
 def weigh(q: torch.Tensor, index: IndexView, logits: Logits, n: int) -> torch.Tensor:
     """log2 of the group's mass, in float64."""
     codes = index.codes[:, :, :n]
-    codes = (unpack_codes(codes) if index.bits == 4 else codes).double()
+    keys = decode_nibbles(codes, index.tables, index.query.shape[-1]).double()
     batch, kv_heads = codes.shape[:2]
     grouped = q.double().reshape(batch, kv_heads, -1, q.shape[-1])
-    scores = grouped @ index.query.double() * (index.scale.double() * logits.scaling) @ codes.mT
+    scores = grouped @ index.query.double() * logits.scaling @ keys.mT
     if logits.softcap:
         scores = logits.softcap * torch.tanh(scores / logits.softcap)
     return scores.log_softmax(-1).logsumexp(2) / torch.log(torch.tensor(2.0, dtype=torch.float64))

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Native, list_native
+from farkv.kernels.operands import Varied
 from farkv.math.logits import Logits
-from farkv.math.score import pool_group, project_query, score_index, unpack_codes
-from farkv.math.select import force_sinks, select_rest, select_top
+from farkv.math.score import pool_group, project_query, score_index
+from farkv.math.select import force_sinks, select_above, select_rest, select_top
+from farkv.math.tables import decode_nibbles
 
 # What the kernel promises: weights that differ by less may change places, and so may weights far below the largest.
 TOLERANCE, FAINT = 2.0**-7, 2.0**-120
@@ -37,13 +39,20 @@ def same_threads() -> Iterator[None]:
 
 
 class Shape(NamedTuple):
+    """`nibbles` code groups of `width` columns, `stages` of them one after the other."""
+
     batch: int
     heads: int
     group: int
     dim: int
-    columns: int
+    nibbles: int
     n: int
-    bits: int
+    width: int = 1
+    stages: int = 1
+
+    @property
+    def columns(self) -> int:
+        return self.nibbles // self.stages * self.width
 
 
 class Case(NamedTuple):
@@ -55,21 +64,31 @@ class Case(NamedTuple):
 
 def make_case(shape: Shape, spread: float = 3.0, softcap: float | None = None, seed: int = 0) -> Case:
     """Codes in a wider pool whose estimated logits have about this spread."""
-    b, h, g, d, r, n, bits = shape
+    b, h, g, d, nibbles, n, width, _ = shape
     random = torch.Generator().manual_seed(seed)
-    top = 7 if bits == 4 else 127
-    codes = (torch.randn(b, h, n + 3, r, generator=random) * top / 2.5).round().clamp(-top - 1, top).to(torch.int8)
-    packed = codes if bits == 8 else (codes[..., : r // 2] & 15) | (codes[..., r // 2 :] << 4)
-    side = torch.randn(b if seed % 2 else 1, h, d, r, generator=random)
-    scale = (0.5 + torch.rand(b, h, 1, r, generator=random)) * 2.5 / top
+    codes = torch.randint(-128, 128, (b, h, n + 3, nibbles // 2), generator=random, dtype=torch.int8)
+    tables = torch.randn(b, h, 16 * nibbles, width, generator=random)
+    side = torch.randn(b if seed % 2 else 1, h, d, shape.columns, generator=random)
     q = torch.randn(b, h * g, 1, d, generator=random)
-    logits = Logits(spread / math.sqrt(d * r), softcap)
-    index = IndexView(packed[:, :, :n], bits, side, scale)
-    projected = (q.double().reshape(b, h, g, d) @ side.double()) * scale.double() * logits.scaling
-    scores = projected @ codes[:, :, :n].double().mT
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    return Case(q, index, logits, scores.softmax(-1).sum(2))
+    logits = Logits(spread / math.sqrt(d * nibbles * width), softcap)
+    index = IndexView(codes[:, :, :n], side, tables)
+    return Case(q, index, logits, weigh(q, index, logits))
+
+
+def weigh(q: Tensor, index: IndexView, logits: Logits) -> Tensor:
+    """Each record's mass, summed over the group: nibble by nibble, in float64."""
+    codes, side, tables = index
+    b, h, n, width = codes.shape
+    whole = codes.view(torch.uint8).long()
+    projected = q.double().reshape(b, h, -1, q.shape[-1]) @ side.double() * logits.scaling
+    groups = side.shape[-1] // tables.shape[-1]
+    scores = torch.zeros(b, h, projected.shape[2], n, dtype=torch.float64)
+    for i in range(2 * width):
+        value = whole[..., i] & 15 if i < width else whole[..., i - width] >> 4
+        entries = tables[:, :, 16 * i : 16 * i + 16].double()
+        part = projected.unflatten(-1, (groups, -1))[..., i % groups, :] @ entries.mT
+        scores += part.gather(-1, value[:, :, None].expand(-1, -1, projected.shape[2], -1))
+    return logits.cap(scores).softmax(-1).sum(2)
 
 
 def check(case: Case, chosen: Tensor, cap: int, sinks: int = 0, taken: Tensor | None = None) -> None:
@@ -93,15 +112,16 @@ def check(case: Case, chosen: Tensor, cap: int, sinks: int = 0, taken: Tensor | 
 
 
 SHAPES = [
-    Shape(1, 1, 1, 20, 10, 1, 4),
-    Shape(2, 3, 3, 20, 10, 301, 4),  # five bytes of codes
-    Shape(1, 2, 4, 64, 32, 9000, 4),  # sampled and, where it pays, scanned coarsely
-    Shape(1, 1, 8, 16, 5, 6000, 8),
-    Shape(2, 1, 5, 64, 33, 4500, 8),
-    Shape(1, 3, 2, 64, 64, 5001, 4),  # more than one piece of a row
-    Shape(1, 1, 8, 16, 32, 4300, 4),  # scanned in registers: 8, 2, 1 queries of a group
-    Shape(1, 2, 2, 16, 28, 4400, 4),  # rows that end before a piece does
-    Shape(1, 1, 1, 16, 32, 6000, 4),
+    Shape(1, 1, 1, 20, 10, 1),
+    Shape(2, 3, 3, 20, 10, 301),  # five bytes of codes
+    Shape(1, 2, 4, 64, 32, 9000),  # sampled and, where it pays, scanned coarsely
+    Shape(1, 2, 3, 64, 16, 9000, 8, 4),  # learned tables: rows of one piece, read in place
+    Shape(1, 1, 4, 128, 32, 6000, 8, 4),
+    Shape(1, 1, 8, 16, 6, 6000, 2),
+    Shape(2, 1, 5, 64, 66, 4500, 4, 2),  # a piece of 16 bytes, and more
+    Shape(1, 3, 2, 64, 64, 5001),
+    Shape(1, 1, 9, 16, 24, 4300),  # twelve bytes; more queries than one vector has
+    Shape(1, 1, 1, 16, 600, 4300),  # more nibbles than sums of 16 bits have room for
 ]
 
 
@@ -115,9 +135,9 @@ def test_takes_the_heaviest(kernels: Native, shape: Shape, spread: float) -> Non
 
 @given(
     shape=st.builds(
-        Shape, st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40),
-        st.integers(1, 20).map(lambda half: 2 * half),
-        st.sampled_from([1, 2, 63, 64, 65, 500, 4300, 7001]), st.sampled_from([4, 8]),
+        lambda b, h, g, d, groups, n, width, stages: Shape(b, h, g, d, 2 * groups * stages, n, width, 2 * stages),
+        st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 12),
+        st.sampled_from([1, 2, 63, 64, 65, 500, 4300, 7001]), st.sampled_from([1, 2, 8]), st.integers(1, 2),
     ),
     seed=st.integers(0, 10**6), share=st.floats(0, 1), sinks=st.integers(0, 6), n_taken=st.integers(0, 60),
     softcap=st.sampled_from([None, 5.0]), isa=st.sampled_from(list_native() or ("none",)),
@@ -142,9 +162,11 @@ def test_keeps_its_promise(
 
 
 def test_agrees_with_the_plain_twin(kernels: Native) -> None:
-    case = make_case(Shape(2, 2, 4, 32, 32, 5000, 4))
-    projected = project_query(case.q, case.index.query, case.index.scale, case.logits)
-    pooled = pool_group(score_index(projected, unpack_codes(case.index.codes), case.logits), None)
+    case = make_case(Shape(2, 2, 4, 32, 32, 5000, 8, 4))
+    index = case.index
+    projected = project_query(case.q, index.query, case.logits)
+    keys = decode_nibbles(index.codes, index.tables, index.query.shape[-1])
+    pooled = pool_group(score_index(projected, keys, case.logits), None)
     first = select_top(force_sinks(pooled.clone(), 4, None), 250)
     chosen = kernels.select(case.q, case.index, case.logits, cap=250, n=5000, sinks=4)
     rest = select_rest(pooled.clone(), first, 50).positions
@@ -155,9 +177,42 @@ def test_agrees_with_the_plain_twin(kernels: Native) -> None:
         assert both > 0.98
 
 
+@pytest.mark.parametrize("shape", SHAPES[1:])
+@pytest.mark.parametrize("share", [0.003, 0.05, 0.6])
+def test_a_varied_choice_is_what_reaches_the_threshold(kernels: Native, shape: Shape, share: float) -> None:
+    """Each sequence has its own cap and threshold; a head takes what reaches it, up to the cap."""
+    case = make_case(shape)
+    means = case.masses / shape.group
+    least = means.flatten(1).kthvalue(max(1, int((1 - share) * means[0].numel())), -1).values.float()
+    caps = torch.tensor([max(1, shape.n // 4), shape.n][: shape.batch])
+    heads = (shape.batch, shape.heads)
+    fewest = caps // 8
+    varied = Varied(caps, least, fewest, torch.zeros(heads, dtype=torch.int64), torch.zeros(heads))
+    cap = int(caps.max())
+    out = kernels.select(case.q, case.index, case.logits, cap=cap, n=shape.n, sinks=1, varied=varied)
+    none = torch.zeros(shape.batch, dtype=torch.int64)
+    plain = select_above(force_sinks(means.float().log(), 1, None), caps, fewest, least, none)
+    for b, h in torch.cartesian_prod(*map(torch.arange, heads)).tolist():
+        n, mass = int(varied.counts[b, h]), means[b, h]
+        chosen = out[b, h, :n]
+        assert 1 <= n <= caps[b] and (chosen[1:] > chosen[:-1]).all() and chosen[0] == 0
+        left = mass.clone()
+        left[chosen] = 0
+        rest = mass[chosen[1:]]
+        assert n <= max(1, int(fewest[b])) or (rest >= least[b] * (1 - TOLERANCE)).all()
+        assert n == caps[b] or left.max() <= least[b] * (1 + TOLERANCE)
+        assert n not in (caps[b], fewest[b]) or n == 1 or rest.min() >= left.max() * (1 - TOLERANCE)
+        near = ((mass / least[b] - 1).abs() < 2 * TOLERANCE).sum()
+        assert abs(n - int(plain.counts[b, h])) <= near
+        if n > 1 and int(plain.counts[b, h]) == n:
+            # The kernel's lies between the least chosen and the best left out.
+            assert left.max() * (1 - TOLERANCE) <= varied.floors[b, h] <= rest.min() * (1 + TOLERANCE)
+            assert n <= fewest[b] or plain.floors[b, h] >= least[b] * (1 - TOLERANCE)
+
+
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_threads_do_not_change_the_choice(kernels: Native, threads: int) -> None:
-    case = make_case(Shape(1, 1, 3, 32, 32, 9001, 4))
+    case = make_case(Shape(1, 1, 3, 32, 32, 9001))
     torch.set_num_threads(1)
     alone = kernels.select(case.q, case.index, case.logits, cap=450, n=9001)
     torch.set_num_threads(threads)
@@ -166,41 +221,37 @@ def test_threads_do_not_change_the_choice(kernels: Native, threads: int) -> None
 
 def test_a_sample_that_misleads_costs_time_alone(kernels: Native) -> None:
     """Heavy records where no sample looks, for one query of the group: guesses and bound are wrong."""
-    shape = Shape(1, 1, 2, 16, 32, 9000, 4)
+    shape = Shape(1, 1, 2, 16, 32, 9000)
     case = make_case(shape, 1.0)
-    codes = unpack_codes(case.index.codes).clone()
     heavy = torch.tensor([50, 51, 3333, 6000])
-    direction = torch.sign((case.q[0, 0, 0] @ case.index.query[0, 0]) * case.index.scale[0, 0, 0])
-    codes[0, 0, heavy] = (7 * direction).to(torch.int8)
-    codes[0, 0, 1000:1400] = -codes[0, 0, heavy[:1]]
-    packed = (codes[..., :16] & 15) | (codes[..., 16:] << 4)
+    projected = case.q[0, 0, 0] @ case.index.query[0, 0]
+    added = projected[:, None] * case.index.tables[0, 0, :, 0].view(32, 16)
+    codes = case.index.codes.view(torch.uint8).clone()
+    for rows, best in ((heavy, added.argmax(-1)), (torch.arange(1000, 1400), added.argmin(-1))):
+        codes[0, 0, rows] = (best[:16] | best[16:] << 4).to(torch.uint8)
+    index = case.index._replace(codes=codes.view(torch.int8))
     for spread in (1.0, 30.0, 1000.0):
         logits = Logits(spread / math.sqrt(16 * 32))
-        projected = (
-            (case.q.double().reshape(1, 1, 2, 16) @ case.index.query.double()) * case.index.scale * logits.scaling
-        )
-        masses = (projected @ codes.double().mT).softmax(-1).sum(2)
-        index = case.index._replace(codes=packed)
         chosen = kernels.select(case.q, index, logits, cap=450, n=9000)
-        check(Case(case.q, index, logits, masses), chosen, 450)
+        check(Case(case.q, index, logits, weigh(case.q, index, logits)), chosen, 450)
         assert set(heavy.tolist()) <= set(chosen[0, 0].tolist())
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_queries_without_a_direction_still_choose(kernels: Native, value: float) -> None:
-    case = make_case(Shape(1, 1, 2, 16, 32, 9000, 4))
+    case = make_case(Shape(1, 1, 2, 16, 32, 9000))
     chosen = kernels.select(torch.full_like(case.q, value), case.index, case.logits, cap=300, n=9000, sinks=4)
     assert chosen.shape == (1, 1, 300)
     assert (chosen[..., 1:] > chosen[..., :-1]).all() and chosen.min() == 0 and chosen.max() < 9000
 
 
 def test_operands_that_do_not_fit_are_refused(kernels: Native) -> None:
-    case = make_case(Shape(1, 2, 2, 16, 32, 100, 4))
+    case = make_case(Shape(1, 2, 2, 16, 32, 100))
     wrong = [
         (case.q, case.index, {"cap": 101, "n": 100}),
         (case.q, case.index, {"cap": 5, "n": 101}),
         (case.q, case.index, {"cap": 60, "n": 100, "taken": torch.zeros(1, 2, 41, dtype=torch.int64)}),
-        (case.q, case.index._replace(bits=8), {"cap": 5, "n": 100}),
+        (case.q, case.index._replace(tables=case.index.tables[:, :, 1:]), {"cap": 5, "n": 100}),
         (case.q, case.index._replace(codes=case.index.codes.int()), {"cap": 5, "n": 100}),
         (case.q[..., :8], case.index, {"cap": 5, "n": 100}),
     ]

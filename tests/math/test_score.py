@@ -15,40 +15,34 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def make() -> tuple[torch.Tensor, ...]:
-    q = torch.randn(B, HKV * G, 1, D)
-    query = torch.randn(1, HKV, D, R)
-    scale = torch.rand(B, HKV, 1, R) + 0.1
-    codes = torch.randint(-127, 128, (B, HKV, S, R), dtype=torch.int8)
-    return q, query, scale, codes
+    return torch.randn(B, HKV * G, 1, D), torch.randn(1, HKV, D, R), torch.randn(B, HKV, S, R)
 
 
-def twin(
-    q: torch.Tensor, query: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """Decode the index, then take plain dot products, one head at a time."""
+def twin(q: torch.Tensor, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Plain dot products, one head at a time."""
     out = torch.empty(B, HKV, G, S, dtype=torch.float64)
     for b in range(B):
         for h in range(HKV):
-            keys = codes[b, h].double() * scale[b, h].double()
             for g in range(G):
-                out[b, h, g] = keys @ (q[b, h * G + g, 0].double() @ query[0, h].double()) * scaling
+                projected = q[b, h * G + g, 0].double() @ query[0, h].double()
+                out[b, h, g] = keys[b, h].double() @ projected * scaling
     return out
 
 
-def test_scores_are_dot_products_of_decoded_keys() -> None:
-    q, query, scale, codes = make()
-    got = score_index(project_query(q, query, scale, PLAIN), codes, PLAIN)
-    expected = twin(q, query, scale, codes, 0.3)
+def test_scores_are_dot_products_of_projected_keys() -> None:
+    q, query, keys = make()
+    got = score_index(project_query(q, query, PLAIN), keys, PLAIN)
+    expected = twin(q, query, keys, 0.3)
     # Each score sums D * R products: the bound of float32 summation over their magnitudes.
-    bound = 4 * D * EPS * twin(q.abs(), query.abs(), scale, codes.abs(), 0.3)
+    bound = 4 * D * EPS * twin(q.abs(), query.abs(), keys.abs(), 0.3)
     assert ((got - expected).abs() <= bound).all()
 
 
 def test_softcap_bends_scores() -> None:
-    q, query, scale, codes = make()
-    projected = project_query(q, query, scale, PLAIN)
-    expected = 5.0 * torch.tanh(score_index(projected, codes, PLAIN) / 5.0)
-    assert torch.equal(score_index(projected, codes, Logits(0.3, 5.0)), expected)
+    q, query, keys = make()
+    projected = project_query(q, query, PLAIN)
+    expected = 5.0 * torch.tanh(score_index(projected, keys, PLAIN) / 5.0)
+    assert torch.equal(score_index(projected, keys, Logits(0.3, 5.0)), expected)
 
 
 def test_pooling_is_the_groups_mean_weight() -> None:

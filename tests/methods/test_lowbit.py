@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import farkv
-from farkv.math.index import encode_levels, fit_levels, measure_mean, pack_codes
-from farkv.math.score import unpack_codes
+from farkv.math.index import fit_levels, measure_mean
+from farkv.math.tables import decode_nibbles, encode_nibbles, level_tables
 from farkv.methods import LowBit
+from farkv.methods.lowbit import ColumnCoder
 from farkv.store.sizes import count_cap
 from tests.methods.replay_choice import Choice, divide, pool, record
 from tests.models import forward, generate, make_model, make_prompt
@@ -92,18 +93,23 @@ def test_steps_of_a_short_text_are_measured_again_as_it_grows() -> None:
 
 
 def test_four_codes_share_a_byte() -> None:
-    codes = torch.randint(-2, 2, (2, 2, 9, 8), dtype=torch.int8)
-    packed = pack_codes(codes, 2)
-    assert packed.shape == (2, 2, 9, 2)
-    assert packed.dtype == torch.int8
-    assert torch.equal(unpack_codes(packed, 2), codes)
+    coder = ColumnCoder(2, torch.device("cpu"))
+    size = coder.measure(8, 64)
+    keys = torch.randn(2, 2, 9, 8)
+    projection = coder.fit(0, None, keys, None, size)
+    codes = coder.encode(keys, projection)
+    assert codes.shape == (2, 2, 9, 2) and codes.dtype == torch.int8
+    step = fit_levels(keys - projection.mean, None)
+    levels = ((keys - projection.mean) / step).floor().clamp(-2, 1) + 0.5
+    assert torch.allclose(coder.decode(codes, projection), levels * step)
 
 
 def test_levels_lose_no_more_than_four_levels_must() -> None:
     # Of a normal variable 0.1188 of the variance is lost at best (Max 1960).
     values = torch.randn(1, 2, 20000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.01, 1.0, 30.0])
-    scale = fit_levels(values, None)
-    decoded = (encode_levels(values, scale).float() + 0.5) * scale
+    values = torch.nn.functional.pad(values, (0, 1))
+    tables = level_tables(fit_levels(values, None))
+    values, decoded = values[..., :3], decode_nibbles(encode_nibbles(values, tables), tables, 4)[..., :3]
     lost: Any = (values - decoded).square().mean(2) / values.square().mean(2)
     assert (lost - 0.1188).abs().max() < 0.005
 

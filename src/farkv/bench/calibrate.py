@@ -26,6 +26,7 @@ from farkv.engine.build import Roles, make_engine
 from farkv.engine.setup import Setup
 from farkv.kernels.native import IndexView, Native, Rows
 from farkv.math.logits import Logits
+from farkv.math.tables import ENTRIES
 from farkv.methods import InfiniGen
 from farkv.receipt import Account
 
@@ -57,13 +58,12 @@ class SelectRunner:
         cap = engine.parts.budgets.split(case.context + 1, 0)
         self.sinks, self.newest, self.cap = cap.sinks, cap.newest, cap.early + cap.late
         coder = InfiniGen().make_coder(engine.selector.place)
-        columns = coder.count_columns(case.shape.head_dim, case.shape.record_bytes())
+        size = coder.measure(case.shape.head_dim, case.shape.record_bytes())
         heads = (case.batch, case.shape.kv_heads)
-        projection = torch.randn(*heads, case.shape.head_dim, columns)
-        scale = torch.full((*heads, 1, columns), 0.1)
+        projection = torch.randn(*heads, case.shape.head_dim, size.columns) / size.columns**0.5
+        tables = torch.randn(*heads, ENTRIES * size.nibbles, size.width)
         self.index = [
-            IndexView(self._draw_codes(heads, columns * coder.bits // 8), coder.bits, projection, scale)
-            for _ in range(self.n_layers)
+            IndexView(self._draw_codes(heads, size.nibbles // 2), projection, tables) for _ in range(self.n_layers)
         ]
 
     def _draw_codes(self, heads: tuple[int, int], width: int) -> torch.Tensor:

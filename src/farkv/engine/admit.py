@@ -148,7 +148,7 @@ class Admission:
             window=store.window,
             dense_layers=frozenset(i for i in self.layers if self.selector.reads_all(i)),
             index_bytes=lambda n: self.selector.index_bytes(shape, n),
-            read_rows=lambda n: max(self.budgets.split(n, i).total for i in self.layers),
+            read_rows=lambda n: max(self.budgets.count_most(n, i) for i in self.layers),
             pinned_bytes=lambda n: 0 if pins is None else sum(int(s * n) for s in pins.values()) * shape.token_bytes,
             is_coded=store.limits.quant is not None,
             evicts=bool(store.kept),

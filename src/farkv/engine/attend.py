@@ -17,6 +17,7 @@ from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import PoolPolicy
 from farkv.engine.records import LayerRecords
 from farkv.math.attention import align_mask, align_rows
+from farkv.math.select import Choice
 from farkv.math.step import AttentionFunction, Step
 from farkv.math.stream import Stream
 from farkv.receipt import BIT, INEXACT, ROUNDING, Account
@@ -75,16 +76,21 @@ class Attention:
         records: LayerRecords,
         step: Step,
         attention: AttentionFunction,
-        positions: Int[Tensor, "B Hkv K"] | None,
+        chosen: Choice | None,
         n_newest: int,
     ) -> object:
-        """Attend to the rows at `positions` (all without them) and the `n_newest` newest, in the pool's memory."""
-        layer, n = records.layer, records.length
+        """Attend to the chosen rows (all without a choice) and the `n_newest` newest, in the pool's memory."""
+        layer, n, heads = records.layer, records.length, step.k.shape[0] * step.k.shape[1]
+        positions, counts = (None, None) if chosen is None else (chosen.positions, chosen.counts)
         n_read = n if positions is None else positions.shape[-1] + n_newest
-        self._count(records, step, step.k.shape[0] * step.k.shape[1] * n_read)
-        self._note(records, n_read, ROUNDING)
-        self._trace(records, positions, None, n_newest)
-        reads = Reads(self.store.get_rows(layer), n, positions, n_newest)
+        self._count(records, step, heads * n_read if counts is None else int(counts.sum()) + heads * n_newest)
+        self._note(records, n_read if counts is None else 0, ROUNDING)
+        if chosen is not None and self.account.trace is not None:
+            flagged = chosen.flag()
+            self._trace(records, flagged.positions, flagged.valid, n_newest)
+        elif chosen is None:
+            self._trace(records, None, None, n_newest)
+        reads = Reads(self.store.get_rows(layer), n, positions, n_newest, counts)
         return self.fast.attend(layer, step, attention, reads)
 
     # --- chosen records -------------------------------------------------------------------------------------
@@ -222,6 +228,7 @@ class Attention:
         if rows is None or n_newest:
             device = store.device if rows is None else rows.device
             newest = torch.arange(0 if rows is None else n - n_newest, n, device=device).expand(*heads, -1)
+            valid = None if valid is None else torch.cat([valid, torch.ones_like(newest, dtype=torch.bool)], -1)
             rows = newest if rows is None else torch.cat([rows, newest], -1)
         trace.note(layer, store.locate(layer, rows), valid, records.seen)
 

@@ -64,6 +64,13 @@ class Budget(NamedTuple):
         """Return the same of those read late."""
         return None if self.own is None else self.own.late
 
+    def list_own(self, batch: int) -> tuple[list[int], list[int]]:
+        """Return how many each sequence may read early, and how many of these are of its window."""
+        if self.own is None:
+            return [self.early] * batch, [0] * batch
+        recent = [0] * batch if self.own.recent is None else self.own.recent.flatten().tolist()
+        return self.own.early.flatten().tolist(), recent
+
     def join_late(self) -> Budget:
         """Return the budget with all that may be chosen late chosen early."""
         own = self.own
@@ -87,6 +94,11 @@ class Budgets:
         # Layers of one step mostly ask for the same.
         self._last: tuple[tuple[int, float], Budget] | None = None
 
+    @property
+    def burst(self) -> float:
+        """Return how many times its share a layer may read in one step; a plan's shares hold at every step."""
+        return self.cap.burst if self.shares is None else 1.0
+
     def share_of(self, layer: int) -> float:
         """Return the share of the context that a layer may read: the plan's, or the method's own."""
         return self.cap.fraction if self.shares is None else self.shares[layer]
@@ -106,6 +118,11 @@ class Budgets:
             rows = self.store.length(layer) + tokens + pads - self.store.seen(layer)
             cap = max(1, min(cap, rows - max(0, pads - evicted)))
         return cap
+
+    def count_most(self, tokens: int, layer: int) -> int:
+        """Return how many records per KV head a layer reads at most in one step."""
+        fixed = self.split(tokens, layer)
+        return min(tokens, fixed.newest + int(self.burst * (fixed.early + fixed.late)))
 
     def split(self, tokens: int, layer: int, pads: int = 0) -> Budget:
         """Split a layer's cap for `tokens` real tokens, the newest included, and `pads` of padding."""

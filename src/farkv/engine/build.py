@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from farkv.engine.admit import Admission
 from farkv.engine.attend import Attention
+from farkv.engine.bank import Bank
 from farkv.engine.budget import Budgets
 from farkv.engine.choose import Chooser
 from farkv.engine.evict import Eviction
@@ -74,6 +75,9 @@ def make_engine(roles: Roles, setup: Setup) -> Engine:
     follow(store, padding, selector, evictor)
     budgets = Budgets(selector.cap, levers.fetch, store, padding)
     fast = FastPath(setting.kernels, store, padding, setup.account)
+    bank = Bank(budgets.burst, [i for i in setup.layers if not selector.reads_all(i)])
+    for layer in list(store.order)[:1]:
+        store.follow(layer, bank)
     held = {"shares": shares, "pins": levers.near, "policy": policy}
     parts = Parts(
         store,
@@ -82,11 +86,12 @@ def make_engine(roles: Roles, setup: Setup) -> Engine:
         selector,
         evictor,
         budgets,
-        Chooser(selector, budgets, fast, setup.account),
+        Chooser(selector, budgets, fast, setup.account, bank),
         Attention(budgets, fast, setup.account, mode, policy),
         Eviction(records, selector, budgets, evictor=evictor, **held),
         Admission(selector, budgets, mode, verifies=setup.verifies, n_groups=setting.n_groups, **held),
         mode,
+        bank,
     )
     return Engine(setup, parts)
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from farkv._axes import Bool, Float32, Tensor
+from farkv.engine.bank import Bank
 from farkv.engine.budget import Budget, Budgets
-from farkv.engine.fast_choice import Scored, choose_early, choose_late
+from farkv.engine.fast_choice import Scored, choose_early, choose_late, choose_varied
 from farkv.engine.fast_path import FastPath
 from farkv.engine.records import LayerRecords
 from farkv.math.select import (
@@ -19,6 +22,7 @@ from farkv.math.select import (
     forbid,
     force_sinks,
     limit_pages,
+    select_above,
     select_rest,
     select_seen,
     select_top,
@@ -39,8 +43,8 @@ class Open(NamedTuple):
 class Chooser:
     """A method's scores, made into choices."""
 
-    def __init__(self, selector: Selector, budgets: Budgets, fast: FastPath, account: Account):
-        self.selector, self.budgets, self.fast, self.account = selector, budgets, fast, account
+    def __init__(self, selector: Selector, budgets: Budgets, fast: FastPath, account: Account, bank: Bank):
+        self.selector, self.budgets, self.fast, self.account, self.bank = selector, budgets, fast, account, bank
         self.reaches_all = budgets.store.placement is not Placement.DISK
 
     def choose(self, records: LayerRecords, query: Query, n_rows: int, budget: Budget) -> Choice:
@@ -52,11 +56,37 @@ class Chooser:
         self.selector.prepare(records, n_old)
         self._count_scored(records, n_old)
         scored = self._find_fast(records.layer, query, n_rows, budget)
+        if self.may_vary(records.layer, query, budget) and budget.early < n_old:
+            return self._vary(records, query, n_old, budget, scored)
         if scored is not None:
             return choose_early(scored, budget)
+        return self._select(records.layer, self._score(records, query, n_old, budget), budget)
+
+    def may_vary(self, layer: int, query: Query, budget: Budget) -> bool:
+        """Say whether heads may read different numbers: the true query chooses, and counts are at hand."""
+        if self.bank.burst <= 1 or budget.late or self.budgets.share_of(layer) >= 1 or self.selector.rule is not None:
+            return False
+        return query.q.device.type == "cpu"
+
+    def _vary(self, records: LayerRecords, query: Query, n_old: int, budget: Budget, scored: Scored | None) -> Choice:
+        """Choose by the bank's threshold, up to its caps, and let it note what was chosen."""
+        early, recent = budget.list_own(records.shape.batch)
+        own = torch.tensor(recent)
+        counts, newest = [n - r for n, r in zip(early, recent, strict=True)], [budget.newest + r for r in recent]
+        terms = self.bank.open(records.layer, records.seen - 1, counts, newest)
+        if scored is not None:
+            varied = choose_varied(scored, budget, terms)
+        else:
+            scores = self._reach(records.layer, self._score(records, query, n_old, budget))
+            caps, fewest = ((torch.tensor(part) + own).clamp_(max=n_old) for part in (terms.caps, terms.fewest))
+            varied = select_above(scores, caps, fewest, torch.tensor(terms.least), own)
+        self.bank.note(counts, varied.counts.float().mean(-1).tolist(), varied.floors.tolist(), newest)
+        return varied.choice
+
+    def _score(self, records: LayerRecords, query: Query, n_old: int, budget: Budget) -> Float32[Tensor, "B Hkv S"]:
+        """Score what is open, sinks and recent records first."""
         visible = self._find_open(records, n_old, budget)
-        scores = self.selector.score(records, query, n_old, visible.valid)
-        return self._select(records.layer, self._force(scores, visible, budget), budget)
+        return self._force(self.selector.score(records, query, n_old, visible.valid), visible, budget)
 
     def choose_rest(self, records: LayerRecords, query: Query, budget: Budget, taken: Choice) -> Choice | None:
         """Choose `budget.late` more by the true query: the best of what the estimated one left out."""

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Tensor
+from farkv.engine.bank import Terms
 from farkv.engine.budget import Budget
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import IndexView, Native
-from farkv.math.select import Choice
+from farkv.kernels.operands import Varied
+from farkv.math.select import Choice, VariedChoice
 from farkv.math.step import Query
 
 
@@ -60,6 +62,28 @@ def choose_late(scored: Scored, budget: Budget, taken: Choice) -> Choice:
     return choose_each(scored, parts, taken)
 
 
+def choose_varied(scored: Scored, budget: Budget, terms: Terms) -> VariedChoice:
+    """Choose what weighs at least so much, each sequence up to its cap, sinks first."""
+    heads = scored.view.codes.shape[:2]
+    assert isinstance(scored.kernels, Native)
+    own = [torch.tensor(part).clamp_(max=scored.n) for part in (terms.caps, terms.fewest)]
+    least, counts = torch.tensor(terms.least), torch.zeros(heads, dtype=torch.int64)
+    varied = Varied(own[0], least, own[1], counts, torch.zeros(heads))
+    cap = max(varied.caps.tolist())
+    if budget.own is not None:
+        parts = [part._replace(cap=int(n)) for part, n in zip(split_early(budget, scored), varied.caps, strict=True)]
+        return VariedChoice(choose_each(scored, parts, None, varied), varied.counts, varied.floors)
+    query, view = scored.query, scored.view
+    if cap == 0:
+        nothing = Choice(torch.empty(*heads, 0, dtype=torch.int64), None, varied.counts)
+        return VariedChoice(nothing, varied.counts, varied.floors)
+    positions = scored.kernels.select(
+        query.q, view, query.logits, cap=cap, n=scored.n, sinks=budget.sinks, varied=varied
+    )
+    choice = Choice(positions[..., : int(varied.counts.max())].contiguous(), None, varied.counts)
+    return VariedChoice(choice, varied.counts, varied.floors)
+
+
 def choose_alike(scored: Scored, cap: int, n_sinks: int, taken: Tensor | None) -> Choice:
     """Choose `cap` records of every sequence and KV head."""
     query, view = scored.query, scored.view
@@ -69,7 +93,7 @@ def choose_alike(scored: Scored, cap: int, n_sinks: int, taken: Tensor | None) -
     return Choice(chosen, None)
 
 
-def choose_each(scored: Scored, parts: list[Part], taken: Choice | None) -> Choice:
+def choose_each(scored: Scored, parts: list[Part], taken: Choice | None, varied: Varied | None = None) -> Choice:
     """Choose for one sequence after the other; the valid ones stand first.
 
     Args:
@@ -80,26 +104,54 @@ def choose_each(scored: Scored, parts: list[Part], taken: Choice | None) -> Choi
     positions = torch.zeros(len(parts), heads, width, dtype=torch.int64)
     valid = torch.zeros(len(parts), heads, width, dtype=torch.bool)
     for b, part in enumerate(parts):
+        if varied is not None:
+            for h, out in enumerate(vary_one(scored, b, part, varied)):
+                positions[b, h, : len(out)] = out
+                valid[b, h, : len(out)] = True
+            continue
         out = choose_one(scored, b, part, taken)
         positions[b, :, : out.shape[-1]] = out
         valid[b, :, : out.shape[-1]] = True
     return Choice(positions, valid)
 
 
-def choose_one(scored: Scored, b: int, part: Part, taken: Choice | None) -> Tensor:
-    """Return the places that sequence `b` reads, ascending, [Hkv, K]."""
+def vary_one(scored: Scored, b: int, part: Part, varied: Varied) -> list[Tensor]:
+    """Return the places that every KV head of sequence `b` reads, ascending."""
+    alone = cut_sequence(scored, b, part)
+    own = Varied._make(x[b : b + 1].contiguous() for x in varied)
+    cap, out = min(part.cap, alone.n), torch.empty(1, varied.counts.shape[1], 0, dtype=torch.int64)
+    own.caps.fill_(cap)
+    own.fewest.clamp_(max=cap)
+    if cap:
+        kernels, query = scored.kernels, alone.query
+        assert isinstance(kernels, Native)
+        sinks = min(part.n_sinks, cap)
+        out = kernels.select(query.q, alone.view, query.logits, cap=cap, n=alone.n, sinks=sinks, varied=own)
+    varied.counts[b], varied.floors[b] = own.counts[0], own.floors[0]
+    recent = torch.arange(part.stop, part.stop + part.n_recent)
+    counts = own.counts[0].tolist()
+    return [torch.cat([out[0, h, :n] + part.start, recent]) for h, n in enumerate(counts)]
+
+
+def cut_sequence(scored: Scored, b: int, part: Part) -> Scored:
+    """Return what sequence `b` is chosen from, as if it were alone."""
     view, n_open = scored.view, max(0, part.stop - part.start)
-    gone = None if taken is None else cut_taken(taken, b, part)
-    cap = max(0, min(part.cap, n_open - (0 if gone is None else gone.shape[-1])))
     # Of sequences that share a projection there is one.
     shared = 0 if len(view.query) == 1 else b
     own = view._replace(
         codes=view.codes[b : b + 1, :, part.start : part.start + n_open],
         query=view.query[shared : shared + 1],
-        scale=view.scale[b : b + 1],
+        tables=view.tables[b : b + 1],
     )
-    query = scored.query._replace(q=scored.query.q[b : b + 1])
-    alone = scored._replace(view=own, query=query, n=n_open)
+    return scored._replace(view=own, query=scored.query._replace(q=scored.query.q[b : b + 1]), n=n_open)
+
+
+def choose_one(scored: Scored, b: int, part: Part, taken: Choice | None) -> Tensor:
+    """Return the places that sequence `b` reads, ascending, [Hkv, K]."""
+    n_open = max(0, part.stop - part.start)
+    gone = None if taken is None else cut_taken(taken, b, part)
+    cap = max(0, min(part.cap, n_open - (0 if gone is None else gone.shape[-1])))
+    alone = cut_sequence(scored, b, part)
     chosen = choose_alike(alone, cap, min(part.n_sinks, cap), gone).positions[0] + part.start
     recent = torch.arange(part.stop, part.stop + part.n_recent).expand(chosen.shape[0], -1)
     return torch.cat([chosen, recent], -1)

@@ -21,12 +21,16 @@ from farkv.store.tiers import Store
 
 
 class Reads(NamedTuple):
-    """What a kernel attends to: the first `n` of these rows, or those at `positions` and the `n_newest` newest."""
+    """What a kernel attends to: the first `n` of these rows, or those at `positions` and the `n_newest` newest.
+
+    counts: how many of each head's positions; None: all.
+    """
 
     rows: Tensor
     n: int
     positions: Int[Tensor, "B Hkv K"] | None = None
     n_newest: int = 0
+    counts: Int[Tensor, "B Hkv"] | None = None
 
 
 class FastPath:
@@ -79,5 +83,6 @@ class FastPath:
             n=reads.n,
             tail=reads.n_newest,
             sinks=attention.sinks,
+            **({} if reads.counts is None else {"counts": reads.counts}),
         )
         return attention.wrap(out)

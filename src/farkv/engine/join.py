@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from farkv._axes import Bool, Tensor
+from farkv.engine.bank import Sequence
 from farkv.engine.bytes_near import plan_near
 from farkv.engine.step import Engine
 from farkv.engine.usage import find_exact
@@ -42,6 +43,7 @@ def join_engines(engine: Engine, other: Engine) -> None:
         # What was used recently would take the room of the joined index.
         each.store.drop_recently_used()
         each.pending.clear()
+    join_banks(engine, other)
     engine.padding.set(join_real(engine, other, n_tokens))
     for layer in engine.layers:
         lengths = engine.store.length(layer), other.store.length(layer)
@@ -53,6 +55,15 @@ def join_engines(engine: Engine, other: Engine) -> None:
     engine.store.max_error = max(engine.store.max_error, other.store.max_error)
     for layer in other.layers:
         other.clear(layer)
+
+
+def join_banks(engine: Engine, other: Engine) -> None:
+    """Let both go on with what their sequences have read; one that has chosen nothing yet begins anew."""
+    for each in (engine, other):
+        bank = each.parts.bank
+        if not bank.sequences:
+            bank.sequences = [Sequence()] * each.store.batch(each.layers[0])
+    engine.parts.bank.join(other.parts.bank)
 
 
 def describe(engine: Engine) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from farkv.engine.admit import Admission
 from farkv.engine.attend import Attention
+from farkv.engine.bank import Bank
 from farkv.engine.budget import Budgets
 from farkv.engine.choose import Chooser
 from farkv.engine.evict import Eviction
@@ -30,3 +31,4 @@ class Parts(NamedTuple):
     eviction: Eviction
     admission: Admission
     mode: Mode
+    bank: Bank

@@ -80,8 +80,11 @@ class Engine:
         """Choose records for a layer that has not run yet and start their fetch, which overlaps the previous layer."""
         records = self.records[layer]
         budget = self.parts.budgets.get(records.seen + 1, layer)
-        early = self.parts.chooser.choose(records, estimate, records.length + 1, budget)
-        self.pending[layer] = self.store.fetch(layer, *early, spare=budget.late + budget.newest), budget
+        early = self.parts.chooser.choose(records, estimate, records.length + 1, budget).flag()
+        self.pending[layer] = (
+            self.store.fetch(layer, early.positions, early.valid, spare=budget.late + budget.newest),
+            budget,
+        )
 
     # --- 3. attend ------------------------------------------------------------------------------------------
 
@@ -109,7 +112,7 @@ class Engine:
         if layer in self.pending:
             early, budget = self.pending.pop(layer)
             rest = parts.chooser.choose_rest(records, step.query, budget, Choice(early.positions, early.valid))
-            late = None if rest is None else Fetch(*rest, None, None)
+            late = None if rest is None else Fetch(rest.positions, rest.valid, None, None)
             return parts.attention.read_chosen(records, step, attention, Fetched(early, late, budget.newest))
         budget = parts.budgets.get(records.seen, layer).join_late()
         in_place = parts.attention.may_read_in_place(layer, step)
@@ -117,8 +120,9 @@ class Engine:
             return parts.attention.read_in_place(records, step, attention, None, 0)
         chosen = parts.chooser.choose(records, step.query, records.length, budget)
         if in_place and chosen.valid is None:
-            return parts.attention.read_in_place(records, step, attention, chosen.positions, budget.newest)
-        early = self.store.fetch(layer, *chosen, spare=budget.newest)
+            return parts.attention.read_in_place(records, step, attention, chosen, budget.newest)
+        chosen = chosen.flag()
+        early = self.store.fetch(layer, chosen.positions, chosen.valid, spare=budget.newest)
         return parts.attention.read_chosen(records, step, attention, Fetched(early, None, budget.newest))
 
     # --- 4. commit ------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ class State(NamedTuple):
     """The state of all layers before a pass.
 
     seen, evicted: tokens that every layer was given, and those of each layer that were evicted.  real: which tokens are
-    no padding.  sums: scores that a pass adds to.  shares: what layers may keep.
+    no padding.  sums: scores that a pass adds to.  shares: what layers may keep.  bank: what they have
+    read.
     """
 
     seen: int
@@ -24,6 +25,7 @@ class State(NamedTuple):
     evictor: Any
     sums: dict[int, Tensor]
     shares: Any
+    bank: Any
 
 
 def note_state(engine: Engine) -> State:
@@ -41,6 +43,7 @@ def note_state(engine: Engine) -> State:
         None if evictor is None else evictor.snapshot(),
         sums,
         None if shares is None else shares.snapshot(),
+        parts.bank.snapshot(),
     )
 
 
@@ -71,6 +74,7 @@ def take_back(engine: Engine, state: State) -> None:
         parts.evictor.restore(state.evictor)
     if parts.eviction.shares is not None:
         parts.eviction.shares.restore(state.shares)
+    parts.bank.restore(state.bank)
     for layer, sums in state.sums.items():
         store.kept[layer].scores.view().copy_(sums)
     parts.admission.rest()

@@ -67,6 +67,7 @@ def make_receipt(
         managed_resident_fraction=min(1.0, usage.near_records / managed_total) if managed_total else 0.0,
         managed_kept_fraction=sum(kept[i] for i in managed) / managed_total if managed_total else 1.0,
         least_read_fraction=least.fraction,
+        peak_read_fraction=max(account.peak_read, account.read_fraction()),
         exact=find_exact(cache.engine),
         notes=(least.note,) if least.note else (),
         fetched_bytes_per_token=account.fetched_bytes / steps,

@@ -76,7 +76,7 @@ class Gpu:
     ) -> Int[Tensor, "B Hkv K"]:
         """Choose exactly `cap` of the first `n` records per sequence and KV head: those of the largest group mass.
 
-            w_s = sum_g softmax_s(softcap(scaling (q_g A) . (codes_s scale)))
+            w_s = sum_g softmax_s(softcap(scaling (q_g A) . decode(codes_s)))
 
         Args:
             n: a number, or one int32 on the device (for graphs; the launches then cover all rows of `index.codes`, and
@@ -100,14 +100,17 @@ class Gpu:
                 f"got {cap} + {n_taken}, {n}, {rows}; choose fewer records"
             )
         _expect_positions("taken", taken, (batch, kv_heads))
-        if index.codes.stride(-1) != 1 or index.bits not in (4, 8):
-            raise CacheStateError(f"gpu select: expected codes of 4 or 8 bits side by side, got {index.bits} bits")
+        if index.codes.stride(-1) != 1 or index.tables.shape[2] != 32 * width:
+            raise CacheStateError(
+                f"gpu select: expected bytes of codes side by side and 16 entries of each of {2 * width} nibbles, got "
+                f"strides {index.codes.stride()} and tables {tuple(index.tables.shape)}"
+            )
         heads, group = batch * kv_heads, q.shape[1] // kv_heads
         # Sized for the allocation's capacity, so that it does not change while the context grows.
         room = index.codes.stride(1) // max(1, index.codes.stride(2))
         block = min(self.blocks.select, CODE_BYTES // (1 << (width - 1).bit_length()))
         blocks = -(-max(room, rows) // block)
-        sizes = self._select.size_scratch(heads, group, width * 8 // index.bits, blocks, block)
+        sizes = self._select.size_scratch(heads, group, index, blocks, block)
         scratch = self._select.Scratch(**{name: self._lend(name, size, q) for name, size in sizes.items()})
         request = self._select.Request(cap, n, sinks, None if taken is None else taken.contiguous())
         with torch.cuda.device_of(q):

@@ -3,7 +3,8 @@
 In: queries, codes. Out: positions, ascending, as many as the cap. No value is copied to the host, no launch depends on
 one, and scratch is sized for the layer's allocation, so that a step can be captured in a CUDA graph.
 
-    1 project   p = q A scale
+    1 project   p = q A
+    1 tabulate  what each value of each nibble adds: p . table
     2 measure   max and sum of exp2 per block of tokens: one program per head and block, here and below
     3 weigh     join the blocks' sums; the rank of each token; histogram of the ranks' upper 11 bits
     4 exclude   remove taken tokens from the ranks and the histogram
@@ -48,18 +49,33 @@ def _tanh(x):
 
 @triton.jit
 @no_type_check
-def _project(q, query, scale, out, factor, q_b, q_h, q_d, a_b, a_h, a_d, a_r, s_b, s_h, s_r,
-             HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-             RP: tl.constexpr):  # fmt: skip
+def _project(q, query, out, factor, q_b, q_h, q_d, a_b, a_h, a_d, a_r, HEADS: tl.constexpr, G: tl.constexpr,
+             D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):  # fmt: skip
     head = tl.program_id(0)
     b, h = head // HEADS, head % HEADS
     d, r = tl.arange(0, DP), tl.arange(0, RP)
     inside = (d < D)[:, None] & (r < R)[None, :]
     a = tl.load(query + b * a_b + h * a_h + d[:, None] * a_d + r[None, :] * a_r, mask=inside, other=0.0)
-    step = tl.load(scale + b * s_b + h * s_h + r * s_r, mask=r < R, other=0.0) * factor
     for g in tl.static_range(G):
         row = tl.load(q + b * q_b + (h * G + g) * q_h + d * q_d, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(out + (head * G + g) * R + r, tl.sum(row[:, None] * a, 0) * step, mask=r < R)
+        tl.store(out + (head * G + g) * R + r, tl.sum(row[:, None] * a, 0) * factor, mask=r < R)
+
+
+@triton.jit
+@no_type_check
+def _tabulate(projected, tables, added, t_b, t_h, t_y, t_w, HEADS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+              WIDE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    head = tl.program_id(0)
+    y = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = y < ENTRIES
+    table = tables + (head // HEADS).to(tl.int64) * t_b + (head % HEADS).to(tl.int64) * t_h + y * t_y
+    column = (y // 16) % (R // WIDE) * WIDE
+    for g in tl.static_range(G):
+        x = tl.zeros([BLOCK], tl.float32)
+        for j in tl.static_range(WIDE):
+            p = tl.load(projected + (head * G + g) * R + column + j, mask=inside, other=0.0)
+            x += p * tl.load(table + j * t_w, mask=inside, other=0.0)
+        tl.store(added + (head * G + g) * ENTRIES + y, x, mask=inside)
 
 
 @triton.jit
@@ -72,17 +88,13 @@ def _load_codes(codes, head, s, ok, c_b, c_h, c_s, HEADS: tl.constexpr, W: tl.co
 
 @triton.jit
 @no_type_check
-def _score(raw, projected, gain, W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, CAPPED: tl.constexpr):
-    """Return the logits of one query, in base 2."""
+def _score(raw, added, gain, W: tl.constexpr, WP: tl.constexpr, CAPPED: tl.constexpr):
+    """Return the logits of one query, in base 2: the sum of what every nibble adds."""
     w = tl.arange(0, WP)
-    p = tl.load(projected + w, mask=w < W, other=0.0)
-    if BITS == 8:
-        x = tl.sum(raw.to(tl.float32) * p[None, :], 1)
-    else:
-        high = tl.load(projected + W + w, mask=w < W, other=0.0)
-        wide = raw.to(tl.int32)
-        # Arithmetic shifts keep the sign of both halves.
-        x = tl.sum(((wide << 28) >> 28).to(tl.float32) * p[None, :] + (wide >> 4).to(tl.float32) * high[None, :], 1)
+    inside = (w < W)[None, :]
+    low = w[None, :] * 16 + (raw.to(tl.int32) & 15)
+    high = (W + w)[None, :] * 16 + ((raw.to(tl.int32) >> 4) & 15)
+    x = tl.sum(tl.load(added + low, mask=inside, other=0.0) + tl.load(added + high, mask=inside, other=0.0), 1)
     if CAPPED:
         x = gain * _tanh(x)
     return x
@@ -90,8 +102,8 @@ def _score(raw, projected, gain, W: tl.constexpr, WP: tl.constexpr, BITS: tl.con
 
 @triton.jit(do_not_specialize=["n"])
 @no_type_check
-def _measure(codes, projected, parts, histograms, n, gain, c_b, c_h, c_s, HEADS: tl.constexpr, G: tl.constexpr,
-             W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr, CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr,
+def _measure(codes, added, parts, histograms, n, gain, c_b, c_h, c_s, HEADS: tl.constexpr, G: tl.constexpr,
+             W: tl.constexpr, WP: tl.constexpr, CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr,
              BLOCK: tl.constexpr):  # fmt: skip
     head, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if ON_DEVICE:
@@ -102,7 +114,7 @@ def _measure(codes, projected, parts, histograms, n, gain, c_b, c_h, c_s, HEADS:
     s = block * BLOCK + tl.arange(0, BLOCK)
     raw = _load_codes(codes, head, s, s < n, c_b, c_h, c_s, HEADS, W, WP)
     for g in tl.static_range(G):
-        x = _score(raw, projected + (head * G + g) * (W * 8 // BITS), gain, W, WP, BITS, CAPPED)
+        x = _score(raw, added + (head * G + g) * (W * 32), gain, W, WP, CAPPED)
         x = tl.where(s < n, x, -1e38)
         top = tl.max(x, 0)
         tl.store(parts + (head * G + g) * 2 * blocks + block, top)
@@ -131,8 +143,8 @@ def _add_histogram(histogram, bins, last: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "sinks"])
 @no_type_check
-def _weigh(codes, projected, parts, ranks, histograms, n, sinks, gain, base, c_b, c_h, c_s, rank_h,
-           HEADS: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BITS: tl.constexpr,
+def _weigh(codes, added, parts, ranks, histograms, n, sinks, gain, base, c_b, c_h, c_s, rank_h,
+           HEADS: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
            CAPPED: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     head, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     if ON_DEVICE:
@@ -141,7 +153,7 @@ def _weigh(codes, projected, parts, ranks, histograms, n, sinks, gain, base, c_b
     raw = _load_codes(codes, head, s, s < n, c_b, c_h, c_s, HEADS, W, WP)
     joined = tl.full([BLOCK], -1e38, tl.float32)
     for g in tl.static_range(G):
-        x = _score(raw, projected + (head * G + g) * (W * 8 // BITS), gain, W, WP, BITS, CAPPED)
+        x = _score(raw, added + (head * G + g) * (W * 32), gain, W, WP, CAPPED)
         x -= _join_parts(parts + (head * G + g) * 2 * blocks, blocks, BLOCKS)
         top = tl.maximum(joined, x)
         joined = top + tl.log2(tl.exp2(joined - top) + tl.exp2(x - top))
@@ -241,16 +253,20 @@ class Scratch(NamedTuple):
     """Memory that the launches share; its size stays the same for all steps of a layer."""
 
     projected: Tensor
+    added: Tensor
     parts: Tensor
     ranks: Tensor
     histograms: Tensor
     counts: Tensor
 
 
-def size_scratch(heads: int, group: int, columns: int, blocks: int, block: int) -> dict[str, tuple[int, torch.dtype]]:
+def size_scratch(
+    heads: int, group: int, index: IndexView, blocks: int, block: int
+) -> dict[str, tuple[int, torch.dtype]]:
     """Return the number of elements and the dtype of every scratch tensor."""
     return {
-        "projected": (heads * group * columns, torch.float32),
+        "projected": (heads * group * index.query.shape[3], torch.float32),
+        "added": (heads * group * index.tables.shape[2], torch.float32),
         "parts": (heads * group * 2 * blocks, torch.float32),
         "ranks": (heads * blocks * block, torch.int32),
         "histograms": (heads * 2 * BINS.value, torch.int32),
@@ -258,35 +274,40 @@ def size_scratch(heads: int, group: int, columns: int, blocks: int, block: int) 
     }
 
 
-def _project_queries(q: Tensor, index: IndexView, logits: Logits, out: Tensor) -> None:
-    batch, heads, dim, columns = index.scale.shape[0], *index.query.shape[1:]
+def _fill_tables(q: Tensor, index: IndexView, logits: Logits, scratch: Scratch) -> None:
+    """Launch the first two kernels: what every value of every nibble adds to the logits of each query."""
+    batch, heads, entries, wide = index.tables.shape
+    dim, columns = index.query.shape[2:]
     factor = logits.scaling / logits.softcap if logits.softcap else logits.scaling * LOG2E.value
     a_b, *a_rest = index.query.stride()
     strides = (*(q.stride(i) for i in (0, 1, 3)), a_b if index.query.shape[0] > 1 else 0, *a_rest)
-    sizes = dict(HEADS=heads, G=q.shape[1] // heads, D=dim, DP=triton.next_power_of_2(dim), R=columns,
-                 RP=triton.next_power_of_2(columns))  # fmt: skip
-    steps = (index.scale.stride(i) for i in (0, 1, 3))
-    _project[(batch * heads,)](q, index.query, index.scale, out, factor, *strides, *steps, **sizes)
+    sizes = dict(HEADS=heads, G=q.shape[1] // heads, R=columns)
+    padded = dict(D=dim, DP=triton.next_power_of_2(dim), RP=triton.next_power_of_2(columns))
+    _project[(batch * heads,)](q, index.query, scratch.projected, factor, *strides, **sizes, **padded)
+    grid = batch * heads, triton.cdiv(entries, 256)
+    tabulate: Any = _tabulate[grid]
+    tabulate(scratch.projected, index.tables, scratch.added, *index.tables.stride(), **sizes, WIDE=wide,
+             ENTRIES=entries, BLOCK=256)  # fmt: skip
 
 
 def run_select(
     q: Tensor, index: IndexView, logits: Logits, request: Request, scratch: Scratch, block: int
 ) -> Int[Tensor, "B Hkv cap"]:
-    """Launch the seven kernels, six where nothing is taken. Cost: as `gpu.Gpu.select`."""
+    """Launch the eight kernels, seven where nothing is taken. Cost: as `gpu.Gpu.select`."""
     (batch, kv_heads, rows, width), (cap, n, sinks, taken) = index.codes.shape, request
     heads, group, on_device = batch * kv_heads, q.shape[1] // kv_heads, isinstance(n, Tensor)
     blocks = triton.cdiv(rows if isinstance(n, Tensor) else n, block)
     padded, base = triton.next_power_of_2(blocks), 2.0 + math.log2(group)
     grid, rank_h = (heads, blocks), scratch.ranks.numel() // heads
     size: dict[str, Any] = {"BLOCK": block, "num_warps": WARPS}
-    _project_queries(q, index, logits, scratch.projected)
+    _fill_tables(q, index, logits, scratch)
     gain = logits.softcap * LOG2E.value if logits.softcap else 1.0
-    sizes: dict[str, Any] = dict(HEADS=kv_heads, G=group, W=width, WP=triton.next_power_of_2(width), BITS=index.bits,
+    sizes: dict[str, Any] = dict(HEADS=kv_heads, G=group, W=width, WP=triton.next_power_of_2(width),
                  CAPPED=bool(logits.softcap), ON_DEVICE=on_device)  # fmt: skip
-    strides, (projected, parts, ranks, histograms, counts) = index.codes.stride()[:3], scratch
-    _measure[grid](index.codes, projected, parts, histograms, n, gain, *strides, **sizes, **size)
+    strides, (_, added, parts, ranks, histograms, counts) = index.codes.stride()[:3], scratch
+    _measure[grid](index.codes, added, parts, histograms, n, gain, *strides, **sizes, **size)
     launch: Any = _weigh[grid]
-    launch(index.codes, projected, parts, ranks, histograms, n, sinks, gain, base, *strides, rank_h,
+    launch(index.codes, added, parts, ranks, histograms, n, sinks, gain, base, *strides, rank_h,
                  **sizes, **size, BLOCKS=padded)  # fmt: skip
     if taken is not None and taken.shape[-1]:
         given = taken.shape[-1]

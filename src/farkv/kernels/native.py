@@ -25,18 +25,22 @@ from farkv.kernels.native_abi import (
     AttendArgs,
     GatherArgs,
     SelectArgs,
+    TableArgs,
     load_library,
 )
 from farkv.kernels.operands import (
     PLAIN,
     IndexView,
     Rows,
+    Varied,
     check_attend,
     check_gather,
     check_reading,
     check_select,
+    check_tables,
 )
 from farkv.math.logits import Logits
+from farkv.math.tables import ROUNDS
 
 
 class Native:
@@ -71,33 +75,36 @@ class Native:
         n: int,
         sinks: int = 0,
         taken: Int[Tensor, "B Hkv N"] | None = None,
+        varied: Varied | None = None,
     ) -> Int[Tensor, "B Hkv K"]:
         """Choose `cap` of the first `n` records per KV head: the first `sinks`, and those of the largest group mass.
 
-        w_s = sum_g softmax_s(softcap(scaling * (q_g A) . (codes_s * scale)))
+        w_s = mean_g softmax_s(softcap(scaling * (q_g A) . decode(codes_s)))
 
         Weights within a relative 2^-7 or so may be ranked either way; so may those below 2^-120 of the largest.
 
         Args:
             taken: positions below n that must not be chosen, sinks included.
+            varied: heads may choose fewer than `cap`.
 
         Returns:
-            Positions in ascending order, the same for any number of threads.
+            Positions in ascending order, the same for any number of threads; undefined beyond a head's count.
 
         Raises:
             CacheStateError: the arguments do not fit each other, or fewer than `cap` records can be chosen.
 
         Cost: n * W index bytes read per KV head, twice for some heads; 2 Hq n R operations.
         """
-        check_select(q, index, logits, cap=cap, n=n, sinks=sinks, taken=taken)
+        check_select(q, index, logits, cap=cap, n=n, sinks=sinks, taken=taken, varied=varied)
         codes, side = index.codes, index.query
         batch, heads, _, width = codes.shape
         hq, dim, columns = q.shape[1], q.shape[3], side.shape[3]
         out = torch.empty(batch, heads, cap, dtype=torch.int64)
-        operands = [_flat(q), _flat(side), _flat(index.scale)]
+        operands = [_flat(q), _flat(side), _flat(index.tables)]
         args = SelectArgs(
             *[x.data_ptr() for x in operands], codes.data_ptr(), _point_at(taken, operands), out.data_ptr(),
-            *codes.stride()[:3], batch, heads, hq // heads, dim, columns, width, index.bits,
+            *([None] * 5 if varied is None else [x.data_ptr() for x in varied]),
+            *codes.stride()[:3], batch, heads, hq // heads, dim, columns, width, index.tables.shape[3],
             side.shape[0], n, cap, min(sinks, cap), 0 if taken is None else taken.shape[2], torch.get_num_threads(),
             logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
@@ -115,6 +122,7 @@ class Native:
         n: int,
         tail: int = 0,
         sinks: Float[Tensor, " Hq"] | None = None,
+        counts: Int[Tensor, "B Hkv"] | None = None,
     ) -> Float[Tensor, "B Hq 1 Dv"]:
         """Attend with one query to chosen records and the `tail` newest of the first `n`; to all n without positions.
 
@@ -123,25 +131,52 @@ class Native:
         Args:
             positions: below n - tail; sorted ones are read fastest.
             sinks: logits that only join the denominator.
+            counts: how many of each head's positions are read, from the first; None: all.
 
         Raises:
             CacheStateError: the arguments do not fit each other, or a position is out of range.
 
         Cost: (K + tail) row bytes read per KV head, once for the whole query group.
         """
-        form = check_attend(q, rows, logits, positions=positions, n=n, tail=tail, sinks=sinks)
+        form = check_attend(q, rows, logits, positions=positions, counts=counts, n=n, tail=tail, sinks=sinks)
         data, hq = rows.data, q.shape[1]
         (batch, heads, *_), itemsize = data.shape, data.element_size()
         out = torch.empty(batch, hq, 1, rows.v_dim, dtype=torch.float32)
         operands = [_flat(q)]
         args = AttendArgs(
-            operands[0].data_ptr(), data.data_ptr(), _point_at(positions, operands), _point_at(sinks, operands),
-            out.data_ptr(), *[stride * itemsize for stride in data.stride()[:3]], batch, heads, hq // heads, rows.k_dim,
+            operands[0].data_ptr(), data.data_ptr(), _point_at(positions, operands), _point_at(counts, operands),
+            _point_at(sinks, operands), out.data_ptr(), *[stride * itemsize for stride in data.stride()[:3]], batch, heads, hq // heads, rows.k_dim,
             rows.v_dim, -1 if positions is None else positions.shape[2], n, tail, FORMS[form],
             torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
         self._call("farkv_attend", args)
         return out.to(q.dtype)
+
+    def learn_tables(
+        self, keys: Float[Tensor, "B Hkv N R"], weights: Float[Tensor, "B Hkv N"], n_nibbles: int, width: int
+    ) -> Float[Tensor, "B Hkv Y W"]:
+        """Return nibble tables, as `math.tables.learn_tables`. Cost: the same operations, threads over groups."""
+        batch, heads, n, columns = keys.shape
+        tables = torch.empty(batch, heads, 16 * n_nibbles, width)
+        check_tables(keys, tables, weights)
+        finite = keys.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        self._learn([_flat(finite), _flat(weights), tables], None, (batch * heads, n, columns, width, n_nibbles))
+        return tables
+
+    def encode_nibbles(
+        self, keys: Float[Tensor, "B Hkv T R"], tables: Float[Tensor, "B Hkv Y W"]
+    ) -> Int[Tensor, "B Hkv T W2"]:
+        """Return the codes of projected keys, as `math.tables.encode_nibbles`. Cost: the same, threads over keys."""
+        check_tables(keys, tables, None)
+        (batch, heads, n, columns), n_nibbles = keys.shape, tables.shape[2] // 16
+        codes = torch.empty(batch, heads, n, n_nibbles // 2, dtype=torch.int8)
+        sizes = (batch * heads, n, columns, tables.shape[3], n_nibbles)
+        self._learn([_flat(keys), None, tables], codes, sizes)
+        return codes
+
+    def _learn(self, operands: list[Tensor | None], codes: Tensor | None, sizes: tuple[int, ...]) -> None:
+        pointers = [None if x is None else x.data_ptr() for x in (*operands, codes)]
+        self._call("farkv_learn", TableArgs(*pointers, *sizes, ROUNDS, torch.get_num_threads()))
 
     def gather(self, data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> None:
         """Copy out[j] = data.view(B * Hkv, capacity, W)[heads[j], positions[j]].

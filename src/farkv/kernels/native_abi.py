@@ -24,7 +24,7 @@ class AttendArgs(ctypes.Structure):
     """`struct attend_args`."""
 
     _fields_ = (
-        *[(name, c_void_p) for name in ("q", "rows", "positions", "sinks", "out")],
+        *[(name, c_void_p) for name in ("q", "rows", "positions", "counts", "sinks", "out")],
         *[(name, c_int64) for name in ("batch_stride", "head_stride", "row_stride")],
         *[(name, c_int64) for name in ("batch", "heads", "group", "k_dim", "v_dim")],
         *[(name, c_int64) for name in ("n_chosen", "n_rows", "tail", "form", "threads")],
@@ -36,9 +36,12 @@ class SelectArgs(ctypes.Structure):
     """`struct select_args`."""
 
     _fields_ = (
-        *[(name, c_void_p) for name in ("q", "query", "scale", "codes", "taken", "out")],
+        *[
+            (name, c_void_p)
+            for name in ("q", "query", "tables", "codes", "taken", "out", "caps", "least", "fewest", "counts", "floors")
+        ],
         *[(name, c_int64) for name in ("batch_stride", "head_stride", "row_stride")],
-        *[(name, c_int64) for name in ("batch", "heads", "group", "dim", "columns", "code_bytes", "bits")],
+        *[(name, c_int64) for name in ("batch", "heads", "group", "dim", "columns", "code_bytes", "width")],
         *[(name, c_int64) for name in ("query_batch", "n", "cap", "sinks", "n_taken", "threads")],
         *[(name, c_double) for name in ("scaling", "softcap")],
     )
@@ -54,6 +57,15 @@ class GatherArgs(ctypes.Structure):
     )
 
 
+class TableArgs(ctypes.Structure):
+    """`struct table_args`."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("keys", "weights", "tables", "codes")],
+        *[(name, c_int64) for name in ("heads", "n", "columns", "width", "nibbles", "rounds", "threads")],
+    )
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """Return the library, or None where it was not built.
@@ -64,14 +76,14 @@ def load_library() -> ctypes.CDLL | None:
     if not LIBRARY.is_file():
         return None
     library = ctypes.CDLL(str(LIBRARY))
-    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs)]
+    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs, TableArgs)]
     if not hasattr(library, "farkv_size") or [library.farkv_size(c_int64(i)) for i in range(len(ours))] != ours:
         raise ConfigError(
             f"native kernels: expected {LIBRARY.name} to be built from these sources, got one from others; install "
             "farkv again (from a checkout: pip install -e .), or set FARKV_KERNEL=plain"
         )
     library.farkv_can_run.argtypes = [c_int64]
-    for name in ("attend", "select", "gather"):
+    for name in ("attend", "select", "gather", "learn"):
         call = getattr(library, f"farkv_{name}")
         call.argtypes, call.restype = [c_int64, c_void_p], c_int
     library.farkv_read.argtypes = [c_int64, c_void_p, c_int64, c_int64]

@@ -10,7 +10,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from farkv._axes import Float32, Tensor
+from farkv._axes import Float32, Int, Tensor
 from farkv.errors import CacheStateError
 from farkv.kernels.native_abi import count_row_bytes
 from farkv.math.logits import Logits
@@ -26,15 +26,29 @@ MOST_SCALING, LEAST_SOFTCAP, MOST_SOFTCAP = 3e38, 1e-30, 1e30
 class IndexView(NamedTuple):
     """The index of one layer, as it is stored.
 
-    codes: int8 [B, Hkv, S, W], a view; heads and rows may have any stride, bytes of a row are contiguous. With
-    `bits` 4, W = R/2 and byte j holds column j in its low half and column j + R/2 in its high half
-    (math.score.unpack_codes); with 8, W = R.
+    codes: int8 [B, Hkv, S, W], a view; heads and rows may have any stride, bytes of a row are contiguous. Byte j holds
+    nibble j in its low half and nibble j + W in its high half.
+    tables: what each of the 16 values of each of the 2 W nibbles stands for (math/tables.py).
     """
 
     codes: Tensor
-    bits: int
     query: Float32[Tensor, "b Hkv D R"]
-    scale: Float32[Tensor, "B Hkv 1 R"]
+    tables: Float32[Tensor, "B Hkv Y w"]
+
+
+class Varied(NamedTuple):
+    """A choice whose size varies from head to head.
+
+    caps: each sequence's own, at most the cap of all.  least: of each sequence, the mass that a record must have.
+    fewest: what every head of a sequence chooses, whatever weight that has, up to its cap.
+    counts, floors: written: how many records each head chose, sinks included, and the least mass of the others.
+    """
+
+    caps: Int[Tensor, " B"]
+    least: Float32[Tensor, " B"]
+    fewest: Int[Tensor, " B"]
+    counts: Int[Tensor, "B Hkv"]
+    floors: Float32[Tensor, "B Hkv"]
 
 
 class Rows(NamedTuple):
@@ -51,10 +65,18 @@ class Rows(NamedTuple):
 
 
 def check_select(
-    q: Tensor, index: IndexView, logits: Logits, *, cap: int, n: int, sinks: int, taken: Tensor | None
+    q: Tensor,
+    index: IndexView,
+    logits: Logits,
+    *,
+    cap: int,
+    n: int,
+    sinks: int,
+    taken: Tensor | None,
+    varied: Varied | None = None,
 ) -> None:
     """Raise CacheStateError unless `Native.select` may read these."""
-    codes, bits, side, scale = index
+    codes, side, tables = index
     if codes.ndim != 4 or codes.dtype is not torch.int8 or not codes.is_cpu or codes.stride(3) != 1:
         _refuse("int8 codes [B, Hkv, S, W] in CPU memory, the bytes of a row side by side", codes)
     batch, heads, stored, width = codes.shape
@@ -63,13 +85,19 @@ def check_select(
     q_batch, hq, n_q, dim = q.shape
     if q_batch != batch or n_q != 1 or not 0 < heads <= hq or hq % heads:
         _refuse(f"one query of every head, for {heads} KV heads of {batch} sequences", q)
-    columns = width * 8 // bits if bits in (4, 8) else 0
-    if scale.shape != (batch, heads, 1, columns) or not columns or scale.dtype not in PLAIN or not scale.is_cpu:
-        _refuse(f"one step per column of {bits} bits, {(batch, heads, 1, columns)} in CPU memory", scale)
     shape = side.shape
+    columns = shape[3] if side.ndim == 4 else 0
     if shape[1:] != (heads, dim, columns) or shape[0] not in (1, batch) or side.dtype not in PLAIN or not side.is_cpu:
-        _refuse(f"a projection {(batch, heads, dim, columns)} in CPU memory", side)
+        _refuse(f"a projection {(batch, heads, dim, 'R')} in CPU memory", side)
+    wide = tables.shape[3] if tables.ndim == 4 else 0
+    fits = wide > 0 and columns > 0 and width > 0 and columns % wide == 0 and 2 * width % (columns // wide) == 0
+    if not fits or tables.shape[:3] != (batch, heads, 32 * width) or tables.dtype not in PLAIN or not tables.is_cpu:
+        _refuse(
+            f"16 entries of each of {2 * width} nibbles, of equal parts of {columns} columns, in CPU memory", tables
+        )
     n_taken = 0 if taken is None else _count_positions(taken, batch, heads)
+    if varied is not None:
+        _check_varied(varied, (batch, heads), cap)
     _expect_logits(logits)
     if not 0 <= cap <= cap + n_taken <= n <= stored <= MOST_RECORDS or sinks < 0:
         raise CacheStateError(
@@ -78,12 +106,24 @@ def check_select(
         )
 
 
+def _check_varied(varied: Varied, sizes: tuple[int, int], cap: int) -> None:
+    shapes = (sizes[:1], sizes[:1], sizes[:1], sizes, sizes)
+    dtypes = (torch.int64, torch.float32, torch.int64, torch.int64, torch.float32)
+    for each, shape, dtype in zip(varied, shapes, dtypes, strict=True):
+        if each.shape != shape or each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
+            _refuse(f"contiguous {dtype} {shape} in CPU memory", each)
+    for each in (varied.caps, varied.fewest):
+        if not all(0 <= own <= cap for own in each.tolist()):
+            _refuse(f"counts in 0 .. {cap}", each)
+
+
 def check_attend(
     q: Tensor,
     rows: Rows,
     logits: Logits,
     *,
     positions: Tensor | None,
+    counts: Tensor | None,
     n: int,
     tail: int,
     sinks: Tensor | None,
@@ -106,6 +146,8 @@ def check_attend(
         _refuse("a sink of every query head", sinks)
     if positions is not None:
         _count_positions(positions, batch, heads)
+    if counts is not None and (positions is None or counts.shape != (batch, heads) or counts.dtype is not torch.int64):
+        _refuse(f"int64 numbers of positions to read, {(batch, heads)}, beside positions", counts)
     _expect_logits(logits)
     if not 0 <= tail <= n <= stored:
         raise CacheStateError(
@@ -175,3 +217,18 @@ def _refuse(what: str, got: Tensor) -> NoReturn:
     strides = got.stride() if got.layout is torch.strided else got.layout
     form = f"{got.dtype} {tuple(got.shape)} with strides {strides} on {got.device}"
     raise CacheStateError(f"native kernels: expected {what}, got {form}; pass tensors of one layer as it is stored")
+
+
+def check_tables(keys: Tensor, tables: Tensor, weights: Tensor | None) -> None:
+    """Raise CacheStateError unless `Native.learn_tables` and `Native.encode_nibbles` may read these."""
+    if keys.ndim != 4 or keys.dtype is not torch.float32 or not keys.is_cpu:
+        _refuse("projected keys, float32 [B, Hkv, N, R] in CPU memory", keys)
+    batch, heads, n, columns = keys.shape
+    wide, rows = (tables.shape[3], tables.shape[2]) if tables.ndim == 4 else (0, 0)
+    fits = wide > 0 and rows > 0 and columns > 0 and columns % wide == 0
+    if not fits or rows % 32 or rows // 16 % (columns // wide) or tables.shape[:2] != (batch, heads):
+        _refuse(f"tables of {(batch, heads)}, an even number of nibbles for equal parts of {columns} columns", tables)
+    if tables.dtype is not torch.float32 or not tables.is_cpu or not tables.is_contiguous():
+        _refuse("contiguous float32 tables in CPU memory", tables)
+    if weights is not None and (weights.shape != (batch, heads, n) or weights.dtype is not torch.float32 or n == 0):
+        _refuse(f"a weight of every key, {(batch, heads, n)}", weights)

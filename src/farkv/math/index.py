@@ -1,13 +1,13 @@
-"""Build the index of one layer: project keys and round them to 8, 4 or 2 bits.
+"""Build the index of one layer: project keys; the steps of columns that are rounded evenly.
 
-In: keys, the skew's leading columns. Out: codes, and the scale they were rounded with. Stateless.
+In: keys, the skew's leading columns. Out: projected keys, means, steps. `math.tables` makes codes of them. Stateless.
 """
 
 from __future__ import annotations
 
 import torch
 
-from farkv._axes import Bool, Float, Float32, Int8, Tensor
+from farkv._axes import Bool, Float, Float32, Tensor
 
 # Keys that are projected at a time.
 BLOCK_TOKENS = 1024
@@ -39,14 +39,6 @@ def fit_scale(
     return magnitude.amax(2, keepdim=True).clamp_min(1e-12) * (HEADROOM[bits] / CODE_MAX[bits])
 
 
-def encode_keys(
-    projected: Float32[Tensor, "B Hkv T R"], scale: Float32[Tensor, "B Hkv 1 R"], bits: int = 8
-) -> Int8[Tensor, "B Hkv T R"]:
-    """Round to codes: clip(round(projected / scale), -127, 127), with 7 in place of 127 for four bits; NaN to 0."""
-    most = CODE_MAX[bits]
-    return (projected / scale).round_().nan_to_num_(nan=0.0).clamp_(-most, most).char()
-
-
 def measure_mean(k: Float[Tensor, "B Hkv T D"], valid: Bool[Tensor, "B T"] | None) -> Float32[Tensor, "B Hkv 1 D"]:
     """Return every sequence's mean key; what is not finite counts as 0."""
     k = k.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -70,29 +62,6 @@ def fit_levels(
     """
     mean = measure_mean(projected.square(), valid)
     return mean.sqrt().clamp_min(1e-12) * LEVEL_STEP
-
-
-def encode_levels(
-    projected: Float32[Tensor, "B Hkv T R"], scale: Float32[Tensor, "B Hkv 1 R"]
-) -> Int8[Tensor, "B Hkv T R"]:
-    """Round to the code c, -2 .. 1, of the nearest level (c + 1/2) scale.
-
-    The 1/2 shifts all scores of a query equally, so codes are scored as they are. NaN becomes 0.
-    """
-    return (projected / scale).floor_().nan_to_num_(nan=0.0).clamp_(-2, 1).char()
-
-
-def pack_codes(codes: Int8[Tensor, "B Hkv T R"], bits: int = 4) -> Int8[Tensor, "B Hkv T R2"]:
-    """Pack 8 / bits codes into a byte: columns are cut into that many parts, the first goes into the low bits.
-
-    Args:
-        codes: R a multiple of 8 / bits, each in [-7, 7], or in [-2, 1] for two bits.
-    """
-    parts = codes.chunk(8 // bits, -1)
-    packed = parts[-1] << (8 - bits)
-    for i, part in enumerate(parts[:-1]):
-        packed |= (part & (2**bits - 1)) << (i * bits)
-    return packed
 
 
 def choose_columns(

@@ -1,44 +1,36 @@
 """Score the index with a query: an estimate of every stored record's attention logit.
 
-In: a query (estimated or true), codes. Out: one score per record and KV head. No host sync, no loop over heads.
+In: a query (estimated or true), projected keys. Out: one score per record and KV head. No host sync, no loop over
+heads.
 """
 
 from __future__ import annotations
 
 import torch
 
-from farkv._axes import Bool, Float, Float32, Int8, Tensor
+from farkv._axes import Bool, Float, Float32, Tensor
 from farkv.math.logits import Logits
 
 
 def project_query(
-    q: Float[Tensor, "B Hq 1 D"],
-    query: Float32[Tensor, "b Hkv D R"],
-    scale: Float32[Tensor, "B Hkv 1 R"],
-    logits: Logits,
+    q: Float[Tensor, "B Hq 1 D"], query: Float32[Tensor, "b Hkv D R"], logits: Logits
 ) -> Float32[Tensor, "B Hkv G R"]:
-    """Return q A_q with the softmax scaling and the codes' scale folded in. Cost: 2 Hq D R operations."""
-    batch, kv_heads = scale.shape[:2]
-    grouped = q.float().reshape(batch, kv_heads, -1, q.shape[-1])
-    return (grouped @ query) * (scale * logits.scaling)
+    """Return q A_q with the softmax scaling folded in. Cost: 2 Hq D R operations."""
+    grouped = q.float().reshape(q.shape[0], query.shape[1], -1, q.shape[-1])
+    return (grouped @ query) * logits.scaling
 
 
-def score_index(projected: Float32[Tensor, "B Hkv G R"], codes: Tensor, logits: Logits) -> Float32[Tensor, "B Hkv G S"]:
+def score_index(
+    projected: Float32[Tensor, "B Hkv G R"], keys: Float[Tensor, "B Hkv S R"], logits: Logits
+) -> Float32[Tensor, "B Hkv G S"]:
     """Return estimated attention logits, up to a constant per query.
 
     Args:
-        codes: int8 or float index, [B, Hkv, S, R].
+        keys: projected keys, as their codes tell them.
 
-    Cost: S * R * itemsize index bytes read per KV head; 2 Hq S R operations.
+    Cost: 2 Hq S R operations.
     """
-    scores = projected @ codes.float().mT
-    return logits.cap(scores)
-
-
-def unpack_codes(packed: Int8[Tensor, "B Hkv S R2"], bits: int = 4) -> Int8[Tensor, "B Hkv S R"]:
-    """Return codes of 4 or 2 bits as bytes, low bits first. Arithmetic shifts keep the sign."""
-    kept = 8 - bits
-    return torch.cat([(packed << (kept - at)) >> kept for at in range(0, 8, bits)], -1)
+    return logits.cap(projected @ keys.float().mT)
 
 
 def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"] | None) -> Float32[Tensor, "B Hkv S"]:

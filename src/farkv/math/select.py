@@ -14,10 +14,21 @@ from farkv._axes import Bool, Float32, Int, Tensor
 
 
 class Choice(NamedTuple):
-    """Chosen positions per sequence and KV head; `valid` is None where all K are valid."""
+    """Chosen positions per sequence and KV head; `valid` is None where all K are valid.
+
+    counts: where it is known, how many are valid, and they stand first; `valid` may then be left out.
+    """
 
     positions: Int[Tensor, "B Hkv K"]
     valid: Bool[Tensor, "B Hkv K"] | None
+    counts: Int[Tensor, "B Hkv"] | None = None
+
+    def flag(self) -> Choice:
+        """Return this choice with flags in place of counts."""
+        if self.counts is None:
+            return self
+        valid = torch.arange(self.positions.shape[-1], device=self.positions.device) < self.counts[..., None]
+        return Choice(self.positions.masked_fill(~valid, 0), valid)
 
 
 def force_sinks(
@@ -128,6 +139,43 @@ def select_mass(
     before = weights.cumsum(-1) - weights
     keep = values.isposinf() | ((before < top_p) & (values > -torch.inf))
     return _pack(positions, _within(keep, own), log_weights.shape[-1])
+
+
+class VariedChoice(NamedTuple):
+    """A choice whose size differs from head to head.
+
+    counts: how many records each head chose, those of a padded sequence's window apart.  floors: the least weight of
+    these, forced ones apart; 0 where there is none.
+    """
+
+    choice: Choice
+    counts: Int[Tensor, "B Hkv"]
+    floors: Float32[Tensor, "B Hkv"]
+
+
+def select_above(
+    log_weights: Float32[Tensor, "B Hkv S"],
+    caps: Int[Tensor, " B"],
+    fewest: Int[Tensor, " B"],
+    least: Float32[Tensor, " B"],
+    recent: Int[Tensor, " B"],
+) -> VariedChoice:
+    """Choose the records of at least a weight, `fewest` at least and `caps` at most; forced ones (+inf) always.
+
+    Args:
+        log_weights: logs of weights that sum to 1 over S, mean over a query group.
+        recent: of each sequence's forced records, those of its window, which are not counted.
+    """
+    values, positions = log_weights.topk(int(caps.max()), -1)
+    place, known = torch.arange(values.shape[-1], device=values.device), values > -torch.inf
+    heavy = (values >= least.log()[:, None, None]) & (place < caps[:, None, None])
+    keep = known & (heavy | (place < torch.minimum(fewest, caps)[:, None, None]))
+    # A place more, so that there is a least one.
+    weights = torch.nn.functional.pad(values.masked_fill(~keep, torch.inf), (0, 1), value=torch.inf)
+    floors = weights.amin(-1)
+    choice, counts = _pack(positions, keep, log_weights.shape[-1]), keep.sum(-1)
+    floors = torch.where(floors.isinf(), 0.0, floors.exp())
+    return VariedChoice(choice._replace(counts=counts), counts - recent[:, None], floors)
 
 
 def _take_best(scores: Tensor, cap: int, own: Tensor | None) -> tuple[Tensor, Tensor]:

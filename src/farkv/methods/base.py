@@ -38,7 +38,8 @@ class Cap(NamedTuple):
     sinks, window: first and newest tokens that are always read, at most a quarter of the cap.  top_up: share of the cap
     that is chosen late, by the true query.  least: records per KV head that are read however small the cap is.
     dense_tokens: up to here everything is read, because choosing takes longer.  only_sinks: no window is forced, so
-    sinks may take the whole quarter.
+    sinks may take the whole quarter.  burst: how many times its share a layer's heads may read in one step, where the
+    mean over layers and steps stays at `fraction`; 1: all read the same.
     """
 
     fraction: float
@@ -48,6 +49,7 @@ class Cap(NamedTuple):
     least: int = 1
     dense_tokens: int = 0
     only_sinks: bool = False
+    burst: float = 1.0
 
 
 class Selector:

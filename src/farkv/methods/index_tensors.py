@@ -11,6 +11,7 @@ import torch
 
 from farkv._axes import Tensor
 from farkv.errors import SessionError
+from farkv.math.tables import ENTRIES
 from farkv.methods.base import Records
 from farkv.methods.layer_fit import LayerFit
 from farkv.methods.phase import Phase
@@ -121,11 +122,11 @@ def check_tensors(fit: LayerFit, records: Records, mine: dict[str, Tensor], dtyp
 
 def is_of_text(fit: LayerFit, records: Records, name: str, tensor: Tensor, dtype: torch.dtype) -> bool:
     """Say whether a tensor of an index has the type and sizes that this method and text give it."""
-    shape, bits, n_tokens = records.shape, fit.coder.bits, records.length
+    shape, n_tokens = records.shape, records.length
     heads, dim = shape.kv_heads, shape.k_dim
-    columns = fit.coder.count_columns(dim, shape.record_bytes)
-    sizes = {"query": (1, heads, dim, columns), "key": (1, heads, dim, columns), "mean": (1, heads, 1, dim)}
-    sizes["scale"] = (1, heads, 1, columns)
+    size = fit.coder.measure(dim, shape.record_bytes)
+    sizes = {"query": (1, heads, dim, size.columns), "key": (1, heads, dim, size.columns), "mean": (1, heads, 1, dim)}
+    sizes["tables"] = (1, heads, ENTRIES * size.nibbles, size.width)
     got = tuple(tensor.shape)
     if name in sizes:
         return got == sizes[name] and tensor.dtype == torch.float32
@@ -137,6 +138,6 @@ def is_of_text(fit: LayerFit, records: Records, name: str, tensor: Tensor, dtype
         return False
     if name == "samples":
         return (got[0], got[3], got[1] % heads) == (1, dim, 0) and got[1] > 0 and tensor.dtype == dtype
-    width = columns * (bits or 8) // 8
     # The paper's codes are keys as the model makes them.
-    return (got[0], got[1], got[3]) == (1, heads, width) and tensor.dtype == (dtype if bits == 0 else torch.int8)
+    kind, width = (torch.int8, size.nibbles // 2) if size.nibbles else (dtype, size.columns)
+    return (got[0], got[1], got[3]) == (1, heads, width) and tensor.dtype == kind

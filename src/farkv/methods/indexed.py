@@ -60,6 +60,9 @@ class IndexSelector(Selector):
         self.rule, self.pool = use.rule, use.pool
         ahead = (place.travels or use.always_ahead) and use.source != "query"
         self.source = use.source if ahead else None
+        if ahead or place.device.type != "cpu":
+            # What is chosen by an estimate, or counted on a device, is not varied.
+            self.cap = self.cap._replace(burst=1.0)
         self.dense_layers = set(place.layers[:1]) if use.dense_first else set[int]()
         self.coder = use.make_coder(place)
         self.fits = {layer: LayerFit(place, self.coder, layer) for layer in place.layers}
@@ -81,7 +84,8 @@ class IndexSelector(Selector):
         if self.reads_all(records.layer):
             return
         fit = self.fits[records.layer]
-        fit.observe(records, step.query.q, step.k)
+        q, logits = step.query
+        fit.observe(records, q * logits.scaling if self.coder.takes_logits else q, step.k)
         # In place, tokens are indexed in groups when they leave the window; a far token's key is at hand only now.
         waits = step.n_new == 1 and not self.place.travels and self.cap.window > 0
         if not waits and fit.index.projection is not None and fit.index.length == records.length - step.n_new:
@@ -108,19 +112,19 @@ class IndexSelector(Selector):
     def _score_codes(self, records: Records, query: Query, n_rows: int) -> Float32[Tensor, "B Hkv G S"]:
         fit = self.fits[records.layer]
         projection = fit.get_projection()
-        projected = project_query(query.q, projection.query, projection.scale, query.logits)
-        # A block at a time: codes are unpacked to float32.
+        projected = project_query(query.q, projection.query, query.logits)
+        # A block at a time: codes become float32.
         blocks = fit.index.codes()[:, :, :n_rows].split(SCORED_ROWS, 2)
-        parts = [score_index(projected, self.coder.unpack(block), query.logits) for block in blocks]
+        parts = [score_index(projected, self.coder.decode(block, projection), query.logits) for block in blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def view_index(self, layer: int) -> IndexView | None:
-        """Return the index for the fast kernels, which support four and eight bits."""
-        if self.coder.bits not in (4, 8):
-            return None
+        """Return the index for the fast kernels, which look nibbles up in tables."""
         fit = self.fits[layer]
         projection = fit.get_projection()
-        return IndexView(fit.index.rows.get(), self.coder.bits, projection.query, projection.scale)
+        if projection.tables.shape[2] == 0:
+            return None
+        return IndexView(fit.index.rows.get(), projection.query, projection.tables)
 
     # --- bytes ----------------------------------------------------------------------------------------------
 
@@ -130,9 +134,8 @@ class IndexSelector(Selector):
 
     def index_bytes(self, shape: LayerShape, tokens: int) -> int:
         """Return the bytes of one layer's codes."""
-        bits = self.coder.bits or 8 * shape.itemsize
-        n_columns = self.coder.count_columns(shape.k_dim, shape.record_bytes)
-        return shape.batch * shape.kv_heads * n_columns * bits // 8 * tokens
+        size = self.coder.measure(shape.k_dim, shape.record_bytes)
+        return shape.batch * shape.kv_heads * size.count_bytes(shape.itemsize) * tokens
 
     # --- taking back, joining, sessions -----------------------------------------------------------------------
 

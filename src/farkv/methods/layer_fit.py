@@ -195,8 +195,8 @@ class LayerFit:
         if not everyone:
             sample = sample.index_select(0, at)
             queries, valid = (None if t is None else t.index_select(0, at) for t in (queries, valid))
-        n_columns = self.coder.count_columns(sample.shape[-1], records.shape.record_bytes)
-        projection = self.coder.fit(self.layer, queries, sample, valid, n_columns)
+        size = self.coder.measure(sample.shape[-1], records.shape.record_bytes)
+        projection = self.coder.fit(self.layer, queries, sample, valid, size)
         if everyone:
             self.index.clear()
             self.index.projection = projection
@@ -227,9 +227,9 @@ class LayerFit:
         first, visible = max(0, n_rows - KEYS), records.visible(n_rows)
         real = None if visible is None else visible.all(1).expand(records.shape.batch, -1)
         keys = torch.cat([block for _, block in records.near_blocks(first, n_rows)], 2)
-        codes = self.coder.unpack(self.coder.encode(keys, projection))
+        told = self.coder.decode(self.coder.encode(keys, projection), projection)
         # A deliberate sync, once per look.
-        return look_at(queries, keys, codes, projection, real).tolist()
+        return look_at(queries, keys, told, projection, real).tolist()
 
     def take_sample(
         self, records: Records, keys: Float[Tensor, "B Hkv S D"] | None, n_rows: int

@@ -14,10 +14,10 @@ import torch
 from farkv._axes import Bool, Float, Tensor
 from farkv.config import check_counts, check_fraction, show_value
 from farkv.errors import ConfigError
-from farkv.math.index import encode_keys, encode_levels, fit_levels, fit_scale, measure_mean, pack_codes, project_keys
-from farkv.math.score import unpack_codes
+from farkv.math.index import fit_levels, fit_scale, measure_mean, project_keys
+from farkv.math.tables import level_tables, step_tables
 from farkv.methods.base import Cap, Place
-from farkv.methods.coder import Coder
+from farkv.methods.coder import Coder, IndexSize, Nibbles
 from farkv.methods.indexed import IndexRule
 from farkv.store.near.index import Projection
 
@@ -50,22 +50,25 @@ class LowBit:
 
     def make_coder(self, place: Place) -> Coder:
         """Return what makes the index."""
-        return ColumnCoder(self.bits)
+        return ColumnCoder(self.bits, place.device)
 
 
 class ColumnCoder:
     """Every column as it is, less its mean, which moves all scores of a query alike."""
 
-    needs_queries = fits_skew = is_settled = False
+    needs_queries = takes_logits = fits_skew = is_settled = False
     drifts = True
 
-    def __init__(self, bits: int):
+    def __init__(self, bits: int, device: torch.device):
         self.bits = bits
+        nibbles = Nibbles(device)
+        self.encode, self.decode = nibbles.encode, nibbles.decode
 
-    def count_columns(self, k_dim: int, record_bytes: int) -> int:
+    def measure(self, k_dim: int, record_bytes: int) -> IndexSize:
         """Return all columns, and as many zeros as fill the last byte."""
         codes = 8 // self.bits
-        return -(-k_dim // codes) * codes
+        columns = -(-k_dim // codes) * codes
+        return IndexSize(columns, columns * self.bits // 4, 4 // self.bits)
 
     def fit(
         self,
@@ -73,24 +76,15 @@ class ColumnCoder:
         queries: Float[Tensor, "B Hq M D"] | None,
         keys: Float[Tensor, "B Hkv N D"],
         valid: Bool[Tensor, "B N"] | None,
-        n_columns: int,
+        size: IndexSize,
     ) -> Projection:
         """Return the columns' means and steps: they follow from the keys alone."""
-        columns = torch.eye(keys.shape[3], n_columns, device=keys.device).repeat(*keys.shape[:2], 1, 1)
+        columns = torch.eye(keys.shape[3], size.columns, device=keys.device).repeat(*keys.shape[:2], 1, 1)
         mean = measure_mean(keys, valid)
-        fit = fit_levels if self.bits == 2 else fit_scale
-        return Projection(columns, columns, mean, fit(project_keys(keys, columns, mean), valid, self.bits))
-
-    def encode(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
-        """Return rounded columns."""
-        projected = project_keys(keys, projection.key, projection.mean)
+        projected = project_keys(keys, columns, mean)
         if self.bits == 2:
-            return pack_codes(encode_levels(projected, projection.scale), 2)
-        return pack_codes(encode_keys(projected, projection.scale, 4))
-
-    def unpack(self, codes: Tensor) -> Tensor:
-        """Return codes with one column each."""
-        return unpack_codes(codes, self.bits)
+            return Projection(columns, columns, mean, level_tables(fit_levels(projected, valid)))
+        return Projection(columns, columns, mean, step_tables(fit_scale(projected, valid, 4), 4))
 
     def describe(self) -> dict[str, Any]:
         """Return what must be the same for a saved index to be of use."""

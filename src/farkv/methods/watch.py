@@ -52,19 +52,19 @@ class Watch(NamedTuple):
 def look_at(
     queries: Float[Tensor, "B Hq N D"],
     keys: Float[Tensor, "B Hkv M D"],
-    codes: Tensor,
+    told: Float[Tensor, "B Hkv M R"],
     projection: Projection,
     real: Bool[Tensor, "B S"] | None,
 ) -> Float32[Tensor, " B"]:
     """Return the share of the newest queries' scores of the newest keys that an index leaves unexplained.
 
     Args:
-        codes: the keys as the index holds them, [B, Hkv, M, R].
+        told: projected keys as the index tells them.
         real: which of the context's tokens, these the last of them, are no padding.
     """
     q = queries.float().reshape(*keys.shape[:2], -1, keys.shape[3])
     exact = q @ (keys.float() - projection.mean).mT
-    estimated = (q @ projection.query * projection.scale) @ codes.float().mT
+    estimated = (q @ projection.query) @ told.float().mT
     if real is None:
         return measure_unexplained(exact, estimated, None, None)
     n_groups = q.shape[2] // queries.shape[2]

@@ -9,9 +9,9 @@ static int find_rows(const struct attend_head *h, int64_t a, int64_t n, const ui
     int64_t reach = args->n_rows - args->tail;
     for (int64_t j = 0; j < n; j++) {
         int64_t i = a + j, at = i;
-        if (args->n_chosen >= 0) {
-            at = i < args->n_chosen ? h->positions[i] : reach + i - args->n_chosen;
-            if (at < 0 || (i < args->n_chosen && at >= reach)) return 0;
+        if (h->n_chosen >= 0) {
+            at = i < h->n_chosen ? h->positions[i] : reach + i - h->n_chosen;
+            if (at < 0 || (i < h->n_chosen && at >= reach)) return 0;
         }
         rows[j] = h->rows + at * args->row_stride;
     }
@@ -123,8 +123,14 @@ static void attend_part(void *context, int64_t task) {
     for (int64_t g = 0; g < group; g++) h.highest[g] = fill(LOWEST);
     h.rows = args->rows + head / args->heads * args->batch_stride + head % args->heads * args->head_stride;
     h.positions = args->n_chosen > 0 ? args->positions + head * args->n_chosen : NULL;
+    h.n_chosen = args->counts ? args->counts[head] : args->n_chosen;
+    int64_t n = h.n_chosen >= 0 ? h.n_chosen + args->tail : args->n_rows;
+    if (args->counts && (h.n_chosen < 0 || h.n_chosen > args->n_chosen)) {
+        call->status = FARKV_BAD_POSITION;
+        return;
+    }
     put_in_order(&h, args->q + head * group * args->k_dim);
-    int64_t from = call->n * part / call->n_parts, to = call->n * (part + 1) / call->n_parts;
+    int64_t from = n * part / call->n_parts, to = n * (part + 1) / call->n_parts;
     int status = from < to ? attend_form[args->form](&h, from, to) : FARKV_OK;
     if (status) {
         call->status = status;

@@ -20,6 +20,7 @@ struct attend_head {
     struct half k, v;
     const uint8_t *rows;
     const int64_t *positions;
+    int64_t n_chosen;
     int64_t row_bytes;
     vf *q;   /* [group][k chunks][2], in the form's order of values */
     vf *out; /* [group][v chunks][2] */

@@ -66,6 +66,26 @@ static void take_kept(const struct head *h, int64_t n, struct threshold t, int64
     }
 }
 
+/* Set the threshold of up to *wanted of n candidates, and how many reach it; returns 0 where more must be kept. */
+static int find_choice(const struct head *h, int64_t n, int64_t fewest, int64_t *wanted, struct threshold *t) {
+    const uint32_t *keys = h->keys;
+    if (h->least > 0 && *wanted) {
+        uint32_t key;
+        memcpy(&key, &h->least, 4);
+        *t = (struct threshold){PREFIX(key), *wanted};
+        int64_t count = count_keys(keys, n, key & ~511u ? key & ~511u : 1);
+        if (count >= fewest && count <= *wanted) {
+            *wanted = count;
+            return 1;
+        }
+        if (count < fewest) *wanted = fewest;
+    }
+    if (*wanted == 0) return 1;
+    if (count_keys(keys, n, 1) < *wanted) return 0;
+    *t = find_threshold(keys, n, *wanted);
+    return 1;
+}
+
 /* Choose from the candidates; returns 0 where a record that the scan dropped might be better. */
 static int choose(struct head *h, int64_t head, int64_t n_parts) {
     const struct select_args *a = h->args;
@@ -76,17 +96,19 @@ static int choose(struct head *h, int64_t head, int64_t n_parts) {
         worst = fmaxf(worst, (float)(h->guess[g] / h->sums[g]));
         h->inverse[g] = (float)(1 / h->sums[g]);
     }
-    int64_t sinks = a->sinks < a->cap ? a->sinks : a->cap, chosen = 0, *out = a->out + head * a->cap;
-    const uint32_t *keys = h->keys;
+    int64_t cap = a->caps ? a->caps[head / a->heads] : a->cap, sinks = a->sinks < cap ? a->sinks : cap, chosen = 0;
+    int64_t *out = a->out + head * a->cap;
     int64_t n = weigh_kept(h, sinks, n_parts);
     for (int64_t i = 0; i < sinks; i++)
         if (!is_taken(h, i)) out[chosen++] = i;
-    int64_t wanted = a->cap - chosen;
-    if (wanted == 0) return 1;
-    if (count_keys(keys, n, 1) < wanted) return 0;
-    struct threshold t = find_threshold(keys, n, wanted);
-    if (h->bound > 0 && float_of(t.prefix << 9) < h->bound * worst * 1.0001f) return 0;
-    take_kept(h, n, t, out + chosen, wanted);
+    int64_t wanted = cap - chosen, fewest = (a->fewest ? a->fewest[head / a->heads] : 0) - chosen;
+    fewest = fewest < 0 ? 0 : fewest < wanted ? fewest : wanted;
+    struct threshold t = {0, 0};
+    if (!find_choice(h, n, fewest, &wanted, &t)) return 0;
+    if (wanted && h->bound > 0 && float_of(t.prefix << 9) < h->bound * worst * 1.0001f) return 0;
+    if (wanted) take_kept(h, n, t, out + chosen, wanted);
+    if (a->counts) a->counts[head] = chosen + wanted;
+    if (a->floors) a->floors[head] = float_of(t.prefix << 9) / (float)a->group;
     return 1;
 }
 
@@ -96,33 +118,41 @@ static int is_cut_off(const struct head *h) {
     return 0;
 }
 
-/* After a failed choice: use the sums of the last scan as guesses; the second time, keep every record. */
-static void prepare_again(struct head *h, int64_t attempt) {
-    if (is_cut_off(h)) {
-        /* The reference was so far below the largest logit that weights were clamped. */
-        find_references(h);
+/* After a failed choice: scan again with the sums of the last scan as guesses; the second time, keep every record. */
+static void scan_again(struct head *h, int64_t attempt) {
+    /* Where a reference was far below the largest logit, weights were clamped. */
+    if (attempt || is_cut_off(h)) {
+        keep_all(h);
         return;
     }
-    h->bound = attempt ? 0 : h->bound * 0.5f;
+    h->bound *= 0.5f;
     for (int64_t g = 0; g < h->args->group; g++) {
         h->guess[g] = h->sums[g];
         h->inverse[g] = (float)(1 / h->guess[g]);
     }
+    scan(h, 0, 1);
 }
 
 static void prepare_head(struct head *h, int64_t head) {
     const struct select_args *a = h->args;
+    h->least = a->least ? a->least[head / a->heads] * (float)a->group : 0;
     h->codes = a->codes + head / a->heads * a->batch_stride + head % a->heads * a->head_stride;
     project(h, head);
-    quantize(h);
-    take_sample(h, a->cap + a->n_taken);
+    fill_tables(h, head);
+    if (!is_small(a)) take_sample(h, head);
     if (a->n_taken) mark_taken(h, head);
+}
+
+/* Scan a part; where there are few records, the first part weighs all of them. */
+static void scan_part(struct head *h, int64_t part, int64_t n_parts) {
+    if (!is_small(h->args)) scan(h, part, n_parts);
+    else if (part == 0) keep_all(h);
+    else h->n_kept[part] = 0;
 }
 
 static void finish_head(struct head *h, int64_t head, int64_t n_parts) {
     for (int64_t attempt = 0; !choose(h, head, n_parts) || (is_cut_off(h) && attempt < 2); attempt++) {
-        prepare_again(h, attempt);
-        scan(h, 0, 1);
+        scan_again(h, attempt);
         n_parts = 1;
     }
 }
@@ -151,7 +181,7 @@ static void select_head(void *context, int64_t task) {
     struct head h = {.args = call->args};
     if (!take_run(call, &h, call->scratch_bytes)) return;
     prepare_head(&h, task);
-    scan(&h, 0, 1);
+    scan_part(&h, 0, 1);
     finish_head(&h, task, 1);
 }
 
@@ -162,8 +192,11 @@ static void prepare_task(void *context, int64_t task) {
 
 static void scan_task(void *context, int64_t task) {
     struct select_call *call = context;
-    struct head h = call->heads[task / call->n_parts];
-    if (take_run(call, &h, 0)) scan(&h, task % call->n_parts, call->n_parts);
+    struct head *h = &call->heads[task / call->n_parts], own = *h;
+    if (!take_run(call, &own, 0)) return;
+    scan_part(&own, task % call->n_parts, call->n_parts);
+    /* Of few records one part knows that all are kept. */
+    if (is_small(call->args) && task % call->n_parts == 0) h->bound = own.bound, h->coarse = own.coarse;
 }
 
 static void finish_task(void *context, int64_t task) {

@@ -1,156 +1,214 @@
-/* Products of an index's codes and 16-bit queries: exact integer logits of some records, then their weights.
+/* Logits of an index's nibbles: each nibble of a row looks up what it adds in a table of 16 entries (head.h makes it).
 
-   Sixteen bytes of VL records are transposed, so that a lane is a record; codes are widened to 16 bits and multiplied in
-   pairs. The queries are in a table in the order of the codes, each pair broadcast to all lanes. */
+   Exactly: a record at a time, the queries of a group in lanes, in float32. Coarsely, where the CPU shuffles bytes: VB
+   records at a time, each table rounded to 8 bits; a vector of nibbles is looked up by one shuffle. */
 #ifndef FARKV_CODES_H
 #define FARKV_CODES_H
 
 #include "simd.h"
 
-#define PIECE 16          /* bytes of a row that are transposed at once */
-#define RUN 64            /* records weighed at a time, in the L1 cache */
-#define MOST_FUSED 8      /* queries of a group that are weighed together in registers */
+#define RUN 64              /* records weighed exactly at a time, in the L1 cache */
 #define LEAST_EXP (-126.0f) /* weights are clamped to 2^-126 .. 2^100 times the reference's */
 #define MOST_EXP 100.0f
+#define PIECE 8             /* bytes of a row that are transposed at once */
+#define MOST_NIBBLES 514    /* of a row, that sums of 16 bits have room for */
 
-typedef int16_t vh __attribute__((vector_size(VB)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v8 __attribute__((vector_size(32)));
+typedef uint8_t vc __attribute__((vector_size(VB)));
+typedef uint16_t vs __attribute__((vector_size(VB)));
+typedef uint64_t vq __attribute__((vector_size(VB)));
+
+/* Where nibble i of n is in a table in which nibbles i and n - 1 - i are neighbours. */
+INLINE int64_t pair_place(int64_t i, int64_t n) { return i < n / 2 ? 2 * i : 2 * (n - 1 - i) + 1; }
 
 /* The queries of one KV head against its index. */
 struct index_query {
-    int64_t group, n_words, n_parts; /* 4-byte words of a row; pairs of codes in a word */
-    const vi *table;                 /* [group][n_words][n_parts] */
-    const float *step, *offset;      /* log2 of a weight = step * integer logit - offset, [group] */
-    float softcap;                   /* in units of log2; 0: none */
-    /* The same queries in 8 bits, for the coarse scan: [group][n_words][2], their steps, and what the codes' offset of
-       8 adds to log2 of a weight. */
-    const vi *coarse_table;
-    const float *coarse_step, *coarse_bias;
+    int64_t group, code_bytes;
+    int64_t lanes;                 /* the group, in whole vectors of 4 (up to 4 queries) or 8 */
+    const float *exact;            /* [nibble][16][lanes], in units of log2 */
+    const uint8_t *coarse;         /* [group][pair_place(nibble)][16] */
+    const float *step, *base;      /* log2 of a coarse weight = base + step * sum of entries, [group] */
+    const float *offset;           /* what is taken off log2 of a weight, [group] */
+    float softcap;                 /* in units of log2; 0: none */
 };
 
-#if defined(__AVX512VNNI__)
-INLINE vi add_products(vi acc, vh a, vi b) { return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b); }
-#elif defined(__AVX512BW__)
-INLINE vi add_products(vi acc, vh a, vi b) { return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
-#elif defined(__AVX2__)
-INLINE vi add_products(vi acc, vh a, vi b) { return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
-#elif defined(__SSE2__)
-INLINE vi add_products(vi acc, vh a, vi b) { return acc + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b); }
-#elif defined(__aarch64__)
-INLINE vi add_products(vi acc, vh a, vi b) {
-    int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
-    int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
-    return acc + (vi)vpaddq_s32(low, high);
-}
-#else
-INLINE vi add_products(vi acc, vh a, vi b) {
-    vi x = (vi)a;
-    return acc + ((x << 16) >> 16) * ((b << 16) >> 16) + (x >> 16) * (b >> 16);
-}
-#endif
-
-#if VL == 4
-#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
-#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
-#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 4, 5)
-#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 6, 7)
-#elif VL == 8
-#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
-#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#else
-#define LOW_WORDS(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
-#define HIGH_WORDS(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
-#define LOW_PAIRS(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#define HIGH_PAIRS(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-#endif
-
-/* word[w], lane t: bytes 4 w .. 4 w + 3 of a piece of row t, or of row at[t]. */
-INLINE void transpose(const uint8_t *rows, int64_t stride, const int32_t *at, vi *word) {
-    vi v[4];
-#define ROW(t) (const void *)(rows + (at ? at[t] : (t)) * stride)
-    UNROLL for (int i = 0; i < 4; i++) {
-#if VL == 4
-        memcpy(&v[i], ROW(i), 16);
-#elif VL == 8
-        __m256i x = _mm256_castsi128_si256(_mm_loadu_si128(ROW(i)));
-        v[i] = (vi)_mm256_inserti128_si256(x, _mm_loadu_si128(ROW(i + 4)), 1);
-#else
-        __m512i x = _mm512_castsi128_si512(_mm_loadu_si128(ROW(i)));
-        x = _mm512_inserti32x4(x, _mm_loadu_si128(ROW(i + 4)), 1);
-        x = _mm512_inserti32x4(x, _mm_loadu_si128(ROW(i + 8)), 2);
-        v[i] = (vi)_mm512_inserti32x4(x, _mm_loadu_si128(ROW(i + 12)), 3);
-#endif
+/* to[g * RUN + j] = sums of row `at[j]`, or j without `at`, of 4 rows, `width` queries from `first` on. */
+#define SUM_ROWS(name, vector, width)                                                                                  \
+    INLINE void name(const struct index_query *q, int64_t first, const uint8_t *const *row, int64_t n, float *to) {   \
+        const float *table = q->exact + first;                                                                         \
+        const int64_t lanes = q->lanes, half = q->code_bytes * 16 * lanes;                                             \
+        vector sum[4] = {{0}};                                                                                         \
+        for (int64_t j = 0; j < q->code_bytes; j++, table += 16 * lanes) {                                             \
+            UNROLL for (int r = 0; r < 4; r++) {                                                                       \
+                vector low, high;                                                                                      \
+                memcpy(&low, table + (row[r][j] & 15) * lanes, sizeof low);                                            \
+                memcpy(&high, table + half + (row[r][j] >> 4) * lanes, sizeof high);                                   \
+                sum[r] += low + high;                                                                                  \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int64_t r = 0; r < n; r++)                                                                                \
+            for (int64_t g = 0; g < width && first + g < q->group; g++) to[(first + g) * RUN + r] = sum[r][g];         \
     }
-#undef ROW
-    vi a = LOW_WORDS(v[0], v[1]), b = LOW_WORDS(v[2], v[3]), c = HIGH_WORDS(v[0], v[1]), d = HIGH_WORDS(v[2], v[3]);
-    word[0] = LOW_PAIRS(a, b);
-    word[1] = HIGH_PAIRS(a, b);
-    word[2] = LOW_PAIRS(c, d);
-    word[3] = HIGH_PAIRS(c, d);
-}
+SUM_ROWS(sum_rows_4, v4, 4)
+SUM_ROWS(sum_rows_8, v8, 8)
 
-/* Integer logits of VL records and `heads` queries from `first` on. */
-INLINE void multiply(int bits, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
-                     int64_t stride, const int32_t *at, vi *acc) {
-    const int parts = bits == 4 ? 4 : 2;
-    const vi *table = q->table + first * q->n_words * parts;
-    UNROLL for (int g = 0; g < heads; g++) acc[g] = (vi){0};
-    for (int64_t w = 0; w < q->n_words; w += 4) {
-        vi word[4];
-        transpose(rows + 4 * w, stride, at, word);
-        UNROLL for (int i = 0; i < 4; i++) {
-            if (w + i >= q->n_words) break;
-            vh x = (vh)word[i];
-            vh part[4];
-            if (bits == 4) {
-                part[0] = (x << 12) >> 12, part[1] = (x << 8) >> 12, part[2] = (x << 4) >> 12, part[3] = x >> 12;
-            } else {
-                part[0] = (x << 8) >> 8, part[1] = x >> 8;
-            }
-            UNROLL for (int g = 0; g < heads; g++) {
-                const vi *pairs = table + (g * q->n_words + w + i) * parts;
-                UNROLL for (int p = 0; p < parts; p++) acc[g] = add_products(acc[g], part[p], pairs[p]);
-            }
+/* exponents[g][j] = log2 of the weights of n <= RUN records: in sequence, or those at `at`. Lanes beyond are 0. */
+static __attribute__((noinline)) void form_exponents(const struct index_query *q, const uint8_t *rows, int64_t stride,
+                                                     const int32_t *at, int64_t n, float *exponents) {
+    for (int64_t j = 0; j < n; j += 4) {
+        const uint8_t *row[4];
+        for (int64_t r = 0; r < 4; r++) {
+            int64_t i = j + r < n ? j + r : n - 1;
+            row[r] = rows + (at ? at[i] : i) * stride;
+        }
+        int64_t left = n - j < 4 ? n - j : 4;
+        if (q->lanes == 4) sum_rows_4(q, 0, row, left, exponents + j);
+        else
+            for (int64_t first = 0; first < q->group; first += 8) sum_rows_8(q, first, row, left, exponents + j);
+    }
+    for (int64_t g = 0; g < q->group; g++) {
+        float *to = exponents + g * RUN;
+        for (int64_t j = n; j % VL; j++) to[j] = 0;
+        for (int64_t j = 0; j < n; j += VL) {
+            vf t = load(to + j);
+            if (q->softcap != 0) t = cap_softly(t, q->softcap);
+            store(to + j, t - q->offset[g]);
         }
     }
 }
 
-#if defined(__AVX512BW__) || defined(__AVX2__)
-/* Sums of 16 bits hold 8 columns of up to 15 * 127 each in every lane: rows of 16 bytes. */
-#define COARSE_BYTES 16
+/* EVEN, ODD: the even bytes of a, then of b, in every 16 bytes; the odd ones. LOOK_UP: table[nibble], 16 bytes each. */
 #if defined(__AVX512BW__)
-INLINE vh pair_products(vi a, vi b) { return (vh)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
-INLINE vi pair_halves(vh a) { return (vi)_mm512_madd_epi16((__m512i)a, _mm512_set1_epi16(1)); }
+#define SHUFFLES_BYTES 1
+INLINE vc even_bytes(vc a, vc b) {
+    const __m512i low = _mm512_set1_epi16(255);
+    return (vc)_mm512_packus_epi16(_mm512_and_si512((__m512i)a, low), _mm512_and_si512((__m512i)b, low));
+}
+INLINE vc odd_bytes(vc a, vc b) {
+    return (vc)_mm512_packus_epi16(_mm512_srli_epi16((__m512i)a, 8), _mm512_srli_epi16((__m512i)b, 8));
+}
+INLINE vc look_up(const uint8_t *table, vc nibbles) {
+    __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
+    return (vc)_mm512_shuffle_epi8(wide, (__m512i)nibbles);
+}
+INLINE vs low_words(vs a, vs b) { return (vs)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
+INLINE vs high_words(vs a, vs b) { return (vs)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+#define SHUFFLES_BYTES 1
+INLINE vc even_bytes(vc a, vc b) {
+    const __m256i low = _mm256_set1_epi16(255);
+    return (vc)_mm256_packus_epi16(_mm256_and_si256((__m256i)a, low), _mm256_and_si256((__m256i)b, low));
+}
+INLINE vc odd_bytes(vc a, vc b) {
+    return (vc)_mm256_packus_epi16(_mm256_srli_epi16((__m256i)a, 8), _mm256_srli_epi16((__m256i)b, 8));
+}
+INLINE vc look_up(const uint8_t *table, vc nibbles) {
+    __m256i wide = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table));
+    return (vc)_mm256_shuffle_epi8(wide, (__m256i)nibbles);
+}
+INLINE vs low_words(vs a, vs b) { return (vs)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b); }
+INLINE vs high_words(vs a, vs b) { return (vs)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b); }
+#elif defined(__aarch64__)
+#define SHUFFLES_BYTES 1
+INLINE vc even_bytes(vc a, vc b) { return (vc)vuzp1q_u8((uint8x16_t)a, (uint8x16_t)b); }
+INLINE vc odd_bytes(vc a, vc b) { return (vc)vuzp2q_u8((uint8x16_t)a, (uint8x16_t)b); }
+INLINE vc look_up(const uint8_t *table, vc nibbles) { return (vc)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)nibbles); }
+INLINE vs low_words(vs a, vs b) { return (vs)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b); }
+INLINE vs high_words(vs a, vs b) { return (vs)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b); }
 #else
-INLINE vh pair_products(vi a, vi b) { return (vh)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
-INLINE vi pair_halves(vh a) { return (vi)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1)); }
+#define SHUFFLES_BYTES 0
 #endif
 
-/* As `multiply`, with four-bit codes plus 8 and the 8-bit queries in `table`: half the work. */
-INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const uint8_t *rows, int64_t stride,
-                              vi *acc) {
-    vh sum[MOST_FUSED];
-    vi word[4];
-    UNROLL for (int g = 0; g < heads; g++) sum[g] = (vh){0};
-    transpose(rows, stride, NULL, word);
-    UNROLL for (int i = 0; i < 4; i++) {
-        if (i >= n_words) break;
-        vi x = word[i] ^ (int32_t)0x88888888, low = x & 0x0f0f0f0f, high = (x >> 4) & 0x0f0f0f0f;
-        UNROLL for (int g = 0; g < heads; g++) {
-            const vi *pairs = table + (g * n_words + i) * 2;
-            sum[g] += pair_products(low, pairs[0]);
-            sum[g] += pair_products(high, pairs[1]);
-            __asm__("" : "+x"(sum[g])); /* else compilers compute all products first, and registers spill */
-        }
+#if SHUFFLES_BYTES
+/* In every 16 bytes those at runs[lane] + at; or 8 from there, and 8 from `stride` further on. */
+INLINE vc load_runs(const uint8_t *const *runs, int64_t at) {
+#if VB == 64
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(runs[0] + at)));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const void *)(runs[1] + at)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const void *)(runs[2] + at)), 2);
+    return (vc)_mm512_inserti32x4(x, _mm_loadu_si128((const void *)(runs[3] + at)), 3);
+#elif VB == 32
+    __m256i x = _mm256_castsi128_si256(_mm_loadu_si128((const void *)(runs[0] + at)));
+    return (vc)_mm256_inserti128_si256(x, _mm_loadu_si128((const void *)(runs[1] + at)), 1);
+#else
+    vc x;
+    memcpy(&x, runs[0] + at, 16);
+    return x;
+#endif
+}
+
+INLINE vc load_pairs(const uint8_t *const *runs, int64_t at, int64_t stride) {
+    uint8_t pairs[VB];
+    const uint8_t *each[VB / 16];
+    for (int lane = 0; lane < VB / 16; lane++) {
+        memcpy(pairs + 16 * lane, runs[lane] + at, 8);
+        memcpy(pairs + 16 * lane + 8, runs[lane] + at + stride, 8);
+        each[lane] = pairs + 16 * lane;
     }
-    UNROLL for (int g = 0; g < heads; g++) acc[g] = pair_halves(sum[g]);
+    return load_runs(each, 0);
+}
+
+/* x[i]: 16 / n_bytes rows of n_bytes, in every 16 bytes. Afterwards x[i]: byte i of 16 rows. */
+INLINE void turn_bytes(int n_bytes, vc *x) {
+    vc y[16];
+    UNROLL for (int turn = 1; turn < n_bytes; turn *= 2) {
+        UNROLL for (int i = 0; i < n_bytes / 2; i++) {
+            y[i] = even_bytes(x[2 * i], x[2 * i + 1]);
+            y[n_bytes / 2 + i] = odd_bytes(x[2 * i], x[2 * i + 1]);
+        }
+        UNROLL for (int i = 0; i < n_bytes; i++) x[i] = y[i];
+    }
+}
+
+/* Put the nibbles of bytes [at, at + n) of all rows into their planes. */
+INLINE void put_planes(const vc *x, int64_t at, int64_t n, int64_t code_bytes, vc *planes) {
+    for (int64_t i = 0; i < n; i++) {
+        planes[pair_place(at + i, 2 * code_bytes)] = x[i] & 15;
+        planes[pair_place(code_bytes + at + i, 2 * code_bytes)] = (vc)(((vs)x[i] >> 4) & 0x0f0f);
+    }
+}
+
+/* planes[pair_place(nibble)]: that nibble of VB rows, 16 from each of `runs` on. Rows are read in pieces of 8 bytes. */
+INLINE void split_rows(const uint8_t *const *runs, int64_t stride, int64_t code_bytes, vc *planes) {
+    vc x[16];
+    int64_t at = 0;
+    for (; at + 16 <= code_bytes; at += 16) {
+        UNROLL for (int i = 0; i < 16; i++) x[i] = load_runs(runs, i * stride + at);
+        turn_bytes(16, x);
+        put_planes(x, at, 16, code_bytes, planes);
+    }
+    for (; at < code_bytes; at += PIECE) {
+        if (stride == PIECE) {
+            UNROLL for (int i = 0; i < 8; i++) x[i] = load_runs(runs, 2 * i * stride);
+        } else {
+            UNROLL for (int i = 0; i < 8; i++) x[i] = load_pairs(runs, 2 * i * stride + at, stride);
+        }
+        turn_bytes(8, x);
+        put_planes(x, at, code_bytes - at < PIECE ? code_bytes - at : PIECE, code_bytes, planes);
+    }
+}
+
+/* sums[j], 16 bytes at a time: coarse entries of records 4 j .. 4 j + 3 of 16, summed up; tables and planes in pairs
+   whose entries add up in 8 bits. */
+INLINE void sum_planes(const uint8_t *tables, const vc *planes, int64_t n, vi *sums) {
+    vs even = {0}, odd = {0}, zero = {0};
+    for (int64_t i = 0; i < n; i += 2, tables += 32, planes += 2) {
+        vs found = (vs)(look_up(tables, planes[0]) + look_up(tables + 16, planes[1]));
+        even += found;
+        odd += found >> 8;
+    }
+    even -= odd << 8;
+    vs low = low_words(even, odd), high = high_words(even, odd);
+    sums[0] = (vi)low_words(low, zero), sums[1] = (vi)high_words(low, zero);
+    sums[2] = (vi)low_words(high, zero), sums[3] = (vi)high_words(high, zero);
 }
 #else
-#define COARSE_BYTES 0
-INLINE void multiply_coarsely(int heads, const vi *table, int64_t n_words, const uint8_t *rows, int64_t stride,
-                              vi *acc) {
-    (void)heads, (void)table, (void)n_words, (void)rows, (void)stride, (void)acc;
+INLINE void split_rows(const uint8_t *const *runs, int64_t stride, int64_t code_bytes, vc *planes) {
+    (void)runs, (void)stride, (void)code_bytes, (void)planes;
+}
+INLINE void sum_planes(const uint8_t *tables, const vc *planes, int64_t n, vi *sums) {
+    (void)tables, (void)planes, (void)n, (void)sums;
 }
 #endif
 
@@ -168,65 +226,20 @@ INLINE vf exp2_of(vf t) {
 }
 
 /* 2^t of a t below 126, clamped below; its log2 is off by less than ROUGHLY. */
-#define ROUGHLY 0.0025f
+#define ROUGHLY 0.0026f
+#if defined(__AVX512DQ__)
+INLINE vf exp2_roughly(vf t) {
+    vf f = (vf)_mm512_reduce_ps((__m512)t, 1); /* t - floor(t) */
+    vf p = (f * 3.3718944e-1f + 6.5763628e-1f) * f + 1.00172476f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);
+}
+#else
 INLINE vf exp2_roughly(vf t) {
     t = max_of(t, fill(LEAST_EXP));
     vf shifted = t + 12582912.0f, f = t - (shifted - 12582912.0f);
     vf p = (f * 2.3842893e-1f + 7.0344807e-1f) * f + 1.00044315f;
     return add_exponent(p, shifted);
 }
-
-enum { EXACT4, EXACT8, COARSE4, EXACT4_AT };
-
-/* exponents[g][record] = log2 of the weights of n_vectors * VL records: in sequence, or (EXACT4_AT) those named. */
-INLINE void form_exponents(int how, int heads, const struct index_query *q, int64_t first, const uint8_t *rows,
-                           int64_t stride, const int32_t *at, int64_t n_vectors, float *exponents) {
-    const vi *coarse = q->coarse_table + first * q->n_words * 2;
-    for (int64_t v = 0; v < n_vectors; v++) {
-        const uint8_t *from = how == EXACT4_AT ? rows : rows + v * VL * stride;
-        vi acc[4];
-        if (how == COARSE4) multiply_coarsely(heads, coarse, q->n_words, from, stride, acc);
-        else multiply(how == EXACT8 ? 8 : 4, heads, q, first, from, stride, how == EXACT4_AT ? at + v * VL : NULL, acc);
-        UNROLL for (int g = 0; g < heads; g++) {
-            vf t = __builtin_convertvector(acc[g], vf);
-            t = how == COARSE4 ? t * q->coarse_step[first + g] - q->coarse_bias[first + g] : t * q->step[first + g];
-            if (q->softcap != 0) t = cap_softly(t, q->softcap);
-            store(exponents + (first + g) * RUN + v * VL, t - q->offset[first + g]);
-        }
-    }
-}
-
-/* Exponents of up to RUN records, all queries of the group. */
-INLINE void form_run(int how, const struct index_query *q, const uint8_t *rows, int64_t stride, const int32_t *at,
-                     int64_t n_vectors, float *exponents) {
-    int64_t g = 0;
-    for (; g + 4 <= q->group; g += 4) form_exponents(how, 4, q, g, rows, stride, at, n_vectors, exponents);
-    for (; g + 2 <= q->group; g += 2) form_exponents(how, 2, q, g, rows, stride, at, n_vectors, exponents);
-    for (; g < q->group; g++) form_exponents(how, 1, q, g, rows, stride, at, n_vectors, exponents);
-}
-
-typedef void form_function(const struct index_query *q, const uint8_t *rows, int64_t stride, int64_t n, float *exponents);
-
-static __attribute__((noinline)) void form_exact4(const struct index_query *q, const uint8_t *rows, int64_t stride,
-                                                  int64_t n, float *exponents) {
-    form_run(EXACT4, q, rows, stride, NULL, n, exponents);
-}
-
-static __attribute__((noinline)) void form_exact8(const struct index_query *q, const uint8_t *rows, int64_t stride,
-                                                  int64_t n, float *exponents) {
-    form_run(EXACT8, q, rows, stride, NULL, n, exponents);
-}
-
-static __attribute__((noinline)) void form_coarse4(const struct index_query *q, const uint8_t *rows, int64_t stride,
-                                                   int64_t n, float *exponents) {
-    form_run(COARSE4, q, rows, stride, NULL, n, exponents);
-}
-
-static __attribute__((noinline)) void form_exact4_at(const struct index_query *q, const uint8_t *rows, int64_t stride,
-                                                     const int32_t *at, int64_t n, float *exponents) {
-    form_run(EXACT4_AT, q, rows, stride, at, n, exponents);
-}
-
-static form_function *const form_functions[] = {form_exact4, form_exact8, form_coarse4};
+#endif
 
 #endif

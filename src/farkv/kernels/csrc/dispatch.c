@@ -29,7 +29,8 @@ static const struct kernels *find(int64_t isa) {
 
 /* native_abi.py compares these with its own sizes: a library built from other sources must not be called. */
 EXPORT int64_t farkv_size(int64_t which) {
-    const int64_t sizes[] = {sizeof(struct attend_args), sizeof(struct select_args), sizeof(struct gather_args)};
+    const int64_t sizes[] = {sizeof(struct attend_args), sizeof(struct select_args), sizeof(struct gather_args),
+                             sizeof(struct table_args)};
     return sizes[which];
 }
 
@@ -37,6 +38,8 @@ EXPORT int farkv_can_run(int64_t isa) { return find(isa) != 0; }
 EXPORT int farkv_attend(int64_t isa, const struct attend_args *args) { return find(isa)->attend(args); }
 EXPORT int farkv_select(int64_t isa, const struct select_args *args) { return find(isa)->select(args); }
 EXPORT int farkv_gather(int64_t isa, const struct gather_args *args) { return find(isa)->gather(args); }
+
+EXPORT int farkv_learn(int64_t isa, const struct table_args *args) { return find(isa)->learn(args); }
 
 EXPORT uint64_t farkv_read(int64_t isa, const uint8_t *data, int64_t n_bytes, int64_t threads) {
     return find(isa)->read(data, n_bytes, threads);

@@ -17,6 +17,7 @@ struct attend_args {
     const float *q;           /* [batch, heads * group, k_dim] */
     const uint8_t *rows;      /* [batch, heads, capacity] records */
     const int64_t *positions; /* [batch, heads, n_chosen] */
+    const int64_t *counts;    /* [batch, heads]: how many of a head's positions are read, or NULL: all */
     const float *sinks;       /* [heads * group] logits that only add to the denominator, or NULL */
     float *out;               /* [batch, heads * group, v_dim] */
     int64_t batch_stride, head_stride, row_stride;
@@ -26,16 +27,22 @@ struct attend_args {
     double scaling, softcap; /* softcap 0: none */
 };
 
-/* The cap best records of an index, per sequence and KV head. */
+/* The cap best records of an index, per sequence and KV head; with `least`, of those whose mean mass reaches it. */
 struct select_args {
     const float *q;        /* [batch, heads * group, dim] */
     const float *query;    /* [batch or 1, heads, dim, columns] */
-    const float *scale;    /* [batch, heads, columns] */
+    const float *tables;   /* [batch, heads, 2 * code_bytes, 16, width]: nibble i is of the columns
+                              [i % (columns / width) * width, ... + width) */
     const uint8_t *codes;  /* [batch, heads, capacity] rows of code_bytes */
     const int64_t *taken;  /* [batch, heads, n_taken], or NULL */
     int64_t *out;          /* [batch, heads, cap] */
+    const int64_t *caps;   /* [batch]: each sequence's own cap, at most `cap`; NULL: all have `cap` */
+    const float *least;    /* [batch]: only records whose mass, mean over the group, is at least this; NULL: any */
+    const int64_t *fewest; /* [batch]: what a head chooses whatever `least` says, at most its cap; with `least` */
+    int64_t *counts;       /* [batch, heads]: how many are chosen, or NULL: cap */
+    float *floors;         /* [batch, heads]: the least mass that was chosen, sinks apart, or NULL */
     int64_t batch_stride, head_stride, row_stride;
-    int64_t batch, heads, group, dim, columns, code_bytes, bits;
+    int64_t batch, heads, group, dim, columns, code_bytes, width;
     int64_t query_batch; /* 1 where all sequences share the query side */
     int64_t n, cap, sinks, n_taken, threads;
     double scaling, softcap;
@@ -50,10 +57,20 @@ struct gather_args {
     int64_t run, out_stride;
 };
 
+/* Learn nibble tables from keys, or code keys by them. */
+struct table_args {
+    const float *keys;    /* [heads, n, columns] */
+    const float *weights; /* [heads, n], where tables are learned */
+    float *tables;        /* [heads, nibbles, 16, width] */
+    uint8_t *codes;       /* [heads, n, nibbles / 2]; NULL: learn */
+    int64_t heads, n, columns, width, nibbles, rounds, threads;
+};
+
 struct kernels {
     int (*attend)(const struct attend_args *);
     int (*select)(const struct select_args *);
     int (*gather)(const struct gather_args *);
+    int (*learn)(const struct table_args *);
     uint64_t (*read)(const uint8_t *data, int64_t n_bytes, int64_t threads);
     uint64_t (*read_rows)(const uint8_t *data, const int64_t *positions, int64_t n, int64_t row_bytes, int64_t threads);
 };

@@ -1,4 +1,4 @@
-/* One KV head of a selection: its scratch, its queries against the index, exponents of some records. */
+/* One KV head of a selection: its scratch, and its queries' tables for the index's nibbles. */
 #ifndef FARKV_HEAD_H
 #define FARKV_HEAD_H
 #include <math.h>
@@ -7,20 +7,26 @@
 #include "codes.h"
 #include "farkv.h"
 
-#define TILE 2048 /* records per partial sum; these are added in a fixed order for any number of threads */
+#define TILE 2048     /* records per partial sum; these are added in a fixed order for any number of threads */
+#define LOG2E 1.44269504f
+#define MOST_LOGIT 1e30f
+#define MOST_MARGIN 1.5f /* a scan that may be off by more than 2^1.5 would keep too much, and its sums would show it */
 
 struct head {
     const struct select_args *args;
     struct index_query query;
     const uint8_t *codes;
-    vi *table, *coarse_table;
-    float *coarse_step, *coarse_bias, margin; /* margin: most that 8 bits lower log2 of a weight */
-    float furthest;                           /* largest possible log2 of a coarse weight, before the offset */
-    int coarse, fused;                        /* whether the scan is coarse, and fused (scan_fused) */
-    float *projected, *step, *offset; /* [group][columns], [group], [group] */
+    float *exact, *step, *base, *offset; /* as in struct index_query */
+    uint8_t *coarse_table;
+    float *projected; /* [group][columns] */
+    float *turned;    /* [columns][lanes] */
+    float *lows;      /* [2 nibbles][4] */
+    float margin;     /* most that 8 bits lower log2 of a weight */
+    float furthest;   /* largest possible log2 of a coarse weight, before the offset */
+    int coarse;       /* whether the scan is coarse */
     double *guess, *sums, *tile_sums; /* [group], [group], [tiles][group] */
     float *inverse;                   /* [group]: 1 / guess */
-    float bound;
+    float bound, least; /* least: mass of the group that is asked for; 0: any */
     int64_t *n_kept; /* [parts] */
     int32_t *kept;   /* [n + VL]: positions of candidates, each part's starting at its first record */
     float *weights;  /* [group][n + VL]: their weights, in the same places */
@@ -28,13 +34,13 @@ struct head {
     uint8_t *taken;  /* a bit per record */
     float *run;      /* [group][RUN] */
     vf *lane_sums;   /* [group], of the current tile */
-    uint8_t *copies; /* RUN rows, padded to whole pieces */
+    vc *planes;      /* [nibbles] */
+    float *block;    /* [group][VB]: coarse weights */
 };
 
-static int64_t count_parts(const struct select_args *a) { return a->bits == 4 ? 4 : 2; }
-static int64_t count_words(const struct select_args *a) { return (a->code_bytes + 3) / 4; }
-static int64_t padded_bytes(const struct select_args *a) { return (a->code_bytes + PIECE - 1) / PIECE * PIECE; }
+static int64_t count_nibbles(const struct select_args *a) { return 2 * a->code_bytes; }
 static int64_t count_tiles(const struct select_args *a) { return (a->n + TILE - 1) / TILE; }
+static int64_t count_lanes(const struct select_args *a) { return a->group <= 4 ? 4 : (a->group + 7) / 8 * 8; }
 
 static void *carve(uint8_t **at, int64_t n_bytes) {
     void *here = *at;
@@ -46,12 +52,13 @@ static void *carve(uint8_t **at, int64_t n_bytes) {
 static uint8_t *lay_out(const struct select_args *a, struct head *h, uint8_t *at) {
     int64_t group = a->group;
     h->args = a;
-    h->table = carve(&at, group * count_words(a) * count_parts(a) * VB);
-    h->coarse_table = carve(&at, group * count_words(a) * 2 * VB);
-    h->coarse_step = carve(&at, group * 4);
-    h->coarse_bias = carve(&at, group * 4);
+    h->exact = carve(&at, count_nibbles(a) * 16 * count_lanes(a) * 4);
+    h->coarse_table = carve(&at, group * count_nibbles(a) * 16);
     h->projected = carve(&at, group * a->columns * 4);
+    h->turned = carve(&at, count_lanes(a) * a->columns * 4);
+    h->lows = carve(&at, count_nibbles(a) * 32);
     h->step = carve(&at, group * 4);
+    h->base = carve(&at, group * 4);
     h->offset = carve(&at, group * 4);
     h->inverse = carve(&at, group * 4);
     h->guess = carve(&at, group * 8);
@@ -65,11 +72,12 @@ static uint8_t *lay_out(const struct select_args *a, struct head *h, uint8_t *at
     return at;
 }
 
-/* Scratch of each task: a run's weights and copied rows. */
+/* Scratch of each task: a run's weights, and a block's nibbles and coarse weights. */
 static uint8_t *lay_out_run(const struct select_args *a, struct head *h, uint8_t *at) {
     h->run = carve(&at, a->group * RUN * 4);
     h->lane_sums = carve(&at, a->group * VB);
-    h->copies = carve(&at, RUN * padded_bytes(a));
+    h->planes = carve(&at, count_nibbles(a) * VB);
+    h->block = carve(&at, a->group * VB * 4);
     return at;
 }
 
@@ -82,14 +90,13 @@ INLINE void project_columns(int n, const float *q, const float *side, int64_t di
     UNROLL for (int i = 0; i < n; i++) store(to + i * VL, sum[i]);
 }
 
-/* projected = scaling * scale * (q A) */
+/* projected = scaling * log2(e) * (q A); zeros for a query that is not finite: it has no direction. */
 static void project(struct head *h, int64_t head) {
     const struct select_args *a = h->args;
     const float *side = a->query + (a->query_batch == 1 ? head % a->heads : head) * a->dim * a->columns;
-    const float *scale = a->scale + head * a->columns;
     for (int64_t g = 0; g < a->group; g++) {
         const float *q = a->q + (head * a->group + g) * a->dim;
-        float *to = h->projected + g * a->columns, scaling = (float)a->scaling;
+        float *to = h->projected + g * a->columns, scaling = (float)a->scaling * LOG2E, sum = 0;
         int64_t r = 0;
         for (; r + 4 * VL <= a->columns; r += 4 * VL) project_columns(4, q, side + r, a->dim, a->columns, to + r);
         for (; r + VL <= a->columns; r += VL) project_columns(1, q, side + r, a->dim, a->columns, to + r);
@@ -97,89 +104,115 @@ static void project(struct head *h, int64_t head) {
             to[r] = 0;
             for (int64_t d = 0; d < a->dim; d++) to[r] += q[d] * side[d * a->columns + r];
         }
-        for (r = 0; r < a->columns; r++) to[r] *= scale[r] * scaling;
+        for (r = 0; r < a->columns; r++) to[r] *= scaling, sum += to[r] * 0;
+        if (sum != 0) memset(to, 0, a->columns * 4);
     }
 }
 
-/* The column whose code is number `half` (0, 1) of pair `part` of word `word`; -1 beyond the last. */
-static int64_t find_column(const struct select_args *a, int64_t word, int64_t part, int64_t half) {
-    int64_t byte = 4 * word + 2 * half + (a->bits == 4 ? part / 2 : part);
-    if (byte >= a->code_bytes) return -1;
-    return a->bits == 4 ? byte + part % 2 * (a->columns / 2) : byte;
+/* The projected queries as [columns][lanes]: a lane is a query, zeros beyond the last. */
+static void turn_projected(struct head *h) {
+    int64_t lanes = count_lanes(h->args), group = h->args->group, columns = h->args->columns;
+    memset(h->turned, 0, columns * lanes * 4);
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t r = 0; r < columns; r++) h->turned[r * lanes + g] = h->projected[g * columns + r];
 }
 
-/* The nearest integer; 0 for NaN, which is what inf / inf is: a query without a size has no direction. */
-INLINE float round_code(float x) { return x == x ? rintf(x) : 0; }
-
-/* Round the projected queries to 16 bits, or fewer so that sums fit, each with its own step, and fill the table. */
-static void quantize(struct head *h) {
+/* exact[nibble][16][lane] = projected . table, 4 lanes at a time: what each nibble adds to log2 of a weight. */
+static void fill_tables(struct head *h, int64_t head) {
     const struct select_args *a = h->args;
-    int64_t words = count_words(a), parts = count_parts(a);
-    float most = fminf(32767, floorf(2147483000.0f / ((a->bits == 4 ? 8.0f : 128.0f) * (float)a->columns)));
-    for (int64_t g = 0; g < a->group; g++) {
-        const float *p = h->projected + g * a->columns;
-        float largest = 1e-30f;
-        for (int64_t r = 0; r < a->columns; r++) largest = fmaxf(largest, fabsf(p[r]));
-        float step = largest / most;
-        h->step[g] = step * 1.44269504f;
-        for (int64_t w = 0; w < words; w++)
-            for (int64_t part = 0; part < parts; part++) {
-                uint32_t pair = 0;
-                for (int64_t half = 0; half < 2; half++) {
-                    int64_t r = find_column(a, w, part, half);
-                    int16_t x = r < 0 ? 0 : (int16_t)round_code(p[r] / step);
-                    pair |= (uint32_t)(uint16_t)x << (16 * half);
-                }
-                h->table[(g * words + w) * parts + part] = (vi)((vu){0} + pair);
+    int64_t n = count_nibbles(a), width = a->width, groups = a->columns / width, lanes = count_lanes(a);
+    const float *tables = a->tables + head * n * 16 * width;
+    turn_projected(h);
+    for (int64_t lane = 0; lane < lanes; lane += 4)
+        for (int64_t i = 0; i < n; i++) {
+            const float *p = h->turned + i % groups * width * lanes + lane, *table = tables + i * 16 * width;
+            v4 sum[16] = {{0}};
+            for (int64_t j = 0; j < width; j++) {
+                v4 q;
+                memcpy(&q, p + j * lanes, 16);
+                UNROLL for (int v = 0; v < 16; v++) sum[v] += q * table[v * width + j];
             }
+            for (int v = 0; v < 16; v++) memcpy(h->exact + (i * 16 + v) * lanes + lane, &sum[v], 16);
+        }
+    for (int64_t i = 0; i < n * 16 * lanes; i++) {
+        float x = h->exact[i];
+        h->exact[i] = x != x ? 0 : x > MOST_LOGIT ? MOST_LOGIT : x < -MOST_LOGIT ? -MOST_LOGIT : x;
     }
     h->query = (struct index_query){
-        .group = a->group, .n_words = words, .n_parts = parts, .table = h->table, .step = h->step, .offset = h->offset,
-        .softcap = (float)a->softcap * 1.44269504f, .coarse_table = h->coarse_table, .coarse_step = h->coarse_step,
-        .coarse_bias = h->coarse_bias};
+        .group = a->group, .code_bytes = a->code_bytes, .lanes = lanes, .exact = h->exact, .coarse = h->coarse_table,
+        .step = h->step, .base = h->base, .offset = h->offset, .softcap = (float)a->softcap * LOG2E};
 }
 
-/* The queries in 8 bits, and the most that this rounding lowers a logit. With codes of -8 .. 7 that is 7.5 * the sum of
-   absolute rounding errors, as the bias centres the range. */
-static void quantize_coarsely(struct head *h) {
+typedef int32_t v4i __attribute__((vector_size(16)));
+
+INLINE v4 pick_4(v4i mask, v4 yes, v4 no) { return (v4)(((v4i)yes & mask) | ((v4i)no & ~mask)); }
+INLINE v4 lower_of(v4 x, v4 y) { return pick_4(x < y, x, y); }
+INLINE v4 higher_of(v4 x, v4 y) { return pick_4(x > y, x, y); }
+
+/* The tables in 8 bits, each query's with one step, and the most that this rounding lowers a logit. */
+static void round_tables(struct head *h) {
     const struct select_args *a = h->args;
-    int64_t words = count_words(a), half = a->columns / 2;
-    h->margin = 0, h->furthest = 0;
-    for (int64_t g = 0; g < a->group; g++) {
-        const float *p = h->projected + g * a->columns;
-        float largest = 1e-30f, lost = 0, balance = 0, sum = 0, size = 0;
-        for (int64_t r = 0; r < a->columns; r++) largest = fmaxf(largest, fabsf(p[r]));
-        float step = largest / 127;
-        for (int64_t i = 0; i < words * 2; i++) {
-            uint32_t bytes = 0;
-            for (int64_t j = 0; j < 4; j++) {
-                int64_t byte = i / 2 * 4 + j;
-                float exact = byte < half ? p[i % 2 * half + byte] : 0, x = round_code(exact / step);
-                lost += fabsf(exact - x * step), balance += exact - x * step, sum += x, size += fabsf(x);
-                bytes |= (uint32_t)(uint8_t)(int8_t)x << (8 * j);
+    int64_t n = count_nibbles(a), lanes = h->query.lanes;
+    h->margin = 0, h->furthest = -MOST_LOGIT;
+    for (int64_t lane = 0; lane < lanes && lane < a->group; lane += 4) {
+        v4 widest = {1e-30f, 1e-30f, 1e-30f, 1e-30f}, top = {0}, base = {0}, lost = {0};
+        for (int64_t i = 0; i < n; i++) {
+            v4 low, high, x;
+            memcpy(&low, h->exact + i * 16 * lanes + lane, 16);
+            high = low;
+            for (int v = 1; v < 16; v++) {
+                memcpy(&x, h->exact + (i * 16 + v) * lanes + lane, 16);
+                low = lower_of(low, x), high = higher_of(high, x);
             }
-            h->coarse_table[g * words * 2 + i] = (vi)((vu){0} + bytes);
+            memcpy(h->lows + i * 4, &low, 16);
+            top += high, base += low, high -= low;
+            /* Entries of nibbles i and n - 1 - i are added up in 8 bits. */
+            if (i < n / 2) memcpy(h->lows + (n + i) * 4, &high, 16);
+            else memcpy(&x, h->lows + (2 * n - 1 - i) * 4, 16), widest = higher_of(widest, high + x);
         }
-        h->coarse_step[g] = step * 1.44269504f;
-        h->coarse_bias[g] = h->coarse_step[g] * 8 * sum + 0.5f * balance * 1.44269504f;
-        h->margin = fmaxf(h->margin, 7.5f * lost * 1.44269504f);
-        h->furthest = fmaxf(h->furthest, 8 * size * h->coarse_step[g]);
+        v4 step = widest / 254, inverse = 254 / widest;
+        for (int64_t i = 0; i < n; i++) {
+            v4 low, x, most = {0}, sum = {0}, squares = {0};
+            memcpy(&low, h->lows + i * 4, 16);
+            for (int v = 0; v < 16; v++) {
+                memcpy(&x, h->exact + (i * 16 + v) * lanes + lane, 16);
+                /* Adding 1.5 * 2^23 rounds to the nearest integer. */
+                v4 shifted = (x - low) * inverse + 12582912.0f, code = shifted - 12582912.0f;
+                v4 error = x - low - code * step;
+                most = higher_of(most, error), sum += error, squares += error * error;
+                for (int64_t g = 0; g < 4 && lane + g < a->group; g++)
+                    h->coarse_table[((lane + g) * n + pair_place(i, n)) * 16 + v] = (uint8_t)(int32_t)code[g];
+            }
+            /* So that errors leave the mean weight as it is: of 2^e that is 1 + ln(2) mean(e) + ln(2)^2 / 2 var(e). */
+            v4 shift = (sum - 0.34657359f * (squares - sum * sum / 16)) / 16;
+            base += shift, lost += most - shift;
+        }
+        for (int64_t g = 0; g < 4 && lane + g < a->group; g++) {
+            h->step[lane + g] = step[g], h->base[lane + g] = base[g];
+            h->margin = fmaxf(h->margin, lost[g]);
+            h->furthest = fmaxf(h->furthest, top[g] + 2 * n * step[g]);
+        }
     }
 }
 
-/* Exponents of the records [first, first + n), n <= RUN; lanes beyond are finite but undefined. */
-static void weigh_run(struct head *h, int64_t first, int64_t n, int coarse) {
+/* block[g][VB] = coarse log2 of weights, before the offset, of 16 records from each of `runs` on, in the order of
+   sum_planes. */
+INLINE void form_block(struct head *h, const uint8_t *const *runs) {
     const struct select_args *a = h->args;
-    form_function *form = form_functions[coarse ? COARSE4 : a->bits == 4 ? EXACT4 : EXACT8];
-    int64_t stride = a->row_stride, padded = padded_bytes(a);
-    const uint8_t *rows = h->codes + first * stride;
-    /* Pieces of the last rows, and lanes of the last vector, may reach beyond readable memory: copy. */
-    if (n % VL || (first + n - 1) * stride + padded > (a->n - 1) * stride + a->code_bytes) {
-        memset(h->copies, 0, RUN * padded);
-        for (int64_t i = 0; i < n; i++) memcpy(h->copies + i * padded, rows + i * stride, a->code_bytes);
-        rows = h->copies, stride = padded;
+    int64_t n = count_nibbles(a);
+    split_rows(runs, a->row_stride, a->code_bytes, h->planes);
+    for (int64_t g = 0; g < a->group; g++) {
+        vf step = fill(h->step[g]), base = fill(h->base[g]);
+        vi found[4] = {{0}};
+        sum_planes(h->coarse_table + g * n * 16, h->planes, n, found);
+        UNROLL for (int i = 0; i < 4; i++)
+            store(h->block + g * VB + i * VL, __builtin_convertvector(found[i], vf) * step + base);
     }
-    form(&h->query, rows, stride, (n + VL - 1) / VL, h->run);
+}
+
+/* Exponents of the records [first, first + n), n <= RUN. */
+static void weigh_run(struct head *h, int64_t first, int64_t n) {
+    form_exponents(&h->query, h->codes + first * h->args->row_stride, h->args->row_stride, NULL, n, h->run);
 }
 
 #endif

@@ -63,45 +63,42 @@ static int64_t find_sample(const struct select_args *a, int64_t i, double *weigh
     return SAMPLE_RUN + (i - 2) * (n_between - SAMPLE_RUN) / (n_runs - 1);
 }
 
-/* Weigh the sampled runs into samples[run][group][SAMPLE_RUN]; the references are the largest exponents. */
-static void weigh_sample(struct head *h, int64_t n_runs, float *samples) {
-    const struct select_args *a = h->args;
-    double weight;
-    for (int64_t i = 0; i < n_runs; i++)
-        prefetch_row(h->codes + find_sample(a, i, &weight) * a->row_stride, SAMPLE_RUN * a->row_stride);
-    for (int64_t g = 0; g < a->group; g++) h->inverse[g] = -3e38f, h->offset[g] = 0;
-    for (int64_t i = 0; i < n_runs; i++) {
-        weigh_run(h, find_sample(a, i, &weight), SAMPLE_RUN, 0);
-        for (int64_t g = 0; g < a->group; g++) {
-            vf top = load(h->run + g * RUN);
-            for (int j = 0; j < SAMPLE_RUN; j += VL) {
-                vf t = load(h->run + g * RUN + j);
-                top = max_of(t, top);
-                store(samples + (i * a->group + g) * SAMPLE_RUN + j, t);
-            }
-            h->inverse[g] = fmaxf(h->inverse[g], largest_lane(top));
-        }
+/* Note the exponents of a sampled run, one query's at `from`; inverse becomes the largest. */
+INLINE void note_sample(struct head *h, int64_t run, int64_t g, const float *from, float *samples) {
+    vf top = load(from);
+    for (int j = 0; j < SAMPLE_RUN; j += VL) {
+        vf t = load(from + j);
+        top = max_of(t, top);
+        store(samples + (run * h->args->group + g) * SAMPLE_RUN + j, t);
     }
-    for (int64_t g = 0; g < a->group; g++) h->offset[g] = h->inverse[g];
+    h->inverse[g] = fmaxf(h->inverse[g], largest_lane(top));
 }
 
-/* For few records: the reference is the largest logit of all. */
-static void find_references(struct head *h) {
+/* Weigh the sampled runs into samples[run][group][SAMPLE_RUN]; the references are the largest exponents. */
+static void weigh_sample(struct head *h, float *samples) {
     const struct select_args *a = h->args;
-    float *highest = h->inverse;
-    for (int64_t g = 0; g < a->group; g++) highest[g] = -3e38f, h->offset[g] = 0;
-    for (int64_t i = 0; i < a->n; i += RUN) {
-        int64_t n = a->n - i < RUN ? a->n - i : RUN;
-        weigh_run(h, i, n, 0);
+    double weight;
+    for (int64_t i = 0; i < SAMPLE_RUNS; i++)
+        prefetch_row(h->codes + find_sample(a, i, &weight) * a->row_stride, SAMPLE_RUN * a->row_stride);
+    for (int64_t g = 0; g < a->group; g++) h->inverse[g] = -3e38f, h->offset[g] = 0;
+    for (int64_t i = 0; i < (h->coarse ? 2 : SAMPLE_RUNS); i++) {
+        weigh_run(h, find_sample(a, i, &weight), SAMPLE_RUN);
+        for (int64_t g = 0; g < a->group; g++) note_sample(h, i, g, h->run + g * RUN, samples);
+    }
+    for (int64_t i = 2; h->coarse && i < SAMPLE_RUNS; i += VB / SAMPLE_RUN) {
+        const uint8_t *runs[VB / SAMPLE_RUN];
+        for (int64_t j = 0; j < VB / SAMPLE_RUN; j++)
+            runs[j] = h->codes + find_sample(a, i + j, &weight) * a->row_stride;
+        form_block(h, runs);
         for (int64_t g = 0; g < a->group; g++)
-            for (int64_t j = 0; j < n; j++) highest[g] = fmaxf(highest[g], h->run[g * RUN + j]);
+            for (int64_t j = 0; j < VB / SAMPLE_RUN; j++) {
+                float run[SAMPLE_RUN];
+                for (int part = 0; part < 4; part++)
+                    memcpy(run + 4 * part, h->block + g * VB + part * VL + 4 * j, 16);
+                note_sample(h, i + j, g, run, samples);
+            }
     }
-    for (int64_t g = 0; g < a->group; g++) {
-        h->offset[g] = highest[g];
-        h->inverse[g] = 1, h->guess[g] = 1;
-    }
-    h->bound = 0;
-    h->coarse = h->fused = 0;
+    for (int64_t g = 0; g < a->group; g++) h->offset[g] = h->inverse[g];
 }
 
 /* Guess the sum of query g from its samples; add their weights, over that sum, to the group's masses. */
@@ -128,26 +125,37 @@ static void guess_sum(struct head *h, int64_t g, float *samples, float *mass) {
         }
 }
 
-/* Set reference logits, guesses of the sums, and a bound that slightly more than `wanted` records should reach. */
-static void take_sample(struct head *h, int64_t wanted) {
+/* Whether so few records, or so many of them wanted, that a sample does not pay. */
+static int is_small(const struct select_args *a) {
+    return a->n < 4 * SAMPLE_RUNS * SAMPLE_RUN || (!a->least && a->cap + a->n_taken > a->n / 4);
+}
+
+/* A mass that slightly more than `wanted` records should reach, by the keys of sampled ones. */
+static float guess_bound(const struct select_args *a, const uint32_t *keys, int64_t n_keys, int64_t wanted) {
+    double rank = 1.1 * (double)wanted / (double)a->n * (double)n_keys;
+    int64_t place = (int64_t)(rank + 2 * sqrt(rank) + 3);
+    return place < n_keys ? float_of(find_threshold(keys, n_keys, place).prefix << 9) : 0;
+}
+
+/* Set reference logits, guesses of the sums, and a bound for the scan. */
+static void take_sample(struct head *h, int64_t head) {
     const struct select_args *a = h->args;
-    int64_t group = a->group;
-    if (a->n < 4 * SAMPLE_RUNS * SAMPLE_RUN || wanted > a->n / 4) {
-        find_references(h);
-        return;
-    }
-    h->coarse = a->bits == 4 && a->code_bytes <= COARSE_BYTES;
-    if (h->coarse) quantize_coarsely(h);
+    int64_t group = a->group, n_keys = (SAMPLE_RUNS - 2) * SAMPLE_RUN;
     float *samples = h->weights; /* not in use yet */
     float mass[SAMPLE_RUNS * SAMPLE_RUN] = {0};
-    weigh_sample(h, SAMPLE_RUNS, samples);
+    h->coarse = SHUFFLES_BYTES && h->query.softcap == 0 && count_nibbles(a) <= MOST_NIBBLES &&
+                a->row_stride >= a->code_bytes;
+    if (h->coarse) round_tables(h);
+    h->coarse &= h->margin < MOST_MARGIN;
+    weigh_sample(h, samples);
     for (int64_t g = 0; g < group; g++) guess_sum(h, g, samples, mass);
-    h->fused = h->coarse && (group == 1 || group == 2 || group == 4 || group == 8) && h->query.n_words == PIECE / 4;
-    h->fused &= h->query.softcap == 0;
-    for (int64_t g = 0; g < group; g++) h->fused &= h->furthest - h->offset[g] < MOST_EXP;
+    for (int64_t g = 0; g < group; g++) h->coarse &= h->furthest - h->offset[g] < MOST_EXP;
     uint32_t keys[(SAMPLE_RUNS - 2) * SAMPLE_RUN];
-    int64_t n_keys = (SAMPLE_RUNS - 2) * SAMPLE_RUN;
     for (int64_t i = 0; i < n_keys; i += VL) keys_of(load(mass + 2 * SAMPLE_RUN + i), keys + i);
-    double rank = 1.1 * (double)wanted / (double)a->n * (double)n_keys;
-    h->bound = float_of(find_threshold(keys, n_keys, (int64_t)(rank + 2 * sqrt(rank) + 3)).prefix << 9);
+    h->bound = guess_bound(a, keys, n_keys, a->cap + a->n_taken);
+    if (!h->least) return;
+    /* What weighs less than is asked for need not be kept, beyond the fewest; the sums are guessed to a fifth, or the
+       scan is repeated. */
+    float fewest = guess_bound(a, keys, n_keys, a->fewest[head / a->heads] + a->n_taken);
+    h->bound = fmaxf(h->bound, fminf(0.8f * h->least, fewest));
 }

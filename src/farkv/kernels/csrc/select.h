@@ -6,20 +6,20 @@
    record that was not kept weighs less than bound * max(guess / sum): where the threshold is below that, the scan is
    repeated with the true sums, finally keeping every record.
 
-   Where the CPU has fast byte products the scan is coarse: it uses 8-bit queries and a bound lowered by their largest
-   rounding error, and the candidates are weighed again with 16-bit queries. */
+   Where the CPU shuffles bytes the scan is coarse: it uses tables of 8 bits and a bound lowered by their largest rounding
+   error, and the candidates are weighed again exactly. Few records are all weighed exactly, and kept (keep_all). */
 #include "lanes.h"
 #include "sample.h"
 
 /* Lanes that weigh less than the bound; NaN counts as heavy. */
 INLINE vi find_light(vf mass, float bound) { return (vi)(mass < fill(bound)); }
 
-/* Weigh the records [first, first + n), n <= RUN, and keep those that reach the bound, from `at` on; returns the new
-   `at`. Adds their weights to the sums; a coarse scan adds only those of records that are not kept. */
+/* Weigh the records [first, first + n), n <= RUN, exactly, and keep those that reach the bound, from `at` on; returns the
+   new `at`. Adds their weights to the sums; before a coarse scan's `refine`, only those of records that are not kept. */
 static int64_t scan_run(struct head *h, int64_t first, int64_t n, float bound, vf *sums, int64_t at) {
     int64_t group = h->query.group, stride = h->args->n + VL;
     uint64_t bits = 0;
-    weigh_run(h, first, n, h->coarse);
+    weigh_run(h, first, n);
     for (int64_t i = 0; i < n; i += VL) {
         vf mass = {0};
         for (int64_t g = 0; g < group; g++) {
@@ -46,67 +46,54 @@ static int64_t scan_run(struct head *h, int64_t first, int64_t n, float bound, v
     return at;
 }
 
-/* As a coarse `scan_run`, for n_vectors * VL records and all `heads` queries of a group: only the positions of
-   candidates leave the registers. */
-INLINE int64_t scan_fused(int heads, struct head *h, int64_t first, int64_t n_vectors, float bound, vf *sums,
-                          int64_t at) {
+/* Weigh VB records coarsely: only the positions of candidates leave, from `at` on; returns the new `at`. */
+static __attribute__((noinline)) int64_t scan_block(struct head *h, int64_t first, float bound, vf *sums, int64_t at) {
     const struct select_args *a = h->args;
-    const int64_t row_stride = a->row_stride;
-    const uint8_t *rows = h->codes + first * row_stride;
-    const vi *table = h->coarse_table;
-    int32_t *kept = h->kept;
-    vf sum[MOST_FUSED], step[MOST_FUSED], offset[MOST_FUSED], inverse[MOST_FUSED];
-    vi place = count_from((int32_t)first);
-    UNROLL for (int g = 0; g < heads; g++) {
-        sum[g] = sums[g], step[g] = fill(h->coarse_step[g]), inverse[g] = fill(h->inverse[g]);
-        offset[g] = fill(h->coarse_bias[g] + h->offset[g]);
-    }
-    for (int64_t v = 0; v < n_vectors; v++, rows += VL * row_stride, place += VL) {
-        vi acc[MOST_FUSED];
-        vf e[MOST_FUSED], mass = {0};
-        multiply_coarsely(heads, table, PIECE / 4, rows, row_stride, acc);
-        UNROLL for (int g = 0; g < heads; g++) {
-            e[g] = exp2_roughly(__builtin_convertvector(acc[g], vf) * step[g] - offset[g]);
-            mass += e[g] * inverse[g];
+    vf mass[4] = {{0}};
+    const uint8_t *runs[VB / 16], *rows = h->codes + first * a->row_stride;
+    for (int lane = 0; lane < VB / 16; lane++) runs[lane] = rows + 16 * lane * a->row_stride;
+    form_block(h, runs);
+    for (int64_t g = 0; g < a->group; g++) {
+        vf offset = fill(h->offset[g]), inverse = fill(h->inverse[g]);
+        UNROLL for (int i = 0; i < 4; i++) {
+            vf x = exp2_roughly(load(h->block + g * VB + i * VL) - offset);
+            store(h->block + g * VB + i * VL, x);
+            mass[i] += x * inverse;
         }
-        vi light = find_light(mass, bound);
-        UNROLL for (int g = 0; g < heads; g++) sum[g] += (vf)((vi)e[g] & light);
-        at += keep_lanes(lane_bits(light) ^ ALL_LANES, place, kept + at);
     }
-    UNROLL for (int g = 0; g < heads; g++) sums[g] = sum[g];
+    vi light[4];
+    uint64_t bits = 0;
+    for (int i = 0; i < 4; i++) {
+        light[i] = find_light(mass[i], bound);
+        unsigned heavy = lane_bits(light[i]) ^ ALL_LANES;
+        for (int lane = 0; lane < VB / 16; lane++) bits |= (uint64_t)(heavy >> 4 * lane & 15) << (16 * lane + 4 * i);
+    }
+    for (int64_t g = 0; g < a->group; g++)
+        UNROLL for (int i = 0; i < 4; i++) sums[g] += (vf)((vi)load(h->block + g * VB + i * VL) & light[i]);
+    for (; bits; bits &= bits - 1) h->kept[at++] = (int32_t)(first + __builtin_ctzll(bits));
     return at;
 }
 
-/* Scan as many of the n records from `first` on as `scan_fused` can, and return their number; *at grows by those
+/* Scan as many of the n records from `first` on as a coarse scan can, and return their number; *at grows by those
    kept. */
-static __attribute__((noinline)) int64_t scan_ahead(struct head *h, int64_t first, int64_t n, float bound, vf *sums,
-                                                    int64_t *at) {
+static int64_t scan_ahead(struct head *h, int64_t first, int64_t n, float bound, vf *sums, int64_t *at) {
     const struct select_args *a = h->args;
-    if (!COARSE_BYTES || !h->fused || a->row_stride < a->code_bytes) return 0;
+    if (!h->coarse) return 0;
     /* Pieces of the last rows may reach beyond readable memory. */
-    int64_t readable = a->n - (PIECE - 1) / a->code_bytes - first;
-    n = (n < readable ? n : readable) / VL;
-    if (n <= 0) return 0;
-    if (a->group == 8) *at = scan_fused(8, h, first, n, bound, sums, *at);
-    else if (a->group == 4) *at = scan_fused(4, h, first, n, bound, sums, *at);
-    else if (a->group == 2) *at = scan_fused(2, h, first, n, bound, sums, *at);
-    else *at = scan_fused(1, h, first, n, bound, sums, *at);
-    return n * VL;
+    int64_t over = (PIECE - a->code_bytes % PIECE) % PIECE, stride = a->row_stride;
+    int64_t readable = a->n - (over + stride - 1) / stride - first, done = 0;
+    n = n < readable ? n : readable;
+    for (; done + VB <= n; done += VB) *at = scan_block(h, first + done, bound, sums, *at);
+    return done;
 }
 
 /* Weigh exactly the candidates [from, to) of a coarse scan, and add to the sums. */
 static void refine(struct head *h, int64_t from, int64_t to, vf *sums) {
     const struct select_args *a = h->args;
-    int64_t padded = padded_bytes(a), stride = a->n + VL;
+    int64_t stride = a->n + VL;
     for (int64_t i = from; i < to; i += RUN) {
         int64_t n = to - i < RUN ? to - i : RUN;
-        if (n % VL || h->kept[i + n - 1] * a->row_stride + padded > (a->n - 1) * a->row_stride + a->code_bytes) {
-            for (int64_t j = 0; j < n; j++)
-                memcpy(h->copies + j * padded, h->codes + h->kept[i + j] * a->row_stride, a->code_bytes);
-            form_exact4(&h->query, h->copies, padded, (n + VL - 1) / VL, h->run);
-        } else {
-            form_exact4_at(&h->query, h->codes, a->row_stride, h->kept + i, n / VL, h->run);
-        }
+        form_exponents(&h->query, h->codes, a->row_stride, h->kept + i, n, h->run);
         for (int64_t g = 0; g < a->group; g++) {
             float *kept = h->weights + g * stride + i;
             int64_t j = 0;
@@ -120,6 +107,36 @@ static void refine(struct head *h, int64_t from, int64_t to, vf *sums) {
             for (int64_t l = 0; l < n - j; l++) kept[j + l] = x[l], sums[g][l] += x[l];
         }
     }
+}
+
+/* Weigh and keep every record exactly, by the largest exponents as references. */
+static void keep_all(struct head *h) {
+    const struct select_args *a = h->args;
+    int64_t stride = a->n + VL;
+    for (int64_t g = 0; g < a->group; g++) h->offset[g] = 0, h->inverse[g] = -3e38f;
+    for (int64_t i = 0; i < a->n; i += RUN) {
+        int64_t n = a->n - i < RUN ? a->n - i : RUN;
+        weigh_run(h, i, n);
+        for (int64_t g = 0; g < a->group; g++) {
+            memcpy(h->weights + g * stride + i, h->run + g * RUN, n * 4);
+            for (int64_t j = 0; j < n; j++) h->inverse[g] = fmaxf(h->inverse[g], h->run[g * RUN + j]);
+        }
+    }
+    memset(h->tile_sums, 0, count_tiles(a) * a->group * 8);
+    for (int64_t g = 0; g < a->group; g++) {
+        float *weights = h->weights + g * stride;
+        double sum = 0;
+        h->offset[g] = h->inverse[g];
+        for (int64_t i = 0; i < a->n; i += VL) {
+            vf x = exp2_of(load(weights + i) - h->offset[g]);
+            store(weights + i, x);
+            for (int64_t l = a->n - i; l < VL; l++) x[l] = 0;
+            sum += sum_lanes(x);
+        }
+        h->tile_sums[g] = sum, h->guess[g] = 1;
+    }
+    for (int64_t i = 0; i < a->n; i++) h->kept[i] = (int32_t)i;
+    h->bound = 0, h->coarse = 0, h->n_kept[0] = a->n;
 }
 
 static int64_t find_part(const struct select_args *a, int64_t part, int64_t n_parts) {

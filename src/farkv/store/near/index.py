@@ -17,15 +17,16 @@ from farkv.store.ledger import Ledger
 
 
 class Projection(NamedTuple):
-    """How queries and keys are projected: score = (q @ query * scale) . ((k - mean) @ key / scale).
+    """How queries and keys are projected: score = (q @ query) . decode(codes), which is (k - mean) @ key to rounding.
 
-    The batch axis is 1 where all sequences share a profile.
+    tables: what each value of each nibble stands for (math/tables.py); no rows where keys are not coded. The batch axis
+    of the others is 1 where all sequences share a profile.
     """
 
     query: Float32[Tensor, "b Hkv D R"]
     key: Float32[Tensor, "b Hkv D R"]
     mean: Float32[Tensor, "b Hkv 1 D"]
-    scale: Float32[Tensor, "B Hkv 1 R"]
+    tables: Float32[Tensor, "B Hkv Y W"]
 
 
 class LayerIndex:
@@ -96,11 +97,11 @@ class LayerIndex:
         """Keep these sequences of the batch, in this order."""
         self.rows.select(sequences)
         if self.projection is not None:
-            *shared, scale = self.projection
-            at = sequences.to(scale.device)
-            # A batch axis of 1 is shared by all sequences; the scale always has one row per sequence.
+            *shared, tables = self.projection
+            at = sequences.to(tables.device)
+            # A batch axis of 1 is shared by all sequences; tables always have one row per sequence.
             shared = [p if p.shape[0] == 1 else p.index_select(0, at) for p in shared]
-            self.projection = Projection._make([*shared, scale.index_select(0, at)])
+            self.projection = Projection._make([*shared, tables.index_select(0, at)])
 
     def clear(self) -> None:
         """Free everything."""
