@@ -27,10 +27,15 @@ FOLDERS = ("math", "engine", "methods", "store", "hf", "kernels", "session")
 SYNCS = {"item", "tolist", "synchronize", "nonzero", "cpu", "numpy"}
 # (file, function, call): why it may be there.
 ALLOWED = {
+    ("engine/bank.py", "select", "tolist"): "the store has waited for these numbers already",
+    ("engine/budget.py", "list_own", "tolist"): "of a padded batch, where reads vary on a CPU",
+    ("engine/choose.py", "_vary", "tolist"): "where reads vary, on a CPU",
     ("engine/evict.py", "_score_prompt", "cpu"): "one curve per layer, at the end of a prompt without a plan",
     ("engine/evict.py", "_score_prompt", "numpy"): "the same",
     ("engine/fast_choice.py", "choose_late", "tolist"): "of a padded batch on a CPU",
     ("engine/fast_choice.py", "split_early", "tolist"): "the same",
+    ("engine/fast_choice.py", "choose_varied", "tolist"): "where reads vary, on a CPU",
+    ("engine/fast_choice.py", "vary_one", "tolist"): "the same",
     ("engine/padding.py", "count", "tolist"): "once per pass, where something is padded",
     ("engine/pool_policy.py", "choose_kept", "nonzero"): "once per eviction of many records",
     ("hf/identity.py", "digest_weights", "numpy"): "once, at attach",
@@ -38,6 +43,7 @@ ALLOWED = {
     ("hf/layer.py", "batch_select_indices", "cpu"): "the user's own call, not a step",
     ("hf/verify.py", "after", "tolist"): "verified steps are not timed",
     ("kernels/gpu.py", "_wait", "synchronize"): "a measurement of bandwidth",
+    ("kernels/operands.py", "_check_varied", "tolist"): "of host memory",
     ("math/sample.py", "add_block", "nonzero"): "once per block of a prompt that was read in passes",
     ("methods/index_tensors.py", "take_tensors", "tolist"): "once per session",
     ("methods/layer_fit.py", "measure", "tolist"): "once per look for drift",

@@ -222,11 +222,10 @@ class Account:
 
     def _note_peak(self) -> None:
         """Note what this step has read, if no count of it has stayed on a device."""
-        counts = self.layers.items()
-        if any(count.device_read is not None and count.device_read.device.type != "cpu" for _, count in counts):
+        if any(count.device_read is not None for count in self.layers.values()):
             return
-        read = sum(c.total_read() * self.record_bytes.get(i, 1) for i, c in counts)
-        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in counts)
+        read = sum(count.read * self.record_bytes.get(i, 1) for i, count in self.layers.items())
+        held = sum(count.held * self.record_bytes.get(i, 1) for i, count in self.layers.items())
         was_read, was_held = self.summed
         self.summed = read, held
         if held > was_held:

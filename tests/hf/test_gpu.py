@@ -72,7 +72,8 @@ def test_a_decode_step_reads_no_value_back() -> None:
             model(input_ids=prompt["input_ids"][:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("method", [Full(), InfiniGen(fraction=0.3)], ids=repr)
+# In even steps: tables that are learned from so few keys may differ by rounding.
+@pytest.mark.parametrize("method", [Full(), InfiniGen(fraction=0.3, index_bits=8)], ids=["full", "infinigen"])
 def test_pages_and_coded_records_read_as_on_a_cpu(method: Method, tmp_path: Path) -> None:
     ids = make_prompt(1, tokens=300)["input_ids"]
 

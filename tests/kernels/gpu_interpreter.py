@@ -58,7 +58,7 @@ def make_gpu() -> Any:
             importlib.reload(importlib.import_module(f"triton.language.{name}"))
         importlib.reload(importlib.import_module("triton.language"))
         call_faster()
-        for name in ("select", "attend", "gather"):
+        for name in ("tables", "select", "attend", "gather"):
             known = f"farkv.kernels.gpu_{name}" in sys.modules
             module = importlib.import_module(f"farkv.kernels.gpu_{name}")
             if known:

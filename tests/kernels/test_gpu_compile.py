@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
-    "select": {"_project", "_measure", "_weigh", "_exclude", "_refine", "_count", "_write"},
+    "select": {"_project", "_measure", "_tabulate", "_weigh", "_exclude", "_refine", "_count", "_write"},
     "attend": {"_attend", "_join", "_gather", "_fetch"},
 }
 

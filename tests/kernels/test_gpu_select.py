@@ -42,7 +42,7 @@ def make_index(case: Case, kv_heads: int = 2, dim: int = 20) -> tuple[torch.Tens
     query = torch.randn(1 if case.shared else case.batch, kv_heads, dim, case.columns)
     # Of eight bits two nibbles code a column; of four, each nibble codes two of a group's eight columns.
     wide = 1 if case.bits == 8 or case.columns % 8 else 2
-    tables = torch.randn(case.batch, kv_heads, 32 * width, wide) * case.spread
+    tables = torch.randn(case.batch, kv_heads, 32 * width, wide) * 0.3 * case.spread
     q = torch.randn(case.batch, kv_heads * case.group, 1, dim).to(case.dtype)
     return q.to(DEVICE), IndexView(codes.to(DEVICE), query.to(DEVICE), tables.to(DEVICE))
 

@@ -86,7 +86,7 @@ class Bank:
         # By the tokens that a step found: what was known then, so that tokens can be taken back.
         self.before: dict[int, list[Sequence]] = {}
 
-    def open(self, layer: int, tokens: int, counts: list[int], newest: list[int]) -> Terms:
+    def lend(self, layer: int, tokens: int, counts: list[int], newest: list[int]) -> Terms:
         """Return what a layer may read, beside its `newest` records, where fixed counts give it `counts`.
 
         Args:

@@ -73,7 +73,7 @@ class Chooser:
         early, recent = budget.list_own(records.shape.batch)
         own = torch.tensor(recent)
         counts, newest = [n - r for n, r in zip(early, recent, strict=True)], [budget.newest + r for r in recent]
-        terms = self.bank.open(records.layer, records.seen - 1, counts, newest)
+        terms = self.bank.lend(records.layer, records.seen - 1, counts, newest)
         if scored is not None:
             varied = choose_varied(scored, budget, terms)
         else:

@@ -42,11 +42,11 @@ VARIANTS: dict[str, dict[str, Known]] = {
     "infinigen": {
         # By the true query on any device: what the index finds. On a GPU the method chooses one layer ahead (-far).
         "infinigen": Known(lambda f: InfiniGen(fraction=f, source="query")),
-        # The same index with a fixed count for every head and step; in half the bytes; and as it was until decision 20:
-        # even steps, a fixed count.
-        "infinigen-even": Known(lambda f: InfiniGen(fraction=f, source="query", burst=1)),
+        # Reads that vary from head to head and step to step; the index in half the bytes; and in even steps, as it was
+        # until decision 20.
+        "infinigen-vary": Known(lambda f: InfiniGen(fraction=f, source="query", burst=4)),
         "infinigen-half": Known(lambda f: InfiniGen(fraction=f, source="query", index_share=1 / 64)),
-        "infinigen-steps": Known(lambda f: InfiniGen(fraction=f, source="query", index_bits=4, burst=1)),
+        "infinigen-steps": Known(lambda f: InfiniGen(fraction=f, source="query", index_bits=4)),
         # Its row beside that of a run with `--profile none`, whose skew is the prompt's.
         "infinigen-profile": Known(lambda f: InfiniGen(fraction=f, source="query"), profiled=True),
         # One layer ahead: with the top-up by the true query, and without; from the paper's hidden state.

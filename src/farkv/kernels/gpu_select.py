@@ -26,10 +26,10 @@ import triton
 import triton.language as tl
 
 from farkv._axes import Int, Tensor
+from farkv.kernels.gpu_tables import LOG2E, fill_tables
 from farkv.kernels.native import IndexView
 from farkv.math.logits import Logits
 
-LOG2E = tl.constexpr(math.log2(math.e))
 BINS = tl.constexpr(2048)
 FINE = tl.constexpr(1024)
 # With four, a block of 1024 tokens spills registers.
@@ -45,37 +45,6 @@ ONE = tl.constexpr(0x3F800000)
 def _tanh(x):
     # exp2 overflows to infinity and underflows to zero: both ends are exact.
     return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E)))
-
-
-@triton.jit
-@no_type_check
-def _project(q, query, out, factor, q_b, q_h, q_d, a_b, a_h, a_d, a_r, HEADS: tl.constexpr, G: tl.constexpr,
-             D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr):  # fmt: skip
-    head = tl.program_id(0)
-    b, h = head // HEADS, head % HEADS
-    d, r = tl.arange(0, DP), tl.arange(0, RP)
-    inside = (d < D)[:, None] & (r < R)[None, :]
-    a = tl.load(query + b * a_b + h * a_h + d[:, None] * a_d + r[None, :] * a_r, mask=inside, other=0.0)
-    for g in tl.static_range(G):
-        row = tl.load(q + b * q_b + (h * G + g) * q_h + d * q_d, mask=d < D, other=0.0).to(tl.float32)
-        tl.store(out + (head * G + g) * R + r, tl.sum(row[:, None] * a, 0) * factor, mask=r < R)
-
-
-@triton.jit
-@no_type_check
-def _tabulate(projected, tables, added, t_b, t_h, t_y, t_w, HEADS: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
-              WIDE: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    head = tl.program_id(0)
-    y = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = y < ENTRIES
-    table = tables + (head // HEADS).to(tl.int64) * t_b + (head % HEADS).to(tl.int64) * t_h + y * t_y
-    column = (y // 16) % (R // WIDE) * WIDE
-    for g in tl.static_range(G):
-        x = tl.zeros([BLOCK], tl.float32)
-        for j in tl.static_range(WIDE):
-            p = tl.load(projected + (head * G + g) * R + column + j, mask=inside, other=0.0)
-            x += p * tl.load(table + j * t_w, mask=inside, other=0.0)
-        tl.store(added + (head * G + g) * ENTRIES + y, x, mask=inside)
 
 
 @triton.jit
@@ -274,22 +243,6 @@ def size_scratch(
     }
 
 
-def _fill_tables(q: Tensor, index: IndexView, logits: Logits, scratch: Scratch) -> None:
-    """Launch the first two kernels: what every value of every nibble adds to the logits of each query."""
-    batch, heads, entries, wide = index.tables.shape
-    dim, columns = index.query.shape[2:]
-    factor = logits.scaling / logits.softcap if logits.softcap else logits.scaling * LOG2E.value
-    a_b, *a_rest = index.query.stride()
-    strides = (*(q.stride(i) for i in (0, 1, 3)), a_b if index.query.shape[0] > 1 else 0, *a_rest)
-    sizes = dict(HEADS=heads, G=q.shape[1] // heads, R=columns)
-    padded = dict(D=dim, DP=triton.next_power_of_2(dim), RP=triton.next_power_of_2(columns))
-    _project[(batch * heads,)](q, index.query, scratch.projected, factor, *strides, **sizes, **padded)
-    grid = batch * heads, triton.cdiv(entries, 256)
-    tabulate: Any = _tabulate[grid]
-    tabulate(scratch.projected, index.tables, scratch.added, *index.tables.stride(), **sizes, WIDE=wide,
-             ENTRIES=entries, BLOCK=256)  # fmt: skip
-
-
 def run_select(
     q: Tensor, index: IndexView, logits: Logits, request: Request, scratch: Scratch, block: int
 ) -> Int[Tensor, "B Hkv cap"]:
@@ -300,7 +253,7 @@ def run_select(
     padded, base = triton.next_power_of_2(blocks), 2.0 + math.log2(group)
     grid, rank_h = (heads, blocks), scratch.ranks.numel() // heads
     size: dict[str, Any] = {"BLOCK": block, "num_warps": WARPS}
-    _fill_tables(q, index, logits, scratch)
+    fill_tables(q, index, logits, (scratch.projected, scratch.added))
     gain = logits.softcap * LOG2E.value if logits.softcap else 1.0
     sizes: dict[str, Any] = dict(HEADS=kv_heads, G=group, W=width, WP=triton.next_power_of_2(width),
                  CAPPED=bool(logits.softcap), ON_DEVICE=on_device)  # fmt: skip

@@ -145,8 +145,9 @@ class Native:
         operands = [_flat(q)]
         args = AttendArgs(
             operands[0].data_ptr(), data.data_ptr(), _point_at(positions, operands), _point_at(counts, operands),
-            _point_at(sinks, operands), out.data_ptr(), *[stride * itemsize for stride in data.stride()[:3]], batch, heads, hq // heads, rows.k_dim,
-            rows.v_dim, -1 if positions is None else positions.shape[2], n, tail, FORMS[form],
+            _point_at(sinks, operands), out.data_ptr(), *[stride * itemsize for stride in data.stride()[:3]],
+            batch, heads, hq // heads, rows.k_dim, rows.v_dim, -1 if positions is None else positions.shape[2], n, tail,
+            FORMS[form],
             torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
         self._call("farkv_attend", args)

@@ -11,7 +11,8 @@ from farkv._axes import Bool, Float, Float32, Tensor
 
 # Keys that are projected at a time.
 BLOCK_TOKENS = 1024
-CODE_MAX = {8: 127, 4: 7}
+# Two nibbles of -8 .. 7, the first worth 16 times the second.
+CODE_MAX = {8: 7 * 16 + 7, 4: 7}
 # Headroom before a code clips: later keys may be slightly larger than the prompt's. Four bits have none to spare.
 HEADROOM = {8: 1.1, 4: 1.0}
 # Step, in standard deviations, of the four-level uniform quantiser of least distortion for a normal variable (Max

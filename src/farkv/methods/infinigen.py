@@ -28,8 +28,8 @@ from farkv.methods.table_coder import StepCoder, TableCoder
 
 # Index bytes scored per step over the KV bytes, in one pass over the index.
 INDEX_SHARE = 1 / 32
-# Of its share, what a layer's heads read at most in one step.
-BURST, MOST_BURST = 4.0, 64
+# How far reads may vary: what lets them vary more than this is a mistake.
+MOST_BURST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +52,9 @@ class InfiniGen:
         sinks: first tokens that are always read (ours: 4, the paper's: 0).
         window: recent tokens that are always read; with sinks at most a quarter of the cap (ours: 16, the paper's: 0).
         top_up: share of the cap that is chosen late, by the layer's true query (ours: 0.25, the paper's: 0).
-        burst: how many times its share a layer's heads may read in one step, where attention is flat; the mean over
-            layers and steps stays within `fraction` (ours: 4; the paper's, and with alpha or top_p: 1, no more than
-            the share). Where the layer's own query chooses.
+        burst: how many times its share a layer's heads may read in one step, where attention is flat, if the mean over
+            layers and steps stays within `fraction`; 1, also where it is left out: all read the same. Where the layer's
+            own query chooses, on a CPU.
     """
 
     fraction: float | None = None
@@ -105,7 +105,7 @@ class InfiniGen:
             return
         if not is_number(burst) or not 1 <= burst <= MOST_BURST:
             raise ConfigError(f"burst: expected a multiple in 1 .. {MOST_BURST}, got {show_value(burst)}")
-        if burst > 1 and self.default_burst == 1:
+        if burst > 1 and (self.paper or self.alpha is not None or self.top_p is not None):
             raise ConfigError("burst: expected none above 1 with paper=True, alpha or top_p; give one of them")
 
     # --- after defaults are filled in ---------------------------------------------------------------------------
@@ -120,13 +120,8 @@ class InfiniGen:
             window if self.window is None else self.window,
             top_up if self.top_up is None else self.top_up,
             LEAST_RECORDS if self.fraction is None else 1,
-            burst=self.default_burst if self.burst is None else float(self.burst),
+            burst=1.0 if self.burst is None else float(self.burst),
         )
-
-    @property
-    def default_burst(self) -> float:
-        """Return how far reads vary from head to head, where that is left out."""
-        return 1.0 if self.paper or self.alpha is not None or self.top_p is not None else BURST
 
     @property
     def index_rule(self) -> IndexRule:
