@@ -39,9 +39,12 @@ SINGLES = ("niah_single_1", "niah_single_2", "niah_single_3")
 KEYS = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
 MAIN = (
-    "infinigen", "lowbit", "pages", "oracle", "infinigen-paper", "xkv", "snapkv", "pyramidkv", "h2o", "window",
+    "infinigen", "infinigen-steps", "lowbit", "pages", "oracle", "infinigen-paper", "xkv", "snapkv",
+    "pyramidkv", "h2o", "window",
 )  # fmt: skip
-SELECTORS = ("infinigen", "infinigen-far", "infinigen-far-attn", "infinigen-ahead", "infinigen-ahead-attn")
+AHEAD = ("infinigen-far", "infinigen-far-attn", "infinigen-ahead", "infinigen-ahead-attn")
+SELECTORS = ("infinigen", *AHEAD, "infinigen-steps", *(f"{name}-steps" for name in AHEAD))
+INDEXES = ("infinigen-steps", "infinigen", "infinigen-half", "infinigen-vary", "lowbit", "oracle")
 EVICTORS = ("xkv", "xkv-uniform", "xkv-pyramid", "xkv-plan", "snapkv", "h2o")
 AWARE = tuple(f"{name}-aware" for name in EVICTORS)
 
@@ -69,7 +72,7 @@ PARTS: dict[str, Part] = {
         ("ppl", "niah_single_2", "niah_multiquery", "qa_1"), (*EVICTORS, *AWARE), (0.05, 0.1, 0.2, 0.384, 0.5),
         {2048: 8}, profiled=True,
     ),
-    "profile": Part(("ppl", "niah_single_2"), ("infinigen-profile",), (0.05, 0.1), {2048: 8}, profiled=True),
+    "index": Part(("ppl", "niah_single_1"), INDEXES, (0.01, 0.02, 0.05, 0.1), {2048: 8}),
     "long": Part(("longgen", "extraction"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.05,), {4096: 2}, 2),
     "longest": Part(("ppl", "niah_single_2"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.02, 0.05), {32768: 2}, 1),
 }  # fmt: skip

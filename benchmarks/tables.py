@@ -50,6 +50,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "models": evidence_tables.format_models,
         "tasks": evidence_tables.format_tasks,
         "orders": evidence_tables.format_orders,
+        "index": evidence_tables.format_index,
         "ahead": evidence_tables.format_ahead,
         "profile": evidence_tables.format_profile,
         "kept": evidence_tables.format_kept,

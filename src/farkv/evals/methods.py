@@ -37,6 +37,20 @@ class Known(NamedTuple):
     aware: bool = False
 
 
+# One layer ahead: with the top-up by the true query, and without; from the paper's hidden state.
+AHEAD: dict[str, dict[str, Any]] = {
+    "infinigen-far": {},
+    "infinigen-far-attn": {"source": "attn"},
+    "infinigen-ahead": {"top_up": 0},
+    "infinigen-ahead-attn": {"top_up": 0, "source": "attn"},
+}
+
+
+def make_ahead(options: dict[str, Any], fraction: float) -> Method:
+    """Make InfiniGen's config where records are chosen one layer ahead."""
+    return InfiniGen(fraction=fraction, **options)
+
+
 # Further variants of the table's methods.
 VARIANTS: dict[str, dict[str, Known]] = {
     "infinigen": {
@@ -47,13 +61,8 @@ VARIANTS: dict[str, dict[str, Known]] = {
         "infinigen-vary": Known(lambda f: InfiniGen(fraction=f, source="query", burst=4)),
         "infinigen-half": Known(lambda f: InfiniGen(fraction=f, source="query", index_share=1 / 64)),
         "infinigen-steps": Known(lambda f: InfiniGen(fraction=f, source="query", index_bits=4)),
-        # Its row beside that of a run with `--profile none`, whose skew is the prompt's.
-        "infinigen-profile": Known(lambda f: InfiniGen(fraction=f, source="query"), profiled=True),
-        # One layer ahead: with the top-up by the true query, and without; from the paper's hidden state.
-        "infinigen-far": Known(lambda f: InfiniGen(fraction=f), far=True),
-        "infinigen-far-attn": Known(lambda f: InfiniGen(fraction=f, source="attn"), far=True),
-        "infinigen-ahead": Known(lambda f: InfiniGen(fraction=f, top_up=0), far=True),
-        "infinigen-ahead-attn": Known(lambda f: InfiniGen(fraction=f, top_up=0, source="attn"), far=True),
+        **{name: Known(partial(make_ahead, options), far=True) for name, options in AHEAD.items()},
+        **{f"{n}-steps": Known(partial(make_ahead, {**o, "index_bits": 4}), far=True) for n, o in AHEAD.items()},
         "infinigen-plan": Known(lambda f: InfiniGen(), plan="fetch"),
         "infinigen-paper": Known(lambda f: InfiniGen(fraction=f, paper=True)),
     },
