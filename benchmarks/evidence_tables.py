@@ -22,7 +22,8 @@ MODELS = {
     "gemma3": "Gemma 3 270M (hybrid: 3 of 18 layers are managed)",
     "qwen15": "Qwen2.5-Coder-1.5B-Instruct",
 }
-SHORT = ("infinigen", "infinigen-steps", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
+SHORT = ("infinigen", "lowbit", "oracle", "pages", "snapkv", "xkv", "h2o", "window")
+BY_TASK = ("infinigen", "infinigen-steps", *SHORT[1:])
 IN_ORDERS = ("full", "infinigen", "lowbit", "oracle", "snapkv", "xkv", "h2o")
 BESIDE = ("snapkv", "xkv", "infinigen", "lowbit")
 # Ours, and as its index was until decision 20: not every length was run again.
@@ -49,6 +50,26 @@ def list_lengths(rows: list[Row]) -> list[int]:
     return sorted({row.length for row in rows if row.method in OURS})
 
 
+def keep_ours(rows: list[Row], fraction: float) -> list[Row]:
+    """Return one fraction's rows, of the samples that ours was run on too; all of a length at which it was not."""
+    own = [row for row in rows if row.fraction == fraction or row.method == "full"]
+    ours = {(row.length, row.task, row.seed) for row in own if row.method == "infinigen"}
+    lengths = {length for length, *_ in ours}
+    return [row for row in own if row.length not in lengths or (row.length, row.task, row.seed) in ours]
+
+
+def measure_lengths(rows: list[Row]) -> dict[str, list[Near]]:
+    """Return every length's lines: one of the full cache, then fraction by fraction."""
+    found: dict[str, list[Near]] = {}
+    for length in list_lengths(rows):
+        own = [row for row in rows if row.length == length]
+        fractions = sorted({row.fraction for row in own if row.method != "full"})
+        lines = [line for f in fractions for line in measure_fractions(keep_ours(own, f), [length])]
+        full = max((line for line in lines if line.setting.is_full), key=lambda line: line.n)
+        found[length_text(length)] = [full, *(line for line in lines if not line.setting.is_full)]
+    return found
+
+
 def describe(name: str, lines: dict[str, list[Near]], rows: list[Row]) -> str:
     """Return what a table is of: model, dtype, tasks, samples."""
     run = json.loads((OUT / name / RUN).read_text())
@@ -63,7 +84,7 @@ def format_models() -> str:
     parts: list[str] = []
     for name in list_models():
         rows = [row for row in read_model(name) if row.method in (*MAIN, "full")]
-        by_length = {length_text(n): measure_fractions(rows, [n]) for n in list_lengths(rows)}
+        by_length = measure_lengths(rows)
         parts += [describe(name, by_length, rows), write_near(by_length)]
     return "\n\n".join([*parts, EXPLAINED])
 
@@ -75,9 +96,9 @@ def format_tasks(fraction: float = HEADLINE) -> str:
 
 def format_model_tasks(name: str, fraction: float) -> str:
     """Return one model's KL by task; nothing where there is one task alone."""
-    rows = [row for row in read_model(name) if row.length == 2048]
+    rows = keep_ours([row for row in read_model(name) if row.length == 2048], fraction)
     tasks = list(dict.fromkeys(row.task for row in rows if row.method in OURS))
-    methods = [m for m in SHORT if any(row.method == m and row.fraction == fraction for row in rows)]
+    methods = [m for m in BY_TASK if any(row.method == m and row.fraction == fraction for row in rows)]
     lines: list[list[object]] = []
     for task in tasks:
         lines_of = measure_near(rows, tasks=[task], fractions=[fraction], methods=methods)
@@ -213,7 +234,7 @@ def describe_turns(found: list[tuple[float, float]]) -> str:
 
 def find_lines(name: str, fraction: float) -> dict[str, Near]:
     """Return a model's lines at 2 K and one fraction, by method."""
-    rows = [row for row in read_model(name) if row.method in (*MAIN, "full")]
+    rows = keep_ours([row for row in read_model(name) if row.method in (*MAIN, "full")], fraction)
     lines = measure_near(rows, lengths=[2048], fractions=[fraction])
     return {line.setting.method: line for line in lines}
 
@@ -222,7 +243,7 @@ def format_headline(name: str = "smollm2") -> str:
     """Return README's first sentences: ours at the headline's fraction, the oracle, and the best rival, won or lost."""
     found = find_lines(name, HEADLINE)
     ours, oracle = found["infinigen"], found["oracle"]
-    rivals = [line for m, line in found.items() if m not in ("infinigen", "oracle", "full")]
+    rivals = [line for m, line in found.items() if m not in (*OURS, "oracle", "full")]
     best = min(rivals, key=lambda line: line.kl.mean)
     lines = (
         f"Measured on {MODELS[name]}, 2 K tokens, {ours.n} samples: reading {percent(HEADLINE, 0)} of the KV bytes per",

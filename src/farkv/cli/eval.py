@@ -92,11 +92,13 @@ def evaluate(
 
     [bold]Methods[/bold]
 
-      select records at every step: infinigen, infinigen-profile (only with a
-      profile), infinigen-far, infinigen-far-attn (one layer ahead; the paper's
-      source), infinigen-ahead, infinigen-ahead-attn (the same without top-up),
-      infinigen-plan, infinigen-paper, pages (Quest), lowbit, window, random,
-      oracle
+      select records at every step: infinigen, infinigen-vary (reads that vary
+      from head to head), infinigen-half (half the index), infinigen-far,
+      infinigen-far-attn (one layer ahead; the paper's source), infinigen-ahead,
+      infinigen-ahead-attn (the same without top-up); infinigen-steps,
+      infinigen-far-steps, infinigen-far-attn-steps, infinigen-ahead-steps,
+      infinigen-ahead-attn-steps (an index in even steps); infinigen-plan,
+      infinigen-paper, pages (Quest), lowbit, window, random, oracle
 
       evict records after the text: xkv, xkv-uniform, xkv-pyramid, xkv-plan,
       xkv-paper, snapkv, pyramidkv, h2o; NAME-aware: after the question
