@@ -58,6 +58,13 @@ def keep_ours(rows: list[Row], fraction: float) -> list[Row]:
     return [row for row in own if row.length not in lengths or (row.length, row.task, row.seed) in ours]
 
 
+def count_tasks(name: str, fraction: float) -> str:
+    """Return of how many tasks a model's lines at 2 K and one fraction are: fractions may have others in common."""
+    rows = keep_ours([row for row in read_model(name) if row.length == 2048], fraction)
+    n = len({row.task for row in rows if row.method == "infinigen"})
+    return "1 task" if n == 1 else f"{n} tasks"
+
+
 def measure_lengths(rows: list[Row]) -> dict[str, list[Near]]:
     """Return every length's lines: one of the full cache, then fraction by fraction."""
     found: dict[str, list[Near]] = {}
@@ -246,7 +253,8 @@ def format_headline(name: str = "smollm2") -> str:
     rivals = [line for m, line in found.items() if m not in (*OURS, "oracle", "full")]
     best = min(rivals, key=lambda line: line.kl.mean)
     lines = (
-        f"Measured on {MODELS[name]}, 2 K tokens, {ours.n} samples: reading {percent(HEADLINE, 0)} of the KV bytes per",
+        f"Measured on {MODELS[name]}, 2 K tokens, {ours.n} samples of "
+        f"{count_tasks(name, HEADLINE)}: reading {percent(HEADLINE, 0)} of the KV bytes per",
         f"step and an index of {percent(ours.index_fraction)}, `infinigen` predicts the full cache's token "
         f"{percent(ours.top1)} of the time",
         f"(KL {number(ours.kl.mean)} nats); the exact top-k oracle {percent(oracle.top1)} ({number(oracle.kl.mean)}); "
@@ -272,6 +280,8 @@ def format_short(name: str = "smollm2") -> str:
     counts = {f: next(iter(found[f].values())).n for f in fractions if found[f]}
     note = (
         f"KL in nats to the full cache (top-1), {MODELS[name]}, 2 K tokens; n: samples. **Bold**: nearest, but for the "
-        "oracle, which reads every key."
+        "oracle, which reads every key. One task alone is continuations: nothing is asked, so they do not show what "
+        "eviction loses."
     )
-    return format_rows(["method", "index", *(f"{percent(f, 0)} (n = {n})" for f, n in counts.items())], lines, note)
+    heads = [f"{percent(f, 0)} (n = {n}, {count_tasks(name, f)})" for f, n in counts.items()]
+    return format_rows(["method", "index", *heads], lines, note)

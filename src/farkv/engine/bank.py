@@ -25,6 +25,7 @@ RESERVE = 0.5
 SAVED, HORIZON, LEAST_GAIN = 1.0, 4, 0.15
 # By how much a step aims beside the budget, at most, to spend what was saved or to save.
 MOST_TILT = 1.5
+# Reads fall about as this power of the threshold.
 POWER = 0.7
 
 
@@ -62,7 +63,7 @@ class Sequence(NamedTuple):
         allowed, spent, steps = self.allowed + self.now_allowed, self.spent + self.now_spent, self.steps + 1
         log_least, (total, n) = self.log_least, self.floors
         if log_least == -math.inf:
-            # Reads fall about as this power of the threshold: so many are read by it as by the fixed count.
+            # Where a fixed count's last records weigh so much, as many are read by it as by that count.
             log_least = math.log(total / n) / POWER if total > 0 else -math.inf
         else:
             # Without savings the limits would cut reads short, and nothing would say that the threshold is too low.
@@ -77,7 +78,7 @@ class Bank:
 
     Args:
         burst: how many times its count a layer's heads may read in one step; 1: counts do not vary.
-        n_layers: layers that read by a budget.
+        layers: those that read by a budget.
     """
 
     def __init__(self, burst: float, layers: list[int]):
@@ -107,7 +108,7 @@ class Bank:
         return Terms(caps, fewest, [math.exp(each.log_least) if each.steps else 0.0 for each in self.sequences])
 
     def note(self, counts: list[int], read: list[float], floors: list[list[float]], newest: list[int]) -> None:
-        """Note what the layer that was opened last has read, per KV head, and the least weights that heads found."""
+        """Note what the layer that was lent to last has read, per KV head, and the least weights that heads found."""
         found: list[Sequence] = []
         for i, each in enumerate(self.sequences):
             total, n = each.floors

@@ -17,7 +17,6 @@ typedef float v4 __attribute__((vector_size(16)));
 typedef float v8 __attribute__((vector_size(32)));
 typedef uint8_t vc __attribute__((vector_size(VB)));
 typedef uint16_t vs __attribute__((vector_size(VB)));
-typedef uint64_t vq __attribute__((vector_size(VB)));
 
 /* Where nibble i of n is in a table in which nibbles i and n - 1 - i are neighbours. */
 INLINE int64_t pair_place(int64_t i, int64_t n) { return i < n / 2 ? 2 * i : 2 * (n - 1 - i) + 1; }
@@ -33,7 +32,7 @@ struct index_query {
     float softcap;                 /* in units of log2; 0: none */
 };
 
-/* to[g * RUN + j] = sums of row `at[j]`, or j without `at`, of 4 rows, `width` queries from `first` on. */
+/* to[g * RUN + r] = what the nibbles of row[r] add up to, of n <= 4 rows and `width` queries from `first` on. */
 #define SUM_ROWS(name, vector, width)                                                                                  \
     INLINE void name(const struct index_query *q, int64_t first, const uint8_t *const *row, int64_t n, float *to) {   \
         const float *table = q->exact + first;                                                                         \

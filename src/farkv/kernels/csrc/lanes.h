@@ -47,11 +47,4 @@ INLINE int64_t keep_lanes(unsigned bits, vi x, int32_t *to) {
     return __builtin_popcount(bits);
 }
 
-/* first, first + 1, ... */
-INLINE vi count_from(int32_t first) {
-    vi x;
-    for (int i = 0; i < VL; i++) x[i] = first + i;
-    return x;
-}
-
 #endif
