@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from farkv._axes import Bool, Int, Tensor
+from farkv._axes import Bool, Float32, Int, Tensor
 from farkv.engine.budget import Budgets
 from farkv.engine.fast_path import FastPath, Reads
 from farkv.engine.mass import measure_found
 from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import PoolPolicy
 from farkv.engine.records import LayerRecords
-from farkv.math.attention import align_mask, align_rows
+from farkv.math.attention import add_odds, align_mask, align_rows
 from farkv.math.select import Choice
 from farkv.math.step import AttentionFunction, Step
 from farkv.math.stream import Stream
@@ -90,15 +90,27 @@ class Attention:
             self._trace(records, flagged.positions, flagged.valid, n_newest)
         elif chosen is None:
             self._trace(records, None, None, n_newest)
-        reads = Reads(self.store.get_rows(layer), n, positions, n_newest, counts)
+        odds = None if chosen is None else chosen.odds
+        reads = Reads(self.store.get_rows(layer), n, positions, n_newest, counts, odds)
         return self.fast.attend(layer, step, attention, reads)
 
     # --- chosen records -------------------------------------------------------------------------------------
 
-    def read_chosen(self, records: LayerRecords, step: Step, attention: AttentionFunction, fetched: Fetched) -> object:
-        """Attend to what was fetched, and to the newest records."""
+    def read_chosen(
+        self,
+        records: LayerRecords,
+        step: Step,
+        attention: AttentionFunction,
+        fetched: Fetched,
+        odds: Float32[Tensor, "B Hkv K"] | None = None,
+    ) -> object:
+        """Attend to what was fetched, and to the newest records.
+
+        Args:
+            odds: added to the logits of what was chosen early.
+        """
         layer, store = records.layer, self.store
-        is_fast = store.is_far and fetched.is_whole and self.may_run_fast(layer, step)
+        is_fast = store.is_far and fetched.is_whole and odds is None and self.may_run_fast(layer, step)
         # What is not valid was left out; what was chosen late stands behind what is newer.
         how = ROUNDING if is_fast or fetched.late is not None else BIT
         self._note(records, fetched.n_rows if fetched.is_whole else 0, how)
@@ -119,6 +131,8 @@ class Attention:
             mask = step.mask
             if mask is not None or read.valid is not None:
                 mask = align_mask(mask, store.locate(layer, read.positions), read.valid, step.n_groups)
+            if odds is not None:
+                mask = add_odds(mask, odds, read.positions.shape[-1], step.n_groups)
             return attention(step.query.q, read.k, read.v, mask)
 
     # --- all records ----------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ import torch
 from farkv._axes import Bool, Float32, Tensor
 from farkv.engine.bank import Bank
 from farkv.engine.budget import Budget, Budgets
-from farkv.engine.fast_choice import Scored, choose_early, choose_late, choose_varied
+from farkv.engine.fast_choice import Scored, choose_drawn, choose_early, choose_late, choose_varied
 from farkv.engine.fast_path import FastPath
 from farkv.engine.records import LayerRecords
+from farkv.math.sampling import make_seeds, sample_top
 from farkv.math.select import (
     Choice,
     find_recent,
@@ -58,9 +59,31 @@ class Chooser:
         scored = self._find_fast(records.layer, query, n_rows, budget)
         if self.may_vary(records.layer, query, budget) and budget.early < n_old:
             return self._vary(records, query, n_old, budget, scored)
+        sampled = self._find_sampled(records.layer)
+        if sampled is not None and budget.early < n_old:
+            return self._draw(records, query, n_old, budget, scored, sampled)
         if scored is not None:
             return choose_early(scored, budget)
         return self._select(records.layer, self._score(records, query, n_old, budget), budget)
+
+    def _find_sampled(self, layer: int) -> Float32[Tensor, "b Hkv"] | None:
+        """Return which heads' records are drawn; None: none are, or a disk's pages limit what can be had."""
+        if self.budgets.share_of(layer) >= 1 or not self._reaches(layer):
+            return None
+        return self.selector.find_sampled(layer)
+
+    def _draw(
+        self, records: LayerRecords, query: Query, n_old: int, budget: Budget, scored: Scored | None, sampled: Tensor
+    ) -> Choice:
+        """Draw records by weight, of the heads that are sampled."""
+        own = records.count_real(n_old + budget.newest)
+        seeds = make_seeds(records.layer, [n + records.evicted for n in own], sampled)
+        if scored is not None:
+            return choose_drawn(scored, budget, seeds)
+        visible = self._find_open(records, n_old, budget)
+        scores = self._score(records, query, n_old, budget)
+        real = records.visible(n_old) if visible.valid is None else visible.valid
+        return sample_top(scores, budget.early, seeds, real, budget.own_early)
 
     def may_vary(self, layer: int, query: Query, budget: Budget) -> bool:
         """Say whether heads may read different numbers: the true query chooses, and counts are at hand."""

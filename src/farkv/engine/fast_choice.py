@@ -15,7 +15,7 @@ from farkv.engine.bank import Terms
 from farkv.engine.budget import Budget
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import IndexView, Native
-from farkv.kernels.operands import Varied
+from farkv.kernels.operands import Drawn, Varied
 from farkv.math.select import Choice, VariedChoice
 from farkv.math.step import Query
 
@@ -60,6 +60,42 @@ def choose_late(scored: Scored, budget: Budget, taken: Choice) -> Choice:
     late = budget.own.late.flatten().tolist()
     parts = [Part(e.start, e.stop, n) for e, n in zip(split_early(budget, scored), late, strict=True)]
     return choose_each(scored, parts, taken)
+
+
+def choose_drawn(scored: Scored, budget: Budget, seeds: Tensor) -> Choice:
+    """Draw `budget.early` records of every sequence and KV head that has a seed, sinks first; of others the best."""
+    assert isinstance(scored.kernels, Native)
+    if budget.own is None:
+        return draw_alike(scored, budget.early, budget.sinks, seeds)
+    parts = split_early(budget, scored)
+    width = max(part.cap + part.n_recent for part in parts)
+    positions = torch.zeros(*seeds.shape, width, dtype=torch.int64)
+    valid, odds = torch.zeros_like(positions, dtype=torch.bool), torch.zeros(*seeds.shape, width)
+    for b, part in enumerate(parts):
+        alone = cut_sequence(scored, b, part)
+        cap = min(part.cap, alone.n)
+        drawn = draw_alike(alone, cap, min(part.n_sinks, cap), seeds[b : b + 1])
+        stop = cap + part.n_recent
+        positions[b, :, :cap], positions[b, :, cap:stop] = drawn.positions[0] + part.start, recent_of(part)
+        odds[b, :, :cap] = 0 if drawn.odds is None else drawn.odds[0]
+        valid[b, :, :stop] = True
+    return Choice(positions, valid, odds=odds)
+
+
+def draw_alike(scored: Scored, cap: int, n_sinks: int, seeds: Tensor) -> Choice:
+    """Choose `cap` records of every sequence and KV head, drawn where it has a seed."""
+    if cap in (0, scored.n) or not bool((seeds >= 0).any()):
+        return choose_alike(scored, cap, n_sinks, None)
+    query, view = scored.query, scored.view
+    assert isinstance(scored.kernels, Native)
+    drawn = Drawn(seeds.contiguous(), torch.empty(*seeds.shape, cap))
+    chosen = scored.kernels.select(query.q, view, query.logits, cap=cap, n=scored.n, sinks=n_sinks, drawn=drawn)
+    return Choice(chosen, None, odds=drawn.odds)
+
+
+def recent_of(part: Part) -> Tensor:
+    """Return the places that are read because they are recent."""
+    return torch.arange(part.stop, part.stop + part.n_recent)
 
 
 def choose_varied(scored: Scored, budget: Budget, terms: Terms) -> VariedChoice:
@@ -128,8 +164,7 @@ def vary_one(scored: Scored, b: int, part: Part, varied: Varied) -> list[Tensor]
         sinks = min(part.n_sinks, cap)
         out = kernels.select(query.q, alone.view, query.logits, cap=cap, n=alone.n, sinks=sinks, varied=own)
     varied.counts[b], varied.floors[b] = own.counts[0], own.floors[0]
-    recent = torch.arange(part.stop, part.stop + part.n_recent)
-    counts = own.counts[0].tolist()
+    counts, recent = own.counts[0].tolist(), recent_of(part)
     return [torch.cat([out[0, h, :n] + part.start, recent]) for h, n in enumerate(counts)]
 
 
@@ -153,8 +188,7 @@ def choose_one(scored: Scored, b: int, part: Part, taken: Choice | None) -> Tens
     cap = max(0, min(part.cap, n_open - (0 if gone is None else gone.shape[-1])))
     alone = cut_sequence(scored, b, part)
     chosen = choose_alike(alone, cap, min(part.n_sinks, cap), gone).positions[0] + part.start
-    recent = torch.arange(part.stop, part.stop + part.n_recent).expand(chosen.shape[0], -1)
-    return torch.cat([chosen, recent], -1)
+    return torch.cat([chosen, recent_of(part).expand(chosen.shape[0], -1)], -1)
 
 
 def cut_taken(taken: Choice, b: int, part: Part) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from farkv._axes import Int, Tensor
+from farkv._axes import Float32, Int, Tensor
 from farkv.engine.padding import Padding
 from farkv.engine.setup import Kernels
 from farkv.kernels.gpu import Gpu
@@ -23,7 +23,7 @@ from farkv.store.tiers import Store
 class Reads(NamedTuple):
     """What a kernel attends to: the first `n` of these rows, or those at `positions` and the `n_newest` newest.
 
-    counts: how many of each head's positions; None: all.
+    counts: how many of each head's positions; None: all.  odds: added to the logits at positions; None: nothing.
     """
 
     rows: Tensor
@@ -31,6 +31,7 @@ class Reads(NamedTuple):
     positions: Int[Tensor, "B Hkv K"] | None = None
     n_newest: int = 0
     counts: Int[Tensor, "B Hkv"] | None = None
+    odds: Float32[Tensor, "B Hkv K"] | None = None
 
 
 class FastPath:
@@ -83,6 +84,8 @@ class FastPath:
             n=reads.n,
             tail=reads.n_newest,
             sinks=attention.sinks,
+            # The kernels of a GPU know neither.
             **({} if reads.counts is None else {"counts": reads.counts}),
+            **({} if reads.odds is None else {"odds": reads.odds}),
         )
         return attention.wrap(out)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from farkv._axes import Bool, Tensor
 from farkv.engine.mode import Mode
 from farkv.engine.padding import Padding
+from farkv.store.placement import Placement
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import BLOCK_TOKENS, Store
 
@@ -41,6 +42,11 @@ class LayerRecords:
     def is_coded(self) -> bool:
         """Say whether records are stored in fewer bits than the model made them."""
         return self.layer in self.store.codecs
+
+    @property
+    def lies_open(self) -> bool:
+        """Say whether keys and values can be read one by one in memory, as the model made them."""
+        return not self.is_coded and self.store.placement is not Placement.DISK
 
     @property
     def evicted(self) -> int:

@@ -123,7 +123,7 @@ class Engine:
             return parts.attention.read_in_place(records, step, attention, chosen, budget.newest)
         chosen = chosen.flag()
         early = self.store.fetch(layer, chosen.positions, chosen.valid, spare=budget.newest)
-        return parts.attention.read_chosen(records, step, attention, Fetched(early, None, budget.newest))
+        return parts.attention.read_chosen(records, step, attention, Fetched(early, None, budget.newest), chosen.odds)
 
     # --- 4. commit ------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ def run_eager(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
     if mask is None and n_new > 1:
         # None means causal to sdpa; eager wants it spelled out.
         mask = torch.ones(n_new, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_new)[None, None]
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
     return eager(module, q, k, v, mask, **kwargs)
 

@@ -30,6 +30,7 @@ from farkv.kernels.native_abi import (
 )
 from farkv.kernels.operands import (
     PLAIN,
+    Drawn,
     IndexView,
     Rows,
     Varied,
@@ -76,6 +77,7 @@ class Native:
         sinks: int = 0,
         taken: Int[Tensor, "B Hkv N"] | None = None,
         varied: Varied | None = None,
+        drawn: Drawn | None = None,
     ) -> Int[Tensor, "B Hkv K"]:
         """Choose `cap` of the first `n` records per KV head: the first `sinks`, and those of the largest group mass.
 
@@ -86,6 +88,7 @@ class Native:
         Args:
             taken: positions below n that must not be chosen, sinks included.
             varied: heads may choose fewer than `cap`.
+            drawn: heads with a seed draw their records by weight (`math.sampling.sample_top`); excludes `taken`.
 
         Returns:
             Positions in ascending order, the same for any number of threads; undefined beyond a head's count.
@@ -95,7 +98,7 @@ class Native:
 
         Cost: n * W index bytes read per KV head, twice for some heads; 2 Hq n R operations.
         """
-        check_select(q, index, logits, cap=cap, n=n, sinks=sinks, taken=taken, varied=varied)
+        check_select(q, index, logits, cap=cap, n=n, sinks=sinks, taken=taken, varied=varied, drawn=drawn)
         codes, side = index.codes, index.query
         batch, heads, _, width = codes.shape
         hq, dim, columns = q.shape[1], q.shape[3], side.shape[3]
@@ -104,6 +107,7 @@ class Native:
         args = SelectArgs(
             *[x.data_ptr() for x in operands], codes.data_ptr(), _point_at(taken, operands), out.data_ptr(),
             *([None] * 5 if varied is None else [x.data_ptr() for x in varied]),
+            *([None] * 2 if drawn is None else [x.data_ptr() for x in drawn]),
             *codes.stride()[:3], batch, heads, hq // heads, dim, columns, width, index.tables.shape[3],
             side.shape[0], n, cap, min(sinks, cap), 0 if taken is None else taken.shape[2], torch.get_num_threads(),
             logits.scaling, logits.softcap or 0.0,
@@ -123,6 +127,7 @@ class Native:
         tail: int = 0,
         sinks: Float[Tensor, " Hq"] | None = None,
         counts: Int[Tensor, "B Hkv"] | None = None,
+        odds: Float[Tensor, "B Hkv K"] | None = None,
     ) -> Float[Tensor, "B Hq 1 Dv"]:
         """Attend with one query to chosen records and the `tail` newest of the first `n`; to all n without positions.
 
@@ -132,23 +137,25 @@ class Native:
             positions: below n - tail; sorted ones are read fastest.
             sinks: logits that only join the denominator.
             counts: how many of each head's positions are read, from the first; None: all.
+            odds: added to the logits of what is read at positions, after the softcap.
 
         Raises:
             CacheStateError: the arguments do not fit each other, or a position is out of range.
 
         Cost: (K + tail) row bytes read per KV head, once for the whole query group.
         """
-        form = check_attend(q, rows, logits, positions=positions, counts=counts, n=n, tail=tail, sinks=sinks)
+        operated = {"positions": positions, "counts": counts, "sinks": sinks, "odds": odds}
+        form = check_attend(q, rows, logits, n=n, tail=tail, **operated)
         data, hq = rows.data, q.shape[1]
         (batch, heads, *_), itemsize = data.shape, data.element_size()
         out = torch.empty(batch, hq, 1, rows.v_dim, dtype=torch.float32)
         operands = [_flat(q)]
         args = AttendArgs(
             operands[0].data_ptr(), data.data_ptr(), _point_at(positions, operands), _point_at(counts, operands),
-            _point_at(sinks, operands), out.data_ptr(), *[stride * itemsize for stride in data.stride()[:3]],
+            _point_at(sinks, operands), _point_at(odds, operands), out.data_ptr(),
+            *[stride * itemsize for stride in data.stride()[:3]],
             batch, heads, hq // heads, rows.k_dim, rows.v_dim, -1 if positions is None else positions.shape[2], n, tail,
-            FORMS[form],
-            torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
+            FORMS[form], torch.get_num_threads(), logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
         self._call("farkv_attend", args)
         return out.to(q.dtype)

@@ -24,7 +24,7 @@ class AttendArgs(ctypes.Structure):
     """`struct attend_args`."""
 
     _fields_ = (
-        *[(name, c_void_p) for name in ("q", "rows", "positions", "counts", "sinks", "out")],
+        *[(name, c_void_p) for name in ("q", "rows", "positions", "counts", "sinks", "odds", "out")],
         *[(name, c_int64) for name in ("batch_stride", "head_stride", "row_stride")],
         *[(name, c_int64) for name in ("batch", "heads", "group", "k_dim", "v_dim")],
         *[(name, c_int64) for name in ("n_chosen", "n_rows", "tail", "form", "threads")],
@@ -36,10 +36,8 @@ class SelectArgs(ctypes.Structure):
     """`struct select_args`."""
 
     _fields_ = (
-        *[
-            (name, c_void_p)
-            for name in ("q", "query", "tables", "codes", "taken", "out", "caps", "least", "fewest", "counts", "floors")
-        ],
+        *[(name, c_void_p) for name in ("q", "query", "tables", "codes", "taken", "out")],
+        *[(name, c_void_p) for name in ("caps", "least", "fewest", "counts", "floors", "seeds", "odds")],
         *[(name, c_int64) for name in ("batch_stride", "head_stride", "row_stride")],
         *[(name, c_int64) for name in ("batch", "heads", "group", "dim", "columns", "code_bytes", "width")],
         *[(name, c_int64) for name in ("query_batch", "n", "cap", "sinks", "n_taken", "threads")],

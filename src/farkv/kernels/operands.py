@@ -6,7 +6,7 @@ with CacheStateError. Positions alone are checked in C, which reads them anyway.
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -51,6 +51,16 @@ class Varied(NamedTuple):
     floors: Float32[Tensor, "B Hkv"]
 
 
+class Drawn(NamedTuple):
+    """A choice of which some heads are sampled (math/sampling.py).
+
+    seeds: of each head's draws; -1: its best records are chosen.  odds: written: what is added to each one's logit.
+    """
+
+    seeds: Int[Tensor, "B Hkv"]
+    odds: Float32[Tensor, "B Hkv K"]
+
+
 class Rows(NamedTuple):
     """A view of the stored records of one layer.
 
@@ -74,6 +84,7 @@ def check_select(
     sinks: int,
     taken: Tensor | None,
     varied: Varied | None = None,
+    drawn: Drawn | None = None,
 ) -> None:
     """Raise CacheStateError unless `Native.select` may read these."""
     codes, side, tables = index
@@ -98,6 +109,10 @@ def check_select(
     n_taken = 0 if taken is None else _count_positions(taken, batch, heads)
     if varied is not None:
         _check_varied(varied, (batch, heads), cap)
+    if drawn is not None:
+        if varied is not None or n_taken:
+            raise CacheStateError("native select: expected seeds alone, got a varied choice or taken records beside")
+        _check_parts(drawn, ((batch, heads), (batch, heads, cap)), (torch.int64, torch.float32))
     _expect_logits(logits)
     if not 0 <= cap <= cap + n_taken <= n <= stored <= MOST_RECORDS or sinks < 0:
         raise CacheStateError(
@@ -108,13 +123,16 @@ def check_select(
 
 def _check_varied(varied: Varied, sizes: tuple[int, int], cap: int) -> None:
     shapes = (sizes[:1], sizes[:1], sizes[:1], sizes, sizes)
-    dtypes = (torch.int64, torch.float32, torch.int64, torch.int64, torch.float32)
-    for each, shape, dtype in zip(varied, shapes, dtypes, strict=True):
-        if each.shape != shape or each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
-            _refuse(f"contiguous {dtype} {shape} in CPU memory", each)
+    _check_parts(varied, shapes, (torch.int64, torch.float32, torch.int64, torch.int64, torch.float32))
     for each in (varied.caps, varied.fewest):
         if not all(0 <= own <= cap for own in each.tolist()):
             _refuse(f"counts in 0 .. {cap}", each)
+
+
+def _check_parts(parts: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...]) -> None:
+    for each, shape, dtype in zip(parts, shapes, dtypes, strict=True):
+        if each.shape != shape or each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
+            _refuse(f"contiguous {dtype} {shape} in CPU memory", each)
 
 
 def check_attend(
@@ -127,6 +145,7 @@ def check_attend(
     n: int,
     tail: int,
     sinks: Tensor | None,
+    odds: Tensor | None = None,
 ) -> str:
     """Raise CacheStateError unless `Native.attend` may read these; return the form of the records."""
     data, k_dim, v_dim, kind = rows
@@ -148,6 +167,8 @@ def check_attend(
         _count_positions(positions, batch, heads)
     if counts is not None and (positions is None or counts.shape != (batch, heads) or counts.dtype is not torch.int64):
         _refuse(f"int64 numbers of positions to read, {(batch, heads)}, beside positions", counts)
+    if odds is not None and (positions is None or odds.shape != positions.shape or not odds.is_cpu):
+        _refuse("odds of every position, in CPU memory, beside positions", odds)
     _expect_logits(logits)
     if not 0 <= tail <= n <= stored:
         raise CacheStateError(

@@ -87,6 +87,15 @@ def align_mask(
     return seen[:, :, None, None].expand(batch, heads, n_groups, 1, n).reshape(batch, heads * n_groups, 1, n)
 
 
+def add_odds(
+    mask: Bool[Tensor, "B Hq 1 K"] | None, odds: Float32[Tensor, "B Hkv N"], n_rows: int, n_groups: int
+) -> Float32[Tensor, "B Hq 1 K"]:
+    """Return what to add to the logits of `n_rows` records: the odds of the first ones; -inf where the mask hides."""
+    more = torch.nn.functional.pad(odds, (0, n_rows - odds.shape[-1]))
+    bias = more.repeat_interleave(n_groups, 1)[:, :, None]
+    return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+
 def align_rows(
     mask: Bool[Tensor, "b 1 T S"], places: Int[Tensor, "B Hkv K"], n_groups: int
 ) -> Bool[Tensor, "B Hq T K"]:

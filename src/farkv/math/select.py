@@ -17,18 +17,20 @@ class Choice(NamedTuple):
     """Chosen positions per sequence and KV head; `valid` is None where all K are valid.
 
     counts: where it is known, how many are valid, and they stand first; `valid` may then be left out.
+    odds: what is added to each one's logit, since it stands for others too (math/sampling.py); None: nothing.
     """
 
     positions: Int[Tensor, "B Hkv K"]
     valid: Bool[Tensor, "B Hkv K"] | None
     counts: Int[Tensor, "B Hkv"] | None = None
+    odds: Float32[Tensor, "B Hkv K"] | None = None
 
     def flag(self) -> Choice:
         """Return this choice with flags in place of counts."""
         if self.counts is None:
             return self
         valid = torch.arange(self.positions.shape[-1], device=self.positions.device) < self.counts[..., None]
-        return Choice(self.positions.masked_fill(~valid, 0), valid)
+        return Choice(self.positions.masked_fill(~valid, 0), valid, odds=self.odds)
 
 
 def force_sinks(

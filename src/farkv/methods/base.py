@@ -117,6 +117,10 @@ class Selector:
         """Return the index in the form that the fast kernels choose from; None where they cannot."""
         return None
 
+    def find_sampled(self, layer: int) -> Float32[Tensor, "b Hkv"] | None:
+        """Return 1 for every head whose records are drawn by weight, 0 where the best are read; None: all the best."""
+        return None
+
     # --- taking back, joining, sessions -----------------------------------------------------------------------
 
     def snapshot(self) -> Any:

@@ -126,7 +126,7 @@ def is_of_text(fit: LayerFit, records: Records, name: str, tensor: Tensor, dtype
     heads, dim = shape.kv_heads, shape.k_dim
     size = fit.coder.measure(dim, shape.record_bytes)
     sizes = {"query": (1, heads, dim, size.columns), "key": (1, heads, dim, size.columns), "mean": (1, heads, 1, dim)}
-    sizes["tables"] = (1, heads, ENTRIES * size.nibbles, size.width)
+    sizes |= {"tables": (1, heads, ENTRIES * size.nibbles, size.width), "sampled": (1, heads, 1, 1)}
     got = tuple(tensor.shape)
     if name in sizes:
         return got == sizes[name] and tensor.dtype == torch.float32

@@ -19,6 +19,7 @@ from farkv.math.score import pool_group, project_query, score_index
 from farkv.math.step import Query, Step
 from farkv.methods.base import Cap, ChoiceRule, Place, Records, Selector
 from farkv.methods.coder import Coder
+from farkv.methods.gains import Trial
 from farkv.methods.index_tensors import join_fits, list_tensors, take_tensors
 from farkv.methods.layer_fit import LayerFit
 from farkv.store.sizes import LayerShape
@@ -32,7 +33,8 @@ class IndexRule(NamedTuple):
 
     make_coder: what turns keys into codes, in a place.  source: of the estimated query, where records travel or
     `always_ahead`; None or "query": the true query chooses.  rule, pool: what ends a choice besides the cap, and how a
-    query group's scores are joined for it.  dense_first: the first layer is read whole.
+    query group's scores are joined for it.  dense_first: the first layer is read whole.  sampled: of heads that gain
+    by it records are drawn, where the true query chooses.
     """
 
     cap: Cap
@@ -42,6 +44,7 @@ class IndexRule(NamedTuple):
     rule: ChoiceRule | None = None
     pool: Callable[[Tensor, Tensor | None], Tensor] = pool_group
     dense_first: bool = False
+    sampled: bool = False
 
 
 class IndexSelector(Selector):
@@ -65,7 +68,11 @@ class IndexSelector(Selector):
             self.cap = self.cap._replace(burst=1.0)
         self.dense_layers = set(place.layers[:1]) if use.dense_first else set[int]()
         self.coder = use.make_coder(place)
-        self.fits = {layer: LayerFit(place, self.coder, layer) for layer in place.layers}
+        # What is drawn is weighed by how likely that was: a rule, or a count that varies, would not know.
+        draws = use.sampled and self.source is None and self.rule is None and place.device.type == "cpu"
+        draws = draws and self.cap.burst <= 1 and self.cap.fraction < 1
+        trial = Trial(self.cap.fraction, self.coder) if draws else None
+        self.fits = {layer: LayerFit(place, self.coder, layer, trial) for layer in place.layers}
         self.followers = dict(self.fits)
 
     @classmethod
@@ -125,6 +132,11 @@ class IndexSelector(Selector):
         if projection.tables.shape[2] == 0:
             return None
         return IndexView(fit.index.rows.get(), projection.query, projection.tables)
+
+    def find_sampled(self, layer: int) -> Float32[Tensor, "b Hkv"] | None:
+        """Return which heads are sampled, as it was found at the fit."""
+        fit = self.fits[layer]
+        return None if fit.trial is None else fit.get_projection().sampled[..., 0, 0]
 
     # --- bytes ----------------------------------------------------------------------------------------------
 

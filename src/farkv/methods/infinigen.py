@@ -52,6 +52,8 @@ class InfiniGen:
         sinks: first tokens that are always read (ours: 4, the paper's: 0).
         window: recent tokens that are always read; with sinks at most a quarter of the cap (ours: 16, the paper's: 0).
         top_up: share of the cap that is chosen late, by the layer's true query (ours: 0.25, the paper's: 0).
+        sampled: draw records by their estimated weight, each weighed by how likely it was to be drawn, for heads that
+            gain by it on the prompt (ours: True, the paper's: False); where the layer's own query chooses, on a CPU.
         burst: how many times its share a layer's heads may read in one step, where attention is flat, if the mean over
             layers and steps stays within `fraction`; 1, also where it is left out: all read the same. Where the layer's
             own query chooses, on a CPU.
@@ -68,6 +70,7 @@ class InfiniGen:
     sinks: int | None = None
     window: int | None = None
     top_up: float | None = None
+    sampled: bool | None = None
     burst: float | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +89,7 @@ class InfiniGen:
             raise ConfigError("alpha and top_p: give one of them, got both")
         if self.top_p is not None:
             check_fraction(self.top_p, "top_p")
+        self._check_sampled()
         self._check_burst()
         if not is_number(cap.top_up) or not 0 <= cap.top_up < 1:
             raise ConfigError(f"top_up: expected a share in [0, 1), got {show_value(self.top_up)}")
@@ -98,6 +102,14 @@ class InfiniGen:
             check_fraction(self.index_share, "index_share")
             if self.paper or self.columns is not None:
                 raise ConfigError("index_share: expected none with paper=True or columns=; give one of them")
+
+    def _check_sampled(self) -> None:
+        if self.sampled is None:
+            return
+        check_flag(sampled=self.sampled)
+        varies = self.burst is not None and self.burst > 1
+        if self.sampled and (self.paper or varies or self.alpha is not None or self.top_p is not None):
+            raise ConfigError("sampled: expected none with paper=True, alpha, top_p or burst; give one of them")
 
     def _check_burst(self) -> None:
         burst = self.burst
@@ -140,6 +152,7 @@ class InfiniGen:
             rule=rule,
             pool=pool_group if alpha is None else pool_group_by_best,
             dense_first=self.paper,
+            sampled=not self.paper if self.sampled is None else self.sampled,
         )
 
     def make_coder(self, place: Place) -> Coder:

@@ -17,6 +17,7 @@ from farkv.math.drift import KEYS, is_worse
 from farkv.math.sample import add_block, extend_sample, thin_columns, thin_keys, thin_queries, widen_stride
 from farkv.methods.base import Place, Records
 from farkv.methods.coder import Coder
+from farkv.methods.gains import Trial, try_heads
 from farkv.methods.phase import Phase
 from farkv.methods.watch import (
     NEVER,
@@ -41,10 +42,14 @@ GROWTH = 1.5
 
 
 class LayerFit:
-    """The index of one layer."""
+    """The index of one layer.
 
-    def __init__(self, place: Place, coder: Coder, layer: int):
-        self.place, self.coder, self.layer = place, coder, layer
+    Args:
+        trial: by which heads are found that draw their records; None: none do.
+    """
+
+    def __init__(self, place: Place, coder: Coder, layer: int, trial: Trial | None = None):
+        self.place, self.coder, self.layer, self.trial = place, coder, layer, trial
         self.index = LayerIndex(place.ledger, place.device, place.reserve_tokens)
         self.phase = Phase()
         # The counts of `phase.fitted` that were found to be final.
@@ -187,7 +192,7 @@ class LayerFit:
     ) -> None:
         """Decide by `n_rows` rows how keys of the sequences `due` enter the index, and code theirs anew.
 
-        Cost: every stored key read twice, and coded once; for a skew a singular value decomposition per KV head.
+        Cost: every stored key read twice and coded once; for a skew, a singular value decomposition per KV head.
         """
         lengths, fitted = records.count_real(n_rows), self.get_fitted(records)
         everyone, at = len(due) == len(lengths), torch.tensor(due, device=self.place.device)
@@ -197,6 +202,8 @@ class LayerFit:
             queries, valid = (None if t is None else t.index_select(0, at) for t in (queries, valid))
         size = self.coder.measure(sample.shape[-1], records.shape.record_bytes)
         projection = self.coder.fit(self.layer, queries, sample, valid, size)
+        if self.trial is not None and queries is not None and records.lies_open:
+            projection = projection._replace(sampled=try_heads(records, queries, projection, self.trial, due, n_rows))
         if everyone:
             self.index.clear()
             self.index.projection = projection

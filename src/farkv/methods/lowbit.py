@@ -19,7 +19,7 @@ from farkv.math.tables import level_tables, step_tables
 from farkv.methods.base import Cap, Place
 from farkv.methods.coder import Coder, IndexSize, Nibbles
 from farkv.methods.indexed import IndexRule
-from farkv.store.near.index import Projection
+from farkv.store.near.index import Projection, sample_none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class ColumnCoder:
         mean = measure_mean(keys, valid)
         projected = project_keys(keys, columns, mean)
         if self.bits == 2:
-            return Projection(columns, columns, mean, level_tables(fit_levels(projected, valid)))
-        return Projection(columns, columns, mean, step_tables(fit_scale(projected, valid, 4), 4))
+            return Projection(columns, columns, mean, level_tables(fit_levels(projected, valid)), sample_none(keys))
+        return Projection(columns, columns, mean, step_tables(fit_scale(projected, valid, 4), 4), sample_none(keys))
 
     def describe(self) -> dict[str, Any]:
         """Return what must be the same for a saved index to be of use."""

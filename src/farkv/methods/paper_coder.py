@@ -12,7 +12,7 @@ from farkv.calibrate.profile import Profile
 from farkv.math.index import choose_columns, project_keys
 from farkv.math.skew import measure_gram, solve_safely, solve_svd
 from farkv.methods.coder import IndexSize
-from farkv.store.near.index import Projection
+from farkv.store.near.index import Projection, sample_none
 
 
 class PaperCoder:
@@ -51,7 +51,7 @@ class PaperCoder:
                 self.on_fallback("identity_skew")
         key = choose_columns(queries.reshape(batch, heads, -1, dim), keys, skew, size.columns)
         zero = torch.zeros(batch, heads, 1, dim, device=keys.device)
-        return Projection(key, key, zero, torch.zeros(batch, heads, 0, 1, device=keys.device))
+        return Projection(key, key, zero, torch.zeros(batch, heads, 0, 1, device=keys.device), sample_none(keys))
 
     def encode(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
         """Return partial keys."""

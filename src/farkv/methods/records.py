@@ -57,6 +57,11 @@ class Records(Protocol):
         ...
 
     @property
+    def lies_open(self) -> bool:
+        """Say whether keys and values can be read one by one in memory, as the model made them."""
+        ...
+
+    @property
     def evicted(self) -> int:
         """Return the tokens of which there is no row any more."""
         ...

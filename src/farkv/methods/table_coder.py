@@ -18,7 +18,7 @@ from farkv.math.sample import thin_keys
 from farkv.math.skew import measure_gram, solve_bilinear, solve_safely
 from farkv.math.tables import step_tables, weigh_keys
 from farkv.methods.coder import IndexSize, Nibbles
-from farkv.store.near.index import Projection
+from farkv.store.near.index import Projection, sample_none
 
 # Columns of a group, and nibbles that code it, one after the other: two columns to a nibble.
 WIDTH, STAGES = 8, 4
@@ -84,7 +84,7 @@ class TableCoder:
         asked = queries[:, :, :: -(-queries.shape[2] // ASKED_QUERIES)].reshape(*keys.shape[:2], -1, keys.shape[3])
         weights = weigh_keys(asked, sample, real)
         tables = self.nibbles.learn(project_keys(sample, key, mean), weights, size)
-        return Projection(query, key, mean, tables)
+        return Projection(query, key, mean, tables, sample_none(keys))
 
     def describe(self) -> dict[str, Any]:
         """Return what must be the same for a saved index to be of use."""
@@ -140,7 +140,7 @@ class StepCoder:
         assert queries is not None
         query, key, mean = fit_skew(queries, keys, valid, size.columns, self.on_fallback)
         scale = fit_scale(project_keys(keys, key, mean), valid, self.bits)
-        return Projection(query, key, mean, step_tables(scale, self.bits))
+        return Projection(query, key, mean, step_tables(scale, self.bits), sample_none(keys))
 
     def describe(self) -> dict[str, Any]:
         """Return what must be the same for a saved index to be of use."""

@@ -29,6 +29,7 @@ INLINE int attend_records(int form, const struct attend_head *h, int64_t from, i
         b.n_next = left < BLOCK ? left : BLOCK;
         if (!find_rows(h, a + b.n, b.n_next, b.next)) return FARKV_BAD_POSITION;
         for (int64_t j = b.n; j < BLOCK; j++) b.rows[j] = b.rows[b.n - 1];
+        for (int64_t j = 0; h->odds && j < b.n; j++) b.odds[j] = a + j < h->n_chosen ? h->odds[a + j] : 0;
         b.n_ahead = b.due = 0;
         int64_t g = 0, group = h->args->group;
         for (; g + 4 <= group; g += 4) attend_group(form, 4, h, g, &b);
@@ -123,6 +124,7 @@ static void attend_part(void *context, int64_t task) {
     for (int64_t g = 0; g < group; g++) h.highest[g] = fill(LOWEST);
     h.rows = args->rows + head / args->heads * args->batch_stride + head % args->heads * args->head_stride;
     h.positions = args->n_chosen > 0 ? args->positions + head * args->n_chosen : NULL;
+    h.odds = args->odds ? args->odds + head * args->n_chosen : NULL;
     h.n_chosen = args->counts ? args->counts[head] : args->n_chosen;
     int64_t n = h.n_chosen >= 0 ? h.n_chosen + args->tail : args->n_rows;
     if (args->counts && (h.n_chosen < 0 || h.n_chosen > args->n_chosen)) {

@@ -20,6 +20,7 @@ struct attend_head {
     struct half k, v;
     const uint8_t *rows;
     const int64_t *positions;
+    const float *odds; /* [n_chosen], or NULL */
     int64_t n_chosen;
     int64_t row_bytes;
     vf *q;   /* [group][k chunks][2], in the form's order of values */
@@ -30,6 +31,7 @@ struct attend_head {
 
 struct block {
     const uint8_t *rows[BLOCK], *next[BLOCK];
+    float odds[BLOCK]; /* added to its logits, where there are odds */
     int64_t n, n_next;
     int64_t n_ahead, due, rate; /* rows of next already prefetched; rows * DUE that should be; its growth per step */
 };
@@ -95,11 +97,14 @@ static __attribute__((noinline)) void raise_highest(int heads, const struct atte
 }
 
 /* Turn logits into weights relative to the running maximum, to which earlier sums are rescaled. */
-INLINE void weigh(int heads, const struct attend_head *h, int64_t first, int64_t n, float *s) {
+INLINE void weigh(int heads, const struct attend_head *h, int64_t first, const struct block *b, float *s) {
     const int n_vectors = BLOCK * heads / VL;
+    int64_t n = b->n;
     float softcap = (float)h->args->softcap;
     if (softcap != 0)
         for (int i = 0; i < n_vectors; i++) store(s + i * VL, cap_softly(load(s + i * VL), softcap));
+    if (h->odds)
+        for (int64_t i = 0; i < n * heads; i++) s[i] += b->odds[i / heads];
     for (int64_t i = n * heads; i < BLOCK * heads; i++) s[i] = -INFINITY;
     vf top = fill(LOWEST), sum = {0};
     for (int i = 0; i < n_vectors; i++) top = max_of(load(s + i * VL), top);
@@ -178,7 +183,7 @@ INLINE void add_coded(int form, int heads, const struct attend_head *h, int64_t 
 INLINE void attend_group(int form, int heads, const struct attend_head *h, int64_t first, struct block *b) {
     float s[BLOCK * 4 + VL] __attribute__((aligned(64)));
     form_logits(form, heads, h, first, b, s);
-    weigh(heads, h, first, b->n, s);
+    weigh(heads, h, first, b, s);
     if (form < FORM_INT8) add_plain(form, heads, h, first, b, s);
     else add_coded(form, heads, h, first, b, s);
     for (int64_t c = h->v.n_full; c < h->v.n_chunks; c++) add_chunks(form, heads, 1, 0, h, first, c, 0, b, s, NULL);

@@ -29,6 +29,11 @@ static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
         for (int64_t i = 0; i < count; i += VL) {
             vf mass = {0};
             for (int64_t g = 0; g < group; g++) mass += load(h->weights + g * stride + from + i) * h->inverse[g];
+            if (h->seed >= 0) {
+                vi place;
+                memcpy(&place, h->kept + from + i, VB);
+                mass /= draw_lanes(h->seed, place);
+            }
             keys_of(mass, h->keys + n + i);
         }
         memmove(h->kept + n, h->kept + from, (size_t)count * 4);
@@ -40,8 +45,18 @@ static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
     return n;
 }
 
-/* Write the positions of keys above the threshold, and of the first n_equal with the threshold's bits. */
-static void take_kept(const struct head *h, int64_t n, struct threshold t, int64_t *out, int64_t wanted) {
+/* The largest priority that is not chosen; 0 where all are. */
+static float find_next(const uint32_t *keys, int64_t n, struct threshold t, int64_t wanted) {
+    uint32_t least = t.prefix << 9, next = 0;
+    if (count_keys(keys, n, least ? least : 1) > wanted) return float_of(least);
+    for (int64_t i = 0; i < n; i++) next = keys[i] < least && keys[i] > next ? keys[i] : next;
+    return float_of(next);
+}
+
+/* Write the positions of keys above the threshold, and of the first n_equal with the threshold's bits; and with `odds`
+   what each that was drawn stands for, as a logit: log(next / mass) where that is above 0. */
+static void take_kept(const struct head *h, int64_t n, struct threshold t, int64_t *out, int64_t wanted, float next,
+                      float *odds) {
     int64_t chosen = 0;
     for (int64_t i = 0; i < n && chosen < wanted; i += VL) {
         vi prefix = (vi)PREFIX(load_bits(h->keys + i)), place;
@@ -55,6 +70,12 @@ static void take_kept(const struct head *h, int64_t n, struct threshold t, int64
             t.n_equal--;
         }
         int32_t few[VL];
+        unsigned bits = odds ? above : 0;
+        for (int64_t at = chosen; bits && at < wanted; bits &= bits - 1, at++) {
+            int64_t j = i + __builtin_ctz(bits);
+            float mass = float_of(h->keys[j]) * draw(h->seed, h->kept[j]);
+            odds[at] = mass < next ? logf(next / mass) : 0;
+        }
         memcpy(&place, h->kept + i, VB);
         int64_t count = keep_lanes(above, place, few), room = wanted - chosen;
         if (room >= VL) {
@@ -105,8 +126,11 @@ static int choose(struct head *h, int64_t head, int64_t n_parts) {
     fewest = fewest < 0 ? 0 : fewest < wanted ? fewest : wanted;
     struct threshold t = {0, 0};
     if (!find_choice(h, n, fewest, &wanted, &t)) return 0;
-    if (wanted && h->bound > 0 && float_of(t.prefix << 9) < h->bound * worst * 1.0001f) return 0;
-    if (wanted) take_kept(h, n, t, out + chosen, wanted);
+    float next = h->seed < 0 ? float_of(t.prefix << 9) : find_next(h->keys, n, t, wanted);
+    if (wanted && h->bound > 0 && next < h->bound * worst * 1.0001f) return 0;
+    float *odds = h->seed < 0 ? NULL : a->odds + head * a->cap;
+    if (a->seeds) memset(a->odds + head * a->cap, 0, a->cap * 4);
+    if (wanted) take_kept(h, n, t, out + chosen, wanted, next, odds ? odds + chosen : NULL);
     if (a->counts) a->counts[head] = chosen + wanted;
     if (a->floors) a->floors[head] = float_of(t.prefix << 9) / (float)a->group;
     return 1;
@@ -136,6 +160,7 @@ static void scan_again(struct head *h, int64_t attempt) {
 static void prepare_head(struct head *h, int64_t head) {
     const struct select_args *a = h->args;
     h->least = a->least ? a->least[head / a->heads] * (float)a->group : 0;
+    h->seed = a->seeds ? a->seeds[head] : -1;
     h->codes = a->codes + head / a->heads * a->batch_stride + head % a->heads * a->head_stride;
     project(h, head);
     fill_tables(h, head);

@@ -19,6 +19,7 @@ struct attend_args {
     const int64_t *positions; /* [batch, heads, n_chosen] */
     const int64_t *counts;    /* [batch, heads]: how many of a head's positions are read, or NULL: all */
     const float *sinks;       /* [heads * group] logits that only add to the denominator, or NULL */
+    const float *odds;        /* [batch, heads, n_chosen]: added to the logits of chosen records, or NULL */
     float *out;               /* [batch, heads * group, v_dim] */
     int64_t batch_stride, head_stride, row_stride;
     int64_t batch, heads, group, k_dim, v_dim;
@@ -41,6 +42,8 @@ struct select_args {
     const int64_t *fewest; /* [batch]: what a head chooses whatever `least` says, at most its cap; with `least` */
     int64_t *counts;       /* [batch, heads]: how many are chosen, or NULL: cap */
     float *floors;         /* [batch, heads]: the least mass that was chosen, sinks apart, or NULL */
+    const int64_t *seeds;  /* [batch, heads]: of the draws of heads that are sampled, -1: the best are chosen; or NULL */
+    float *odds;           /* [batch, heads, cap]: with seeds, -log of the probability of what was drawn; 0: certain */
     int64_t batch_stride, head_stride, row_stride;
     int64_t batch, heads, group, dim, columns, code_bytes, width;
     int64_t query_batch; /* 1 where all sequences share the query side */

@@ -27,6 +27,7 @@ struct head {
     double *guess, *sums, *tile_sums; /* [group], [group], [tiles][group] */
     float *inverse;                   /* [group]: 1 / guess */
     float bound, least; /* least: mass of the group that is asked for; 0: any */
+    int64_t seed;       /* of its draws; -1: nothing is drawn */
     int64_t *n_kept; /* [parts] */
     int32_t *kept;   /* [n + VL]: positions of candidates, each part's starting at its first record */
     float *weights;  /* [group][n + VL]: their weights, in the same places */
@@ -37,6 +38,23 @@ struct head {
     vc *planes;      /* [nibbles] */
     float *block;    /* [group][VB]: coarse weights */
 };
+
+/* Draws: record i of a head gets u = frac(i * golden ratio + seed) in (0, 1), in 23 bits: even over any stretch of
+   records. Ranking by mass / u instead of mass is priority sampling (math/sampling.py). */
+#define GOLDEN 2654435769u
+INLINE float draw(int64_t seed, int32_t place) {
+    return ((float)(int32_t)(((uint32_t)place * GOLDEN + (uint32_t)seed) >> 9) + 0.5f) * 0x1p-23f;
+}
+INLINE vf draw_lanes(int64_t seed, vi place) {
+    vu x = (vu)place * GOLDEN + (uint32_t)seed;
+    return (__builtin_convertvector((vi)(x >> 9), vf) + 0.5f) * 0x1p-23f;
+}
+INLINE vi count_from(int64_t first) {
+    static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vi place;
+    memcpy(&place, lanes, VB);
+    return place + (int32_t)first;
+}
 
 static int64_t count_nibbles(const struct select_args *a) { return 2 * a->code_bytes; }
 static int64_t count_tiles(const struct select_args *a) { return (a->n + TILE - 1) / TILE; }

@@ -151,8 +151,14 @@ static void take_sample(struct head *h, int64_t head) {
     for (int64_t g = 0; g < group; g++) guess_sum(h, g, samples, mass);
     for (int64_t g = 0; g < group; g++) h->coarse &= h->furthest - h->offset[g] < MOST_EXP;
     uint32_t keys[(SAMPLE_RUNS - 2) * SAMPLE_RUN];
-    for (int64_t i = 0; i < n_keys; i += VL) keys_of(load(mass + 2 * SAMPLE_RUN + i), keys + i);
-    h->bound = guess_bound(a, keys, n_keys, a->cap + a->n_taken);
+    double weight;
+    for (int64_t i = 0; i < n_keys; i += VL) {
+        vf x = load(mass + 2 * SAMPLE_RUN + i);
+        int64_t first = find_sample(a, 2 + i / SAMPLE_RUN, &weight) + i % SAMPLE_RUN;
+        if (h->seed >= 0) x /= draw_lanes(h->seed, count_from(first));
+        keys_of(x, keys + i);
+    }
+    h->bound = guess_bound(a, keys, n_keys, a->cap + a->n_taken + (h->seed >= 0));
     if (!h->least) return;
     /* What weighs less than is asked for need not be kept, beyond the fewest; the sums are guessed to a fifth, or the
        scan is repeated. */

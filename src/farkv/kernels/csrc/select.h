@@ -27,6 +27,7 @@ static int64_t scan_run(struct head *h, int64_t first, int64_t n, float bound, v
             store(h->run + g * RUN + i, x);
             mass += x * h->inverse[g];
         }
+        if (h->seed >= 0) mass /= draw_lanes(h->seed, count_from(first + i));
         bits |= (uint64_t)(lane_bits(find_light(mass, bound)) ^ ALL_LANES) << i;
     }
     if (n < RUN) bits &= ((uint64_t)1 << n) - 1;
@@ -64,6 +65,10 @@ static __attribute__((noinline)) int64_t scan_block(struct head *h, int64_t firs
     vi light[4];
     uint64_t bits = 0;
     for (int i = 0; i < 4; i++) {
+        if (h->seed >= 0) {
+            vi lane = count_from(0); /* lane l of vector i is record 16 (l / 4) + 4 i + l % 4 */
+            mass[i] /= draw_lanes(h->seed, (lane & 3) + (lane >> 2 << 4) + (int32_t)(first + 4 * i));
+        }
         light[i] = find_light(mass[i], bound);
         unsigned heavy = lane_bits(light[i]) ^ ALL_LANES;
         for (int lane = 0; lane < VB / 16; lane++) bits |= (uint64_t)(heavy >> 4 * lane & 15) << (16 * lane + 4 * i);

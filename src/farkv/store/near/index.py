@@ -19,14 +19,21 @@ from farkv.store.ledger import Ledger
 class Projection(NamedTuple):
     """How queries and keys are projected: score = (q @ query) . decode(codes), which is (k - mean) @ key to rounding.
 
-    tables: what each value of each nibble stands for (math/tables.py); no rows where keys are not coded. The batch axis
-    of the others is 1 where all sequences share a profile.
+    tables: what each value of each nibble stands for (math/tables.py); no rows where keys are not coded.
+    sampled: 1 for a head whose records are drawn (math/sampling.py), 0 where the best are read. The batch axis of the
+    others is 1 where all sequences share a profile.
     """
 
     query: Float32[Tensor, "b Hkv D R"]
     key: Float32[Tensor, "b Hkv D R"]
     mean: Float32[Tensor, "b Hkv 1 D"]
     tables: Float32[Tensor, "B Hkv Y W"]
+    sampled: Float32[Tensor, "B Hkv 1 1"]
+
+
+def sample_none(keys: Tensor) -> Float32[Tensor, "B Hkv 1 1"]:
+    """Return zeros for every KV head: of all the best records are read."""
+    return torch.zeros(*keys.shape[:2], 1, 1, device=keys.device)
 
 
 class LayerIndex:
@@ -97,11 +104,11 @@ class LayerIndex:
         """Keep these sequences of the batch, in this order."""
         self.rows.select(sequences)
         if self.projection is not None:
-            *shared, tables = self.projection
+            *shared, tables, sampled = self.projection
             at = sequences.to(tables.device)
-            # A batch axis of 1 is shared by all sequences; tables always have one row per sequence.
+            # A batch axis of 1 is shared by all sequences; the others always have one row per sequence.
             shared = [p if p.shape[0] == 1 else p.index_select(0, at) for p in shared]
-            self.projection = Projection._make([*shared, tables.index_select(0, at)])
+            self.projection = Projection._make([*shared, tables.index_select(0, at), sampled.index_select(0, at)])
 
     def clear(self) -> None:
         """Free everything."""

@@ -1,0 +1,131 @@
+"""Reads that stand for what is not read: records are drawn by their weight, and weighed by how likely that was.
+
+The best records leave out the same ones at every step, so that an error of one sign is made. Here record s, of
+estimated weight w_s, gets a number u_s in (0, 1); the `cap` largest w_s / u_s are read. With tau the largest that is
+not, a record was certain to be read where w_s >= tau, and else had the probability w_s / tau, whatever its true weight
+is: its logit is raised by log(tau / w_s), and the sum over what is read equals, in the mean, the sum over all.
+
+In: log weights, seeds. Out: positions, and what to add to their logits (`odds`). Deterministic: u follows from the
+layer, the KV head, the number of tokens and the record's place.
+
+Source: priority sampling (Duffield, Lund and Thorup, 2007, J. ACM 54(6)); with u of a golden-ratio sequence, which
+is even over any stretch of the text.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Bool, Float, Float32, Int, Tensor
+from farkv.math.select import Choice
+
+GOLDEN, MASK = 2654435769, 0xFFFFFFFF
+# Layers' seeds are this far apart, in heads.
+MOST_HEADS = 4096
+# A head is sampled where that has at most so many times the squared error that reading the best has: the errors of
+# heads and layers average out where they are sampled, and add up where they are not.
+WORTH = 1.0
+
+
+def make_seeds(layer: int, tokens: list[int], sampled: Float32[Tensor, "b Hkv"]) -> Int[Tensor, "B Hkv"]:
+    """Return the seed of every head's draws at a step, -1 where it is not sampled.
+
+    Args:
+        tokens: of every sequence.
+        sampled: not 0 where the head is sampled.
+    """
+    heads = torch.arange(sampled.shape[1]) + layer * MOST_HEADS
+    x = (torch.tensor(tokens)[:, None] * 0x85EBCA77 + heads * 0xC2B2AE3D) & MASK
+    # Finalised so that neighbours have nothing in common.
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & MASK
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & MASK
+    return torch.where(sampled.cpu() > 0, x ^ (x >> 15), -1)
+
+
+def draw(seeds: Int[Tensor, "B Hkv"], places: Int[Tensor, "b h S"]) -> Float32[Tensor, "B Hkv S"]:
+    """Return u in (0, 1), 23 bits of frac(place * golden ratio + seed); 1 where the seed is -1."""
+    x = (places * GOLDEN + seeds[..., None]) & MASK
+    return torch.where(seeds[..., None] < 0, 1.0, ((x >> 9).float() + 0.5) * 2.0**-23)
+
+
+def sample_top(
+    log_weights: Float32[Tensor, "B Hkv S"],
+    cap: int,
+    seeds: Int[Tensor, "B Hkv"],
+    valid: Bool[Tensor, "b h S"] | None = None,
+    own: Int[Tensor, "b 1 1"] | None = None,
+) -> Choice:
+    """Draw `cap` records of every KV head; of a head that is not sampled, the best. Cost: a top-k over S per KV head.
+
+    Args:
+        log_weights: logs of weights that sum to 1 over S, mean over a query group; +inf where a record is forced.
+        valid: real tokens: places are counted among them.
+        own: each sequence's own cap, at most `cap`; None where all have the same.
+    """
+    n = log_weights.shape[-1]
+    places = torch.arange(n, device=log_weights.device)[None, None] if valid is None else valid.cumsum(-1) - 1
+    ranks = log_weights - draw(seeds, places).log()
+    values, positions = ranks.topk(min(cap + 1, n), -1)
+    limit = torch.full((1, 1, 1), cap, device=ranks.device) if own is None else own
+    next_one = values.gather(-1, limit.clamp_max(values.shape[-1] - 1).expand(*values.shape[:2], 1))
+    next_one = next_one.masked_fill(limit >= n, -torch.inf)
+    keep = (torch.arange(values.shape[-1], device=values.device) < limit) & (values > -torch.inf)
+    odds = (next_one - log_weights.gather(-1, positions)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp_min(0)
+    odds = odds.masked_fill((seeds < 0)[..., None], 0.0)
+    key, order = torch.where(keep, positions, positions + n).sort(-1)
+    key, odds = key[..., :cap], odds.gather(-1, order)[..., :cap]
+    is_whole = own is None and valid is None
+    return Choice(torch.where(key >= n, key - n, key), None if is_whole else key < n, odds=odds)
+
+
+class Seen(NamedTuple):
+    """A sample of a prompt: queries, times the softmax scaling, and records.
+
+    told: the same logits as the index tells them.  visible: which records each query may see.
+    """
+
+    queries: Float[Tensor, "B Hkv G M D"]
+    keys: Float[Tensor, "B Hkv N D"]
+    values: Float[Tensor, "B Hkv N Dv"]
+    told: Float32[Tensor, "B Hkv G M N"]
+    visible: Bool[Tensor, "b h 1 M N"]
+
+
+def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B Hkv"]:
+    """Say which KV heads should be sampled, by the error that both ways leave in the attention of a prompt's queries.
+
+    Both read `fraction` of a sample of the prompt's records. What is drawn errs the less the more is drawn: its squared
+    error falls with the number of records.
+
+    Args:
+        thinned: the prompt's records over those of the sample.
+
+    Cost: 2 G M N (D + 3 Dv) operations per KV head, two top-k over N for each of M queries.
+    """
+    queries, keys, values, told, visible = seen
+    true = (queries.float() @ keys.float()[:, :, None].mT).masked_fill(~visible, -torch.inf)
+    whole = true.softmax(-1) @ values.float()[:, :, None]
+    logs = told.masked_fill(~visible, -torch.inf).log_softmax(-1).logsumexp(2) - torch.log(torch.tensor(told.shape[2]))
+    caps = (visible[:, :, 0].sum(-1, keepdim=True) * fraction).long().clamp_min(1)
+    batch, heads, n_queries, n = logs.shape
+    each = torch.arange(n_queries, device=logs.device)
+    errors: list[Tensor] = []
+    for sampled in (False, True):
+        seeds = (each * 0x9E3779 if sampled else each * 0 - 1).expand(batch * heads, -1)
+        own = caps.expand(batch, heads, -1, -1).reshape(batch * heads, n_queries, 1)
+        chosen = _weigh_drawn(logs.reshape(batch * heads, n_queries, n), seeds, own).view(batch, heads, 1, n_queries, n)
+        read = (true + chosen).softmax(-1) @ values.float()[:, :, None]
+        errors.append((read - whole).square().sum((2, 3, 4)))
+    best, drawn = errors
+    return drawn / thinned < WORTH * best
+
+
+def _weigh_drawn(logs: Tensor, seeds: Tensor, own: Tensor) -> Tensor:
+    """Return what to add to every record's logit: its odds where it is read, else -inf."""
+    ranks = logs - draw(seeds, torch.arange(logs.shape[-1], device=logs.device)[None, None]).log()
+    values = ranks.topk(min(int(own.max()) + 1, logs.shape[-1]), -1).values
+    next_one = values.gather(-1, own.clamp_max(values.shape[-1] - 1))
+    odds = (next_one - logs).clamp_min(0).masked_fill((seeds < 0)[..., None], 0.0)
+    return torch.where(ranks > next_one, odds, -torch.inf)

@@ -1,0 +1,76 @@
+"""Which heads of a layer gain by drawing their records: tried on the prompt itself, once per fit.
+
+In: a layer's records, its fitted index, a sample of the prompt's queries. Out: 1 for a head that gains, else 0. Every
+sequence of a batch is tried as if it were alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from farkv._axes import Float, Float32, Tensor
+from farkv.math.sample import thin_columns
+from farkv.math.sampling import Seen, find_gains
+from farkv.methods.base import Records
+from farkv.methods.coder import Coder
+from farkv.store.near.index import Projection
+
+
+class Trial(NamedTuple):
+    """What is tried: reading this fraction of the records, by an index of this kind."""
+
+    fraction: float
+    coder: Coder
+
+
+# Records and queries that both ways of reading are tried on, at most; queries are of the prompt's second half.
+TRIED_KEYS, TRIED_QUERIES = 1024, 16
+
+
+def try_heads(
+    records: Records,
+    queries: Float[Tensor, "B Hq M D"],
+    projection: Projection,
+    trial: Trial,
+    due: list[int],
+    n_rows: int,
+) -> Float32[Tensor, "B Hkv 1 1"]:
+    """Return which heads of the sequences `due` gain, 0 where there is too little to tell.
+
+    Args:
+        queries: of these sequences, times the softmax scaling, zeros after each one's last.
+        projection: theirs.
+        n_rows: the prompt's rows.
+
+    Cost: 1,024 records read once; see `math.sampling.find_gains`.
+    """
+    visible = records.visible(n_rows)
+    real = None if visible is None else visible.all(1).expand(records.shape.batch, -1)
+    columns, valid = thin_columns(n_rows, real, TRIED_KEYS, queries.device)
+    keys, values = records.keys(0, n_rows), records.values()
+    lengths, found = records.count_real(n_rows), []
+    for i, b in enumerate(due):
+        own = columns[0] if valid is None else columns[b][valid[b]]
+        asked = queries[i : i + 1][:, :, : count_queries(queries[i])]
+        n_keys, n_asked = len(own), asked.shape[2]
+        if n_keys * trial.fraction < 2 or n_asked < TRIED_QUERIES:
+            found.append(torch.zeros(1, records.shape.kv_heads))
+            continue
+        at = torch.linspace(n_asked // 2, n_asked - 1, TRIED_QUERIES).long()
+        asked = asked[:, :, at].unflatten(1, (records.shape.kv_heads, -1))
+        mine = Projection._make(t[i : i + 1] if t.shape[0] > 1 else t for t in projection)
+        own_keys = keys[b : b + 1, :, own]
+        codes = trial.coder.encode(own_keys, mine)
+        told = asked.float() @ mine.query[:, :, None] @ trial.coder.decode(codes, mine)[:, :, None].mT
+        # Both samples are even: a query stands among the keys as it does among the queries.
+        sees = torch.arange(n_keys) / n_keys <= at[:, None] / n_asked
+        seen = Seen(asked, own_keys, values[b : b + 1, :, own], told, sees[None, None, None])
+        found.append(find_gains(seen, trial.fraction, lengths[b] / n_keys).float())
+    return torch.cat(found)[..., None, None]
+
+
+def count_queries(queries: Float[Tensor, "Hq M D"]) -> int:
+    """Return how many queries there are before the zeros."""
+    return int((queries.abs().amax((0, 2)) > 0).sum())
