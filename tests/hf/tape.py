@@ -28,6 +28,8 @@ class Pass:
     inputs: dict[str, Any]
     reorder: list[Tensor]
     reads: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    # What is added to the logits of what was read, by its place among the positions.
+    odds: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -48,6 +50,16 @@ class Tape:
                 self._reorder.append(sequences.clone())
             select(layer, sequences)
 
+        chooser = engine.parts.chooser
+        choose = chooser.choose
+
+        def record_choice(records: Any, *args: Any, **kwargs: Any) -> Any:
+            chosen = choose(records, *args, **kwargs)
+            if chosen.odds is not None:
+                self.passes[-1].odds[records.layer] = chosen.odds.clone()
+            return chosen
+
+        self._choose, chooser.choose = choose, record_choice
         engine.select, self.cache.account.trace = record_select, self
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -58,6 +70,7 @@ class Tape:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        self.cache.engine.parts.chooser.choose = self._choose
         del self.cache.engine.select
         self.cache.account.trace = None
 
@@ -83,6 +96,12 @@ class Replay:
     """The dense twin's state: which keys each layer may see in the running pass."""
 
     reads: ClassVar[dict[int, tuple[Tensor, Tensor | None]]] = {}
+    odds: ClassVar[dict[int, Tensor]] = {}
+
+
+def lay_odds(odds: Tensor, positions: Tensor, n_keys: int) -> Tensor:
+    """Put the odds of recorded positions where these are in the context, [B, Hkv, S]; of the newest there are none."""
+    return torch.zeros(*positions.shape[:2], n_keys).scatter_add_(-1, positions[..., : odds.shape[-1]], odds)
 
 
 def allow(positions: Tensor, valid: Tensor | None, n_keys: int) -> Tensor:
@@ -108,6 +127,9 @@ def replay_attention(
     logits = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if kwargs.get("softcap") is not None:
         logits = kwargs["softcap"] * torch.tanh(logits / kwargs["softcap"])
+    if module.layer_idx in Replay.odds:
+        more = lay_odds(Replay.odds[module.layer_idx], Replay.reads[module.layer_idx][0], n_keys)
+        logits = logits + more.to(logits).repeat_interleave(groups, 1)[:, :, None]
     seen = torch.ones(n_new, n_keys, dtype=torch.bool).tril(n_keys - n_new) if mask is None else mask
     seen = seen.expand(*logits.shape)
     if module.layer_idx in Replay.reads:
@@ -138,10 +160,10 @@ def replay(model: PreTrainedModel, passes: list[Pass], dtype: torch.dtype, *, wh
         for p in passes:
             for beams in p.reorder:
                 cache.reorder_cache(beams)
-            Replay.reads = {} if whole else p.reads
+            Replay.reads, Replay.odds = ({}, {}) if whole else (p.reads, p.odds)
             out.append(twin(**p.inputs, past_key_values=cache, use_cache=True).logits[:, -1])
     finally:
-        Replay.reads = {}
+        Replay.reads, Replay.odds = {}, {}
     return out
 
 

@@ -64,11 +64,15 @@ def make_rows(form: str, shape: tuple[int, ...]) -> tuple[Rows, Tensor, Tensor]:
     return Rows(pool[:, :, :n], k_dim, v_dim, kind), values[..., :k_dim].double(), values[..., k_dim:].double()
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, logits: Logits, sinks: Tensor | None) -> Tensor:
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, logits: Logits, sinks: Tensor | None, odds: Tensor | None = None
+) -> Tensor:
     batch, heads = k.shape[:2]
     scores = q.double().reshape(batch, heads, -1, q.shape[-1]) @ k.mT * logits.scaling
     if logits.softcap:
         scores = logits.softcap * torch.tanh(scores / logits.softcap)
+    if odds is not None:
+        scores = scores + odds.double()[:, :, None]
     if sinks is not None:
         sink = sinks.double().reshape(1, heads, -1, 1).expand(batch, -1, -1, -1)
         weights = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
@@ -115,6 +119,24 @@ def test_chosen_records_and_tail(kernels: Native, threads: int, form: str, shape
         got = kernels.attend(q, rows, logits, positions=positions, n=n, tail=tail, sinks=sink)
         expected = attend_plainly(q, take(k, read), take(v, read), logits, sink)
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 1, 2, 64, 64, 900)])
+@pytest.mark.parametrize("form", FORMS)
+def test_odds_are_added_to_what_was_chosen(kernels: Native, threads: int, form: str, shape: tuple[int, ...]) -> None:
+    rows, k, v = make_rows(form, shape)
+    n = shape[-1]
+    tail = min(3, n)
+    positions = choose(shape, n - tail, (n - tail) // 2)
+    odds = 4 * torch.rand(positions.shape)
+    read = torch.cat([positions, torch.arange(n - tail, n).expand(*shape[:2], tail)], -1)
+    q, logits = torch.randn(shape[0], shape[1] * shape[2], 1, shape[3]), Logits(2 * shape[3] ** -0.5, 5.0)
+    got = kernels.attend(q, rows, logits, positions=positions, n=n, tail=tail, odds=odds)
+    more = torch.nn.functional.pad(odds, (0, tail))
+    expected = attend_plainly(q, take(k, read), take(v, read), logits, None, more)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+    with pytest.raises(CacheStateError, match="odds of every position"):
+        kernels.attend(q, rows, logits, positions=None, n=n, odds=odds)
 
 
 def test_one_long_head_is_shared_by_threads(kernels: Native) -> None:

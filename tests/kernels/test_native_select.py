@@ -14,8 +14,9 @@ from torch import Tensor
 
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Native, list_native
-from farkv.kernels.operands import Varied
+from farkv.kernels.operands import Drawn, Varied
 from farkv.math.logits import Logits
+from farkv.math.sampling import make_seeds, sample_top
 from farkv.math.score import pool_group, project_query, score_index
 from farkv.math.select import force_sinks, select_above, select_rest, select_top
 from farkv.math.tables import decode_nibbles
@@ -258,3 +259,37 @@ def test_operands_that_do_not_fit_are_refused(kernels: Native) -> None:
     for q, index, numbers in wrong:
         with pytest.raises(CacheStateError, match="expected"):
             kernels.select(q, index, case.logits, **numbers)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_draws_what_plain_operations_draw(kernels: Native, shape: Shape, spread: float) -> None:
+    case = make_case(shape, spread)
+    seeds = make_seeds(3, [shape.n] * shape.batch, torch.ones(1, shape.heads))
+    if shape.heads > 1:
+        seeds[0, 0] = -1
+    for cap in {max(1, shape.n // 20), (shape.n + 1) // 2, shape.n}:
+        sinks = min(3, cap)
+        drawn = Drawn(seeds, torch.full((shape.batch, shape.heads, cap), 99.0))
+        chosen = kernels.select(case.q, case.index, case.logits, cap=cap, n=shape.n, sinks=sinks, drawn=drawn)
+        log_weights = (case.masses / shape.group).log().float()
+        plain = sample_top(force_sinks(log_weights, sinks, None), cap, seeds)
+        assert plain.odds is not None
+        ours = torch.zeros(*seeds.shape, shape.n).scatter(-1, chosen, drawn.odds + 1)
+        theirs = torch.zeros(*seeds.shape, shape.n).scatter(-1, plain.positions, plain.odds + 1)
+        both = (ours > 0) & (theirs > 0)
+        # Ranks that differ by a rounding may change places; the threshold moves by no more.
+        assert (both.sum(-1) >= cap - 1 - cap // 50).all()
+        assert (ours - theirs).abs()[both].max() < 4 * TOLERANCE
+        assert chosen.diff(dim=-1).min() > 0 if cap > 1 else True
+
+
+def test_seeds_stand_alone(kernels: Native) -> None:
+    case = make_case(Shape(1, 2, 2, 16, 8, 100))
+    drawn = Drawn(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 10))
+    taken = torch.zeros(1, 2, 1, dtype=torch.int64)
+    with pytest.raises(CacheStateError, match="expected seeds alone"):
+        kernels.select(case.q, case.index, case.logits, cap=10, n=100, taken=taken, drawn=drawn)
+    for wrong in (drawn._replace(seeds=drawn.seeds.int()), drawn._replace(odds=torch.zeros(1, 2, 9))):
+        with pytest.raises(CacheStateError, match="contiguous"):
+            kernels.select(case.q, case.index, case.logits, cap=10, n=100, drawn=wrong)

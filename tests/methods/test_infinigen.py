@@ -38,7 +38,7 @@ def overlap(a: Any, b: Any) -> float:
 
 def test_the_first_layer_with_all_columns_chooses_what_the_oracle_chooses() -> None:
     # Layer 0 has its true query, and eight columns of eight in eight bits lose only their rounding.
-    ours = reads(InfiniGen(fraction=0.3, columns=8, index_bits=8, burst=1, sinks=0, window=0))
+    ours = reads(InfiniGen(fraction=0.3, columns=8, index_bits=8, sampled=False, sinks=0, window=0))
     best = reads(Oracle(fraction=0.3, sinks=0, window=0))
     shares = [overlap(a[0], b[0]) for a, b in zip(ours, best, strict=True)]
     assert min(shares) > 0.9

@@ -3,13 +3,14 @@
 The best records leave out the same ones at every step, so that an error of one sign is made. Here record s, of
 estimated weight w_s, gets a number u_s in (0, 1); the `cap` largest w_s / u_s are read. With tau the largest that is
 not, a record was certain to be read where w_s >= tau, and else had the probability w_s / tau, whatever its true weight
-is: its logit is raised by log(tau / w_s), and the sum over what is read equals, in the mean, the sum over all.
+is: its logit is raised by log(tau / w_s), and the sum over what is read equals, in the mean, the sum over all (but for
+half a record of those that are drawn: u is even, and tau the upper end of a gap).
 
 In: log weights, seeds. Out: positions, and what to add to their logits (`odds`). Deterministic: u follows from the
 layer, the KV head, the number of tokens and the record's place.
 
 Source: priority sampling (Duffield, Lund and Thorup, 2007, J. ACM 54(6)); with u of a golden-ratio sequence, which
-is even over any stretch of the text.
+is even over any stretch of the text (deviation: u is not independent, which spreads less).
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from farkv.math.select import Choice
 GOLDEN, MASK = 2654435769, 0xFFFFFFFF
 # Layers' seeds are this far apart, in heads.
 MOST_HEADS = 4096
-# A head is sampled where that has at most so many times the squared error that reading the best has: the errors of
-# heads and layers average out where they are sampled, and add up where they are not.
-WORTH = 1.0
+# A head is sampled where that has less squared error than reading the best has, or where so many are read less than
+# twice as much: errors of heads and layers average out where they are sampled, and add up where they are not.
+MANY_HEADS = 32
 
 
 def make_seeds(layer: int, tokens: list[int], sampled: Float32[Tensor, "b Hkv"]) -> Int[Tensor, "B Hkv"]:
@@ -93,7 +94,7 @@ class Seen(NamedTuple):
     visible: Bool[Tensor, "b h 1 M N"]
 
 
-def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B Hkv"]:
+def find_gains(seen: Seen, fraction: float, thinned: float, n_heads: int = 1) -> Bool[Tensor, "B Hkv"]:
     """Say which KV heads should be sampled, by the error that both ways leave in the attention of a prompt's queries.
 
     Both read `fraction` of a sample of the prompt's records. What is drawn errs the less the more is drawn: its squared
@@ -101,6 +102,7 @@ def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B H
 
     Args:
         thinned: the prompt's records over those of the sample.
+        n_heads: KV heads of all layers.
 
     Cost: 2 G M N (D + 3 Dv) operations per KV head, two top-k over N for each of M queries.
     """
@@ -119,7 +121,7 @@ def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B H
         read = (true + chosen).softmax(-1) @ values.float()[:, :, None]
         errors.append((read - whole).square().sum((2, 3, 4)))
     best, drawn = errors
-    return drawn / thinned < WORTH * best
+    return drawn / thinned < (1 + min(1.0, n_heads / MANY_HEADS)) * best
 
 
 def _weigh_drawn(logs: Tensor, seeds: Tensor, own: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from farkv.store.near.index import Projection
 
 
 class Trial(NamedTuple):
-    """What is tried: reading this fraction of the records, by an index of this kind."""
+    """What is tried: reading this fraction of the records of so many layers, by an index of this kind."""
 
     fraction: float
     coder: Coder
+    n_layers: int
 
 
 # Records and queries that both ways of reading are tried on, at most; queries are of the prompt's second half.
@@ -67,7 +68,8 @@ def try_heads(
         # Both samples are even: a query stands among the keys as it does among the queries.
         sees = torch.arange(n_keys) / n_keys <= at[:, None] / n_asked
         seen = Seen(asked, own_keys, values[b : b + 1, :, own], told, sees[None, None, None])
-        found.append(find_gains(seen, trial.fraction, lengths[b] / n_keys).float())
+        n_heads = trial.n_layers * records.shape.kv_heads
+        found.append(find_gains(seen, trial.fraction, lengths[b] / n_keys, n_heads).float())
     return torch.cat(found)[..., None, None]
 
 
