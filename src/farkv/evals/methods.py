@@ -56,8 +56,11 @@ VARIANTS: dict[str, dict[str, Known]] = {
     "infinigen": {
         # By the true query on any device: what the index finds. On a GPU the method chooses one layer ahead (-far).
         "infinigen": Known(lambda f: InfiniGen(fraction=f, source="query")),
-        # Reads that vary from head to head and step to step; the index in half the bytes; and in even steps, as it was
-        # until decision 20.
+        # The best of every head, nothing drawn; reads that vary from head to head and step to step; the index in half
+        # the bytes, which in float32 is as many bits as in half precision; and in even steps, as it was until decision
+        # 20.
+        "infinigen-top": Known(lambda f: InfiniGen(fraction=f, source="query", sampled=False)),
+        "infinigen-top-half": Known(lambda f: InfiniGen(fraction=f, source="query", sampled=False, index_share=1 / 64)),
         "infinigen-vary": Known(lambda f: InfiniGen(fraction=f, source="query", burst=4)),
         "infinigen-half": Known(lambda f: InfiniGen(fraction=f, source="query", index_share=1 / 64)),
         "infinigen-steps": Known(lambda f: InfiniGen(fraction=f, source="query", index_bits=4)),
