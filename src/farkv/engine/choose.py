@@ -76,8 +76,9 @@ class Chooser:
         self, records: LayerRecords, query: Query, n_old: int, budget: Budget, scored: Scored | None, sampled: Tensor
     ) -> Choice:
         """Draw records by weight, of the heads that are sampled."""
-        own = records.count_real(n_old + budget.newest)
-        seeds = make_seeds(records.layer, [n + records.evicted for n in own], sampled)
+        gone = records.evicted
+        tokens = [n + gone for n in records.count_real(n_old + budget.newest)]
+        seeds = make_seeds(records.layer, tokens, sampled)
         if scored is not None:
             return choose_drawn(scored, budget, seeds)
         visible = self._find_open(records, n_old, budget)

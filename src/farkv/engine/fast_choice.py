@@ -84,7 +84,7 @@ def choose_drawn(scored: Scored, budget: Budget, seeds: Tensor) -> Choice:
 
 def draw_alike(scored: Scored, cap: int, n_sinks: int, seeds: Tensor) -> Choice:
     """Choose `cap` records of every sequence and KV head, drawn where it has a seed."""
-    if cap in (0, scored.n) or not bool((seeds >= 0).any()):
+    if cap in (0, scored.n):
         return choose_alike(scored, cap, n_sinks, None)
     query, view = scored.query, scored.view
     assert isinstance(scored.kernels, Native)

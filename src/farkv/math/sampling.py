@@ -42,7 +42,7 @@ def make_seeds(layer: int, tokens: list[int], sampled: Float32[Tensor, "b Hkv"])
     # Finalised so that neighbours have nothing in common.
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & MASK
     x = ((x ^ (x >> 12)) * 0x297A2D39) & MASK
-    return torch.where(sampled.cpu() > 0, x ^ (x >> 15), -1)
+    return torch.where(sampled > 0, x ^ (x >> 15), -1)
 
 
 def draw(seeds: Int[Tensor, "B Hkv"], places: Int[Tensor, "b h S"]) -> Float32[Tensor, "B Hkv S"]:

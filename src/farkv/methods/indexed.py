@@ -74,6 +74,8 @@ class IndexSelector(Selector):
         trial = Trial(self.cap.fraction, self.coder, len(place.layers)) if draws else None
         self.fits = {layer: LayerFit(place, self.coder, layer, trial) for layer in place.layers}
         self.followers = dict(self.fits)
+        # The flags of sampled heads that were looked at last, and whether any is set.
+        self._flags: dict[int, tuple[Tensor, bool]] = {}
 
     @classmethod
     def find_window(cls, config: Any) -> int:
@@ -134,9 +136,15 @@ class IndexSelector(Selector):
         return IndexView(fit.index.rows.get(), projection.query, projection.tables)
 
     def find_sampled(self, layer: int) -> Float32[Tensor, "b Hkv"] | None:
-        """Return which heads are sampled, as it was found at the fit."""
+        """Return which heads are sampled, as it was found at the fit; None where none are."""
         fit = self.fits[layer]
-        return None if fit.trial is None else fit.get_projection().sampled[..., 0, 0]
+        if fit.trial is None:
+            return None
+        flags = fit.get_projection().sampled
+        if layer not in self._flags or self._flags[layer][0] is not flags:
+            # Once per projection.
+            self._flags[layer] = flags, bool(flags.any())
+        return flags[..., 0, 0] if self._flags[layer][1] else None
 
     # --- bytes ----------------------------------------------------------------------------------------------
 
