@@ -39,12 +39,14 @@ SINGLES = ("niah_single_1", "niah_single_2", "niah_single_3")
 KEYS = ("niah_multikey_1", "niah_multikey_2", "niah_multikey_3")
 OTHERS = ("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
 MAIN = (
-    "infinigen", "infinigen-steps", "lowbit", "pages", "oracle", "infinigen-paper", "xkv", "snapkv",
+    "infinigen", "infinigen-top", "infinigen-steps", "lowbit", "pages", "oracle", "infinigen-paper", "xkv", "snapkv",
     "pyramidkv", "h2o", "window",
 )  # fmt: skip
 AHEAD = ("infinigen-far", "infinigen-far-attn", "infinigen-ahead", "infinigen-ahead-attn")
-SELECTORS = ("infinigen", *AHEAD, "infinigen-steps", *(f"{name}-steps" for name in AHEAD))
-INDEXES = ("infinigen-steps", "infinigen", "infinigen-half", "infinigen-vary", "lowbit", "oracle")
+SELECTORS = ("infinigen", "infinigen-top", *AHEAD, "infinigen-steps", *(f"{name}-steps" for name in AHEAD))
+INDEXES = ("infinigen-steps", "infinigen-top", "infinigen", "infinigen-half", "infinigen-vary", "lowbit", "oracle")
+# In float32 half of our index is 64 bits a key of 64 numbers, as all of it is in half precision.
+DRAWS = ("infinigen-top-half", "infinigen-half", "lowbit", "oracle")
 EVICTORS = ("xkv", "xkv-uniform", "xkv-pyramid", "xkv-plan", "snapkv", "h2o")
 AWARE = tuple(f"{name}-aware" for name in EVICTORS)
 
@@ -73,6 +75,7 @@ PARTS: dict[str, Part] = {
         {2048: 8}, profiled=True,
     ),
     "index": Part(("ppl", "niah_single_1"), INDEXES, (0.01, 0.02, 0.05, 0.1), {2048: 8}),
+    "draws": Part(("ppl", *SINGLES[:2], KEYS[1], "qa_1"), DRAWS, (0.01, 0.02, 0.05, 0.1), {2048: 8}, 4),
     "long": Part(("longgen", "extraction"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.05,), {4096: 2}, 2),
     "longest": Part(("ppl", "niah_single_2"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.02, 0.05), {32768: 2}, 1),
 }  # fmt: skip

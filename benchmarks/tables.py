@@ -16,6 +16,7 @@ import allocate
 import chunking
 import demo_eval
 import disk
+import draw_tables
 import drift
 import eviction
 import evidence_tables
@@ -42,7 +43,7 @@ ROOT = Path(__file__).parent.parent
 # By page and by the name in the page's markers.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "headline": evidence_tables.format_headline,
+        "headline": draw_tables.format_headline,
         "eval": evidence_tables.format_short,
         "speed": partial(speed.format_decode, (32768, 131072), short=True),
     },
@@ -51,6 +52,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "tasks": evidence_tables.format_tasks,
         "orders": evidence_tables.format_orders,
         "index": evidence_tables.format_index,
+        "draws": draw_tables.format_draws,
         "ahead": evidence_tables.format_ahead,
         "profile": evidence_tables.format_profile,
         "kept": evidence_tables.format_kept,

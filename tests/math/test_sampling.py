@@ -113,7 +113,14 @@ def make_seen(values: torch.Tensor, spread: float = 0.3) -> Seen:
     keys = torch.randn(1, 1, n, 8, generator=random)
     queries = spread * torch.randn(1, 1, 2, 16, 8, generator=random)
     told = queries @ keys[:, :, None].mT
-    return Seen(queries, keys, values, told, torch.ones(1, 1, 1, 16, n, dtype=torch.bool))
+    return Seen(
+        queries,
+        keys,
+        values,
+        told,
+        torch.ones(1, 1, 1, 16, n, dtype=torch.bool),
+        torch.zeros(1, 1, 1, 16, n, dtype=torch.bool),
+    )
 
 
 def test_a_head_is_drawn_where_the_best_differ_from_the_others() -> None:

@@ -15,6 +15,7 @@ is even over any stretch of the text (deviation: u is not independent, which spr
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,8 @@ def sample_top(
 class Seen(NamedTuple):
     """A sample of a prompt: queries, times the softmax scaling, and records.
 
-    told: the same logits as the index tells them.  visible: which records each query may see.
+    told: the same logits as the index tells them.  visible: which records each query may see.  forced: which of them
+    are read in any case.
     """
 
     queries: Float[Tensor, "B Hkv G M D"]
@@ -92,6 +94,7 @@ class Seen(NamedTuple):
     values: Float[Tensor, "B Hkv N Dv"]
     told: Float32[Tensor, "B Hkv G M N"]
     visible: Bool[Tensor, "b h 1 M N"]
+    forced: Bool[Tensor, "b h 1 M N"]
 
 
 def find_gains(seen: Seen, fraction: float, thinned: float, n_heads: int = 1) -> Bool[Tensor, "B Hkv"]:
@@ -106,10 +109,11 @@ def find_gains(seen: Seen, fraction: float, thinned: float, n_heads: int = 1) ->
 
     Cost: 2 G M N (D + 3 Dv) operations per KV head, two top-k over N for each of M queries.
     """
-    queries, keys, values, told, visible = seen
+    queries, keys, values, told, visible, forced = seen
     true = (queries.float() @ keys.float()[:, :, None].mT).masked_fill(~visible, -torch.inf)
     whole = true.softmax(-1) @ values.float()[:, :, None]
-    logs = told.masked_fill(~visible, -torch.inf).log_softmax(-1).logsumexp(2) - torch.log(torch.tensor(told.shape[2]))
+    logs = told.masked_fill(~visible, -torch.inf).log_softmax(-1).logsumexp(2) - math.log(told.shape[2])
+    logs = logs.masked_fill(forced[:, :, 0], torch.inf)
     caps = (visible[:, :, 0].sum(-1, keepdim=True) * fraction).long().clamp_min(1)
     batch, heads, n_queries, n = logs.shape
     each = torch.arange(n_queries, device=logs.device)
@@ -130,4 +134,5 @@ def _weigh_drawn(logs: Tensor, seeds: Tensor, own: Tensor) -> Tensor:
     values = ranks.topk(min(int(own.max()) + 1, logs.shape[-1]), -1).values
     next_one = values.gather(-1, own.clamp_max(values.shape[-1] - 1))
     odds = (next_one - logs).clamp_min(0).masked_fill((seeds < 0)[..., None], 0.0)
-    return torch.where(ranks > next_one, odds, -torch.inf)
+    # Not a number, where nothing can be told, stays so: such a head is not drawn.
+    return torch.where(ranks <= next_one, -torch.inf, odds)

@@ -10,24 +10,26 @@ from typing import NamedTuple
 
 import torch
 
-from farkv._axes import Float, Float32, Tensor
+from farkv._axes import Bool, Float, Float32, Tensor
 from farkv.math.sample import thin_columns
 from farkv.math.sampling import Seen, find_gains
-from farkv.methods.base import Records
+from farkv.methods.base import Cap, Records
 from farkv.methods.coder import Coder
 from farkv.store.near.index import Projection
 
 
 class Trial(NamedTuple):
-    """What is tried: reading this fraction of the records of so many layers, by an index of this kind."""
+    """What is tried: reading so much of the records of so many layers, by an index of this kind."""
 
-    fraction: float
+    cap: Cap
     coder: Coder
     n_layers: int
 
 
 # Records and queries that both ways of reading are tried on, at most; queries are of the prompt's second half.
-TRIED_KEYS, TRIED_QUERIES = 1024, 16
+TRIED_KEYS, TRIED_QUERIES = 4096, 16
+# Of what a step reads, what sinks and window take at most.
+FORCED = 4
 
 
 def try_heads(
@@ -45,7 +47,7 @@ def try_heads(
         projection: theirs.
         n_rows: the prompt's rows.
 
-    Cost: 1,024 records read once; see `math.sampling.find_gains`.
+    Cost: 4,096 records read once; see `math.sampling.find_gains`.
     """
     visible = records.visible(n_rows)
     real = None if visible is None else visible.all(1).expand(records.shape.batch, -1)
@@ -56,7 +58,7 @@ def try_heads(
         own = columns[0] if valid is None else columns[b][valid[b]]
         asked = queries[i : i + 1][:, :, : count_queries(queries[i])]
         n_keys, n_asked = len(own), asked.shape[2]
-        if n_keys * trial.fraction < 2 or n_asked < TRIED_QUERIES:
+        if n_keys * trial.cap.fraction < 2 or n_asked < TRIED_QUERIES:
             found.append(torch.zeros(1, records.shape.kv_heads))
             continue
         at = torch.linspace(n_asked // 2, n_asked - 1, TRIED_QUERIES).long()
@@ -67,10 +69,21 @@ def try_heads(
         told = asked.float() @ mine.query[:, :, None] @ trial.coder.decode(codes, mine)[:, :, None].mT
         # Both samples are even: a query stands among the keys as it does among the queries.
         sees = torch.arange(n_keys) / n_keys <= at[:, None] / n_asked
-        seen = Seen(asked, own_keys, values[b : b + 1, :, own], told, sees[None, None, None])
+        forced = find_forced(sees, trial)
+        seen = Seen(asked, own_keys, values[b : b + 1, :, own], told, sees[None, None, None], forced[None, None, None])
         n_heads = trial.n_layers * records.shape.kv_heads
-        found.append(find_gains(seen, trial.fraction, lengths[b] / n_keys, n_heads).float())
+        found.append(find_gains(seen, trial.cap.fraction, lengths[b] / n_keys, n_heads).float())
     return torch.cat(found)[..., None, None]
+
+
+def find_forced(sees: Bool[Tensor, "M N"], trial: Trial) -> Bool[Tensor, "M N"]:
+    """Return which of the records that a query sees are sinks or in its window, as the engine would have them."""
+    n_seen = sees.sum(-1, keepdim=True)
+    forced = (n_seen * trial.cap.fraction).long() // FORCED
+    sinks = (forced // 2).clamp_max(trial.cap.sinks)
+    window = (forced - sinks).clamp_max(trial.cap.window)
+    at = torch.arange(sees.shape[1])
+    return sees & ((at < sinks) | (at >= n_seen - window))
 
 
 def count_queries(queries: Float[Tensor, "Hq M D"]) -> int:
