@@ -36,11 +36,12 @@ def format_headline(name: str = "smollm2") -> str:
     """Return README's first sentences: ours at the headline's fraction, the oracle, and low-bit keys, won or lost."""
     rows = read_model(name + DRAWN)
     tasks = [t for t in dict.fromkeys(row.task for row in rows) if any(row.method == AS_HALF for row in rows)]
+    count = "one task" if len(tasks) == 1 else f"{len(tasks)} tasks"
     lines = measure_near(rows, fractions=[HEADLINE], methods=("full", *DRAWS))
     found = {line.setting.method: line for line in lines}
     ours, oracle, rival = found[AS_HALF], found["oracle"], found["lowbit"]
     return "\n".join((
-        f"Measured on {MODELS[name]}, 2 K tokens, {ours.n} samples of {len(tasks)} tasks: reading "
+        f"Measured on {MODELS[name]}, 2 K tokens, {ours.n} samples of {count} (float32): reading "
         f"{percent(HEADLINE, 0)} of the KV bytes per",
         f"step and an index of 64 bits a key, `infinigen` predicts the full cache's token {percent(ours.top1)} of the "
         "time",
