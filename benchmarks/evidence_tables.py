@@ -262,7 +262,8 @@ def format_short(name: str = "smollm2") -> str:
     counts = {f: next(iter(found[f].values())).n for f in fractions if found[f]}
     note = (
         f"KL in nats to the full cache (top-1), {MODELS[name]}, 2 K tokens; n: samples. **Bold**: nearest, but for the "
-        "oracle, which reads every key. `infinigen-top` draws nothing: it is what is read far, and on a GPU. One task alone is continuations: nothing is asked, so they do not show what "
+        "oracle, which reads every key. `infinigen-top` draws nothing: it is what is read far, and on a "
+        "GPU. One task alone is continuations: nothing is asked, so they do not show what "
         "eviction loses."
     )
     heads = [f"{percent(f, 0)} (n = {n}, {count_tasks(name, f)})" for f, n in counts.items()]
