@@ -16,6 +16,7 @@ is even over any stretch of the text (deviation: u is not independent, which spr
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,6 @@ from farkv._axes import Bool, Float, Float32, Int, Tensor
 from farkv.math.select import Choice
 
 GOLDEN, MASK = 2654435769, 0xFFFFFFFF
-# Layers' seeds are this far apart, in heads.
-MOST_HEADS = 4096
 # A head is sampled where that has less squared error than reading the best has, or where so many are read less than
 # twice as much: errors of heads and layers average out where they are sampled, and add up where they are not.
 MANY_HEADS = 32
@@ -38,12 +37,22 @@ def make_seeds(layer: int, tokens: list[int], sampled: Float32[Tensor, "b Hkv"])
         tokens: of every sequence.
         sampled: not 0 where the head is sampled.
     """
-    heads = torch.arange(sampled.shape[1]) + layer * MOST_HEADS
-    x = (torch.tensor(tokens)[:, None] * 0x85EBCA77 + heads * 0xC2B2AE3D) & MASK
-    # Finalised so that neighbours have nothing in common.
+    begun = torch.tensor([mix(layer, n) for n in tokens])[:, None]
+    return torch.where(sampled > 0, (begun + spread_heads(sampled.shape[1])) & MASK, -1)
+
+
+def mix(layer: int, n_tokens: int) -> int:
+    """Return 32 bits of which neighbours have nothing in common."""
+    x = (n_tokens * 0x85EBCA77 + layer * 0xC2B2AE3D) & MASK
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & MASK
     x = ((x ^ (x >> 12)) * 0x297A2D39) & MASK
-    return torch.where(sampled > 0, x ^ (x >> 15), -1)
+    return x ^ (x >> 15)
+
+
+@cache
+def spread_heads(n_heads: int) -> Int[Tensor, " Hkv"]:
+    """Return what heads' seeds differ by: any few of them are spread evenly, and not by what places differ by."""
+    return torch.arange(n_heads) * 0xC2B2AE35
 
 
 def draw(seeds: Int[Tensor, "B Hkv"], places: Int[Tensor, "b h S"]) -> Float32[Tensor, "B Hkv S"]:
