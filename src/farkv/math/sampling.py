@@ -25,9 +25,6 @@ from farkv._axes import Bool, Float, Float32, Int, Tensor
 from farkv.math.select import Choice
 
 GOLDEN, MASK = 2654435769, 0xFFFFFFFF
-# A head is sampled where that has less squared error than reading the best has, or where so many are read less than
-# twice as much: errors of heads and layers average out where they are sampled, and add up where they are not.
-MANY_HEADS = 32
 
 
 def make_seeds(layer: int, tokens: list[int], sampled: Float32[Tensor, "b Hkv"]) -> Int[Tensor, "B Hkv"]:
@@ -106,7 +103,7 @@ class Seen(NamedTuple):
     forced: Bool[Tensor, "b h 1 M N"]
 
 
-def find_gains(seen: Seen, fraction: float, thinned: float, n_heads: int = 1) -> Bool[Tensor, "B Hkv"]:
+def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B Hkv"]:
     """Say which KV heads should be sampled, by the error that both ways leave in the attention of a prompt's queries.
 
     Both read `fraction` of a sample of the prompt's records. What is drawn errs the less the more is drawn: its squared
@@ -114,7 +111,6 @@ def find_gains(seen: Seen, fraction: float, thinned: float, n_heads: int = 1) ->
 
     Args:
         thinned: the prompt's records over those of the sample.
-        n_heads: KV heads of all layers.
 
     Cost: 2 G M N (D + 3 Dv) operations per KV head, two top-k over N for each of M queries.
     """
@@ -134,7 +130,7 @@ def find_gains(seen: Seen, fraction: float, thinned: float, n_heads: int = 1) ->
         read = (true + chosen).softmax(-1) @ values.float()[:, :, None]
         errors.append((read - whole).square().sum((2, 3, 4)))
     best, drawn = errors
-    return drawn / thinned < (1 + min(1.0, n_heads / MANY_HEADS)) * best
+    return drawn / thinned < best
 
 
 def _weigh_drawn(logs: Tensor, seeds: Tensor, own: Tensor) -> Tensor:

@@ -19,11 +19,10 @@ from farkv.store.near.index import Projection
 
 
 class Trial(NamedTuple):
-    """What is tried: reading so much of the records of so many layers, by an index of this kind."""
+    """What is tried: reading so much of the records, by an index of this kind."""
 
     cap: Cap
     coder: Coder
-    n_layers: int
 
 
 # Records and queries that both ways of reading are tried on, at most; queries are of the prompt's second half.
@@ -71,8 +70,7 @@ def try_heads(
         sees = torch.arange(n_keys) / n_keys <= at[:, None] / n_asked
         forced = find_forced(sees, trial)
         seen = Seen(asked, own_keys, values[b : b + 1, :, own], told, sees[None, None, None], forced[None, None, None])
-        n_heads = trial.n_layers * records.shape.kv_heads
-        found.append(find_gains(seen, trial.cap.fraction, lengths[b] / n_keys, n_heads).float())
+        found.append(find_gains(seen, trial.cap.fraction, lengths[b] / n_keys).float())
     return torch.cat(found)[..., None, None]
 
 
