@@ -7,6 +7,7 @@ from torch import Tensor
 
 from farkv.bench.shapes import ModelShape
 from farkv.kernels.native import IndexView, Native, Rows
+from farkv.kernels.operands import Drawn
 from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 
@@ -36,8 +37,11 @@ class PlainNative(Native):
         n: int,
         sinks: int = 0,
         taken: Tensor | None = None,
+        drawn: Drawn | None = None,
     ) -> Tensor:
         heads = index.codes.shape[:2]
+        if drawn is not None:
+            drawn.odds.zero_()
         return torch.rand(*heads, n).topk(cap, -1).indices.sort(-1).values
 
     def attend(
@@ -50,7 +54,9 @@ class PlainNative(Native):
         n: int,
         tail: int = 0,
         sinks: Tensor | None = None,
+        odds: Tensor | None = None,
     ) -> Tensor:
+        assert odds is None or not odds.any()
         data = rows.data[:, :, :n]
         if rows.form != "plain":
             data = Codec(rows.form, rows.k_dim, rows.v_dim, q.dtype).decode(data)

@@ -34,16 +34,11 @@ def make_seeds(layer: int, tokens: list[int], sampled: Float32[Tensor, "b Hkv"])
         tokens: of every sequence.
         sampled: not 0 where the head is sampled.
     """
-    begun = torch.tensor([mix(layer, n) for n in tokens])[:, None]
-    return torch.where(sampled > 0, (begun + spread_heads(sampled.shape[1])) & MASK, -1)
-
-
-def mix(layer: int, n_tokens: int) -> int:
-    """Return 32 bits of which neighbours have nothing in common."""
-    x = (n_tokens * 0x85EBCA77 + layer * 0xC2B2AE3D) & MASK
+    x = (torch.tensor(tokens)[:, None] * 0x85EBCA77 + layer * 0xC2B2AE3D) & MASK
+    # Finalised so that neighbours have nothing in common.
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & MASK
     x = ((x ^ (x >> 12)) * 0x297A2D39) & MASK
-    return x ^ (x >> 15)
+    return torch.where(sampled > 0, ((x ^ (x >> 15)) + spread_heads(sampled.shape[1])) & MASK, -1)
 
 
 @cache
