@@ -273,7 +273,7 @@ def count_steps(method: Method, near: str | None, kv_heads: int, batch: int) -> 
 @pytest.mark.parametrize("near", [None, "1MiB"])
 @pytest.mark.parametrize("method", ALL, ids=repr)
 def test_a_step_does_as_much_for_many_heads_and_sequences_as_for_few(
-    method: Method, near: str | None, monkeypatch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+    method: Method, near: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is near already is looked for one way, what is missing another: which it is depends on the data.
     monkeypatch.setattr(bytes_recent, "LEAST_SLOTS", math.inf)
