@@ -124,7 +124,8 @@ def test_heads_are_tried_once_per_prompt_and_not_where_none_may_draw(monkeypatch
     calls = []
     monkeypatch.setattr(gains, "find_gains", lambda seen, *_: calls.append(1) or torch.zeros(seen.keys.shape[:2]))
     read(make_ids())
-    assert len(calls) == 4
+    # Two heads of four layers.
+    assert len(calls) == 8
     calls.clear()
     model = make_model("llama")
     for method in (InfiniGen(fraction=0.15, sampled=False), InfiniGen(fraction=1.0), InfiniGen(fraction=0.15, burst=2)):

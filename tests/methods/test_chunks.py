@@ -100,8 +100,11 @@ def check(name: str, sizes: list[int], near: str | None) -> None:
         assert got.shape == expected.shape, key
         size = float(expected.abs().max()) if expected.numel() else 0.0
         # Of so few keys a table may code many exactly; what is then left of them is rounding, and so are later tables.
-        # A head that gains as much as it loses by being drawn is drawn or not, by rounding.
-        least = 0.8 if key.endswith("tables") else -1.0 if key.endswith("sampled") else 0.99
+        least = 0.8 if key.endswith("tables") else 0.99
+        if key.endswith("sampled"):
+            # A head that gains as much as it loses by being drawn is drawn or not, by rounding: one of four here.
+            assert (got != expected).float().mean() <= 0.25, key
+            continue
         assert not size or torch.isclose(got, expected, rtol=1e-2, atol=1e-3 * size).float().mean() > least, key
     same = [compare(a[layer], b[layer]) for a, b in zip(whole.reads, other.reads, strict=True) for layer in a]
     assert len(other.reads) == STEPS

@@ -131,6 +131,7 @@ def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B H
 def _weigh_drawn(logs: Tensor, seeds: Tensor, own: Tensor) -> Tensor:
     """Return what to add to every record's logit: its odds where it is read, else -inf."""
     ranks = logs - draw(seeds, torch.arange(logs.shape[-1], device=logs.device)[None, None]).log()
+    # A deliberate sync, twice per head of a fit.
     values = ranks.topk(min(int(own.max()) + 1, logs.shape[-1]), -1).values
     next_one = values.gather(-1, own.clamp_max(values.shape[-1] - 1))
     odds = (next_one - logs).clamp_min(0).masked_fill((seeds < 0)[..., None], 0.0)

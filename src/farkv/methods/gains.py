@@ -70,7 +70,10 @@ def try_heads(
         sees = torch.arange(n_keys) / n_keys <= at[:, None] / n_asked
         forced = find_forced(sees, trial)
         seen = Seen(asked, own_keys, values[b : b + 1, :, own], told, sees[None, None, None], forced[None, None, None])
-        found.append(find_gains(seen, trial.cap.fraction, lengths[b] / n_keys).float())
+        # A head at a time: all of them at once would take as much memory as their keys and values, several times.
+        heads = (Seen._make(t if t.shape[1] == 1 else t[:, h : h + 1] for t in seen) for h in range(seen.keys.shape[1]))
+        gains = [find_gains(head, trial.cap.fraction, lengths[b] / n_keys) for head in heads]
+        found.append(torch.cat(gains, 1).float())
     return torch.cat(found)[..., None, None]
 
 
@@ -85,5 +88,5 @@ def find_forced(sees: Bool[Tensor, "M N"], trial: Trial) -> Bool[Tensor, "M N"]:
 
 
 def count_queries(queries: Float[Tensor, "Hq M D"]) -> int:
-    """Return how many queries there are before the zeros."""
+    """Return how many queries there are before the zeros. A deliberate sync, once per fit and sequence."""
     return int((queries.abs().amax((0, 2)) > 0).sum())

@@ -142,7 +142,7 @@ class IndexSelector(Selector):
             return None
         flags = fit.get_projection().sampled
         if layer not in self._flags or self._flags[layer][0] is not flags:
-            # Once per projection.
+            # A deliberate sync, once per projection.
             self._flags[layer] = flags, bool(flags.any())
         return flags[..., 0, 0] if self._flags[layer][1] else None
 
