@@ -34,19 +34,15 @@ def format_draws(fractions: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1)) -> str:
 
 def format_headline(name: str = "smollm2") -> str:
     """Return README's first sentences: task by task ours at the headline's fraction, the oracle and low-bit keys."""
-    rows = read_model(name + DRAWN)
-    shown: list[str] = []
+    rows, shown, n = read_model(name + DRAWN), list[str](), 0
     for task in dict.fromkeys(row.task for row in rows):
         lines = measure_near(rows, tasks=[task], fractions=[HEADLINE], methods=("full", *DRAWS))
         found = {line.setting.method: line for line in lines}
-        kl = {method: number(line.kl.mean) for method, line in found.items()}
-        shown.append(
-            f"`{task}` (n = {found[AS_HALF].n}): `infinigen` {kl[AS_HALF]}, the exact top-k oracle, which reads every "
-            f"key, {kl['oracle']},\n`lowbit`, with an index of 128 bits, {kl['lowbit']}"
-        )
-    start = (
-        f"Measured on {MODELS[name]}, 2 K tokens, float32, reading {percent(HEADLINE, 0)} of the KV bytes per step and "
-        "an\n"
-        "index of 64 bits a key; KL to the full cache in nats, few samples. "
-    )
-    return start + ";\n".join(shown) + "."
+        kl = [number(found[method].kl.mean) for method in (AS_HALF, "oracle", "lowbit")]
+        n = max(n, found[AS_HALF].n)
+        shown.append(f"`{task}` {' / '.join(kl)}")
+    return "\n".join((
+        f"Measured on {MODELS[name]}, 2 K tokens, float32, {n} samples a task: {percent(HEADLINE, 0)} of the KV bytes",
+        "read per step and an index of 64 bits a key. KL to the full cache in nats, `infinigen` / the exact top-k oracle,",
+        f"which reads every key / `lowbit`, with an index of 128 bits: {'; '.join(shown)}.",
+    ))  # fmt: skip
