@@ -43,6 +43,6 @@ def format_headline(name: str = "smollm2") -> str:
         shown.append(f"`{task}` {' / '.join(kl)}")
     return "\n".join((
         f"Measured on {MODELS[name]}, 2 K tokens, float32, {n} samples a task: {percent(HEADLINE, 0)} of the KV bytes",
-        "read per step and an index of 64 bits a key. KL to the full cache in nats, `infinigen` / the exact top-k oracle,",
-        f"which reads every key / `lowbit`, with an index of 128 bits: {'; '.join(shown)}.",
+        "read per step and an index of 64 bits a key. KL to the full cache in nats, `infinigen` / the exact top-k",
+        f"oracle, which reads every key / `lowbit`, with an index of 128 bits: {'; '.join(shown)}.",
     ))  # fmt: skip
