@@ -1,4 +1,4 @@
-"""Our indexes: the best columns for this prompt's scores, coded in nibbles by learned tables, or in even steps.
+"""Our indexes: a prompt's keys, coded in nibbles by learned tables; or the best columns for its scores, in even steps.
 
 Both skew by the prompt itself: a skew that was measured on other texts loses to it on real models, at every fraction
 (docs/decisions/0020-nibble-tables.md).
@@ -20,8 +20,9 @@ from farkv.math.tables import step_tables, weigh_keys
 from farkv.methods.coder import IndexSize, Nibbles
 from farkv.store.near.index import Projection, sample_none
 
-# Columns of a group, and nibbles that code it, one after the other: two columns to a nibble.
-WIDTH, STAGES = 8, 4
+# Nibbles that code a group of columns, one after the other; columns of a group, at least and at most.
+STAGES = 4
+NARROWEST, WIDEST = 8, 32
 # Keys that tables are learned from, and queries of every head that say how much each key counts, at most.
 LEARNED_KEYS, ASKED_QUERIES = 1024, 64
 # Of the widest column's spread, what the narrowest is taken for at least: queries are divided by it.
@@ -40,7 +41,9 @@ def fit_skew(
 
 
 class TableCoder:
-    """Learned tables: groups of eight columns, each coded by four nibbles, one after the other.
+    """Learned tables: all columns in groups, each coded by four nibbles, one after the other.
+
+    The fewer nibbles there are, the wider are the groups: a rare key may lie in the columns that most keys do without.
 
     Args:
         share: index bytes over the KV bytes.
@@ -57,8 +60,8 @@ class TableCoder:
     def measure(self, k_dim: int, record_bytes: int) -> IndexSize:
         """Return as many groups as fill the share of the KV bytes, and as there are columns for."""
         wanted = int(self.share * record_bytes * 2) // STAGES
-        width = min(WIDTH, k_dim)
-        groups = max(1, min(wanted, k_dim // width))
+        groups = max(1, min(wanted, k_dim // NARROWEST))
+        width = min(WIDEST, k_dim // groups)
         return IndexSize(groups * width, groups * STAGES, width)
 
     def fit(

@@ -29,18 +29,46 @@ static void lay_in_lanes(const float *table, int64_t width, float *entry, float 
     }
 }
 
-/* The entry nearest to x, the first of equal ones; 0 for NaN. */
-INLINE int find_nearest(struct laned t, const float *x, int64_t width) {
-    vf near[N_LANED], top;
-    UNROLL for (int i = 0; i < N_LANED; i++) near[i] = -load(t.half + i * VL);
+/* Keys that are compared together: one alone would wait for its own sums. */
+#define TOGETHER 4
+
+/* Keys: the first of n <= TOGETHER, and how far apart they lie. */
+struct keys {
+    const float *x;
+    int64_t stride, n;
+};
+
+/* to[r] = the entry nearest to key r, the first of equal ones; 0 for NaN. */
+INLINE void find_nearest(struct laned t, struct keys k, int64_t width, int *to) {
+    vf near[TOGETHER][N_LANED];
+    const float *x[TOGETHER];
+    UNROLL for (int r = 0; r < TOGETHER; r++) {
+        x[r] = k.x + (r < k.n ? r : 0) * k.stride;
+        UNROLL for (int i = 0; i < N_LANED; i++) near[r][i] = -load(t.half + i * VL);
+    }
     for (int64_t d = 0; d < width; d++)
-        UNROLL for (int i = 0; i < N_LANED; i++) near[i] += x[d] * load(t.entry + d * ENTRIES + i * VL);
-    top = near[0];
-    UNROLL for (int i = 1; i < N_LANED; i++) top = max_of(near[i], top);
-    float most = largest_lane(top);
-    unsigned best = 0;
-    UNROLL for (int i = 0; i < N_LANED; i++) best |= lane_bits((vi)(near[i] == fill(most))) << (i * VL);
-    return best ? __builtin_ctz(best) : 0;
+        UNROLL for (int i = 0; i < N_LANED; i++) {
+            vf entry = load(t.entry + d * ENTRIES + i * VL);
+            UNROLL for (int r = 0; r < TOGETHER; r++) near[r][i] += x[r][d] * entry;
+        }
+    for (int r = 0; r < k.n; r++) {
+        vf top = near[r][0];
+        UNROLL for (int i = 1; i < N_LANED; i++) top = max_of(near[r][i], top);
+        float most = largest_lane(top);
+        unsigned best = 0;
+        UNROLL for (int i = 0; i < N_LANED; i++) best |= lane_bits((vi)(near[r][i] == fill(most))) << (i * VL);
+        to[r] = best ? __builtin_ctz(best) : 0;
+    }
+}
+
+INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Leave of x what an entry does not tell; less than `tiny` is rounding. */
+INLINE void leave(float *x, const float *entry, int64_t width, float tiny) {
+    for (int64_t d = 0; d < width; d++) {
+        x[d] -= entry[d];
+        if (fabsf(x[d]) < tiny) x[d] = 0;
+    }
 }
 
 /* --- learning -------------------------------------------------------------------------------------------------- */
@@ -62,11 +90,15 @@ static void move_entries(const float *rest, const float *weights, int64_t n, int
     double mass[ENTRIES] = {0};
     lay_in_lanes(table, width, entry, half);
     memset(sum, 0, width * ENTRIES * 4);
-    for (int64_t t = 0; t < n; t++) {
-        const float *x = rest + t * width;
-        int best = find_nearest((struct laned){entry, half}, x, width);
-        mass[best] += weights[t];
-        for (int64_t d = 0; d < width; d++) sum[best * width + d] += weights[t] * x[d];
+    for (int64_t first = 0; first < n; first += TOGETHER) {
+        struct keys k = {rest + first * width, width, least_of(n - first, TOGETHER)};
+        int best[TOGETHER];
+        find_nearest((struct laned){entry, half}, k, width, best);
+        for (int r = 0; r < k.n; r++) {
+            mass[best[r]] += weights[first + r];
+            float *to = sum + best[r] * width, weight = weights[first + r];
+            for (int64_t d = 0; d < width; d++) to[d] += weight * k.x[r * width + d];
+        }
     }
     for (int v = 0; v < ENTRIES; v++)
         for (int64_t d = 0; mass[v] > 0 && d < width; d++) table[v * width + d] = sum[v * width + d] / (float)mass[v];
@@ -99,13 +131,11 @@ static void learn_group(void *context, int64_t task) {
         pick_first(rest, weights, a->n, width, table);
         for (int64_t round = 0; round < a->rounds; round++) move_entries(rest, weights, a->n, width, table, room);
         lay_in_lanes(table, width, room, room + width * ENTRIES);
-        for (int64_t t = 0; t < a->n; t++) {
-            float *x = rest + t * width;
-            const float *gone = table + find_nearest((struct laned){room, room + width * ENTRIES}, x, width) * width;
-            for (int64_t d = 0; d < width; d++) {
-                x[d] -= gone[d];
-                if (fabsf(x[d]) < tiny) x[d] = 0; /* rounding */
-            }
+        for (int64_t t = 0; t < a->n; t += TOGETHER) {
+            struct keys k = {rest + t * width, width, least_of(a->n - t, TOGETHER)};
+            int best[TOGETHER];
+            find_nearest((struct laned){room, room + width * ENTRIES}, k, width, best);
+            for (int r = 0; r < k.n; r++) leave(rest + (t + r) * width, table + best[r] * width, width, tiny);
         }
     }
 }
@@ -130,11 +160,14 @@ static void code_block(void *context, int64_t task) {
     for (int64_t i = 0; i < a->nibbles; i++) {
         const float *table = a->tables + (head * a->nibbles + i) * ENTRIES * width;
         lay_in_lanes(table, width, room, room + width * ENTRIES);
-        for (int64_t t = 0; t < n; t++) {
-            float *x = rest + t * a->columns + i % groups * width;
-            int best = find_nearest((struct laned){room, room + width * ENTRIES}, x, width);
-            for (int64_t d = 0; d < width; d++) x[d] -= table[best * width + d];
-            codes[t * half + i % half] |= (uint8_t)(i < half ? best : best << 4);
+        for (int64_t t = 0; t < n; t += TOGETHER) {
+            struct keys k = {rest + t * a->columns + i % groups * width, a->columns, least_of(n - t, TOGETHER)};
+            int best[TOGETHER];
+            find_nearest((struct laned){room, room + width * ENTRIES}, k, width, best);
+            for (int r = 0; r < k.n; r++) {
+                leave(rest + (t + r) * a->columns + i % groups * width, table + best[r] * width, width, 0);
+                codes[(t + r) * half + i % half] |= (uint8_t)(i < half ? best[r] : best[r] << 4);
+            }
         }
     }
 }
