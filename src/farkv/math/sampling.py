@@ -110,8 +110,10 @@ def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B H
     Cost: 2 G M N (D + 3 Dv) operations per KV head, two top-k over N for each of M queries.
     """
     queries, keys, values, told, visible, forced = seen
-    true = (queries.float() @ keys.float()[:, :, None].mT).masked_fill(~visible, -torch.inf)
-    whole = true.softmax(-1) @ values.float()[:, :, None]
+    # A group's queries side by side: keys and values are read once.
+    true = (queries.float().flatten(2, 3) @ keys.float().mT).unflatten(2, queries.shape[2:4])
+    true = true.masked_fill(~visible, -torch.inf)
+    whole = true.softmax(-1).flatten(2, 3) @ values.float()
     logs = told.masked_fill(~visible, -torch.inf).log_softmax(-1).logsumexp(2) - math.log(told.shape[2])
     logs = logs.masked_fill(forced[:, :, 0], torch.inf)
     caps = (visible[:, :, 0].sum(-1, keepdim=True) * fraction).long().clamp_min(1)
@@ -122,8 +124,8 @@ def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B H
         seeds = (each * 0x9E3779 if sampled else each * 0 - 1).expand(batch * heads, -1)
         own = caps.expand(batch, heads, -1, -1).reshape(batch * heads, n_queries, 1)
         chosen = _weigh_drawn(logs.reshape(batch * heads, n_queries, n), seeds, own).view(batch, heads, 1, n_queries, n)
-        read = (true + chosen).softmax(-1) @ values.float()[:, :, None]
-        errors.append((read - whole).square().sum((2, 3, 4)))
+        read = (true + chosen).softmax(-1).flatten(2, 3) @ values.float()
+        errors.append((read - whole).square().sum((2, 3)))
     best, drawn = errors
     return drawn / thinned < best
 

@@ -14,7 +14,7 @@ import torch
 from farkv._axes import Bool, Float, Float32, Int8, Tensor
 
 ENTRIES = 16
-ROUNDS = 8
+ROUNDS = 4
 # Keys that are coded at a time.
 BLOCK_KEYS = 1024
 # Of the largest number of a head's keys, what is rounding.

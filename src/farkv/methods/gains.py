@@ -1,6 +1,6 @@
 """Which heads of a layer gain by drawing their records: tried on the prompt itself, once per fit.
 
-In: a layer's records, its fitted index, a sample of the prompt's queries. Out: 1 for a head that gains, else 0. Every
+In: a layer's records, its index, a sample of the prompt's queries. Out: 1 for a head that gains, else 0. Every
 sequence of a batch is tried as if it were alone.
 """
 
@@ -15,7 +15,8 @@ from farkv.math.sample import thin_columns
 from farkv.math.sampling import Seen, find_gains
 from farkv.methods.base import Cap, Records
 from farkv.methods.coder import Coder
-from farkv.store.near.index import Projection
+from farkv.methods.records import find_real
+from farkv.store.near.index import LayerIndex, Projection
 
 
 class Trial(NamedTuple):
@@ -26,7 +27,7 @@ class Trial(NamedTuple):
 
 
 # Records and queries that both ways of reading are tried on, at most; queries are of the prompt's second half.
-TRIED_KEYS, TRIED_QUERIES = 4096, 16
+TRIED_KEYS, TRIED_QUERIES = 4096, 8
 # Of what a step reads, what sinks and window take at most.
 FORCED = 4
 
@@ -34,7 +35,7 @@ FORCED = 4
 def try_heads(
     records: Records,
     queries: Float[Tensor, "B Hq M D"],
-    projection: Projection,
+    index: LayerIndex,
     trial: Trial,
     due: list[int],
     n_rows: int,
@@ -43,15 +44,14 @@ def try_heads(
 
     Args:
         queries: of these sequences, times the softmax scaling, zeros after each one's last.
-        projection: theirs.
+        index: it has the codes of the prompt's rows.
         n_rows: the prompt's rows.
 
     Cost: 4,096 records read once; see `math.sampling.find_gains`.
     """
-    visible = records.visible(n_rows)
-    real = None if visible is None else visible.all(1).expand(records.shape.batch, -1)
-    columns, valid = thin_columns(n_rows, real, TRIED_KEYS, queries.device)
-    keys, values = records.keys(0, n_rows), records.values()
+    columns, valid = thin_columns(n_rows, find_real(records, n_rows), TRIED_KEYS, queries.device)
+    assert index.projection is not None
+    keys, values, codes = records.keys(0, n_rows), records.values(), index.codes()
     lengths, found = records.count_real(n_rows), []
     for i, b in enumerate(due):
         own = columns[0] if valid is None else columns[b][valid[b]]
@@ -62,10 +62,10 @@ def try_heads(
             continue
         at = torch.linspace(n_asked // 2, n_asked - 1, TRIED_QUERIES).long()
         asked = asked[:, :, at].unflatten(1, (records.shape.kv_heads, -1))
-        mine = Projection._make(t[i : i + 1] if t.shape[0] > 1 else t for t in projection)
-        own_keys = keys[b : b + 1, :, own]
-        codes = trial.coder.encode(own_keys, mine)
-        told = asked.float() @ mine.query[:, :, None] @ trial.coder.decode(codes, mine)[:, :, None].mT
+        mine = Projection._make(t[b : b + 1] if t.shape[0] > 1 else t for t in index.projection)
+        own_keys, own_codes = keys[b : b + 1, :, own], codes[b : b + 1, :, own]
+        projected = asked.float().flatten(2, 3) @ mine.query
+        told = (projected @ trial.coder.decode(own_codes, mine).mT).unflatten(2, asked.shape[2:4])
         # Both samples are even: a query stands among the keys as it does among the queries.
         sees = torch.arange(n_keys) / n_keys <= at[:, None] / n_asked
         forced = find_forced(sees, trial)

@@ -19,6 +19,7 @@ from farkv.methods.base import Place, Records
 from farkv.methods.coder import Coder
 from farkv.methods.gains import Trial, try_heads
 from farkv.methods.phase import Phase
+from farkv.methods.records import find_real
 from farkv.methods.watch import (
     NEVER,
     Watch,
@@ -202,8 +203,6 @@ class LayerFit:
             queries, valid = (None if t is None else t.index_select(0, at) for t in (queries, valid))
         size = self.coder.measure(sample.shape[-1], records.shape.record_bytes)
         projection = self.coder.fit(self.layer, queries, sample, valid, size)
-        if self.trial is not None and queries is not None and records.lies_open:
-            projection = projection._replace(sampled=try_heads(records, queries, projection, self.trial, due, n_rows))
         if everyone:
             self.index.clear()
             self.index.projection = projection
@@ -213,6 +212,10 @@ class LayerFit:
             self.index.replace(projection, at, len(lengths))
             for start, block in records.near_blocks(0, self.index.length):
                 self.index.write(at, start, self.coder.encode(block.index_select(0, at), projection))
+            for _, block in records.near_blocks(self.index.length, n_rows):
+                self.encode(block, n_rows)
+        if self.trial is not None and queries is not None and records.lies_open:
+            self.index.mark(at, try_heads(records, queries, self.index, self.trial, due, n_rows))
         chosen = set(due)
         self.phase = self.phase._replace(fitted=[lengths[i] if i in chosen else n for i, n in enumerate(fitted)])
         if self.coder.drifts:
@@ -231,8 +234,7 @@ class LayerFit:
         queries, projection = self.phase.watch.get_newest(), self.get_projection()
         if queries is None:
             return [math.nan] * records.shape.batch
-        first, visible = max(0, n_rows - KEYS), records.visible(n_rows)
-        real = None if visible is None else visible.all(1).expand(records.shape.batch, -1)
+        first, real = max(0, n_rows - KEYS), find_real(records, n_rows)
         keys = torch.cat([block for _, block in records.near_blocks(first, n_rows)], 2)
         told = self.coder.decode(self.coder.encode(keys, projection), projection)
         # A deliberate sync, once per look.
@@ -245,8 +247,7 @@ class LayerFit:
 
         Cost: where they are stored, every key read once; no more than a block and the sample are near at once.
         """
-        visible = records.visible(n_rows)
-        real = None if visible is None else visible.all(1).expand(records.shape.batch, -1)
+        real = find_real(records, n_rows)
         if keys is not None:
             return thin_keys(keys, real, FIT_KEYS)
         columns, valid = thin_columns(n_rows, real, FIT_KEYS, self.place.device)

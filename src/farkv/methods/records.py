@@ -98,3 +98,9 @@ class Records(Protocol):
     def real_tokens(self, n_tokens: int) -> Bool[Tensor, "b S"] | None:
         """Return which of the context's first `n_tokens` tokens are no padding; None where all are."""
         ...
+
+
+def find_real(records: Records, n_rows: int) -> Bool[Tensor, "B S"] | None:
+    """Return which of every sequence's first `n_rows` rows are no padding; None where all are."""
+    visible = records.visible(n_rows)
+    return None if visible is None else visible.all(1).expand(records.shape.batch, -1)

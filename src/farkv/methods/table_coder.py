@@ -24,7 +24,7 @@ from farkv.store.near.index import Projection, sample_none
 STAGES = 4
 NARROWEST, WIDEST = 8, 32
 # Keys that tables are learned from, and queries of every head that say how much each key counts, at most.
-LEARNED_KEYS, ASKED_QUERIES = 1024, 64
+LEARNED_KEYS, ASKED_QUERIES = 2048, 64
 # Of the widest column's spread, what the narrowest is taken for at least: queries are divided by it.
 LEAST_SPREAD = 1e-4
 

@@ -1,67 +1,62 @@
 /* Nibble tables (math/tables.py): learn them by weighted k-means, stage after stage; code keys by them.
 
    The columns are cut into groups of `width`. Nibble i belongs to group i % groups; it codes what the earlier nibbles of
-   its group left of a key. The 16 entries of a table are in lanes. */
+   its group left of a key. Keys are compared VL at a time, a key to a lane. */
 #ifndef FARKV_LEARN_H
 #define FARKV_LEARN_H
 #include "farkv.h"
-#include "lanes.h"
+#include "simd.h"
 
 #include <math.h>
 
 #define ENTRIES 16
-#define N_LANED (ENTRIES / VL)
+/* Entries that are compared at a time: one sum would wait for itself. */
+#define N_SUMS 4
+/* A multiple of VL. */
 #define BLOCK_KEYS 256
 
-/* A table in lanes: entry[d][16], and half of each entry's squared length. */
-struct laned {
-    const float *entry, *half;
-};
-
-/* Put a table [16][width] into lanes. */
-static void lay_in_lanes(const float *table, int64_t width, float *entry, float *half) {
-    for (int v = 0; v < ENTRIES; v++) {
-        half[v] = 0;
-        for (int64_t d = 0; d < width; d++) {
-            float x = table[v * width + d];
-            entry[d * ENTRIES + v] = x, half[v] += 0.5f * x * x;
-        }
-    }
-}
-
-/* Keys that are compared together: one alone would wait for its own sums. */
-#define TOGETHER 4
-
-/* Keys: the first of n <= TOGETHER, and how far apart they lie. */
-struct keys {
-    const float *x;
-    int64_t stride, n;
-};
-
-/* to[r] = the entry nearest to key r, the first of equal ones; 0 for NaN. */
-INLINE void find_nearest(struct laned t, struct keys k, int64_t width, int *to) {
-    vf near[TOGETHER][N_LANED];
-    const float *x[TOGETHER];
-    UNROLL for (int r = 0; r < TOGETHER; r++) {
-        x[r] = k.x + (r < k.n ? r : 0) * k.stride;
-        UNROLL for (int i = 0; i < N_LANED; i++) near[r][i] = -load(t.half + i * VL);
-    }
-    for (int64_t d = 0; d < width; d++)
-        UNROLL for (int i = 0; i < N_LANED; i++) {
-            vf entry = load(t.entry + d * ENTRIES + i * VL);
-            UNROLL for (int r = 0; r < TOGETHER; r++) near[r][i] += x[r][d] * entry;
-        }
-    for (int r = 0; r < k.n; r++) {
-        vf top = near[r][0];
-        UNROLL for (int i = 1; i < N_LANED; i++) top = max_of(near[r][i], top);
-        float most = largest_lane(top);
-        unsigned best = 0;
-        UNROLL for (int i = 0; i < N_LANED; i++) best |= lane_bits((vi)(near[r][i] == fill(most))) << (i * VL);
-        to[r] = best ? __builtin_ctz(best) : 0;
-    }
-}
-
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* A table [16][width], and half of each entry's squared length. */
+struct table {
+    const float *entries;
+    float half[ENTRIES];
+    int64_t width;
+};
+
+static struct table measure_table(const float *entries, int64_t width) {
+    struct table t = {.entries = entries, .width = width};
+    for (int v = 0; v < ENTRIES; v++)
+        for (int64_t d = 0; d < width; d++) t.half[v] += 0.5f * entries[v * width + d] * entries[v * width + d];
+    return t;
+}
+
+/* lanes[d][VL] = keys, of n <= VL that lie `stride` apart; zeros for the others. */
+static void lay_in_lanes(const float *keys, int64_t stride, int64_t n, int64_t width, float *lanes) {
+    for (int64_t r = 0; r < VL; r++)
+        for (int64_t d = 0; d < width; d++) lanes[d * VL + r] = r < n ? keys[r * stride + d] : 0;
+}
+
+/* to[r] = the entry nearest to the key in lane r, the first of equal ones; 0 for NaN. */
+INLINE void find_nearest(const struct table *t, const float *lanes, int32_t *to) {
+    vf top = fill(-INFINITY);
+    vi best = {0};
+    for (int v = 0; v < ENTRIES; v += N_SUMS) {
+        const float *entry = t->entries + v * t->width;
+        vf near[N_SUMS];
+        UNROLL for (int i = 0; i < N_SUMS; i++) near[i] = fill(-t->half[v + i]);
+        for (int64_t d = 0; d < t->width; d++) {
+            vf x = load(lanes + d * VL);
+            UNROLL for (int i = 0; i < N_SUMS; i++) near[i] += x * entry[i * t->width + d];
+        }
+        UNROLL for (int i = 0; i < N_SUMS; i++) {
+            vi nearer = (vi)(near[i] > top);
+            top = pick(nearer, near[i], top);
+            best = (nearer & (v + i)) | (~nearer & best);
+        }
+    }
+    memcpy(to, &best, VB);
+}
 
 /* Leave of x what an entry does not tell; less than `tiny` is rounding. */
 INLINE void leave(float *x, const float *entry, int64_t width, float tiny) {
@@ -73,35 +68,69 @@ INLINE void leave(float *x, const float *entry, int64_t width, float tiny) {
 
 /* --- learning -------------------------------------------------------------------------------------------------- */
 
+/* Keys of one group of one head, what is left of them in lanes too, and how much each counts. */
+struct sample {
+    const float *weights;
+    float *rest, *lanes;
+    int64_t n, width;
+};
+
+static void fill_lanes(struct sample s) {
+    for (int64_t t = 0; t < s.n; t += VL)
+        lay_in_lanes(s.rest + t * s.width, s.width, least_of(s.n - t, VL), s.width, s.lanes + t * s.width);
+}
+
 /* Begin with keys at even steps of the summed weight: heavy keys are likely to be among them. */
-static void pick_first(const float *rest, const float *weights, int64_t n, int64_t width, float *table) {
+static void pick_first(struct sample s, float *table) {
     double total = 0, sum = 0;
-    for (int64_t t = 0; t < n; t++) total += weights[t];
+    for (int64_t t = 0; t < s.n; t++) total += s.weights[t];
     int64_t at = -1;
     for (int v = 0; v < ENTRIES; v++) {
-        while (at < n - 1 && sum <= total * (v + 0.5) / ENTRIES) sum += weights[++at];
-        memcpy(table + v * width, rest + (at < 0 ? 0 : at) * width, width * 4);
+        while (at < s.n - 1 && sum <= total * (v + 0.5) / ENTRIES) sum += s.weights[++at];
+        memcpy(table + v * s.width, s.rest + (at < 0 ? 0 : at) * s.width, s.width * 4);
     }
 }
 
 /* One round: every entry moves to the weighted mean of the keys that are nearest to it; without any it stays. */
-static void move_entries(const float *rest, const float *weights, int64_t n, int64_t width, float *table, float *room) {
-    float *entry = room, *half = entry + width * ENTRIES, *sum = half + ENTRIES;
+static void move_entries(struct sample s, float *entries, float *sum) {
     double mass[ENTRIES] = {0};
-    lay_in_lanes(table, width, entry, half);
-    memset(sum, 0, width * ENTRIES * 4);
-    for (int64_t first = 0; first < n; first += TOGETHER) {
-        struct keys k = {rest + first * width, width, least_of(n - first, TOGETHER)};
-        int best[TOGETHER];
-        find_nearest((struct laned){entry, half}, k, width, best);
-        for (int r = 0; r < k.n; r++) {
-            mass[best[r]] += weights[first + r];
-            float *to = sum + best[r] * width, weight = weights[first + r];
-            for (int64_t d = 0; d < width; d++) to[d] += weight * k.x[r * width + d];
+    struct table table = measure_table(entries, s.width);
+    memset(sum, 0, s.width * ENTRIES * 4);
+    for (int64_t first = 0; first < s.n; first += VL) {
+        int32_t best[VL];
+        find_nearest(&table, s.lanes + first * s.width, best);
+        for (int64_t t = first; t < first + VL && t < s.n; t++) {
+            float *to = sum + best[t - first] * s.width, weight = s.weights[t];
+            const float *x = s.rest + t * s.width;
+            mass[best[t - first]] += weight;
+            for (int64_t d = 0; d < s.width; d++) to[d] += weight * x[d];
         }
     }
     for (int v = 0; v < ENTRIES; v++)
-        for (int64_t d = 0; mass[v] > 0 && d < width; d++) table[v * width + d] = sum[v * width + d] / (float)mass[v];
+        for (int64_t d = 0; mass[v] > 0 && d < s.width; d++)
+            entries[v * s.width + d] = sum[v * s.width + d] / (float)mass[v];
+}
+
+/* Take what a table tells away from the keys. */
+static void take_away(struct sample s, const float *entries, float tiny) {
+    struct table table = measure_table(entries, s.width);
+    for (int64_t first = 0; first < s.n; first += VL) {
+        int32_t best[VL];
+        find_nearest(&table, s.lanes + first * s.width, best);
+        for (int64_t t = first; t < first + VL && t < s.n; t++)
+            leave(s.rest + t * s.width, entries + best[t - first] * s.width, s.width, tiny);
+    }
+}
+
+/* Of a head's largest number, what is rounding. */
+static float find_tiny(const float *keys, int64_t n) {
+    vf most = {0};
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) most = max_of((vf)(load_bits(keys + i) & 0x7fffffffu), most);
+    float tiny = 0;
+    for (int lane = 0; lane < VL; lane++) tiny = fmaxf(tiny, most[lane]);
+    for (; i < n; i++) tiny = fmaxf(tiny, fabsf(keys[i]));
+    return tiny * 0x1p-16f;
 }
 
 struct learn_call {
@@ -114,29 +143,23 @@ static void learn_group(void *context, int64_t task) {
     struct learn_call *call = context;
     const struct table_args *a = call->args;
     int64_t groups = a->columns / a->width, head = task / groups, group = task % groups, width = a->width;
-    float *rest = farkv_scratch(SCRATCH_TASK, (a->n * width + (2 * width + 1) * ENTRIES) * 4);
+    int64_t n_laned = (a->n + VL - 1) / VL * VL;
+    float *rest = farkv_scratch(SCRATCH_TASK, (a->n + n_laned + ENTRIES) * width * 4);
     if (!rest) {
         call->status = FARKV_NO_MEMORY;
         return;
     }
-    float *room = rest + a->n * width;
-    const float *weights = a->weights + head * a->n;
+    float *lanes = rest + a->n * width, *sum = lanes + n_laned * width;
+    struct sample sample = {a->weights + head * a->n, rest, lanes, a->n, width};
     for (int64_t t = 0; t < a->n; t++)
         memcpy(rest + t * width, a->keys + (head * a->n + t) * a->columns + group * width, width * 4);
-    float tiny = 0;
-    for (int64_t i = 0; i < a->n * a->columns; i++) tiny = fmaxf(tiny, fabsf(a->keys[head * a->n * a->columns + i]));
-    tiny *= 0x1p-16f;
+    float tiny = find_tiny(a->keys + head * a->n * a->columns, a->n * a->columns);
     for (int64_t i = group; i < a->nibbles; i += groups) {
         float *table = a->tables + (head * a->nibbles + i) * ENTRIES * width;
-        pick_first(rest, weights, a->n, width, table);
-        for (int64_t round = 0; round < a->rounds; round++) move_entries(rest, weights, a->n, width, table, room);
-        lay_in_lanes(table, width, room, room + width * ENTRIES);
-        for (int64_t t = 0; t < a->n; t += TOGETHER) {
-            struct keys k = {rest + t * width, width, least_of(a->n - t, TOGETHER)};
-            int best[TOGETHER];
-            find_nearest((struct laned){room, room + width * ENTRIES}, k, width, best);
-            for (int r = 0; r < k.n; r++) leave(rest + (t + r) * width, table + best[r] * width, width, tiny);
-        }
+        fill_lanes(sample);
+        pick_first(sample, table);
+        for (int64_t round = 0; round < a->rounds; round++) move_entries(sample, table, sum);
+        take_away(sample, table, tiny);
     }
 }
 
@@ -147,26 +170,28 @@ static void code_block(void *context, int64_t task) {
     const struct table_args *a = call->args;
     int64_t blocks = (a->n + BLOCK_KEYS - 1) / BLOCK_KEYS, head = task / blocks, first = task % blocks * BLOCK_KEYS;
     int64_t groups = a->columns / a->width, width = a->width, half = a->nibbles / 2;
-    int64_t n = a->n - first < BLOCK_KEYS ? a->n - first : BLOCK_KEYS;
-    float *rest = farkv_scratch(SCRATCH_TASK, (n * a->columns + (width + 1) * ENTRIES) * 4);
+    int64_t n = least_of(a->n - first, BLOCK_KEYS);
+    float *rest = farkv_scratch(SCRATCH_TASK, (n * a->columns + width * VL) * 4);
     if (!rest) {
         call->status = FARKV_NO_MEMORY;
         return;
     }
-    float *room = rest + n * a->columns;
+    float *lanes = rest + n * a->columns;
     uint8_t *codes = a->codes + (head * a->n + first) * half;
     memcpy(rest, a->keys + (head * a->n + first) * a->columns, n * a->columns * 4);
     memset(codes, 0, n * half);
     for (int64_t i = 0; i < a->nibbles; i++) {
-        const float *table = a->tables + (head * a->nibbles + i) * ENTRIES * width;
-        lay_in_lanes(table, width, room, room + width * ENTRIES);
-        for (int64_t t = 0; t < n; t += TOGETHER) {
-            struct keys k = {rest + t * a->columns + i % groups * width, a->columns, least_of(n - t, TOGETHER)};
-            int best[TOGETHER];
-            find_nearest((struct laned){room, room + width * ENTRIES}, k, width, best);
-            for (int r = 0; r < k.n; r++) {
-                leave(rest + (t + r) * a->columns + i % groups * width, table + best[r] * width, width, 0);
-                codes[(t + r) * half + i % half] |= (uint8_t)(i < half ? best[r] : best[r] << 4);
+        const float *entries = a->tables + (head * a->nibbles + i) * ENTRIES * width;
+        struct table table = measure_table(entries, width);
+        for (int64_t start = 0; start < n; start += VL) {
+            float *keys = rest + start * a->columns + i % groups * width;
+            int32_t best[VL];
+            lay_in_lanes(keys, a->columns, least_of(n - start, VL), width, lanes);
+            find_nearest(&table, lanes, best);
+            for (int64_t t = start; t < start + VL && t < n; t++) {
+                int32_t v = best[t - start];
+                leave(rest + t * a->columns + i % groups * width, entries + v * width, width, 0);
+                codes[t * half + i % half] |= (uint8_t)(i < half ? v : v << 4);
             }
         }
     }

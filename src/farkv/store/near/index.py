@@ -68,6 +68,12 @@ class LayerIndex:
             for was, now in zip(old, new, strict=True)
         )
 
+    def mark(self, sequences: Int[Tensor, " n"], sampled: Float32[Tensor, "n Hkv 1 1"]) -> None:
+        """Say of some sequences which heads' records are drawn."""
+        assert self.projection is not None
+        marked = self.projection.sampled.index_copy(0, sequences, sampled)
+        self.projection = self.projection._replace(sampled=marked)
+
     def write(self, sequences: Int[Tensor, " n"], start: int, codes: Tensor) -> None:
         """Overwrite some sequences' codes, [n, Hkv, T, R], from token `start` on."""
         self.rows.read(start, start + codes.shape[2])[sequences] = codes
