@@ -216,8 +216,7 @@ class LayerFit:
                 self.encode(block, n_rows)
         if self.trial is not None and queries is not None and records.lies_open:
             self.index.mark(at, try_heads(records, queries, self.index, self.trial, due, n_rows))
-        chosen = set(due)
-        self.phase = self.phase._replace(fitted=[lengths[i] if i in chosen else n for i, n in enumerate(fitted)])
+        self.phase = self.phase._replace(fitted=[lengths[i] if i in due else n for i, n in enumerate(fitted)])
         if self.coder.drifts:
             found = self.measure(records, n_rows)
             watch = note_shares(self.phase.watch, {i: found[i] for i in due}, lengths, fitted=True)
