@@ -45,8 +45,6 @@ MAIN = (
 AHEAD = ("infinigen-far", "infinigen-far-attn", "infinigen-ahead", "infinigen-ahead-attn")
 SELECTORS = ("infinigen", "infinigen-top", *AHEAD, "infinigen-steps", *(f"{name}-steps" for name in AHEAD))
 INDEXES = ("infinigen-steps", "infinigen-top", "infinigen", "infinigen-half", "infinigen-vary", "lowbit", "oracle")
-# In float32 half of our index is 64 bits a key of 64 numbers, as all of it is in half precision.
-DRAWS = ("infinigen-top-half", "infinigen-half", "lowbit", "oracle")
 EVICTORS = ("xkv", "xkv-uniform", "xkv-pyramid", "xkv-plan", "snapkv", "h2o")
 AWARE = tuple(f"{name}-aware" for name in EVICTORS)
 
@@ -74,8 +72,7 @@ PARTS: dict[str, Part] = {
         ("ppl", "niah_single_2", "niah_multiquery", "qa_1"), (*EVICTORS, *AWARE), (0.05, 0.1, 0.2, 0.384, 0.5),
         {2048: 8}, profiled=True,
     ),
-    "index": Part(("ppl", "niah_single_1"), INDEXES, (0.01, 0.02, 0.05, 0.1), {2048: 8}),
-    "draws": Part(("ppl", *SINGLES[:2], KEYS[1], "qa_1"), DRAWS, (0.01, 0.02, 0.05, 0.1), {2048: 8}, 4),
+    "index": Part(("ppl", "niah_single_2"), INDEXES, (0.01, 0.02, 0.05, 0.1), {2048: 8}),
     "long": Part(("longgen", "extraction"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.05,), {4096: 2}, 2),
     "longest": Part(("ppl", "niah_single_2"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.02, 0.05), {32768: 2}, 1),
 }  # fmt: skip

@@ -16,7 +16,6 @@ import allocate
 import chunking
 import demo_eval
 import disk
-import draw_tables
 import drift
 import eviction
 import evidence_tables
@@ -43,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 # By page and by the name in the page's markers.
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
-        "headline": draw_tables.format_headline,
+        "headline": evidence_tables.format_headline,
         "eval": evidence_tables.format_short,
         "speed": partial(speed.format_decode, (32768, 131072), short=True),
     },
@@ -52,7 +51,6 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "tasks": evidence_tables.format_tasks,
         "orders": evidence_tables.format_orders,
         "index": evidence_tables.format_index,
-        "draws": draw_tables.format_draws,
         "ahead": evidence_tables.format_ahead,
         "profile": evidence_tables.format_profile,
         "kept": evidence_tables.format_kept,

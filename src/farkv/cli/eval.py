@@ -93,12 +93,12 @@ def evaluate(
     [bold]Methods[/bold]
 
       select records at every step: infinigen, infinigen-top (nothing drawn),
-      infinigen-half, infinigen-top-half (half the index), infinigen-vary (reads
-      that vary from head to head), infinigen-far,
-      infinigen-far-attn (one layer ahead; the paper's source), infinigen-ahead,
-      infinigen-ahead-attn (the same without top-up); infinigen-steps,
-      infinigen-far-steps, infinigen-far-attn-steps, infinigen-ahead-steps,
-      infinigen-ahead-attn-steps (an index in even steps); infinigen-plan,
+      infinigen-half (half the index), infinigen-vary (reads that vary from head
+      to head), infinigen-far, infinigen-far-attn (one layer ahead; the paper's
+      source), infinigen-ahead, infinigen-ahead-attn (the same without top-up);
+      infinigen-steps, infinigen-far-steps, infinigen-far-attn-steps,
+      infinigen-ahead-steps, infinigen-ahead-attn-steps (an index in even
+      steps); infinigen-plan,
       infinigen-paper, pages (Quest), lowbit, window, random, oracle
 
       evict records after the text: xkv, xkv-uniform, xkv-pyramid, xkv-plan,

@@ -60,7 +60,6 @@ VARIANTS: dict[str, dict[str, Known]] = {
         # the bytes, which in float32 is as many bits as in half precision; and in even steps, as it was until decision
         # 20.
         "infinigen-top": Known(lambda f: InfiniGen(fraction=f, source="query", sampled=False)),
-        "infinigen-top-half": Known(lambda f: InfiniGen(fraction=f, source="query", sampled=False, index_share=1 / 64)),
         "infinigen-vary": Known(lambda f: InfiniGen(fraction=f, source="query", burst=4)),
         "infinigen-half": Known(lambda f: InfiniGen(fraction=f, source="query", index_share=1 / 64)),
         "infinigen-steps": Known(lambda f: InfiniGen(fraction=f, source="query", index_bits=4)),
