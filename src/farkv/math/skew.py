@@ -102,6 +102,28 @@ def solve_bilinear(gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
     return a_q.float(), a_k.float(), mean[:, :, None].float()
 
 
+def solve_white(gram: Gram) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A_q, A_k and the key mean where queries have unit variance in every direction: there an error of a key
+    counts alike in all columns, the keys' widest first.
+
+    With C_q = L L^T and the keys' covariance C_k, L^T C_k L = V W V^T: A_q = L^-T V, A_k = L V, A_q A_k^T = 1.
+
+    Returns:
+        A_q, A_k: float32 [b, Hkv, D, D]; mean: float32 [b, Hkv, 1, D].
+
+    Cost: a Cholesky factorisation and an eigendecomposition of D x D per KV head.
+    """
+    n = gram.n_keys.clamp_min(1)[:, None, None].double()
+    mean = gram.key_sum.double() / n
+    c_k = gram.keys.double() / n[..., None] - mean[..., :, None] * mean[..., None, :]
+    lower = torch.linalg.cholesky(_ridged(gram.queries.double()))
+    # Of unit variance but for the number of queries: what is the same in all columns changes no code.
+    _, vectors = torch.linalg.eigh(lower.mT @ c_k @ lower)
+    widest = vectors.flip(-1)
+    a_q = torch.linalg.solve_triangular(lower.mT, widest, upper=True)
+    return a_q.float(), (lower @ widest).float(), mean[:, :, None].float()
+
+
 def solve_safely(gram: Gram, solve: Callable[[Gram], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], bool]:
     """Return what `solve` makes of the moments, and whether a head got an unskewed basis because its have none.
 

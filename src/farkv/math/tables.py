@@ -14,7 +14,7 @@ import torch
 from farkv._axes import Bool, Float, Float32, Int8, Tensor
 
 ENTRIES = 16
-ROUNDS = 4
+ROUNDS = 3
 # Keys that are coded at a time.
 BLOCK_KEYS = 1024
 # Of the largest number of a head's keys, what is rounding.
@@ -114,12 +114,15 @@ def decode_nibbles(
     codes: Int8[Tensor, "B Hkv S W"], tables: Float32[Tensor, "B Hkv Y w"], n_columns: int
 ) -> Float32[Tensor, "B Hkv S R"]:
     """Return projected keys as their codes tell them: the sum of the entries of a group's nibbles."""
-    nibbles = split_nibbles(codes)
-    batch, heads, n, n_nibbles = nibbles.shape
-    width = tables.shape[-1]
-    rows = nibbles + torch.arange(n_nibbles, device=codes.device) * ENTRIES
-    entries = tables.gather(2, rows.reshape(batch, heads, -1, 1).expand(-1, -1, -1, width))
-    return entries.view(batch, heads, n, -1, n_columns).sum(3)
+    batch, heads, n, _ = codes.shape
+    n_rows, width = tables.shape[2:]
+    groups = n_columns // width
+    # All heads' tables are one: a row is a head's, a nibble's, an entry's.
+    first = torch.arange(batch * heads, device=codes.device).view(batch, heads, 1, 1) * n_rows
+    rows = split_nibbles(codes) + torch.arange(0, n_rows, ENTRIES, device=codes.device) + first
+    rows = rows.unflatten(-1, (-1, groups)).transpose(-1, -2)
+    found = torch.nn.functional.embedding_bag(rows.flatten(0, 3), tables.reshape(-1, width), mode="sum")
+    return found.view(batch, heads, n, n_columns)
 
 
 def _cut(keys: Tensor, width: int) -> Tensor:

@@ -11,22 +11,19 @@ from typing import Any
 
 import torch
 
-from farkv._axes import Bool, Float, Float32, Tensor
+from farkv._axes import Bool, Float, Tensor
 from farkv.calibrate.skews import MAX_COLUMNS
 from farkv.math.index import fit_scale, project_keys
 from farkv.math.sample import thin_keys
-from farkv.math.skew import measure_gram, solve_bilinear, solve_safely
+from farkv.math.skew import measure_gram, solve_bilinear, solve_safely, solve_white
 from farkv.math.tables import step_tables, weigh_keys
 from farkv.methods.coder import IndexSize, Nibbles
 from farkv.store.near.index import Projection, sample_none
 
-# Nibbles that code a group of columns, one after the other; columns of a group, at least and at most.
-STAGES = 4
-NARROWEST, WIDEST = 8, 32
+# Columns of a group, at most: a wider one knows more of how columns go together, and takes longer to code.
+WIDEST = 64
 # Keys that tables are learned from, and queries of every head that say how much each key counts, at most.
-LEARNED_KEYS, ASKED_QUERIES = 2048, 64
-# Of the widest column's spread, what the narrowest is taken for at least: queries are divided by it.
-LEAST_SPREAD = 1e-4
+LEARNED_KEYS, ASKED_QUERIES = 1024, 64
 
 
 def fit_skew(
@@ -41,9 +38,7 @@ def fit_skew(
 
 
 class TableCoder:
-    """Learned tables: all columns in groups, each coded by four nibbles, one after the other.
-
-    The fewer nibbles there are, the wider are the groups: a rare key may lie in the columns that most keys do without.
+    """Learned tables: all columns, in groups of at most 64, each coded by nibbles one after the other.
 
     Args:
         share: index bytes over the KV bytes.
@@ -58,11 +53,14 @@ class TableCoder:
         self.encode, self.decode = self.nibbles.encode, self.nibbles.decode
 
     def measure(self, k_dim: int, record_bytes: int) -> IndexSize:
-        """Return as many groups as fill the share of the KV bytes, and as there are columns for."""
-        wanted = int(self.share * record_bytes * 2) // STAGES
-        groups = max(1, min(wanted, k_dim // NARROWEST))
-        width = min(WIDEST, k_dim // groups)
-        return IndexSize(groups * width, groups * STAGES, width)
+        """Return as many nibbles as fill the share of the KV bytes, at most one to two columns, for all columns."""
+        groups = -(-k_dim // WIDEST)
+        wanted = min(int(self.share * record_bytes * 2), k_dim // 2)
+        # Two nibbles to a byte.
+        stages = max(1, wanted // groups)
+        if groups * stages % 2:
+            stages = max(2, stages - 1)
+        return IndexSize(k_dim // groups * groups, groups * stages, k_dim // groups)
 
     def fit(
         self,
@@ -72,18 +70,16 @@ class TableCoder:
         valid: Bool[Tensor, "B N"] | None,
         size: IndexSize,
     ) -> Projection:
-        """Return the skew's leading columns, dealt to groups, and each group's tables.
-
-        Keys are scaled so that an error counts alike in every column: by the spread of the queries, which is the keys'.
-        """
+        """Return columns in which an error counts alike, dealt to groups, and each group's tables."""
         assert queries is not None
-        query, key, mean = fit_skew(queries, keys, valid, size.columns, self.on_fallback)
+        (query, key, mean), unskewed = solve_safely(measure_gram(queries, keys, valid), solve_white)
+        if unskewed:
+            self.on_fallback("identity_skew")
         n_groups = size.columns // size.width
         dealt = torch.arange(size.columns, device=keys.device).view(-1, n_groups).T.reshape(-1)
-        query, key = query[..., dealt], key[..., dealt]
+        # Kernels read them as they lie.
+        query, key = query[..., dealt].contiguous(), key[..., dealt].contiguous()
         sample, real = thin_keys(keys, valid, LEARNED_KEYS)
-        spread = measure_spread(project_keys(sample, key, mean), real)
-        query, key = (query / spread).contiguous(), (key * spread).contiguous()
         asked = queries[:, :, :: -(-queries.shape[2] // ASKED_QUERIES)].reshape(*keys.shape[:2], -1, keys.shape[3])
         weights = weigh_keys(asked, sample, real)
         tables = self.nibbles.learn(project_keys(sample, key, mean), weights, size)
@@ -92,19 +88,6 @@ class TableCoder:
     def describe(self) -> dict[str, Any]:
         """Return what must be the same for a saved index to be of use."""
         return {"kind": "tables", "share": self.share}
-
-
-def measure_spread(
-    projected: Float32[Tensor, "B Hkv N R"], valid: Bool[Tensor, "B N"] | None
-) -> Float32[Tensor, "B Hkv 1 R"]:
-    """Return every column's root mean square, at least a ten-thousandth of the widest's; 1 where that is unknown."""
-    square = projected.square()
-    if valid is not None:
-        square = square * valid[:, None, :, None]
-    n = projected.shape[2] if valid is None else valid.sum(-1)[:, None, None, None].clamp_min(1)
-    spread = (square.sum(2, keepdim=True) / n).sqrt()
-    spread = torch.maximum(spread, spread.amax(-1, keepdim=True) * LEAST_SPREAD)
-    return torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
 
 
 class StepCoder:

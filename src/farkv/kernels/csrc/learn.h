@@ -11,23 +11,26 @@
 
 #define ENTRIES 16
 /* Entries that are compared at a time: one sum would wait for itself. */
-#define N_SUMS 4
+#define N_SUMS (N_ACC < ENTRIES ? N_ACC : ENTRIES)
 /* A multiple of VL. */
 #define BLOCK_KEYS 256
 
 INLINE int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* A table [16][width], and half of each entry's squared length. */
+/* A table turned, [width][16], and half of each entry's squared length. */
 struct table {
-    const float *entries;
+    const float *turned;
     float half[ENTRIES];
     int64_t width;
 };
 
-static struct table measure_table(const float *entries, int64_t width) {
-    struct table t = {.entries = entries, .width = width};
+static struct table turn_table(const float *entries, int64_t width, float *turned) {
+    struct table t = {.turned = turned, .width = width};
     for (int v = 0; v < ENTRIES; v++)
-        for (int64_t d = 0; d < width; d++) t.half[v] += 0.5f * entries[v * width + d] * entries[v * width + d];
+        for (int64_t d = 0; d < width; d++) {
+            float x = entries[v * width + d];
+            turned[d * ENTRIES + v] = x, t.half[v] += 0.5f * x * x;
+        }
     return t;
 }
 
@@ -42,12 +45,12 @@ INLINE void find_nearest(const struct table *t, const float *lanes, int32_t *to)
     vf top = fill(-INFINITY);
     vi best = {0};
     for (int v = 0; v < ENTRIES; v += N_SUMS) {
-        const float *entry = t->entries + v * t->width;
+        const float *entry = t->turned + v;
         vf near[N_SUMS];
         UNROLL for (int i = 0; i < N_SUMS; i++) near[i] = fill(-t->half[v + i]);
         for (int64_t d = 0; d < t->width; d++) {
             vf x = load(lanes + d * VL);
-            UNROLL for (int i = 0; i < N_SUMS; i++) near[i] += x * entry[i * t->width + d];
+            UNROLL for (int i = 0; i < N_SUMS; i++) near[i] += x * entry[d * ENTRIES + i];
         }
         UNROLL for (int i = 0; i < N_SUMS; i++) {
             vi nearer = (vi)(near[i] > top);
@@ -68,10 +71,10 @@ INLINE void leave(float *x, const float *entry, int64_t width, float tiny) {
 
 /* --- learning -------------------------------------------------------------------------------------------------- */
 
-/* Keys of one group of one head, what is left of them in lanes too, and how much each counts. */
+/* Keys of one group of one head, what is left of them in lanes too, how much each counts; room for a table and sums. */
 struct sample {
     const float *weights;
-    float *rest, *lanes;
+    float *rest, *lanes, *turned, *sum;
     int64_t n, width;
 };
 
@@ -92,15 +95,15 @@ static void pick_first(struct sample s, float *table) {
 }
 
 /* One round: every entry moves to the weighted mean of the keys that are nearest to it; without any it stays. */
-static void move_entries(struct sample s, float *entries, float *sum) {
+static void move_entries(struct sample s, float *entries) {
     double mass[ENTRIES] = {0};
-    struct table table = measure_table(entries, s.width);
-    memset(sum, 0, s.width * ENTRIES * 4);
+    struct table table = turn_table(entries, s.width, s.turned);
+    memset(s.sum, 0, s.width * ENTRIES * 4);
     for (int64_t first = 0; first < s.n; first += VL) {
         int32_t best[VL];
         find_nearest(&table, s.lanes + first * s.width, best);
         for (int64_t t = first; t < first + VL && t < s.n; t++) {
-            float *to = sum + best[t - first] * s.width, weight = s.weights[t];
+            float *to = s.sum + best[t - first] * s.width, weight = s.weights[t];
             const float *x = s.rest + t * s.width;
             mass[best[t - first]] += weight;
             for (int64_t d = 0; d < s.width; d++) to[d] += weight * x[d];
@@ -108,12 +111,12 @@ static void move_entries(struct sample s, float *entries, float *sum) {
     }
     for (int v = 0; v < ENTRIES; v++)
         for (int64_t d = 0; mass[v] > 0 && d < s.width; d++)
-            entries[v * s.width + d] = sum[v * s.width + d] / (float)mass[v];
+            entries[v * s.width + d] = s.sum[v * s.width + d] / (float)mass[v];
 }
 
 /* Take what a table tells away from the keys. */
 static void take_away(struct sample s, const float *entries, float tiny) {
-    struct table table = measure_table(entries, s.width);
+    struct table table = turn_table(entries, s.width, s.turned);
     for (int64_t first = 0; first < s.n; first += VL) {
         int32_t best[VL];
         find_nearest(&table, s.lanes + first * s.width, best);
@@ -144,13 +147,13 @@ static void learn_group(void *context, int64_t task) {
     const struct table_args *a = call->args;
     int64_t groups = a->columns / a->width, head = task / groups, group = task % groups, width = a->width;
     int64_t n_laned = (a->n + VL - 1) / VL * VL;
-    float *rest = farkv_scratch(SCRATCH_TASK, (a->n + n_laned + ENTRIES) * width * 4);
+    float *rest = farkv_scratch(SCRATCH_TASK, (a->n + n_laned + 2 * ENTRIES) * width * 4);
     if (!rest) {
         call->status = FARKV_NO_MEMORY;
         return;
     }
-    float *lanes = rest + a->n * width, *sum = lanes + n_laned * width;
-    struct sample sample = {a->weights + head * a->n, rest, lanes, a->n, width};
+    float *lanes = rest + a->n * width, *turned = lanes + n_laned * width;
+    struct sample sample = {a->weights + head * a->n, rest, lanes, turned, turned + ENTRIES * width, a->n, width};
     for (int64_t t = 0; t < a->n; t++)
         memcpy(rest + t * width, a->keys + (head * a->n + t) * a->columns + group * width, width * 4);
     float tiny = find_tiny(a->keys + head * a->n * a->columns, a->n * a->columns);
@@ -158,7 +161,7 @@ static void learn_group(void *context, int64_t task) {
         float *table = a->tables + (head * a->nibbles + i) * ENTRIES * width;
         fill_lanes(sample);
         pick_first(sample, table);
-        for (int64_t round = 0; round < a->rounds; round++) move_entries(sample, table, sum);
+        for (int64_t round = 0; round < a->rounds; round++) move_entries(sample, table);
         take_away(sample, table, tiny);
     }
 }
@@ -171,18 +174,18 @@ static void code_block(void *context, int64_t task) {
     int64_t blocks = (a->n + BLOCK_KEYS - 1) / BLOCK_KEYS, head = task / blocks, first = task % blocks * BLOCK_KEYS;
     int64_t groups = a->columns / a->width, width = a->width, half = a->nibbles / 2;
     int64_t n = least_of(a->n - first, BLOCK_KEYS);
-    float *rest = farkv_scratch(SCRATCH_TASK, (n * a->columns + width * VL) * 4);
+    float *rest = farkv_scratch(SCRATCH_TASK, (n * a->columns + width * (VL + ENTRIES)) * 4);
     if (!rest) {
         call->status = FARKV_NO_MEMORY;
         return;
     }
-    float *lanes = rest + n * a->columns;
+    float *lanes = rest + n * a->columns, *turned = lanes + width * VL;
     uint8_t *codes = a->codes + (head * a->n + first) * half;
     memcpy(rest, a->keys + (head * a->n + first) * a->columns, n * a->columns * 4);
     memset(codes, 0, n * half);
     for (int64_t i = 0; i < a->nibbles; i++) {
         const float *entries = a->tables + (head * a->nibbles + i) * ENTRIES * width;
-        struct table table = measure_table(entries, width);
+        struct table table = turn_table(entries, width, turned);
         for (int64_t start = 0; start < n; start += VL) {
             float *keys = rest + start * a->columns + i % groups * width;
             int32_t best[VL];
