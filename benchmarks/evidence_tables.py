@@ -258,9 +258,9 @@ def format_headline() -> str:
             shown.append(f"{MODELS[name].split(' (')[0]} {kl} (n = {found['full'].n}, {count_tasks(name, HEADLINE)})")
     read = percent(HEADLINE, 0)
     return "\n".join((
-        f"Measured on real models, 2 K tokens, bfloat16, {read} of the KV bytes read per step by an index of 3.1 %: KL",
-        "to the full cache in nats, `infinigen` / the exact top-k oracle, which reads every key / `lowbit`, with an index",
-        f"of 6.2 %: {'; '.join(shown)}.",
+        f"Measured on real models, 2 K tokens, bfloat16, {read} of the KV bytes read per step by an index of",
+        "3.1 %: KL to the full cache in nats, `infinigen` / the exact top-k oracle, which reads every key / `lowbit`, with",
+        f"an index of 6.2 %: {'; '.join(shown)}.",
     ))  # fmt: skip
 
 

@@ -118,6 +118,8 @@ SHAPES = [
     Shape(1, 2, 4, 64, 32, 9000),  # sampled and, where it pays, scanned coarsely
     Shape(1, 2, 3, 64, 16, 9000, 8, 4),  # learned tables: rows of one piece, read in place
     Shape(1, 1, 4, 128, 32, 6000, 8, 4),
+    Shape(1, 2, 3, 64, 16, 9000, 64, 16),  # tables wider than vectors
+    Shape(1, 1, 6, 128, 32, 6000, 64, 16),
     Shape(1, 1, 8, 16, 6, 6000, 2),
     Shape(2, 1, 5, 64, 66, 4500, 4, 2),  # a piece of 16 bytes, and more
     Shape(1, 3, 2, 64, 64, 5001),
@@ -138,7 +140,7 @@ def test_takes_the_heaviest(kernels: Native, shape: Shape, spread: float) -> Non
     shape=st.builds(
         lambda b, h, g, d, groups, n, width, stages: Shape(b, h, g, d, 2 * groups * stages, n, width, 2 * stages),
         st.integers(1, 2), st.integers(1, 3), st.integers(1, 9), st.integers(1, 40), st.integers(1, 12),
-        st.sampled_from([1, 2, 63, 64, 65, 500, 4300, 7001]), st.sampled_from([1, 2, 8]), st.integers(1, 2),
+        st.sampled_from([1, 2, 63, 64, 65, 500, 4300, 7001]), st.sampled_from([1, 2, 8, 16, 48]), st.integers(1, 2),
     ),
     seed=st.integers(0, 10**6), share=st.floats(0, 1), sinks=st.integers(0, 6), n_taken=st.integers(0, 60),
     softcap=st.sampled_from([None, 5.0]), isa=st.sampled_from(list_native() or ("none",)),

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farkv.math.skew import RIDGE, Gram, measure_gram, solve_bilinear, solve_svd
+from farkv.math.skew import RIDGE, Gram, measure_gram, solve_bilinear, solve_svd, solve_white
 
 B, HKV, G, T, D = 2, 2, 2, 40, 8
 EPS = torch.finfo(torch.float32).eps
@@ -35,6 +35,22 @@ def test_full_rank_gives_the_centred_scores_back(seed: int, tokens: int) -> None
     off = (a_q.double() @ a_k.double().mT - torch.eye(D)).abs()
     assert (off <= bound + 1e-7).all()
     assert torch.allclose(mean[:, :, 0].double(), k.double().mean(2), rtol=1e-5, atol=1e-5)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([2, 5, T]))
+def test_where_queries_are_white_scores_are_the_same_and_keys_widest_first(seed: int, tokens: int) -> None:
+    q, k = make(seed, tokens)
+    a_q, a_k, mean = solve_white(measure_gram(q, k, None))
+    bound = 2 * EPS * (a_q.double().abs() @ a_k.double().abs().mT)
+    assert ((a_q.double() @ a_k.double().mT - torch.eye(D)).abs() <= bound + 1e-7).all()
+    # The moments are of float32, and so is the result.
+    moment = ridged(measure_gram(q, k, None).queries.double())
+    white = a_q.double().mT @ moment @ a_q.double()
+    rounding = 4 * EPS * (a_q.double().abs().mT @ moment.abs() @ a_q.double().abs())
+    assert ((white - torch.eye(D)).abs() <= rounding + 1e-7).all()
+    keys = (k.double() - mean.double()) @ a_k.double()
+    spread = keys.square().sum(2)
+    assert (spread[..., :-1] >= spread[..., 1:] * (1 - 1e-3) - 1e-6 * spread[..., :1]).all()
 
 
 @given(st.integers(0, 10**6), st.integers(1, D - 1))

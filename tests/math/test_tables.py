@@ -116,7 +116,7 @@ def test_few_keys_are_told_exactly() -> None:
 
 @pytest.mark.skipif(not list_native(), reason="the native library was not built")
 @given(
-    n=st.sampled_from([1, 3, 17, 300, 1030]), groups=st.integers(1, 5), width=st.sampled_from([1, 2, 3, 8]),
+    n=st.sampled_from([1, 3, 17, 300, 1030]), groups=st.integers(1, 5), width=st.sampled_from([1, 2, 3, 8, 16, 40]),
     stages=st.sampled_from([2, 4]), seed=st.integers(0, 999), isa=st.sampled_from(list_native() or ("none",)),
 )  # fmt: skip
 @settings(max_examples=30, deadline=None)

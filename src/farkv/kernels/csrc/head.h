@@ -136,10 +136,9 @@ static void turn_projected(struct head *h) {
 }
 
 /* exact[nibble][16][lane] = projected . table, 4 lanes at a time: what each nibble adds to log2 of a weight. */
-static void fill_tables(struct head *h, int64_t head) {
+static void add_narrow(struct head *h, const float *tables) {
     const struct select_args *a = h->args;
     int64_t n = count_nibbles(a), width = a->width, groups = a->columns / width, lanes = count_lanes(a);
-    const float *tables = a->tables + head * n * 16 * width;
     turn_projected(h);
     for (int64_t lane = 0; lane < lanes; lane += 4)
         for (int64_t i = 0; i < n; i++) {
@@ -152,6 +151,44 @@ static void fill_tables(struct head *h, int64_t head) {
             }
             for (int v = 0; v < 16; v++) memcpy(h->exact + (i * 16 + v) * lanes + lane, &sum[v], 16);
         }
+}
+
+#define N_ROWS (N_ACC / 4)
+/* The same where tables are vectors wide: 4 queries and N_ROWS entries at a time. */
+static void add_wide(struct head *h, const float *tables) {
+    const struct select_args *a = h->args;
+    int64_t n = count_nibbles(a), width = a->width, groups = a->columns / width, lanes = count_lanes(a);
+    memset(h->turned, 0, a->columns * 4);
+    for (int64_t lane = 0; lane < lanes; lane += 4) {
+        const float *queries[4];
+        for (int g = 0; g < 4; g++)
+            queries[g] = lane + g < a->group ? h->projected + (lane + g) * a->columns : h->turned;
+        for (int64_t v = 0; v < n * 16; v += N_ROWS) {
+            int64_t first = v / 16 % groups * width;
+            const float *table = tables + v * width;
+            vf sum[N_ACC];
+            UNROLL for (int i = 0; i < N_ACC; i++) sum[i] = (vf){0};
+            for (int64_t d = 0; d < width; d += VL) {
+                vf q[4];
+                UNROLL for (int g = 0; g < 4; g++) q[g] = load(queries[g] + first + d);
+                UNROLL for (int r = 0; r < N_ROWS; r++) {
+                    vf x = load(table + r * width + d);
+                    UNROLL for (int g = 0; g < 4; g++) sum[4 * r + g] += x * q[g];
+                }
+            }
+            float found[N_ACC];
+            sum_each(sum, found);
+            for (int r = 0; r < N_ROWS; r++) memcpy(h->exact + (v + r) * lanes + lane, found + 4 * r, 16);
+        }
+    }
+}
+
+static void fill_tables(struct head *h, int64_t head) {
+    const struct select_args *a = h->args;
+    int64_t n = count_nibbles(a), lanes = count_lanes(a);
+    const float *tables = a->tables + head * n * 16 * a->width;
+    if (a->width % VL) add_narrow(h, tables);
+    else add_wide(h, tables);
     for (int64_t i = 0; i < n * 16 * lanes; i++) {
         float x = h->exact[i];
         h->exact[i] = x != x ? 0 : x > MOST_LOGIT ? MOST_LOGIT : x < -MOST_LOGIT ? -MOST_LOGIT : x;
