@@ -52,6 +52,9 @@ def learn_tables(
 ) -> Float32[Tensor, "B Hkv Y W"]:
     """Return tables that leave little of the weighted keys: k-means, nibble after nibble of every group.
 
+    From the second nibble of a group on, a key's weight is times the square of what is left of it: what hurts is a rare key
+    that is told far too small, not the mean error.
+
     Args:
         keys: R a multiple of `width`; n_nibbles a multiple of the groups, R / width.
 
@@ -63,10 +66,11 @@ def learn_tables(
     batch, heads, _, columns = keys.shape
     groups = columns // width
     rest = _cut(keys.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), width)
-    share = weights[:, :, None].expand(-1, -1, groups, -1)
+    weights = weights[:, :, None].expand(-1, -1, groups, -1)
     tiny = keys.abs().nan_to_num(posinf=0.0).flatten(2).amax(-1)[:, :, None, None, None] * ROUNDING
     tables: list[Tensor] = []
-    for _ in range(n_nibbles // groups):
+    for stage in range(n_nibbles // groups):
+        share = weights * _weigh_rest(rest) if stage else weights
         table = rest.gather(-2, _pick_first(share)[..., None].expand(-1, -1, -1, -1, width))
         for _ in range(ROUNDS):
             near = _one_hot(_find_nearest(rest, table)) * share[..., None]
@@ -77,6 +81,13 @@ def learn_tables(
         rest = torch.where(rest.abs() < tiny, 0.0, rest)
         tables.append(table)
     return torch.stack(tables, 2).reshape(batch, heads, -1, width)
+
+
+def _weigh_rest(rest: Tensor) -> Tensor:
+    """Return the square of what is left of each key over its mean; 1 where nothing is left of any."""
+    square = rest.square().sum(-1)
+    mean = square.mean(-1, keepdim=True)
+    return torch.where(mean > 0, square / mean.clamp_min(1e-30), 1.0)
 
 
 def encode_nibbles(

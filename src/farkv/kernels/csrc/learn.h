@@ -73,14 +73,25 @@ INLINE void leave(float *x, const float *entry, int64_t width, float tiny) {
 
 /* Keys of one group of one head, what is left of them in lanes too, how much each counts; room for a table and sums. */
 struct sample {
-    const float *weights;
-    float *rest, *lanes, *turned, *sum;
+    float *weights, *rest, *lanes, *turned, *sum;
     int64_t n, width;
 };
 
 static void fill_lanes(struct sample s) {
     for (int64_t t = 0; t < s.n; t += VL)
         lay_in_lanes(s.rest + t * s.width, s.width, least_of(s.n - t, VL), s.width, s.lanes + t * s.width);
+}
+
+/* Weigh every key by the square of what is left of it besides, over its mean; not where nothing is left of any. */
+static void weigh_rest(struct sample s, const float *weights) {
+    double total = 0;
+    for (int64_t t = 0; t < s.n; t++) {
+        float square = 0;
+        for (int64_t d = 0; d < s.width; d++) square += s.rest[t * s.width + d] * s.rest[t * s.width + d];
+        s.weights[t] = square, total += square;
+    }
+    float inverse = total > 0 ? (float)(s.n / total) : 0;
+    for (int64_t t = 0; t < s.n; t++) s.weights[t] = inverse > 0 ? weights[t] * (s.weights[t] * inverse) : weights[t];
 }
 
 /* Begin with keys at even steps of the summed weight: heavy keys are likely to be among them. */
@@ -147,19 +158,22 @@ static void learn_group(void *context, int64_t task) {
     const struct table_args *a = call->args;
     int64_t groups = a->columns / a->width, head = task / groups, group = task % groups, width = a->width;
     int64_t n_laned = (a->n + VL - 1) / VL * VL;
-    float *rest = farkv_scratch(SCRATCH_TASK, (a->n + n_laned + 2 * ENTRIES) * width * 4);
+    float *rest = farkv_scratch(SCRATCH_TASK, ((a->n + n_laned + 2 * ENTRIES) * width + a->n) * 4);
     if (!rest) {
         call->status = FARKV_NO_MEMORY;
         return;
     }
     float *lanes = rest + a->n * width, *turned = lanes + n_laned * width;
-    struct sample sample = {a->weights + head * a->n, rest, lanes, turned, turned + ENTRIES * width, a->n, width};
+    float *sum = turned + ENTRIES * width, *weights = sum + ENTRIES * width;
+    struct sample sample = {weights, rest, lanes, turned, sum, a->n, width};
+    memcpy(weights, a->weights + head * a->n, a->n * 4);
     for (int64_t t = 0; t < a->n; t++)
         memcpy(rest + t * width, a->keys + (head * a->n + t) * a->columns + group * width, width * 4);
     float tiny = find_tiny(a->keys + head * a->n * a->columns, a->n * a->columns);
     for (int64_t i = group; i < a->nibbles; i += groups) {
         float *table = a->tables + (head * a->nibbles + i) * ENTRIES * width;
         fill_lanes(sample);
+        if (i >= groups) weigh_rest(sample, a->weights + head * a->n);
         pick_first(sample, table);
         for (int64_t round = 0; round < a->rounds; round++) move_entries(sample, table);
         take_away(sample, table, tiny);
