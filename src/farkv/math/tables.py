@@ -52,8 +52,8 @@ def learn_tables(
 ) -> Float32[Tensor, "B Hkv Y W"]:
     """Return tables that leave little of the weighted keys: k-means, nibble after nibble of every group.
 
-    From the second nibble of a group on, a key's weight is times the square of what is left of it: what hurts is a rare key
-    that is told far too small, not the mean error.
+    From a group's second nibble on, a key's weight is times the square of what is left of it: what hurts is a rare
+    key that is told far too small, not the mean error.
 
     Args:
         keys: R a multiple of `width`; n_nibbles a multiple of the groups, R / width.
