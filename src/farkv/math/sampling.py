@@ -34,7 +34,7 @@ def make_seeds(layer: int, tokens: list[int], sampled: Float32[Tensor, "b Hkv"])
         tokens: of every sequence.
         sampled: not 0 where the head is sampled.
     """
-    # Finalised so that neighbours have nothing in common. Plain numbers: a tensor's operation takes longer than all of it.
+    # Finalised so that neighbours have nothing in common. Plain numbers: one operation of a tensor takes longer.
     x = [(n * 0x85EBCA77 + layer * 0xC2B2AE3D) & MASK for n in tokens]
     x = [((n ^ (n >> 15)) * 0x2C1B3C6D) & MASK for n in x]
     x = [((n ^ (n >> 12)) * 0x297A2D39) & MASK for n in x]
