@@ -280,6 +280,7 @@ def test_a_step_does_as_much_for_many_heads_and_sequences_as_for_few(
     # Few bytes are copied at once, many on the worker's thread: here all are.
     monkeypatch.setattr(link, "INLINE_BYTES", 0)
     # Which heads draw depends on the prompt: here all do.
+    monkeypatch.setattr("farkv.methods.gains.LEAST_HEADS", 1)
     monkeypatch.setattr("farkv.methods.gains.find_gains", lambda seen, *_: torch.ones(seen.keys.shape[:2]))
     check_growth(method, near)
 

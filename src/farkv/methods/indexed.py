@@ -71,7 +71,7 @@ class IndexSelector(Selector):
         # What is drawn is weighed by how likely that was: a rule, or a count that varies, would not know.
         draws = use.sampled and self.source is None and self.rule is None and place.device.type == "cpu"
         draws = draws and self.cap.burst <= 1 and self.cap.fraction < 1
-        trial = Trial(self.cap, self.coder) if draws else None
+        trial = Trial(self.cap, self.coder, len(place.layers)) if draws else None
         self.fits = {layer: LayerFit(place, self.coder, layer, trial) for layer in place.layers}
         self.followers = dict(self.fits)
         # The flags of sampled heads that were looked at last, and whether any is set.
