@@ -263,8 +263,7 @@ def format_headline() -> str:
     return "\n".join((
         f"Measured on real models, 2 K tokens, bfloat16, {read} of the KV bytes read per step by an index of",
         "3.1 %: KL to the full cache in nats, `infinigen` / the exact top-k oracle, which reads every key / `lowbit`,",
-        "with an index of 6.2 %:",
-        ";\n".join(shown) + ".",
+        "with an index of 6.2 %: " + "; ".join(shown) + ".",
     ))  # fmt: skip
 
 
