@@ -72,7 +72,7 @@ PARTS: dict[str, Part] = {
         ("ppl", "niah_single_2", "niah_multiquery", "qa_1"), (*EVICTORS, *AWARE), (0.05, 0.1, 0.2, 0.384, 0.5),
         {2048: 8}, profiled=True,
     ),
-    "index": Part(("ppl", "niah_single_2"), INDEXES, (0.01, 0.02, 0.05, 0.1), {2048: 8}),
+    "index": Part(("ppl", *SINGLES[:2]), INDEXES, (0.01, 0.02, 0.05, 0.1), {2048: 8}),
     "long": Part(("longgen", "extraction"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.05,), {4096: 2}, 2),
     "longest": Part(("ppl", "niah_single_2"), ("infinigen", "lowbit", "oracle", "snapkv"), (0.02, 0.05), {32768: 2}, 1),
 }  # fmt: skip

@@ -53,7 +53,8 @@ class InfiniGen:
         window: recent tokens that are always read; with sinks at most a quarter of the cap (ours: 16, the paper's: 0).
         top_up: share of the cap that is chosen late, by the layer's true query (ours: 0.25, the paper's: 0).
         sampled: draw records by their estimated weight, each weighed by how likely it was to be drawn, for heads that
-            gain by it on the prompt (ours: True, the paper's: False); where the layer's own query chooses, on a CPU.
+            gain by it on the prompt, of models with 16 or more (ours: True, the paper's: False); where the layer's own
+            query chooses, on a CPU.
         burst: how many times its share a layer's heads may read in one step, where attention is flat, if the mean over
             layers and steps stays within `fraction`; 1, also where it is left out: all read the same. Where the layer's
             own query chooses, on a CPU.

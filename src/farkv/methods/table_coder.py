@@ -53,7 +53,7 @@ class TableCoder:
         self.encode, self.decode = self.nibbles.encode, self.nibbles.decode
 
     def measure(self, k_dim: int, record_bytes: int) -> IndexSize:
-        """Return as many nibbles as fill the share of the KV bytes, at most one to two columns, for all columns."""
+        """Return groups of all columns but a remainder, and nibbles to fill the share: at most one for two columns."""
         groups = -(-k_dim // WIDEST)
         wanted = min(int(self.share * record_bytes * 2), k_dim // 2)
         # Two nibbles to a byte.
