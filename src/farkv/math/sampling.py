@@ -114,29 +114,24 @@ def find_gains(seen: Seen, fraction: float, thinned: float) -> Bool[Tensor, "B H
     # A group's queries side by side: keys and values are read once.
     true = (queries.float().flatten(2, 3) @ keys.float().mT).unflatten(2, queries.shape[2:4])
     true = true.masked_fill(~visible, -torch.inf)
-    whole = true.softmax(-1).flatten(2, 3) @ values.float()
+    values = values.float()
+    whole = true.softmax(-1).flatten(2, 3) @ values
     logs = told.masked_fill(~visible, -torch.inf).log_softmax(-1).logsumexp(2) - math.log(told.shape[2])
     logs = logs.masked_fill(forced[:, :, 0], torch.inf)
-    caps = (visible[:, :, 0].sum(-1, keepdim=True) * fraction).long().clamp_min(1)
-    batch, heads, n_queries, n = logs.shape
-    each = torch.arange(n_queries, device=logs.device)
+    caps = (visible[:, :, 0].sum(-1, keepdim=True) * fraction).long().clamp_min(1).expand(*logs.shape[:3], 1)
+    # One seed for every query, whatever the head: what is compared is two ways of reading, not heads.
+    n_queries, n = logs.shape[2:]
+    seeds = torch.arange(n_queries, device=logs.device)[None] * 0x9E3779
+    drawn = draw(seeds, torch.arange(n, device=logs.device)[None, None]).log()[0]
+    # A deliberate sync, once per head of a fit.
+    most = min(int(caps.max()) + 1, n)
     errors: list[Tensor] = []
-    for sampled in (False, True):
-        seeds = (each * 0x9E3779 if sampled else each * 0 - 1).expand(batch * heads, -1)
-        own = caps.expand(batch, heads, -1, -1).reshape(batch * heads, n_queries, 1)
-        chosen = _weigh_drawn(logs.reshape(batch * heads, n_queries, n), seeds, own).view(batch, heads, 1, n_queries, n)
-        read = (true + chosen).softmax(-1).flatten(2, 3) @ values.float()
+    for ranks in (logs, logs - drawn):
+        limit = ranks.topk(most, -1).values.gather(-1, caps.clamp_max(most - 1))
+        # Not a number, where nothing can be told, stays so: such a head is not drawn.
+        odds = torch.zeros_like(logs) if ranks is logs else (limit - logs).clamp_min(0)
+        chosen = torch.where(ranks <= limit, -torch.inf, odds)
+        read = (true + chosen[:, :, None]).softmax(-1).flatten(2, 3) @ values
         errors.append((read - whole).square().sum((2, 3)))
-    best, drawn = errors
-    return drawn / thinned < best
-
-
-def _weigh_drawn(logs: Tensor, seeds: Tensor, own: Tensor) -> Tensor:
-    """Return what to add to every record's logit: its odds where it is read, else -inf."""
-    ranks = logs - draw(seeds, torch.arange(logs.shape[-1], device=logs.device)[None, None]).log()
-    # A deliberate sync, twice per head of a fit.
-    values = ranks.topk(min(int(own.max()) + 1, logs.shape[-1]), -1).values
-    next_one = values.gather(-1, own.clamp_max(values.shape[-1] - 1))
-    odds = (next_one - logs).clamp_min(0).masked_fill((seeds < 0)[..., None], 0.0)
-    # Not a number, where nothing can be told, stays so: such a head is not drawn.
-    return torch.where(ranks <= next_one, -torch.inf, odds)
+    best, sampled = errors
+    return sampled / thinned < best

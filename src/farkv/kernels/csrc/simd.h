@@ -98,6 +98,23 @@ INLINE vf widen_f16(const uint8_t *p) {
 }
 #endif
 
+/* row[at[lane]] of 16 numbers. */
+#if defined(__AVX512F__)
+INLINE vf pick_of_16(const float *row, vi at) { return (vf)_mm512_permutexvar_ps((__m512i)at, (__m512)load(row)); }
+#elif defined(__AVX2__)
+INLINE vf pick_of_16(const float *row, vi at) {
+    __m256 low = _mm256_permutevar8x32_ps((__m256)load(row), (__m256i)at);
+    __m256 high = _mm256_permutevar8x32_ps((__m256)load(row + 8), (__m256i)at);
+    return (vf)_mm256_blendv_ps(low, high, (__m256)(at << 28));
+}
+#else
+INLINE vf pick_of_16(const float *row, vi at) {
+    vf x;
+    for (int lane = 0; lane < VL; lane++) x[lane] = row[at[lane]];
+    return x;
+}
+#endif
+
 /* Whether any lane of a comparison is true. */
 #if defined(__AVX2__) && !defined(__AVX512F__)
 INLINE int any_of(vi x) { return _mm256_movemask_ps((__m256)x); }
