@@ -47,7 +47,7 @@ def list_commands(sources: Path, machine: str) -> dict[str, list[str]]:
     cc, least = shlex.split(os.environ.get("CC", "cc")), LEAST.get(machine, [])
     flags = [*BASE, *shlex.split(os.environ.get("CFLAGS", "")), *least]
     made = {name: [*more, f"-DFARKV_ISA={name}", "unit.c"] for name, more in list_units(machine).items()}
-    made |= {"dispatch": ["dispatch.c"], "pool": ["pool.c"]}
+    made |= {"dispatch": ["dispatch.c"], "pool": ["pool.c"], "pages": ["pages.c"]}
     return {name: [*cc, *flags, *more, "-c", str(sources / source)] for name, (*more, source) in made.items()}
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from farkv.bench.shapes import ModelShape
 from farkv.kernels.native import IndexView, Native, Rows
-from farkv.kernels.operands import Drawn
+from farkv.kernels.ways import Drawn
 from farkv.math.logits import Logits
 from farkv.store.far.quantize import Codec
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farkv.errors import CacheStateError
 from farkv.kernels.native import IndexView, Native, list_native
-from farkv.kernels.operands import Drawn, Varied
+from farkv.kernels.ways import Drawn, Varied
 from farkv.math.logits import Logits
 from farkv.math.sampling import make_seeds, sample_top
 from farkv.math.score import pool_group, project_query, score_index
@@ -290,7 +290,7 @@ def test_seeds_stand_alone(kernels: Native) -> None:
     case = make_case(Shape(1, 2, 2, 16, 8, 100))
     drawn = Drawn(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, 10))
     taken = torch.zeros(1, 2, 1, dtype=torch.int64)
-    with pytest.raises(CacheStateError, match="expected seeds alone"):
+    with pytest.raises(CacheStateError, match="expected one of a varied, a drawn and a paged choice"):
         kernels.select(case.q, case.index, case.logits, cap=10, n=100, taken=taken, drawn=drawn)
     for wrong in (drawn._replace(seeds=drawn.seeds.int()), drawn._replace(odds=torch.zeros(1, 2, 9))):
         with pytest.raises(CacheStateError, match="contiguous"):

@@ -13,7 +13,15 @@ import torch
 from farkv._axes import Bool, Float32, Tensor
 from farkv.engine.bank import Bank
 from farkv.engine.budget import Budget, Budgets
-from farkv.engine.fast_choice import Scored, choose_drawn, choose_early, choose_late, choose_varied
+from farkv.engine.fast_choice import (
+    Pages,
+    Scored,
+    choose_drawn,
+    choose_early,
+    choose_late,
+    choose_paged,
+    choose_varied,
+)
 from farkv.engine.fast_path import FastPath
 from farkv.engine.records import LayerRecords
 from farkv.math.sampling import make_seeds, sample_top
@@ -63,6 +71,9 @@ class Chooser:
         if sampled is not None and budget.early < n_old:
             return self._draw(records, query, n_old, budget, scored, sampled)
         if scored is not None:
+            pages = self._find_pages(records.layer, 1.0)
+            if pages is not None:
+                return choose_paged(scored, budget.early, budget.sinks, pages, None)
             return choose_early(scored, budget)
         return self._select(records.layer, self._score(records, query, n_old, budget), budget)
 
@@ -119,21 +130,27 @@ class Chooser:
         layer, n_old = records.layer, records.length - budget.newest
         self._count_scored(records, n_old)
         scored = self._find_fast(layer, query, records.length, budget)
+        # Of the disk a late read has to be waited for: as few pages as its share of the cap.
+        pages = self._find_pages(layer, self.selector.cap.top_up)
         if scored is not None:
+            if pages is not None:
+                return choose_paged(scored, budget.late, 0, pages, taken)
             return choose_late(scored, budget, taken)
         valid = self._find_open(records, n_old, budget).valid
         scores = self.selector.score_late(records, query, n_old, valid)
         if self._reaches(layer) and valid is None:
             return select_top(forbid(scores, taken), budget.late)
-        # Of the disk a late read has to be waited for: as few pages as its share of the cap.
-        reached = scores if self._reaches(layer) else self._limit_pages(layer, scores, self.selector.cap.top_up)
+        reached = scores if pages is None else limit_pages(scores, *pages)
         return select_rest(reached, taken, budget.late, budget.own_late)
 
     # --- what is open -----------------------------------------------------------------------------------------
 
     def _find_fast(self, layer: int, query: Query, n_rows: int, budget: Budget) -> Scored | None:
         """Return what the fast kernels choose from; None where the plain operations must."""
-        if self.selector.rule is not None or not self._reaches(layer):
+        if self.selector.rule is not None:
+            return None
+        if not self._reaches(layer) and (budget.own is not None or query.q.device.type != "cpu"):
+            # The pages of a padded batch are not one sequence's own; the kernels of a GPU do not know pages.
             return None
         view = self.fast.find_view(layer, query, self.selector)
         if view is None:
@@ -174,13 +191,16 @@ class Chooser:
         return self.reaches_all or not self.selector.limits_pages or self.budgets.share_of(layer) >= 1
 
     def _reach(self, layer: int, scores: Tensor) -> Tensor:
-        return scores if self._reaches(layer) else self._limit_pages(layer, scores, 1.0)
-
-    def _limit_pages(self, layer: int, scores: Tensor, share: float) -> Tensor:
         """Keep records that are in memory, and those on the few pages this step may read from disk; mask the others."""
+        pages = self._find_pages(layer, 1.0)
+        return scores if pages is None else limit_pages(scores, *pages)
+
+    def _find_pages(self, layer: int, share: float) -> Pages | None:
+        """Return the pages of which a step may read `share` of its cap from disk; None where all are in reach."""
+        if self._reaches(layer):
+            return None
         resident, tokens = self.budgets.store.find_resident(layer)
-        n_pages = max(1, int(share * self.budgets.share_of(layer) * resident.shape[-1]))
-        return limit_pages(scores, resident, tokens, n_pages)
+        return Pages(resident, tokens, max(1, int(share * self.budgets.share_of(layer) * resident.shape[-1])))
 
     def _count_scored(self, records: LayerRecords, n_rows: int) -> None:
         self.account.layer(records.layer).index_bytes += self.selector.count_scored_bytes(records, n_rows)

@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-from farkv._axes import Tensor
+from farkv._axes import Bool, Tensor
 from farkv.engine.bank import Terms
 from farkv.engine.budget import Budget
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import IndexView, Native
-from farkv.kernels.operands import Drawn, Varied
+from farkv.kernels.ways import Drawn, Paged, Varied
 from farkv.math.select import Choice, VariedChoice
 from farkv.math.step import Query
 
@@ -31,6 +31,14 @@ class Scored(NamedTuple):
     query: Query
     n: int
     starts: list[int] | None
+
+
+class Pages(NamedTuple):
+    """Which pages of a layer a step may read: those that are in memory, and `more` of every KV head besides."""
+
+    here: Bool[Tensor, "B Hkv P"]
+    tokens: int
+    more: int
 
 
 class Part(NamedTuple):
@@ -80,6 +88,26 @@ def choose_drawn(scored: Scored, budget: Budget, seeds: Tensor) -> Choice:
         odds[b, :, :cap] = 0 if drawn.odds is None else drawn.odds[0]
         valid[b, :, :stop] = True
     return Choice(positions, valid, odds=odds)
+
+
+def choose_paged(scored: Scored, cap: int, n_sinks: int, pages: Pages, taken: Choice | None) -> Choice:
+    """Choose up to `cap` records of every sequence and KV head that are in reach, and not taken."""
+    query, view = scored.query, scored.view
+    counts = torch.zeros(view.codes.shape[:2], dtype=torch.int64)
+    gone = None
+    if taken is not None:
+        # What is not valid is not taken: another one that is, in its place.
+        gone = taken.positions if taken.valid is None else taken.positions.where(taken.valid, taken.positions[..., :1])
+    if cap == 0:
+        return choose_alike(scored, 0, 0, None)
+    assert isinstance(scored.kernels, Native)
+    paged = Paged(pages.here.contiguous(), pages.tokens, pages.more, counts)
+    out = scored.kernels.select(
+        query.q, view, query.logits, cap=cap, n=scored.n, sinks=n_sinks, taken=gone, paged=paged
+    )
+    if int(counts.min()) == cap:
+        return Choice(out, None)
+    return Choice(out, None, counts).flag()
 
 
 def draw_alike(scored: Scored, cap: int, n_sinks: int, seeds: Tensor) -> Choice:

@@ -24,24 +24,28 @@ from farkv.kernels.native_abi import (
     NO_MEMORY,
     AttendArgs,
     GatherArgs,
+    PageArgs,
     SelectArgs,
     TableArgs,
     load_library,
 )
 from farkv.kernels.operands import (
     PLAIN,
-    Drawn,
     IndexView,
     Rows,
-    Varied,
     check_attend,
     check_gather,
+    check_pages,
     check_reading,
     check_select,
     check_tables,
 )
+from farkv.kernels.ways import Drawn, Paged, Varied
 from farkv.math.logits import Logits
 from farkv.math.tables import ROUNDS
+
+# Reads of a file that wait at the same time: enough to keep a disk busy.
+PAGES_AT_ONCE = 8
 
 
 class Native:
@@ -78,6 +82,7 @@ class Native:
         taken: Int[Tensor, "B Hkv N"] | None = None,
         varied: Varied | None = None,
         drawn: Drawn | None = None,
+        paged: Paged | None = None,
     ) -> Int[Tensor, "B Hkv K"]:
         """Choose `cap` of the first `n` records per KV head: the first `sinks`, and those of the largest group mass.
 
@@ -89,6 +94,7 @@ class Native:
             taken: positions below n that must not be chosen, sinks included.
             varied: heads may choose fewer than `cap`.
             drawn: heads with a seed draw their records by weight (`math.sampling.sample_top`); excludes `taken`.
+            paged: only records of pages that are in memory, and of few more; sinks where their page is.
 
         Returns:
             Positions in ascending order, the same for any number of threads; undefined beyond a head's count.
@@ -98,7 +104,7 @@ class Native:
 
         Cost: n * W index bytes read per KV head, twice for some heads; 2 Hq n R operations.
         """
-        check_select(q, index, logits, cap=cap, n=n, sinks=sinks, taken=taken, varied=varied, drawn=drawn)
+        check_select(q, index, logits, cap=cap, n=n, sinks=sinks, taken=taken, varied=varied, drawn=drawn, paged=paged)
         codes, side = index.codes, index.query
         batch, heads, _, width = codes.shape
         hq, dim, columns = q.shape[1], q.shape[3], side.shape[3]
@@ -106,10 +112,12 @@ class Native:
         operands = [_flat(q), _flat(side), _flat(index.tables)]
         args = SelectArgs(
             *[x.data_ptr() for x in operands], codes.data_ptr(), _point_at(taken, operands), out.data_ptr(),
-            *([None] * 5 if varied is None else [x.data_ptr() for x in varied]),
+            *(_point_beside(paged) if varied is None else [x.data_ptr() for x in varied]),
             *([None] * 2 if drawn is None else [x.data_ptr() for x in drawn]),
+            None if paged is None else paged.here.data_ptr(),
             *codes.stride()[:3], batch, heads, hq // heads, dim, columns, width, index.tables.shape[3],
             side.shape[0], n, cap, min(sinks, cap), 0 if taken is None else taken.shape[2], torch.get_num_threads(),
+            *((0, 0, 0) if paged is None else (paged.here.shape[2], paged.tokens, paged.more)),
             logits.scaling, logits.softcap or 0.0,
         )  # fmt: skip
         if cap:
@@ -206,6 +214,22 @@ class Native:
         )  # fmt: skip
         self._call("farkv_gather", args)
 
+    def read_pages(self, file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:
+        """Read page ids[j] of a file into place at[j] of `out`, verified; return a j that fails, or how many there are.
+
+        Args:
+            file: it is open; where its page 0 begins, and the bytes of a page.
+            sums: CRC-32 of each page that is asked for.
+
+        Cost: these pages read, several at a time, and one pass over them for their checksums.
+        """
+        fd, base, page_bytes = file
+        check_pages(page_bytes, sums, ids, at, out)
+        expected = torch.tensor(sums, dtype=torch.uint32)
+        pointers = [x.data_ptr() for x in (ids, at, expected, out)]
+        args = PageArgs(*pointers, len(ids), fd, base, page_bytes, PAGES_AT_ONCE)
+        return self._library.farkv_read_pages(ctypes.addressof(args))
+
     def read_bandwidth(self, data: Tensor) -> float:
         """Return the bytes per second of one sequential read of a contiguous tensor."""
         check_reading(data)
@@ -238,6 +262,11 @@ class Native:
 def _flat(x: Tensor) -> Tensor:
     """Return a small operand as contiguous float32; without a call into torch where it already is."""
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.detach().float().contiguous()
+
+
+def _point_beside(paged: Paged | None) -> list[int | None]:
+    """Return the addresses of a varied choice's parts, of which one on pages has the counts alone."""
+    return [None, None, None, None if paged is None else paged.counts.data_ptr(), None]
 
 
 def _point_at(x: Tensor | None, operands: list[Tensor]) -> int | None:

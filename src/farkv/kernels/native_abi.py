@@ -7,7 +7,7 @@ csrc/farkv.h. Calls go through ctypes, which releases the GIL.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_int, c_int64, c_uint64, c_void_p
+from ctypes import c_double, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -37,10 +37,11 @@ class SelectArgs(ctypes.Structure):
 
     _fields_ = (
         *[(name, c_void_p) for name in ("q", "query", "tables", "codes", "taken", "out")],
-        *[(name, c_void_p) for name in ("caps", "least", "fewest", "counts", "floors", "seeds", "odds")],
+        *[(name, c_void_p) for name in ("caps", "least", "fewest", "counts", "floors", "seeds", "odds", "here")],
         *[(name, c_int64) for name in ("batch_stride", "head_stride", "row_stride")],
         *[(name, c_int64) for name in ("batch", "heads", "group", "dim", "columns", "code_bytes", "width")],
         *[(name, c_int64) for name in ("query_batch", "n", "cap", "sinks", "n_taken", "threads")],
+        *[(name, c_int64) for name in ("pages", "page_tokens", "more_pages")],
         *[(name, c_double) for name in ("scaling", "softcap")],
     )
 
@@ -64,6 +65,15 @@ class TableArgs(ctypes.Structure):
     )
 
 
+class PageArgs(ctypes.Structure):
+    """`struct page_args`."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("ids", "at", "sums", "out")],
+        *[(name, c_int64) for name in ("n", "fd", "base", "page_bytes", "threads")],
+    )
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """Return the library, or None where it was not built.
@@ -74,7 +84,7 @@ def load_library() -> ctypes.CDLL | None:
     if not LIBRARY.is_file():
         return None
     library = ctypes.CDLL(str(LIBRARY))
-    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs, TableArgs)]
+    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs, TableArgs, PageArgs)]
     if not hasattr(library, "farkv_size") or [library.farkv_size(c_int64(i)) for i in range(len(ours))] != ours:
         raise ConfigError(
             f"native kernels: expected {LIBRARY.name} to be built from these sources, got one from others; install "
@@ -84,6 +94,8 @@ def load_library() -> ctypes.CDLL | None:
     for name in ("attend", "select", "gather", "learn"):
         call = getattr(library, f"farkv_{name}")
         call.argtypes, call.restype = [c_int64, c_void_p], c_int
+    library.farkv_read_pages.argtypes, library.farkv_read_pages.restype = [c_void_p], c_int64
+    library.farkv_crc32.argtypes, library.farkv_crc32.restype = [c_void_p, c_int64], c_uint32
     library.farkv_read.argtypes = [c_int64, c_void_p, c_int64, c_int64]
     library.farkv_read_rows.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]
     library.farkv_read.restype = library.farkv_read_rows.restype = c_uint64

@@ -6,20 +6,19 @@ with CacheStateError. Positions alone are checked in C, which reads them anyway.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 
-from farkv._axes import Float32, Int, Tensor
+from farkv._axes import Float32, Tensor
 from farkv.errors import CacheStateError
 from farkv.kernels.native_abi import count_row_bytes
+from farkv.kernels.ways import MOST_RECORDS, Drawn, Paged, Varied, check_ways, refuse
 from farkv.math.logits import Logits
 
 PLAIN = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 CODED = ("int8", "int4")
 WHOLE = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
-# C counts the records of a choice in 32 bits, and a vector of them beyond the last.
-MOST_RECORDS = 2**31 - 4096
 MOST_SCALING, LEAST_SOFTCAP, MOST_SOFTCAP = 3e38, 1e-30, 1e30
 
 
@@ -34,31 +33,6 @@ class IndexView(NamedTuple):
     codes: Tensor
     query: Float32[Tensor, "b Hkv D R"]
     tables: Float32[Tensor, "B Hkv Y w"]
-
-
-class Varied(NamedTuple):
-    """A choice whose size varies from head to head.
-
-    caps: each sequence's own, at most the cap of all.  least: of each sequence, the mass that a record must have.
-    fewest: what every head of a sequence chooses, whatever weight that has, up to its cap.
-    counts, floors: written: how many records each head chose, sinks included, and the least mass of the others.
-    """
-
-    caps: Int[Tensor, " B"]
-    least: Float32[Tensor, " B"]
-    fewest: Int[Tensor, " B"]
-    counts: Int[Tensor, "B Hkv"]
-    floors: Float32[Tensor, "B Hkv"]
-
-
-class Drawn(NamedTuple):
-    """A choice of which some heads are sampled (math/sampling.py).
-
-    seeds: of each head's draws; -1: its best records are chosen.  odds: written: what is added to each one's logit.
-    """
-
-    seeds: Int[Tensor, "B Hkv"]
-    odds: Float32[Tensor, "B Hkv K"]
 
 
 class Rows(NamedTuple):
@@ -85,54 +59,34 @@ def check_select(
     taken: Tensor | None,
     varied: Varied | None = None,
     drawn: Drawn | None = None,
+    paged: Paged | None = None,
 ) -> None:
     """Raise CacheStateError unless `Native.select` may read these."""
     codes, side, tables = index
     if codes.ndim != 4 or codes.dtype is not torch.int8 or not codes.is_cpu or codes.stride(3) != 1:
-        _refuse("int8 codes [B, Hkv, S, W] in CPU memory, the bytes of a row side by side", codes)
+        refuse("int8 codes [B, Hkv, S, W] in CPU memory, the bytes of a row side by side", codes)
     batch, heads, stored, width = codes.shape
     if q.ndim != 4 or q.dtype not in PLAIN or not q.is_cpu:
-        _refuse("queries [B, Hq, 1, D] in CPU memory", q)
+        refuse("queries [B, Hq, 1, D] in CPU memory", q)
     q_batch, hq, n_q, dim = q.shape
     if q_batch != batch or n_q != 1 or not 0 < heads <= hq or hq % heads:
-        _refuse(f"one query of every head, for {heads} KV heads of {batch} sequences", q)
+        refuse(f"one query of every head, for {heads} KV heads of {batch} sequences", q)
     shape = side.shape
     columns = shape[3] if side.ndim == 4 else 0
     if shape[1:] != (heads, dim, columns) or shape[0] not in (1, batch) or side.dtype not in PLAIN or not side.is_cpu:
-        _refuse(f"a projection {(batch, heads, dim, 'R')} in CPU memory", side)
+        refuse(f"a projection {(batch, heads, dim, 'R')} in CPU memory", side)
     wide = tables.shape[3] if tables.ndim == 4 else 0
     fits = wide > 0 and columns > 0 and width > 0 and columns % wide == 0 and 2 * width % (columns // wide) == 0
     if not fits or tables.shape[:3] != (batch, heads, 32 * width) or tables.dtype not in PLAIN or not tables.is_cpu:
-        _refuse(
-            f"16 entries of each of {2 * width} nibbles, of equal parts of {columns} columns, in CPU memory", tables
-        )
+        refuse(f"16 entries of each of {2 * width} nibbles, of equal parts of {columns} columns, in CPU memory", tables)
     n_taken = 0 if taken is None else _count_positions(taken, batch, heads)
-    if varied is not None:
-        _check_varied(varied, (batch, heads), cap)
-    if drawn is not None:
-        if varied is not None or n_taken:
-            raise CacheStateError("native select: expected seeds alone, got a varied choice or taken records beside")
-        _check_parts(drawn, ((batch, heads), (batch, heads, cap)), (torch.int64, torch.float32))
+    check_ways((varied, drawn, paged), (batch, heads), cap, n_taken)
     _expect_logits(logits)
     if not 0 <= cap <= cap + n_taken <= n <= stored <= MOST_RECORDS or sinks < 0:
         raise CacheStateError(
             f"native select: expected 0 <= cap, 0 <= sinks, cap + taken <= n <= stored records <= {MOST_RECORDS}, got "
             f"cap {cap}, sinks {sinks}, {n_taken} taken, n {n}, {stored} stored; choose fewer records"
         )
-
-
-def _check_varied(varied: Varied, sizes: tuple[int, int], cap: int) -> None:
-    shapes = (sizes[:1], sizes[:1], sizes[:1], sizes, sizes)
-    _check_parts(varied, shapes, (torch.int64, torch.float32, torch.int64, torch.int64, torch.float32))
-    for each in (varied.caps, varied.fewest):
-        if not all(0 <= own <= cap for own in each.tolist()):
-            _refuse(f"counts in 0 .. {cap}", each)
-
-
-def _check_parts(parts: tuple[Tensor, ...], shapes: tuple[tuple[int, ...], ...], dtypes: tuple[Any, ...]) -> None:
-    for each, shape, dtype in zip(parts, shapes, dtypes, strict=True):
-        if each.shape != shape or each.dtype is not dtype or not each.is_cpu or not each.is_contiguous():
-            _refuse(f"contiguous {dtype} {shape} in CPU memory", each)
 
 
 def check_attend(
@@ -151,24 +105,24 @@ def check_attend(
     data, k_dim, v_dim, kind = rows
     form = PLAIN.get(data.dtype) if kind == "plain" else kind if kind in CODED and data.dtype is torch.uint8 else None
     if data.ndim != 4 or form is None or not data.is_cpu:
-        _refuse(f"records [B, Hkv, S, W] of a known form ({kind}) in CPU memory", data)
+        refuse(f"records [B, Hkv, S, W] of a known form ({kind}) in CPU memory", data)
     batch, heads, stored, width = data.shape
     units = count_row_bytes(kind, k_dim, v_dim, 1)
     if k_dim <= 0 or v_dim <= 0 or units != width or data.stride(3) != 1:
-        _refuse(f"rows of k and v, {units} for {k_dim} and {v_dim} numbers, side by side", data)
+        refuse(f"rows of k and v, {units} for {k_dim} and {v_dim} numbers, side by side", data)
     if q.ndim != 4 or q.dtype not in PLAIN or not q.is_cpu:
-        _refuse("queries [B, Hq, 1, Dk] in CPU memory", q)
+        refuse("queries [B, Hq, 1, Dk] in CPU memory", q)
     q_batch, hq, n_q, dim = q.shape
     if q_batch != batch or n_q != 1 or dim != k_dim or not 0 < heads <= hq or hq % heads:
-        _refuse(f"one query of every head and {k_dim} numbers, for {heads} KV heads of {batch} sequences", q)
+        refuse(f"one query of every head and {k_dim} numbers, for {heads} KV heads of {batch} sequences", q)
     if sinks is not None and (sinks.shape != (hq,) or sinks.dtype not in PLAIN or not sinks.is_cpu):
-        _refuse("a sink of every query head", sinks)
+        refuse("a sink of every query head", sinks)
     if positions is not None:
         _count_positions(positions, batch, heads)
     if counts is not None and (positions is None or counts.shape != (batch, heads) or counts.dtype is not torch.int64):
-        _refuse(f"int64 numbers of positions to read, {(batch, heads)}, beside positions", counts)
+        refuse(f"int64 numbers of positions to read, {(batch, heads)}, beside positions", counts)
     if odds is not None and (positions is None or odds.shape != positions.shape or not odds.is_cpu):
-        _refuse("odds of every position, in CPU memory, beside positions", odds)
+        refuse("odds of every position, in CPU memory, beside positions", odds)
     _expect_logits(logits)
     if not 0 <= tail <= n <= stored:
         raise CacheStateError(
@@ -181,32 +135,32 @@ def check_attend(
 def check_gather(data: Tensor, heads: Tensor, positions: Tensor, out: Tensor) -> tuple[int, int]:
     """Raise CacheStateError unless `Native.gather` may copy; return the rows of a run of `out`, and its stride."""
     if data.ndim != 4 or not data.is_cpu or not data.is_contiguous():
-        _refuse("a contiguous pool [B, Hkv, S, W] in CPU memory", data)
+        refuse("a contiguous pool [B, Hkv, S, W] in CPU memory", data)
     n, width = heads.numel(), data.shape[3]
     for at in (heads, positions):
         if at.shape != (n,) or at.dtype is not torch.int64 or not at.is_cpu or not at.is_contiguous():
-            _refuse(f"{n} times a contiguous int64 in CPU memory", at)
+            refuse(f"{n} times a contiguous int64 in CPU memory", at)
     shape, strides = out.shape, out.stride()
     n_runs, run, wide = shape if len(shape) == 3 else (1, *shape) if len(shape) == 2 else (0, 0, -1)
     stride = strides[0] if len(shape) == 3 else run * wide
     fits = n_runs * run == n and wide == width and strides[-2:] == (width, 1)
     # Runs that overlap would be written twice, by threads at once.
     if not fits or out.dtype is not data.dtype or not out.is_cpu or (stride < run * width and n_runs > 1):
-        _refuse(f"room for these rows, {n} of {width}, apart and each side by side", out)
+        refuse(f"room for these rows, {n} of {width}, apart and each side by side", out)
     itemsize, a, b = data.element_size(), data.data_ptr(), out.data_ptr()
     if n and a < b + ((n_runs - 1) * stride + run * width) * itemsize and b < a + data.numel() * itemsize:
-        _refuse("room outside the pool", out)
+        refuse("room outside the pool", out)
     return run, stride
 
 
 def check_reading(data: Tensor, positions: Tensor | None = None, row_bytes: int = 1) -> None:
     """Raise CacheStateError unless all bytes, or rows of `row_bytes` at these positions, can be read."""
     if not data.is_cpu or not data.is_contiguous():
-        _refuse("a contiguous tensor in CPU memory", data)
+        refuse("a contiguous tensor in CPU memory", data)
     if positions is None:
         return
     if positions.ndim != 1 or positions.dtype is not torch.int64 or not positions.is_cpu or positions.stride(0) != 1:
-        _refuse("contiguous int64 positions", positions)
+        refuse("contiguous int64 positions", positions)
     n_rows = data.numel() * data.element_size() // row_bytes if row_bytes > 0 else 0
     if len(positions) == 0 or int(positions.min()) < 0 or int(positions.max()) >= n_rows:
         raise CacheStateError(
@@ -218,9 +172,9 @@ def _count_positions(positions: Tensor, batch: int, heads: int) -> int:
     """Return how many positions every KV head has."""
     shape = positions.shape
     if len(shape) != 3 or shape[0] != batch or shape[1] != heads:
-        _refuse(f"positions of every KV head, {(batch, heads)}", positions)
+        refuse(f"positions of every KV head, {(batch, heads)}", positions)
     if positions.dtype not in WHOLE or not positions.is_cpu:
-        _refuse("positions that are whole numbers in CPU memory", positions)
+        refuse("positions that are whole numbers in CPU memory", positions)
     return shape[2]
 
 
@@ -234,22 +188,33 @@ def _expect_logits(logits: Logits) -> None:
         )
 
 
-def _refuse(what: str, got: Tensor) -> NoReturn:
-    strides = got.stride() if got.layout is torch.strided else got.layout
-    form = f"{got.dtype} {tuple(got.shape)} with strides {strides} on {got.device}"
-    raise CacheStateError(f"native kernels: expected {what}, got {form}; pass tensors of one layer as it is stored")
+def check_pages(page_bytes: int, sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> None:
+    """Raise CacheStateError unless pages may be read into these places of `out`."""
+    for each in (ids, at):
+        if each.dtype is not torch.int64 or each.shape != (len(sums),) or not each.is_cpu or not each.is_contiguous():
+            refuse(f"{len(sums)} times a contiguous int64 in CPU memory", each)
+    n_places = out.numel() * out.element_size() // page_bytes if page_bytes > 0 else 0
+    places, pages = ([0], [0]) if len(sums) == 0 else (at.tolist(), ids.tolist())
+    if (
+        not out.is_cpu
+        or not out.is_contiguous()
+        or min(places) < 0
+        or max(places) >= max(1, n_places)
+        or min(pages) < 0
+    ):
+        refuse(f"room for whole pages of {page_bytes} bytes at every place", out)
 
 
 def check_tables(keys: Tensor, tables: Tensor, weights: Tensor | None) -> None:
     """Raise CacheStateError unless `Native.learn_tables` and `Native.encode_nibbles` may read these."""
     if keys.ndim != 4 or keys.dtype is not torch.float32 or not keys.is_cpu:
-        _refuse("projected keys, float32 [B, Hkv, N, R] in CPU memory", keys)
+        refuse("projected keys, float32 [B, Hkv, N, R] in CPU memory", keys)
     batch, heads, n, columns = keys.shape
     wide, rows = (tables.shape[3], tables.shape[2]) if tables.ndim == 4 else (0, 0)
     fits = wide > 0 and rows > 0 and columns > 0 and columns % wide == 0
     if not fits or rows % 32 or rows // 16 % (columns // wide) or tables.shape[:2] != (batch, heads):
-        _refuse(f"tables of {(batch, heads)}, an even number of nibbles for equal parts of {columns} columns", tables)
+        refuse(f"tables of {(batch, heads)}, an even number of nibbles for equal parts of {columns} columns", tables)
     if tables.dtype is not torch.float32 or not tables.is_cpu or not tables.is_contiguous():
-        _refuse("contiguous float32 tables in CPU memory", tables)
+        refuse("contiguous float32 tables in CPU memory", tables)
     if weights is not None and (weights.shape != (batch, heads, n) or weights.dtype is not torch.float32 or n == 0):
-        _refuse(f"a weight of every key, {(batch, heads, n)}", weights)
+        refuse(f"a weight of every key, {(batch, heads, n)}", weights)

@@ -35,6 +35,20 @@ class Fetcher(Mover, Protocol):
         ...
 
 
+@runtime_checkable
+class PageMover(Mover, Protocol):
+    """Kernels that read a file's pages and verify them."""
+
+    def read_pages(self, file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:
+        """Read page ids[j] into place at[j] of `out`, verified; return a j that fails, or how many there are.
+
+        Args:
+            file: it is open; where its page 0 begins, and the bytes of a page.
+            sums: CRC-32 of each.
+        """
+        ...
+
+
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, pin: bool = False) -> Tensor:
     """Return an uninitialised tensor; for host memory, ask Linux to back it with huge pages.
 

@@ -1,5 +1,5 @@
 /* Choose records from the candidates of a scan, and run the selection for all heads. */
-#include "select.h"
+#include "pages.h"
 
 static int are_stored(const int64_t *positions, int64_t count, int64_t n) {
     for (int64_t i = 0; i < count; i++)
@@ -20,8 +20,8 @@ static int is_taken(const struct head *h, int64_t at) { return h->args->n_taken 
 
 /* Move all parts' candidates together, with keys of their exact weights; returns how many there are.
 
-   Sinks and taken records get key 0. Keys are stored a vector at a time, so some beyond the last are written too. */
-static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
+   Sinks, taken records and those out of reach get key 0. Keys are stored a vector at a time, so some beyond the last are written too. */
+static int64_t weigh_kept(struct head *h, int64_t head, int64_t sinks, int64_t n_parts) {
     const struct select_args *a = h->args;
     int64_t n = 0, group = a->group, stride = a->n + VL;
     for (int64_t part = 0; part < n_parts; part++) {
@@ -39,6 +39,7 @@ static int64_t weigh_kept(struct head *h, int64_t sinks, int64_t n_parts) {
         memmove(h->kept + n, h->kept + from, (size_t)count * 4);
         n += count;
     }
+    if (a->here && n == a->n) limit_keys(h, head, sinks);
     for (int64_t i = 0; i < n && h->kept[i] < sinks; i++) h->keys[i] = 0;
     for (int64_t i = 0; a->n_taken && i < n; i++)
         if (is_taken(h, h->kept[i])) h->keys[i] = 0;
@@ -102,7 +103,10 @@ static int find_choice(const struct head *h, int64_t n, int64_t fewest, int64_t 
         if (count < fewest) *wanted = fewest;
     }
     if (*wanted == 0) return 1;
-    if (count_keys(keys, n, 1) < *wanted) return 0;
+    int64_t count = count_keys(keys, n, 1);
+    if (h->args->here && count < *wanted) *wanted = count;
+    if (count < *wanted) return 0;
+    if (*wanted == 0) return 1;
     *t = find_threshold(keys, n, *wanted);
     return 1;
 }
@@ -119,9 +123,9 @@ static int choose(struct head *h, int64_t head, int64_t n_parts) {
     }
     int64_t cap = a->caps ? a->caps[head / a->heads] : a->cap, sinks = a->sinks < cap ? a->sinks : cap, chosen = 0;
     int64_t *out = a->out + head * a->cap;
-    int64_t n = weigh_kept(h, sinks, n_parts);
+    int64_t n = weigh_kept(h, head, sinks, n_parts);
     for (int64_t i = 0; i < sinks; i++)
-        if (!is_taken(h, i)) out[chosen++] = i;
+        if (!is_taken(h, i) && in_reach(h, i)) out[chosen++] = i;
     int64_t wanted = cap - chosen, fewest = (a->fewest ? a->fewest[head / a->heads] : 0) - chosen;
     fewest = fewest < 0 ? 0 : fewest < wanted ? fewest : wanted;
     struct threshold t = {0, 0};
@@ -169,8 +173,9 @@ static void prepare_head(struct head *h, int64_t head) {
 }
 
 /* Scan a part; where there are few records, the first part weighs all of them. */
-static void scan_part(struct head *h, int64_t part, int64_t n_parts) {
-    if (!is_small(h->args)) scan(h, part, n_parts);
+static void scan_part(struct head *h, int64_t head, int64_t part, int64_t n_parts) {
+    if (h->args->here && !is_small(h->args)) scan_pages(h, head);
+    else if (!is_small(h->args)) scan(h, part, n_parts);
     else if (part == 0) keep_all(h);
     else h->n_kept[part] = 0;
 }
@@ -206,7 +211,7 @@ static void select_head(void *context, int64_t task) {
     struct head h = {.args = call->args};
     if (!take_run(call, &h, call->scratch_bytes)) return;
     prepare_head(&h, task);
-    scan_part(&h, 0, 1);
+    scan_part(&h, task, 0, 1);
     finish_head(&h, task, 1);
 }
 
@@ -219,7 +224,7 @@ static void scan_task(void *context, int64_t task) {
     struct select_call *call = context;
     struct head *h = &call->heads[task / call->n_parts], own = *h;
     if (!take_run(call, &own, 0)) return;
-    scan_part(&own, task % call->n_parts, call->n_parts);
+    scan_part(&own, task / call->n_parts, task % call->n_parts, call->n_parts);
     /* Of few records one part knows that all are kept. */
     if (is_small(call->args) && task % call->n_parts == 0) h->bound = own.bound, h->coarse = own.coarse;
 }
@@ -234,7 +239,7 @@ static int select_records(const struct select_args *a) {
     if (!are_stored(a->taken, n_heads * a->n_taken, a->n)) return FARKV_BAD_POSITION;
     struct head unused;
     struct select_call call = {a, NULL, 1, (int64_t)(uintptr_t)lay_out(a, &unused, NULL), FARKV_OK};
-    if (a->threads > 1 && n_heads % a->threads && n_heads < 4 * a->threads && tiles > 1)
+    if (!a->here && a->threads > 1 && n_heads % a->threads && n_heads < 4 * a->threads && tiles > 1)
         call.n_parts = tiles < a->threads ? tiles : a->threads;
     if (call.n_parts == 1) {
         farkv_parallel(a->threads, n_heads, select_head, &call);

@@ -44,10 +44,12 @@ struct select_args {
     float *floors;         /* [batch, heads]: the least mass that was chosen, sinks apart, or NULL */
     const int64_t *seeds;  /* [batch, heads]: of the draws of heads that are sampled, -1: the best are chosen; or NULL */
     float *odds;           /* [batch, heads, cap]: with seeds, -log of the probability of what was drawn; 0: certain */
+    const uint8_t *here;   /* [batch, heads, pages]: pages that are in memory; or NULL: all records are in reach */
     int64_t batch_stride, head_stride, row_stride;
     int64_t batch, heads, group, dim, columns, code_bytes, width;
     int64_t query_batch; /* 1 where all sequences share the query side */
     int64_t n, cap, sinks, n_taken, threads;
+    int64_t pages, page_tokens, more_pages; /* with `here`: so many pages more are in reach, of the largest mass */
     double scaling, softcap;
 };
 
@@ -69,6 +71,14 @@ struct table_args {
     int64_t heads, n, columns, width, nibbles, rounds, threads;
 };
 
+/* Pages of a file, and where they belong. */
+struct page_args {
+    const int64_t *ids, *at;
+    const uint32_t *sums; /* [n] */
+    uint8_t *out;
+    int64_t n, fd, base, page_bytes, threads; /* page 0 begins `base` bytes into the file */
+};
+
 struct kernels {
     int (*attend)(const struct attend_args *);
     int (*select)(const struct select_args *);
@@ -80,6 +90,9 @@ struct kernels {
 
 /* Call work(context, task) for every task, on up to `threads` threads, this one included (pool.c). */
 void farkv_parallel(int64_t threads, int64_t n_tasks, void (*work)(void *context, int64_t task), void *context);
+
+/* The same by threads that spend their time waiting for files. */
+void farkv_wait_parallel(int64_t threads, int64_t n_tasks, void (*work)(void *context, int64_t task), void *context);
 
 /* Return memory of this thread, aligned to 64 bytes, valid until it requests more; NULL if out of memory (pool.c). */
 enum { SCRATCH_CALL, SCRATCH_TASK, N_SCRATCH };

@@ -33,6 +33,9 @@ struct head {
     float *weights;  /* [group][n + VL]: their weights, in the same places */
     uint32_t *keys;  /* [n + VL] */
     uint8_t *taken;  /* a bit per record */
+    uint8_t *reach;  /* [pages]: whether a page's records may be chosen */
+    float *page_sums;    /* [pages + 1][group]: a page's weights; the last is of what follows the pages */
+    uint32_t *page_keys; /* [pages]: keys of the masses of pages that are not in memory */
     float *run;      /* [group][RUN] */
     vf *lane_sums;   /* [group], of the current tile */
     vc *planes;      /* [nibbles] */
@@ -87,6 +90,9 @@ static uint8_t *lay_out(const struct select_args *a, struct head *h, uint8_t *at
     h->kept = carve(&at, (a->n + VL) * 4);
     h->weights = carve(&at, (a->n + VL) * group * 4);
     h->keys = carve(&at, (a->n + VL) * 4);
+    h->reach = carve(&at, a->pages);
+    h->page_sums = carve(&at, a->here ? (a->pages + 1) * group * 4 : 0);
+    h->page_keys = carve(&at, a->pages * 4);
     return at;
 }
 

@@ -1,7 +1,8 @@
 /* Threads and scratch memory of the native kernels.
 
-   In: how many tasks, on how many threads. One pool per process, created on first use, grown on demand. Workers spin
-   for some microseconds after a call, because the next one tends to follow at once, then sleep. */
+   In: how many tasks, on how many threads. Two pools per process, created on first use, grown on demand: one computes, one
+   waits for files. Workers that compute spin for some microseconds after a call, because the next one tends to follow at
+   once, then sleep. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
@@ -10,16 +11,23 @@
 #include "farkv.h"
 
 #define MOST_WORKERS 255
-#define SPINS 2000
 
-static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER; /* locked by the caller whose tasks run */
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
+struct pool {
+    pthread_mutex_t owner; /* locked by the caller whose tasks run */
+    pthread_mutex_t lock;
+    pthread_cond_t wake, done;
+    int64_t n_workers, wanted, n_tasks;
+    _Atomic int64_t round_number, next_task, n_running;
+    void (*work)(void *, int64_t);
+    void *context;
+    int spins;
+};
+
+#define POOL(n) {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER,                                \
+                 .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER, .spins = n}
+static struct pool pools[] = {POOL(2000), POOL(0)};
+enum { COMPUTES, WAITS, N_POOLS };
 static pthread_once_t once = PTHREAD_ONCE_INIT;
-static int64_t n_workers, wanted, n_tasks;
-static _Atomic int64_t round_number, next_task, n_running;
-static void (*work)(void *, int64_t);
-static void *context;
 
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -31,88 +39,101 @@ static inline void relax(void) {
 
 /* A forked child has none of its parent's threads. */
 static void forget_workers(void) {
-    pthread_mutex_init(&owner, NULL);
-    pthread_mutex_init(&lock, NULL);
-    pthread_cond_init(&wake, NULL);
-    pthread_cond_init(&done, NULL);
-    n_workers = 0;
-    atomic_store(&n_running, 0);
+    for (int i = 0; i < N_POOLS; i++) {
+        struct pool *p = &pools[i];
+        pthread_mutex_init(&p->owner, NULL);
+        pthread_mutex_init(&p->lock, NULL);
+        pthread_cond_init(&p->wake, NULL);
+        pthread_cond_init(&p->done, NULL);
+        p->n_workers = 0;
+        atomic_store(&p->n_running, 0);
+    }
 }
 
 static void prepare(void) { pthread_atfork(NULL, NULL, forget_workers); }
 
-static void run_tasks(void) {
-    for (int64_t task; (task = atomic_fetch_add(&next_task, 1)) < n_tasks;) work(context, task);
+static void run_tasks(struct pool *p) {
+    for (int64_t task; (task = atomic_fetch_add(&p->next_task, 1)) < p->n_tasks;) p->work(p->context, task);
 }
 
 struct worker {
+    struct pool *pool;
     int64_t number, seen;
 };
 
 static void *serve(void *argument) {
     struct worker me = *(struct worker *)argument;
+    struct pool *p = me.pool;
     free(argument);
     for (;;) {
-        for (int i = 0; i < SPINS && atomic_load(&round_number) == me.seen; i++) relax();
-        pthread_mutex_lock(&lock);
-        while (atomic_load(&round_number) == me.seen) pthread_cond_wait(&wake, &lock);
-        me.seen = atomic_load(&round_number);
-        int called = me.number < wanted;
-        pthread_mutex_unlock(&lock);
+        for (int i = 0; i < p->spins && atomic_load(&p->round_number) == me.seen; i++) relax();
+        pthread_mutex_lock(&p->lock);
+        while (atomic_load(&p->round_number) == me.seen) pthread_cond_wait(&p->wake, &p->lock);
+        me.seen = atomic_load(&p->round_number);
+        int called = me.number < p->wanted;
+        pthread_mutex_unlock(&p->lock);
         if (!called) continue;
-        run_tasks();
-        if (atomic_fetch_sub(&n_running, 1) == 1) {
-            pthread_mutex_lock(&lock);
-            pthread_cond_signal(&done);
-            pthread_mutex_unlock(&lock);
+        run_tasks(p);
+        if (atomic_fetch_sub(&p->n_running, 1) == 1) {
+            pthread_mutex_lock(&p->lock);
+            pthread_cond_signal(&p->done);
+            pthread_mutex_unlock(&p->lock);
         }
     }
     return NULL;
 }
 
 /* Returns the number of workers, at most n; fewer where threads cannot be created. */
-static int64_t hire(int64_t n) {
+static int64_t hire(struct pool *p, int64_t n) {
     if (n > MOST_WORKERS) n = MOST_WORKERS;
     pthread_attr_t detached;
     pthread_attr_init(&detached);
     pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    while (n_workers < n) {
+    while (p->n_workers < n) {
         struct worker *new = malloc(sizeof *new);
         pthread_t thread;
         if (!new) break;
-        *new = (struct worker){n_workers, atomic_load(&round_number)};
+        *new = (struct worker){p, p->n_workers, atomic_load(&p->round_number)};
         if (pthread_create(&thread, &detached, serve, new)) {
             free(new);
             break;
         }
-        n_workers++;
+        p->n_workers++;
     }
     pthread_attr_destroy(&detached);
-    return n_workers < n ? n_workers : n;
+    return p->n_workers < n ? p->n_workers : n;
 }
 
-void farkv_parallel(int64_t threads, int64_t tasks, void (*f)(void *, int64_t), void *c) {
+static void share(struct pool *p, int64_t threads, int64_t tasks, void (*f)(void *, int64_t), void *c) {
     int64_t extra = (threads < tasks ? threads : tasks) - 1;
     /* While another thread's call uses the pool, this thread runs its tasks itself. */
-    if (extra < 1 || pthread_mutex_trylock(&owner)) {
+    if (extra < 1 || pthread_mutex_trylock(&p->owner)) {
         for (int64_t task = 0; task < tasks; task++) f(c, task);
         return;
     }
     pthread_once(&once, prepare);
-    extra = hire(extra);
-    pthread_mutex_lock(&lock);
-    work = f, context = c, n_tasks = tasks, wanted = extra;
-    atomic_store(&next_task, 0);
-    atomic_store(&n_running, extra);
-    atomic_fetch_add(&round_number, 1);
-    pthread_cond_broadcast(&wake);
-    pthread_mutex_unlock(&lock);
-    run_tasks();
-    for (int i = 0; i < SPINS && atomic_load(&n_running); i++) relax();
-    pthread_mutex_lock(&lock);
-    while (atomic_load(&n_running)) pthread_cond_wait(&done, &lock);
-    pthread_mutex_unlock(&lock);
-    pthread_mutex_unlock(&owner);
+    extra = hire(p, extra);
+    pthread_mutex_lock(&p->lock);
+    p->work = f, p->context = c, p->n_tasks = tasks, p->wanted = extra;
+    atomic_store(&p->next_task, 0);
+    atomic_store(&p->n_running, extra);
+    atomic_fetch_add(&p->round_number, 1);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    run_tasks(p);
+    for (int i = 0; i < p->spins && atomic_load(&p->n_running); i++) relax();
+    pthread_mutex_lock(&p->lock);
+    while (atomic_load(&p->n_running)) pthread_cond_wait(&p->done, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+    pthread_mutex_unlock(&p->owner);
+}
+
+void farkv_parallel(int64_t threads, int64_t tasks, void (*f)(void *, int64_t), void *c) {
+    share(&pools[COMPUTES], threads, tasks, f, c);
+}
+
+void farkv_wait_parallel(int64_t threads, int64_t tasks, void (*f)(void *, int64_t), void *c) {
+    share(&pools[WAITS], threads, tasks, f, c);
 }
 
 static __thread struct {

@@ -19,6 +19,7 @@ from farkv.errors import CapacityError
 from farkv.store.far.eviction import Policy, Uses
 from farkv.store.far.pages import NumberedPages
 from farkv.store.ledger import Ledger
+from farkv.store.memory import Mover
 
 # Pages read from disk at a time, through a scratch area.
 SCRATCH_PAGES = 64
@@ -29,8 +30,8 @@ LEAST_PAGES, LEAST_SCRATCH = 8, 4
 class PageCache:
     """Slots for page copies in one memory mapping, of which `room` may be used; unused ones take no memory."""
 
-    def __init__(self, ledger: Ledger, policy: Policy, pages: NumberedPages):
-        self.ledger, self.policy, self.pages = ledger, policy, pages
+    def __init__(self, ledger: Ledger, policy: Policy, pages: NumberedPages, mover: Mover | None = None):
+        self.ledger, self.policy, self.pages, self.mover = ledger, policy, pages, mover
         # The link's thread fetches while the model's thread appends.
         self.lock = threading.RLock()
         self.room = self.used = self.now = 0
@@ -41,7 +42,7 @@ class PageCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> PageCache:
         # Page copies are not copied: the twin reads its own from disk and charges them to its own ledger.
         with self.lock:
-            twin = PageCache(copy.deepcopy(self.ledger, memo), self.policy, copy.deepcopy(self.pages, memo))
+            twin = PageCache(copy.deepcopy(self.ledger, memo), self.policy, copy.deepcopy(self.pages, memo), self.mover)
             twin.ledger.release(self.n_bytes)
             twin.resize(self.room, self.piece)
         return twin
@@ -96,7 +97,7 @@ class PageCache:
         if n <= 0 or self.used == 0:
             return
         n_bytes, left = self.pages.form.n_bytes, max(0, self.used - n)
-        self.slot_of[self.page_of[left : self.used]] = -1
+        self._unname(slice(left, self.used))
         self.page_of[left:] = -1
         first = -(-left * n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if self.memory is not None and first < len(self.memory):
@@ -140,7 +141,7 @@ class PageCache:
     def take(self, pages: Int[Tensor, " N"], offsets: Int[Tensor, " N"], out: Tensor) -> None:
         """Copy row `offsets[j]` of page `pages[j]` into `out[j]`, reading pages without a copy from disk.
 
-        Cost: N rows read and written, and the bytes of every page read from disk.
+        Cost: N rows read and written, and the bytes of every page read from disk, straight into their slots.
 
         Raises:
             StoreError: a page is damaged or cannot be read.
@@ -148,29 +149,60 @@ class PageCache:
         with self.lock:
             self.now += 1
             slots = self.find(pages).long()
-            here = (slots >= 0).nonzero()[:, 0]
-            self._copy(slots[here], offsets[here], here, out)
             missing = (slots < 0).nonzero()[:, 0]
-            if len(missing):
-                self._take_missing(pages[missing], offsets[missing], missing, out)
+            if len(missing) == 0:
+                self._copy(slots, offsets, None, out)
+                return
+            wanted, which = pages[missing].unique(return_inverse=True)
+            filled = self._fill(wanted, slots)
+            fits = which < len(filled)
+            slots[missing[fits]] = filled[which[fits]]
+            here = None if bool(fits.all()) else (slots >= 0).nonzero()[:, 0]
+            self._copy(slots, offsets, here, out)
+            if here is not None:
+                left = missing[~fits]
+                self._pass_through(wanted[len(filled) :], which[~fits] - len(filled), offsets[left], (out, left))
 
-    def _take_missing(self, pages: Tensor, offsets: Tensor, places: Tensor, out: Tensor) -> None:
-        form = self.pages.form
-        wanted, which = pages.unique(return_inverse=True)
-        start = 0
-        for rows in self.load(wanted):
+    def _fill(self, wanted: Tensor, slots: Tensor) -> Tensor:
+        """Read pages into slots, as many as can be had without those of `slots`; return the first pages' slots."""
+        open_ = torch.zeros(len(self.page_of), dtype=torch.bool)
+        open_[: self.used] = True
+        open_[slots[slots >= 0]] = False
+        taken = self._free_slots(len(wanted), ~open_)
+        pages = wanted[: len(taken)]
+        try:
+            self.pages.read(pages, self.data, taken)
+            self._name(pages, taken)
+        except BaseException:
+            # What these slots hold is not known. Copies lose nothing.
+            self._drop(self.used)
+            raise
+        return taken
+
+    def _pass_through(self, pages: Tensor, which: Tensor, offsets: Tensor, to: tuple[Tensor, Tensor]) -> None:
+        """Copy rows of pages that no slot can be had for, read through the scratch area."""
+        (out, places), tokens, start = to, self.pages.form.tokens, 0
+        for rows in self.load(pages):
             mine = ((which >= start) & (which < start + len(rows))).nonzero()[:, 0]
-            at = which[mine] - start
-            out[places[mine]] = rows.view(-1, form.width).index_select(0, at * form.tokens + offsets[mine])
-            slots = self._place(wanted[start : start + len(rows)], rows)
-            self._touch(slots, at.bincount(minlength=len(rows))[: len(slots)])
+            at = (which[mine] - start) * tokens + offsets[mine]
+            out[places[mine]] = rows.view(-1, self.pages.form.width).index_select(0, at)
             start += len(rows)
 
-    def _copy(self, slots: Tensor, offsets: Tensor, places: Tensor, out: Tensor) -> None:
+    def _copy(self, slots: Tensor, offsets: Tensor, here: Tensor | None, out: Tensor) -> None:
+        """Copy rows of slots; where not all are `here`, theirs."""
+        if here is not None:
+            slots, offsets = slots[here], offsets[here]
         if len(slots) == 0:
             return
-        form = self.pages.form
-        out[places] = self.data.view(-1, form.width).index_select(0, slots * form.tokens + offsets)
+        width = self.pages.form.width
+        rows = out if here is None else torch.empty(len(slots), width, dtype=out.dtype)
+        if self.mover is not None:
+            self.mover.gather(self.data[None], slots, offsets.contiguous(), rows)
+        else:
+            at = slots * self.pages.form.tokens + offsets
+            torch.index_select(self.data.view(-1, width), 0, at, out=rows)
+        if here is not None:
+            out[here] = rows
         self._touch(*slots.unique(return_counts=True))
 
     def _touch(self, slots: Tensor, counts: Tensor) -> None:
@@ -204,33 +236,44 @@ class PageCache:
                 self.find(numbers)
                 self._place(numbers, rows[:n])
 
-    def _place(self, pages: Tensor, rows: Tensor) -> Tensor:
+    def _place(self, pages: Tensor, rows: Tensor) -> None:
         """Copy pages into slots, unused ones first, then those of victims; only the first pages where not all fit."""
+        closed = torch.arange(len(self.page_of)) >= self.used
+        slots = self._free_slots(len(pages), closed)
+        # In this order: where it is stopped, no page is said to be where it is not.
+        self.data[slots] = rows[: len(slots)]
+        self._name(pages[: len(slots)], slots)
+
+    def _free_slots(self, n: int, closed: Tensor) -> Tensor:
+        """Return up to `n` slots that no page has any more, unused ones first; none of those that are closed."""
         form = self.pages.form
-        fresh = max(0, min(len(pages), self.room - self.used))
+        fresh = max(0, min(n, self.room - self.used))
         while fresh and not self.ledger.has_room(fresh * form.n_bytes):
             fresh -= 1
-        n = min(len(pages), fresh + self.used)
-        if n == 0:
-            return torch.empty(0, dtype=torch.int64)
-        pages, rows = pages[:n], rows[:n]
-        assert self.uses is not None
+        n_victims = min(n - fresh, len(closed) - int(closed.sum()))
         self.ledger.charge(fresh * form.n_bytes)
         slots = torch.arange(self.used, self.used + fresh)
-        self.used += fresh
-        if fresh < n:
-            closed = torch.arange(len(self.page_of)) >= self.used
-            closed[slots] = True
-            victims = self.policy.choose(self.uses, self.births, n - fresh, closed, None)
-            self.slot_of[self.page_of[victims]] = -1
+        if n_victims > 0:
+            assert self.uses is not None
+            victims = self.policy.choose(self.uses, self.births, n_victims, closed, None)
+            self._unname(victims)
             slots = torch.cat([slots, victims])
-        # In this order: where it is stopped, no page is said to be where it is not.
-        self.data[slots] = rows
-        self.page_of[slots] = pages
-        self.slot_of[pages] = slots.int()
-        self.births[slots] = self.now
-        self.policy.renew(self.uses, slots, self.now)
+        self.used += fresh
         return slots
+
+    def _unname(self, slots: Tensor | slice) -> None:
+        """Note that no page is in these slots any more; one that was stopped while it was filled has none."""
+        pages = self.page_of[slots]
+        self.slot_of[pages[pages >= 0]] = -1
+
+    def _name(self, pages: Tensor, slots: Tensor) -> None:
+        """Note which pages slots hold now."""
+        if len(slots):
+            assert self.uses is not None
+            self.page_of[slots] = pages
+            self.slot_of[pages] = slots.int()
+            self.births[slots] = self.now
+            self.policy.renew(self.uses, slots, self.now)
 
     def resident(self, pages: Int[Tensor, "*at"]) -> Bool[Tensor, "*at"]:
         """Return which pages have a copy."""

@@ -24,6 +24,7 @@ from farkv.names import RefusedError, make_folder
 from farkv.quote import quote
 from farkv.store.far.page_reader import PageReader, bytes_of
 from farkv.store.ledger import Ledger
+from farkv.store.memory import Mover
 
 LOCK_NAME = ".farkv.lock"
 # Bytes written between two calls that trim the system's page cache.
@@ -92,10 +93,14 @@ class PageFile:
             self._checksums.extend(sums)
         return first
 
-    def read(self, ids: Int[Tensor, " N"], out: Tensor) -> None:
-        """Read page `ids[j]` into place j of `out`, verified; see `PageReader.read`."""
+    def use(self, mover: Mover | None) -> None:
+        """Read by these kernels from now on."""
+        self._reader.mover = mover
+
+    def read(self, ids: Int[Tensor, " N"], out: Tensor, at: Int[Tensor, " N"] | None = None) -> None:
+        """Read page `ids[j]` into place at[j] of `out`, or j, verified; see `PageReader.read`."""
         self._check_open()
-        self._reader.read(ids, out)
+        self._reader.read(ids, out, at)
 
     def drop_cached(self) -> None:
         """Write everything to disk and drop it from the system's cache: the next reads are cold."""

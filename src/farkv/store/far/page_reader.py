@@ -18,9 +18,10 @@ import torch
 
 from farkv._axes import Int, Tensor
 from farkv.errors import StoreError
+from farkv.store.memory import Mover, PageMover
 
 # Threads that read and verify one file: enough to keep both the disk and the checksums busy.
-READERS = 4
+READERS = 8
 # Most bytes of one read: long runs are split among the readers and verified while still in the CPU's cache.
 PIECE_BYTES = 1 << 20
 
@@ -50,17 +51,20 @@ class PageReader:
 
     def __init__(self, fd: int, base: int, page_bytes: int, checksums: Sequence[int], name: str):
         self.fd, self.base, self.page_bytes, self.checksums, self.name = fd, base, page_bytes, checksums, name
+        # Kernels that read pages; None: plain system calls.
+        self.mover: Mover | None = None
         self._pool, self._owner = _make_pool(), os.getpid()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageReader:
         return self  # read-only, so copies share it
 
-    def read(self, ids: Int[Tensor, " N"], out: Tensor) -> None:
-        """Read page `ids[j]` into place j of `out`, whose content is undefined after an error.
+    def read(self, ids: Int[Tensor, " N"], out: Tensor, at: Int[Tensor, " N"] | None = None) -> None:
+        """Read page `ids[j]` into place at[j] of `out`, or j; these places' content is undefined after an error.
 
         Args:
             ids: int64, in host memory, in any order, repeats allowed.
-            out: contiguous, in host memory, N pages large.
+            out: contiguous, in host memory, of whole pages.
+            at: int64, distinct places of pages in `out`.
 
         Raises:
             StoreError: a page does not exist, cannot be read, or is not what was written.
@@ -69,10 +73,21 @@ class PageReader:
         one pass over them for the checksums.
         """
         place = bytes_of(out)
-        assert len(place) == len(ids) * self.page_bytes
         if len(ids) == 0:
             return
-        pieces = self._cut(ids)
+        at = torch.arange(len(ids)) if at is None else at
+        assert len(place) % self.page_bytes == 0
+        assert len(at) == len(ids) and int(at.min()) >= 0 and int(at.max()) < len(place) // self.page_bytes
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= len(self.checksums):
+            raise StoreError(
+                f"{self.name}: expected pages of the {len(self.checksums)} that were written, "
+                f"got pages {low} to {high}; ask only for what was written"
+            )
+        if isinstance(self.mover, PageMover):
+            self._read_fast(ids.contiguous(), at.contiguous(), out)
+            return
+        pieces = self._cut(ids, at)
         if len(pieces) == 1:
             self._read_all(pieces, place)
             return
@@ -86,20 +101,22 @@ class PageReader:
         for done in work:
             done.result()
 
-    def _cut(self, ids: Tensor) -> list[Piece]:
-        """Cut ids into runs of consecutive pages, and long runs into pieces."""
-        pages = np.frombuffer(bytes_of(ids.long().contiguous()), np.int64)
-        if pages.min() < 0 or pages.max() >= len(self.checksums):
-            raise StoreError(
-                f"{self.name}: expected pages of the {len(self.checksums)} that were written, "
-                f"got pages {pages.min()} to {pages.max()}; ask only for what was written"
-            )
-        cuts = np.flatnonzero(np.diff(pages) != 1) + 1
+    def _read_fast(self, ids: Tensor, at: Tensor, out: Tensor) -> None:
+        """Read pages by the kernels; where one is refused all are read again here, which says why."""
+        assert isinstance(self.mover, PageMover)
+        file, sums = (self.fd, self.base, self.page_bytes), [self.checksums[i] for i in ids.tolist()]
+        if self.mover.read_pages(file, sums, ids, at, out) < len(ids):
+            self._read_all(self._cut(ids, at), bytes_of(out))
+
+    def _cut(self, ids: Tensor, at: Tensor) -> list[Piece]:
+        """Cut ids into runs of consecutive pages for consecutive places, and long runs into pieces."""
+        pages, places = (np.frombuffer(bytes_of(x.long().contiguous()), np.int64) for x in (ids, at))
+        cuts = np.flatnonzero((np.diff(pages) != 1) | (np.diff(places) != 1)) + 1
         most = max(1, PIECE_BYTES // self.page_bytes)
         return [
-            Piece(at, int(pages[at]), min(most, end - at))
+            Piece(int(places[i]), int(pages[i]), min(most, end - i))
             for start, end in itertools.pairwise([0, *map(int, cuts), len(pages)])
-            for at in range(start, end, most)
+            for i in range(start, end, most)
         ]
 
     def _read_all(self, pieces: list[Piece], place: memoryview) -> None:

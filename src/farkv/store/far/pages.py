@@ -13,6 +13,7 @@ import torch
 
 from farkv._axes import Int, Tensor
 from farkv.store.far.page_file import PageFile, PageReader
+from farkv.store.memory import Mover
 
 # Least bytes of a page on real shapes: what makes a disk read efficient.
 PAGE_BYTES = 64 * 1024
@@ -59,6 +60,13 @@ class NumberedPages:
         # Called with the bytes of every read.
         self.on_read: Callable[[int], None] = lambda n_bytes: None
 
+    def use(self, mover: Mover | None) -> None:
+        """Read by these kernels from now on."""
+        if self.file is not None:
+            self.file.use(mover)
+        if self.saved is not None:
+            self.saved.mover = mover
+
     def write(self, rows: Tensor) -> int:
         """Append whole pages; return the number of the first.
 
@@ -68,22 +76,22 @@ class NumberedPages:
         assert self.file is not None
         return self.n_saved + self.file.write(rows)
 
-    def read(self, numbers: Int[Tensor, " N"], out: Tensor) -> None:
-        """Read pages into `out` ([N, tokens, W], contiguous), verified.
+    def read(self, numbers: Int[Tensor, " N"], out: Tensor, at: Int[Tensor, " N"] | None = None) -> None:
+        """Read pages into `out` ([M, tokens, W], contiguous), verified: page j into place at[j], or j.
 
         Raises:
-            StoreError: a page is damaged or cannot be read.
+            StoreError: a page is damaged or cannot be read; what is in those places is not known.
         """
+        if len(numbers) == 0:
+            return
+        at = torch.arange(len(numbers)) if at is None else at
         old = numbers < self.n_saved
         if bool(old.any()) and not bool(old.all()):
             # Rare: pages of the saved text and of this run in one read.
             for part in (old, ~old):
-                at = part.nonzero()[:, 0]
-                piece = torch.empty(len(at), *out.shape[1:], dtype=out.dtype)
-                self.read(numbers[at], piece)
-                out[at] = piece
-        elif len(numbers):
-            self.on_read(len(numbers) * self.form.n_bytes)
-            source = self.saved if bool(old.all()) else self.file
-            assert source is not None
-            source.read(numbers - (0 if source is self.saved else self.n_saved), out)
+                self.read(numbers[part], out, at[part])
+            return
+        self.on_read(len(numbers) * self.form.n_bytes)
+        source = self.saved if bool(old.all()) else self.file
+        assert source is not None
+        source.read(numbers - (0 if source is self.saved else self.n_saved), out, at)

@@ -138,9 +138,10 @@ class FarStore:
         file: PageFile | None = None if self.limits.disk is None else self.limits.disk.open_file(form.n_bytes)
         pages = NumberedPages(form, file, saved.reader if saved else None, saved.n_pages if saved else 0)
         pages.on_read = self.on_disk
+        pages.use(self.needs.mover)
         # Evicting page copies loses nothing: without a policy from the user, the least recently used goes.
         policy = make_policy("lru" if self.limits.evict == "refuse" else self.limits.evict)
-        self.page_cache = PageCache(self.host, policy, pages)
+        self.page_cache = PageCache(self.host, policy, pages, self.needs.mover)
         self.pool = {layer: PagedRows(self.host, self.page_cache) for layer in self.pool}
 
     def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
