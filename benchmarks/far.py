@@ -1,6 +1,6 @@
 """Is the far path faster than reading everything? KV on disk, host memory an eighth of it or less, against dense ways.
 
-    python benchmarks/far.py --quick --json          # one shape, 16 K tokens, 2 layers; the last line is JSON
+    python benchmarks/far.py --quick --json          # one shape, 16 K tokens, 8 layers; the last line is JSON
     python benchmarks/far.py --lengths 16384,32768,65536 --shapes llama-3.2-1b,qwen2.5-0.5b
 
 Every way runs in an interpreter of its own, on all cores; they take turns of three steps, in rounds, and medians are
@@ -8,9 +8,9 @@ reported. Cold: before a step of `farkv` and `mapped` the system is made to forg
 timed; `streamed` reads around these copies. Ours reads pages of what it chooses, and keeps copies of pages within its
 host limit.
 
-  mapped         every layer's records in a mapped file, attended to by our dense kernel where they lie
-  streamed       the same from two buffers: a layer's file is read, by eight threads at once and directly, while the layer
-                 before it is attended to; the first layer of a turn's first step has nothing to hide behind
+  mapped         every layer's records in a mapped file, attended to by our dense kernel in place
+  streamed       the same from two buffers: a layer's file is read, by eight threads at once and directly, while the
+                 layer before it is attended to; the first layer of a turn has nothing to hide behind
   streamed int4  the same, records coded in four bits a number and attended to as they are
 
 The model is random and small but for its KV; keys and queries are random, so successive queries have nothing in common:
@@ -85,14 +85,8 @@ def run_case(run: Recorder, shape: str, tokens: int) -> list[Row]:
             row = {"way": child.name, "shape": shape, "tokens": tokens, "layers": args.layers, "threads": args.threads}
             row |= {"s": statistics.median(child.steps), "steps": child.steps} | child.ask("report")
             child.process.wait()
-            rows.append(row | {"kv_bytes": count_kv(args, shape, tokens), "versions": find_versions()})
+            rows.append(row | {"kv_bytes": Shape(shape, tokens, args.layers).kv_bytes, "versions": find_versions()})
     return rows
-
-
-def count_kv(args: Any, shape: str, tokens: int) -> int:
-    """Return the bytes of the whole KV."""
-    args.shape, args.tokens, args.steps = shape, tokens, 0
-    return Shape(args).kv_bytes
 
 
 def sum_up(rows: list[Row]) -> Row:
@@ -119,9 +113,10 @@ def format_table(path: Path = RESULTS / "far.jsonl") -> str:
             cells += [f"{row['s'] / found['ours_s']:.1f} x", f"{row['disk_bytes'] / row['kv_bytes']:.3f}"]
             lines.append([*cells, mib(row["disk_bytes"] / row["s"])])
         notes.append(
-            f"* {shape}, {tokens // 1024} K: {found['ratio']:.1f} x the fastest dense way ({found['best_dense']}); host "
-            f"limit {mib(found['host_limit_bytes'])} MiB of {mib(rows[0]['kv_bytes'])}; {found['device_share']:.0%} of what "
-            f"the disk gives at random; the resident set rose by {found['rss_over_limits']:.2f} of the limit."
+            f"* {shape}, {tokens // 1024} K: {found['ratio']:.1f} x the fastest dense way ({found['best_dense']}); "
+            f"host limit {mib(found['host_limit_bytes'])} MiB of {mib(rows[0]['kv_bytes'])}; "
+            f"{found['device_share']:.0%} of what the disk gives at random; the resident set rose by "
+            f"{found['rss_over_limits']:.2f} of the limit."
         )
     head = [
         "shape",
@@ -138,7 +133,7 @@ def format_table(path: Path = RESULTS / "far.jsonl") -> str:
 
 def main() -> None:
     parser = make_parser(__doc__, "far.jsonl", threads=os.cpu_count() or 1)
-    parser.add_argument("--quick", action="store_true", help="llama-3.2-1b, 16 K tokens, 2 layers; no file of results")
+    parser.add_argument("--quick", action="store_true", help="llama-3.2-1b, 16 K tokens, 8 layers; no file of results")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     parser.add_argument("--shapes", default=",".join(SHAPES), type=read_names)
     parser.add_argument("--lengths", default="16384,32768,65536", type=read_numbers, help="tokens, by commas")
@@ -150,7 +145,7 @@ def main() -> None:
     parser.add_argument("--folder", default="", help="where the files go; default: the system's temporary folder")
     if "--quick" in sys.argv:
         # A quick look must not overwrite what is published.
-        parser.set_defaults(out=Path(os.devnull), shapes=["llama-3.2-1b"], lengths=[16384], layers=2)
+        parser.set_defaults(out=Path(os.devnull), shapes=["llama-3.2-1b"], lengths=[16384], layers=8)
     run = Recorder(parser)
     rows: list[Row] = []
     for shape in run.args.shapes:

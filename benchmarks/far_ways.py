@@ -45,13 +45,12 @@ ALIGNED = 4096
 class Shape:
     """Numbers of a run."""
 
-    def __init__(self, args: argparse.Namespace):
-        given = dict(SHAPES[args.shape])
-        self.layers = args.layers or given["layers"]
+    def __init__(self, name: str, tokens: int, layers: int):
+        given = dict(SHAPES[name])
+        self.layers = layers or given["layers"]
         self.heads, self.kv_heads, self.head_dim = given["heads"], given["kv_heads"], given["head_dim"]
-        self.tokens, self.steps = args.tokens, args.steps
-        self.layer_bytes = self.kv_heads * 2 * self.head_dim * DTYPE.itemsize * args.tokens
-        self.kv_bytes = self.layers * self.layer_bytes
+        self.tokens = tokens
+        self.kv_bytes = self.layers * self.kv_heads * 2 * self.head_dim * DTYPE.itemsize * tokens
         self.model = dict(layers=self.layers, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
 
 
@@ -67,7 +66,7 @@ class Ours:
         self.model, self.shape, self.limit = model, shape, int(args.host_share * shape.kv_bytes)
         method = InfiniGen(fraction=args.fraction)
         self.far = attach(model, method, host=self.limit, disk=f"{args.folder}:64GiB", profile=False)
-        self.cache = self.far.new_cache(tokens=shape.tokens + shape.steps + 8)
+        self.cache = self.far.new_cache(tokens=shape.tokens + args.steps + 8)
         engine = self.engine = self.cache.engine
         engine.announce_prompt(shape.tokens, PASS_TOKENS)
         for start in range(0, shape.tokens, PASS_TOKENS):
@@ -162,7 +161,7 @@ class Mapped(Dense):
 
 
 class Streamed(Dense):
-    """Two buffers take turns: one layer is attended to while the next one's file is read, around any system's copies."""
+    """Two buffers take turns: a layer is attended to while the next one's file is read, around the system's copies."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -249,7 +248,7 @@ def run_child(args: argparse.Namespace) -> None:
     """Make a context, then take a turn of steps for every line that comes in; `report` ends it."""
     torch.set_num_threads(args.threads)
     quiet_libraries()
-    shape = Shape(args)
+    shape = Shape(args.shape, args.tokens, args.layers)
     AttentionInterface.register("far_dense", attend_dense)
     kind = WAYS[args.child]
     attention = "sdpa" if kind is Ours else "far_dense"

@@ -38,7 +38,7 @@ def score(case: Case) -> Tensor:
 
 
 def check_choice(case: Case, paged: Paged, cap: int, n_sinks: int, out: Tensor, taken: Tensor | None = None) -> None:
-    """As many as the plain twin chooses, ascending, in reach, and none lighter than its lightest by more than rounding."""
+    """As many as the plain twin chooses, ascending, in reach, none lighter than its lightest by more than rounding."""
     scores = score(case)
     n, lightest = scores.shape[-1], scores.clone()
     reached = limit_pages(force_sinks(scores, n_sinks, None), paged.here, paged.tokens, paged.more)
@@ -194,3 +194,33 @@ def test_places_outside_are_refused(stored: tuple[Path, Tensor, list[int]]) -> N
             read(path, ids, at, sums[:1], 3)
     with pytest.raises(CacheStateError, match="contiguous int64"):
         read(path, [0, 1], [0, 1], sums[:1], 3)
+
+
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(0, 60))
+@settings(deadline=None)
+def test_rows_are_located(seed: int, tokens: int, n: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    table = torch.randperm(24, generator=random).view(2, 12)
+    slot_of = torch.randint(-1, 8, (24,), generator=random, dtype=torch.int32)
+    heads = torch.randint(0, 2, (n,), generator=random)
+    positions = torch.randint(0, 12 * tokens, (n,), generator=random)
+    before = slot_of.clone()
+    slots, offsets, missing = Native(list_native()[0]).locate(table, slot_of, heads, positions, tokens)
+    assert torch.equal(slot_of, before)
+    pages = table[heads, positions // tokens]
+    assert torch.equal(offsets, positions % tokens)
+    assert len(missing.unique()) == len(missing)
+    assert set(missing.tolist()) == set(pages[before[pages] < 0].tolist())
+    here = before[pages] >= 0
+    assert torch.equal(slots[here], before[pages][here].long())
+    assert torch.equal(missing[-2 - slots[~here]], pages[~here])
+
+
+def test_rows_of_no_page_are_refused() -> None:
+    table, slot_of = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)
+    kernels = Native(list_native()[0])
+    for head, position in ((0, 8), (1, 0), (0, -1)):
+        with pytest.raises(CacheStateError, match="a row is of no page"):
+            kernels.locate(table, slot_of, torch.tensor([head]), torch.tensor([position]), 4)
+    with pytest.raises(CacheStateError, match=r"contiguous torch\.int32 in"):
+        kernels.locate(table, slot_of.long(), torch.tensor([0]), torch.tensor([0]), 4)

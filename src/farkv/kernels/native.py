@@ -24,18 +24,17 @@ from farkv.kernels.native_abi import (
     NO_MEMORY,
     AttendArgs,
     GatherArgs,
-    PageArgs,
     SelectArgs,
     TableArgs,
     load_library,
 )
+from farkv.kernels.native_pages import locate, read_pages
 from farkv.kernels.operands import (
     PLAIN,
     IndexView,
     Rows,
     check_attend,
     check_gather,
-    check_pages,
     check_reading,
     check_select,
     check_tables,
@@ -43,9 +42,6 @@ from farkv.kernels.operands import (
 from farkv.kernels.ways import Drawn, Paged, Varied
 from farkv.math.logits import Logits
 from farkv.math.tables import ROUNDS
-
-# Reads of a file that wait at the same time: enough to keep a disk busy.
-PAGES_AT_ONCE = 8
 
 
 class Native:
@@ -214,21 +210,15 @@ class Native:
         )  # fmt: skip
         self._call("farkv_gather", args)
 
+    def locate(
+        self, table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows' slots, their offsets there, and the pages that are in none; see `native_pages.locate`."""
+        return locate(table, slot_of, heads, positions, tokens)
+
     def read_pages(self, file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:
-        """Read page ids[j] of a file into place at[j] of `out`, verified; return a j that fails, or how many there are.
-
-        Args:
-            file: it is open; where its page 0 begins, and the bytes of a page.
-            sums: CRC-32 of each page that is asked for.
-
-        Cost: these pages read, several at a time, and one pass over them for their checksums.
-        """
-        fd, base, page_bytes = file
-        check_pages(page_bytes, sums, ids, at, out)
-        expected = torch.tensor(sums, dtype=torch.uint32)
-        pointers = [x.data_ptr() for x in (ids, at, expected, out)]
-        args = PageArgs(*pointers, len(ids), fd, base, page_bytes, PAGES_AT_ONCE)
-        return self._library.farkv_read_pages(ctypes.addressof(args))
+        """Read pages of a file into their places, verified; see `native_pages.read_pages`."""
+        return read_pages(file, sums, ids, at, out)
 
     def read_bandwidth(self, data: Tensor) -> float:
         """Return the bytes per second of one sequential read of a contiguous tensor."""

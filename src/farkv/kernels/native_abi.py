@@ -74,6 +74,15 @@ class PageArgs(ctypes.Structure):
     )
 
 
+class LocateArgs(ctypes.Structure):
+    """`struct locate_args`."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("table", "slot_of", "heads", "positions", "slots", "offsets", "missing")],
+        *[(name, c_int64) for name in ("n", "n_heads", "capacity", "pages", "tokens", "n_missing")],
+    )
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """Return the library, or None where it was not built.
@@ -84,7 +93,7 @@ def load_library() -> ctypes.CDLL | None:
     if not LIBRARY.is_file():
         return None
     library = ctypes.CDLL(str(LIBRARY))
-    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs, TableArgs, PageArgs)]
+    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs, TableArgs, PageArgs, LocateArgs)]
     if not hasattr(library, "farkv_size") or [library.farkv_size(c_int64(i)) for i in range(len(ours))] != ours:
         raise ConfigError(
             f"native kernels: expected {LIBRARY.name} to be built from these sources, got one from others; install "
@@ -95,6 +104,7 @@ def load_library() -> ctypes.CDLL | None:
         call = getattr(library, f"farkv_{name}")
         call.argtypes, call.restype = [c_int64, c_void_p], c_int
     library.farkv_read_pages.argtypes, library.farkv_read_pages.restype = [c_void_p], c_int64
+    library.farkv_locate.argtypes, library.farkv_locate.restype = [c_void_p], c_int
     library.farkv_crc32.argtypes, library.farkv_crc32.restype = [c_void_p, c_int64], c_uint32
     library.farkv_read.argtypes = [c_int64, c_void_p, c_int64, c_int64]
     library.farkv_read_rows.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]

@@ -188,23 +188,6 @@ def _expect_logits(logits: Logits) -> None:
         )
 
 
-def check_pages(page_bytes: int, sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> None:
-    """Raise CacheStateError unless pages may be read into these places of `out`."""
-    for each in (ids, at):
-        if each.dtype is not torch.int64 or each.shape != (len(sums),) or not each.is_cpu or not each.is_contiguous():
-            refuse(f"{len(sums)} times a contiguous int64 in CPU memory", each)
-    n_places = out.numel() * out.element_size() // page_bytes if page_bytes > 0 else 0
-    places, pages = ([0], [0]) if len(sums) == 0 else (at.tolist(), ids.tolist())
-    if (
-        not out.is_cpu
-        or not out.is_contiguous()
-        or min(places) < 0
-        or max(places) >= max(1, n_places)
-        or min(pages) < 0
-    ):
-        refuse(f"room for whole pages of {page_bytes} bytes at every place", out)
-
-
 def check_tables(keys: Tensor, tables: Tensor, weights: Tensor | None) -> None:
     """Raise CacheStateError unless `Native.learn_tables` and `Native.encode_nibbles` may read these."""
     if keys.ndim != 4 or keys.dtype is not torch.float32 or not keys.is_cpu:

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from farkv._axes import Tensor
+from farkv.errors import CapacityError
 
 HUGE_BYTES = 2 << 20
 
@@ -37,7 +38,13 @@ class Fetcher(Mover, Protocol):
 
 @runtime_checkable
 class PageMover(Mover, Protocol):
-    """Kernels that read a file's pages and verify them."""
+    """Kernels that know pages: where rows are, and how a file's pages come to memory, verified."""
+
+    def locate(
+        self, table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each row's slot, -2 - j for one of missing page j, its offset there, and the missing pages."""
+        ...
 
     def read_pages(self, file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:
         """Read page ids[j] into place at[j] of `out`, verified; return a j that fails, or how many there are.
@@ -66,6 +73,25 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *
         # Advice only: errors are ignored.
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     return tensor
+
+
+def grow_mapping(memory: mmap.mmap | None, n_bytes: int) -> mmap.mmap:
+    """Map `n_bytes` of memory, or make a mapping as long; untouched pages of it take none.
+
+    Raises:
+        CapacityError: the system refuses.
+    """
+    try:
+        if memory is None:
+            # Private: the system would keep shared memory after MADV_DONTNEED.
+            return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # The system moves the mapping if it must: there is never a second copy.
+        memory.resize(n_bytes)
+    except (OSError, OverflowError) as error:
+        raise CapacityError(
+            f"host: the system refuses {n_bytes:,} bytes of memory ({error}); give a lower host limit"
+        ) from error
+    return memory
 
 
 def return_freed() -> None:

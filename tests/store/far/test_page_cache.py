@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farkv.errors import CapacityError, StoreError
+from farkv.kernels.native import load_native
 from farkv.store.far.eviction import POLICIES, make_policy
 from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import DiskSpace
@@ -223,3 +224,57 @@ def test_memory_of_dropped_copies_goes_back_to_the_system(tmp_path: Path) -> Non
         cache.resize(64)
         assert count_resident_bytes(cache.memory) < full, "room takes no memory before it is used"
         assert torch.equal(cache.data[:2], rows[:2])
+
+
+@given(st.sampled_from(POLICIES), st.integers(0, 6), st.integers(0, 9999))
+def test_kernels_and_plain_operations_copy_the_same_rows(space: DiskSpace, policy: str, room: int, seed: int) -> None:
+    """As many pages are read, and the same copies stay, whichever of them finds and moves the rows."""
+    kernels = load_native()
+    if kernels is None:
+        pytest.skip("the native library was not built")
+    twins, random = [], torch.Generator().manual_seed(seed)
+    rows = torch.randn(N, FORM.tokens, FORM.width, generator=random)
+    table = torch.arange(N).view(2, N // 2)
+    for mover in (None, kernels):
+        pages = NumberedPages(FORM, space.open_file(FORM.n_bytes))
+        pages.write(rows)
+        pages.use(mover)
+        cache = PageCache(Ledger("host"), make_policy(policy), pages, mover)
+        cache.resize(room)
+        twins.append(cache)
+    for _ in range(4):
+        n = int(torch.randint(1, 30, (1,), generator=random))
+        heads, _ = torch.randint(0, 2, (n,), generator=random).sort()
+        # Ascending, as choices are: pages are then missing in the same order.
+        positions = torch.randint(0, N // 2 * FORM.tokens, (n,), generator=random)
+        positions = (heads * N * FORM.tokens + positions).sort().values - heads * N * FORM.tokens
+        out = [torch.empty(n, FORM.width) for _ in twins]
+        for cache, place in zip(twins, out, strict=True):
+            cache.take_rows(table, heads, positions, place)
+            check_tables(cache)
+        assert torch.equal(out[0], rows[heads * (N // 2) + positions // FORM.tokens, positions % FORM.tokens])
+        assert torch.equal(out[0], out[1])
+        # As long as either table may be, the pages' slots are the same.
+        assert torch.equal(*[cache.find(torch.arange(N)) for cache in twins])
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_a_read_that_fails_leaves_no_copy(space: DiskSpace, tmp_path: Path, has_kernels: bool) -> None:
+    mover = load_native() if has_kernels else None
+    cache, rows = make(space, n=6)
+    cache.mover = mover
+    cache.pages.use(mover)
+    cache.resize(4)
+    out = torch.empty(4, FORM.width)
+    cache.take(torch.arange(4), torch.zeros(4, dtype=torch.int64), out)
+    assert cache.used == 4
+    file = cache.pages.file
+    assert file is not None
+    right, file._checksums[5] = file._checksums[5], 0
+    with pytest.raises(StoreError, match="page 5 is damaged"):
+        cache.take(torch.tensor([0, 5]), torch.zeros(2, dtype=torch.int64), out[:2])
+    check_tables(cache)
+    file._checksums[5] = right
+    cache.take(torch.tensor([0, 5]), torch.zeros(2, dtype=torch.int64), out[:2])
+    assert torch.equal(out[:2], rows[[0, 5], 0])
+    check_tables(cache)

@@ -30,7 +30,8 @@ static const struct kernels *find(int64_t isa) {
 /* native_abi.py compares these with its own sizes: a library built from other sources must not be called. */
 EXPORT int64_t farkv_size(int64_t which) {
     const int64_t sizes[] = {sizeof(struct attend_args), sizeof(struct select_args), sizeof(struct gather_args),
-                             sizeof(struct table_args), sizeof(struct page_args)};
+                             sizeof(struct table_args), sizeof(struct page_args),
+                             sizeof(struct locate_args)};
     return sizes[which];
 }
 

@@ -79,6 +79,16 @@ struct page_args {
     int64_t n, fd, base, page_bytes, threads; /* page 0 begins `base` bytes into the file */
 };
 
+/* Rows on pages: in which slot of memory each one's page is, and which pages are in none. */
+struct locate_args {
+    const int64_t *table;           /* [heads, capacity]: numbers of pages */
+    int32_t *slot_of;               /* [pages]: -1: in none; written to, and put back */
+    const int64_t *heads, *positions; /* [n] */
+    int64_t *slots, *offsets;       /* [n]; -2 - j for a row of missing[j] */
+    int64_t *missing;               /* [n]: pages, each once */
+    int64_t n, n_heads, capacity, pages, tokens, n_missing;
+};
+
 struct kernels {
     int (*attend)(const struct attend_args *);
     int (*select)(const struct select_args *);

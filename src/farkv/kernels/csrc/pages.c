@@ -98,3 +98,25 @@ EXPORT int64_t farkv_read_pages(const struct page_args *a) {
     farkv_wait_parallel(a->threads, a->n, read_task, &call);
     return call.failed;
 }
+
+/* Returns FARKV_BAD_POSITION where a row is of no page. */
+EXPORT int farkv_locate(struct locate_args *a) {
+    int status = FARKV_OK;
+    a->n_missing = 0;
+    for (int64_t j = 0; j < a->n && !status; j++) {
+        int64_t head = a->heads[j], at = a->positions[j];
+        int64_t place = at / a->tokens, page = -1;
+        if (head >= 0 && head < a->n_heads && at >= 0 && place < a->capacity) page = a->table[head * a->capacity + place];
+        if (page < 0 || page >= a->pages) {
+            status = FARKV_BAD_POSITION;
+            break;
+        }
+        if (a->slot_of[page] == -1) {
+            a->slot_of[page] = (int32_t)(-2 - a->n_missing);
+            a->missing[a->n_missing++] = page;
+        }
+        a->slots[j] = a->slot_of[page], a->offsets[j] = at % a->tokens;
+    }
+    for (int64_t j = 0; j < a->n_missing; j++) a->slot_of[a->missing[j]] = -1;
+    return status;
+}

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from farkv._axes import Bool, Int, Tensor
-from farkv.errors import CapacityError
 from farkv.store.far.eviction import Policy, Uses
 from farkv.store.far.pages import NumberedPages
 from farkv.store.ledger import Ledger
-from farkv.store.memory import Mover
+from farkv.store.memory import Mover, PageMover, grow_mapping
 
 # Pages read from disk at a time, through a scratch area.
 SCRATCH_PAGES = 64
@@ -108,17 +107,7 @@ class PageCache:
     def _map(self, n: int) -> None:
         """Map memory for `n` slots; untouched pages of it take none."""
         form = self.pages.form
-        try:
-            if self.memory is None:
-                # Private: the system would keep shared memory after MADV_DONTNEED.
-                self.memory = mmap.mmap(-1, n * form.n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            else:
-                # The system moves the mapping if it must: there is never a second copy.
-                self.memory.resize(n * form.n_bytes)
-        except (OSError, OverflowError) as error:
-            raise CapacityError(
-                f"host: the system refuses {n * form.n_bytes:,} bytes of memory ({error}); give a lower host limit"
-            ) from error
+        self.memory = grow_mapping(self.memory, n * form.n_bytes)
         data = torch.frombuffer(self.memory, dtype=form.dtype).view(n, form.tokens, form.width)
         page_of = torch.full((n,), -1, dtype=torch.int64)
         births = torch.zeros(n, dtype=torch.int32)
@@ -147,21 +136,40 @@ class PageCache:
             StoreError: a page is damaged or cannot be read.
         """
         with self.lock:
-            self.now += 1
             slots = self.find(pages).long()
             missing = (slots < 0).nonzero()[:, 0]
-            if len(missing) == 0:
-                self._copy(slots, offsets, None, out)
-                return
             wanted, which = pages[missing].unique(return_inverse=True)
-            filled = self._fill(wanted, slots)
-            fits = which < len(filled)
-            slots[missing[fits]] = filled[which[fits]]
-            here = None if bool(fits.all()) else (slots >= 0).nonzero()[:, 0]
-            self._copy(slots, offsets, here, out)
-            if here is not None:
-                left = missing[~fits]
-                self._pass_through(wanted[len(filled) :], which[~fits] - len(filled), offsets[left], (out, left))
+            slots[missing] = -2 - which
+            self._take(slots, offsets, wanted, out)
+
+    def take_rows(
+        self, table: Int[Tensor, "H P"], heads: Int[Tensor, " N"], positions: Int[Tensor, " N"], out: Tensor
+    ) -> None:
+        """Copy the row at positions[j] of head heads[j] into out[j]; `table` names every head's pages. As `take`."""
+        tokens = self.pages.form.tokens
+        with self.lock:
+            if isinstance(self.mover, PageMover):
+                self.find(table)
+                self._take(*self.mover.locate(table, self.slot_of, heads, positions, tokens), out)
+            else:
+                self.take(table.view(-1)[heads * table.shape[1] + positions // tokens], positions % tokens, out)
+
+    def _take(self, slots: Tensor, offsets: Tensor, wanted: Tensor, out: Tensor) -> None:
+        """Copy rows of slots, -2 - j for one of wanted[j], which is read."""
+        self.now += 1
+        if len(wanted) == 0:
+            self._copy(slots, offsets, None, out)
+            return
+        filled = self._fill(wanted, slots)
+        found = torch.cat([filled, filled.new_full((len(wanted) - len(filled),), -1)])
+        which = (-2 - slots).clamp_min(0)
+        known = torch.where(slots < 0, found[which], slots)
+        if len(filled) == len(wanted):
+            self._copy(known, offsets, None, out)
+            return
+        self._copy(known, offsets, (known >= 0).nonzero()[:, 0], out)
+        left = (known < 0).nonzero()[:, 0]
+        self._pass_through(wanted[len(filled) :], which[left] - len(filled), offsets[left], (out, left))
 
     def _fill(self, wanted: Tensor, slots: Tensor) -> Tensor:
         """Read pages into slots, as many as can be had without those of `slots`; return the first pages' slots."""
@@ -203,7 +211,9 @@ class PageCache:
             torch.index_select(self.data.view(-1, width), 0, at, out=rows)
         if here is not None:
             out[here] = rows
-        self._touch(*slots.unique(return_counts=True))
+        counts = slots.bincount(minlength=self.used)
+        read = counts.nonzero()[:, 0]
+        self._touch(read, counts[read])
 
     def _touch(self, slots: Tensor, counts: Tensor) -> None:
         if len(slots):

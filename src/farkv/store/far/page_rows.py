@@ -185,25 +185,27 @@ class PagedRows:
 
         Cost: N * W elements; pages without a copy are read from disk and cached.
         """
-        tokens = self.pages.form.tokens
         with self.page_cache.lock:
             n_written = self.n_written
+            if n_written and (len(positions) == 0 or int(positions.max()) < n_written):
+                self._take_written(heads, positions, out)
+                return
             late = positions >= n_written
-            if bool(late.any()):
-                at = late.nonzero()[:, 0]
-                rows = torch.empty(len(at), self.width, dtype=self.dtype)
-                self.open.take(heads[at], positions[at] - n_written, rows)
-                out[at] = rows
+            at = late.nonzero()[:, 0]
+            rows = torch.empty(len(at), self.width, dtype=self.dtype)
+            self.open.take(heads[at], positions[at] - n_written, rows)
+            out[at] = rows
             early = (~late).nonzero()[:, 0]
             if len(early):
-                assert self.table.data is not None
-                where = heads[early] * self.table.data.shape[2] + positions[early] // tokens
-                numbers = self.table.data.view(-1)[where]
-                whole = len(early) == len(positions)
-                rows = out if whole else torch.empty(len(early), self.width, dtype=self.dtype)
-                self.page_cache.take(numbers, positions[early] % tokens, rows)
-                if not whole:
-                    out[early] = rows
+                rows = torch.empty(len(early), self.width, dtype=self.dtype)
+                self._take_written(heads[early], positions[early], rows)
+                out[early] = rows
+
+    def _take_written(self, heads: Tensor, positions: Tensor, out: Tensor) -> None:
+        """Copy rows of full pages."""
+        assert self.table.data is not None
+        numbers = self.table.data.flatten(0, 1)[..., 0]
+        self.page_cache.take_rows(numbers, heads.contiguous(), positions.contiguous(), out)
 
     def resident(self) -> Bool[Tensor, "B Hkv P"]:
         """Return which full pages have a copy in host memory."""
