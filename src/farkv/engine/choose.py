@@ -6,6 +6,7 @@ operations or, where they know the method's index, by the fast kernels (`engine.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class Chooser:
         if sampled is not None and budget.early < n_old:
             return self._draw(records, query, n_old, budget, scored, sampled)
         if scored is not None:
-            pages = self._find_pages(records.layer, 1.0)
+            pages = self._find_pages(records.layer)
             if pages is not None:
                 return choose_paged(scored, budget.early, budget.sinks, pages, None)
             return choose_early(scored, budget)
@@ -130,8 +131,9 @@ class Chooser:
         layer, n_old = records.layer, records.length - budget.newest
         self._count_scored(records, n_old)
         scored = self._find_fast(layer, query, records.length, budget)
-        # Of the disk a late read has to be waited for: as few pages as its share of the cap.
-        pages = self._find_pages(layer, self.selector.cap.top_up)
+        # A late read from disk would have to be waited for: what is in memory is in reach.
+        pages = self._find_pages(layer)
+        pages = None if pages is None else pages._replace(more=0)
         if scored is not None:
             if pages is not None:
                 return choose_paged(scored, budget.late, 0, pages, taken)
@@ -192,15 +194,17 @@ class Chooser:
 
     def _reach(self, layer: int, scores: Tensor) -> Tensor:
         """Keep records that are in memory, and those on the few pages this step may read from disk; mask the others."""
-        pages = self._find_pages(layer, 1.0)
+        pages = self._find_pages(layer)
         return scores if pages is None else limit_pages(scores, *pages)
 
-    def _find_pages(self, layer: int, share: float) -> Pages | None:
-        """Return the pages of which a step may read `share` of its cap from disk; None where all are in reach."""
+    def _find_pages(self, layer: int) -> Pages | None:
+        """Return which pages are in memory and how many a step may read from disk; None where all are in reach."""
         if self._reaches(layer):
             return None
         resident, tokens = self.budgets.store.find_resident(layer)
-        return Pages(resident, tokens, max(1, int(share * self.budgets.share_of(layer) * resident.shape[-1])))
+        # Rounded up: what is in reach is then as many records as the cap, the late ones included.
+        more = math.ceil(self.budgets.share_of(layer) * resident.shape[-1] - 1e-9)
+        return Pages(resident, tokens, max(1, more))
 
     def _count_scored(self, records: LayerRecords, n_rows: int) -> None:
         self.account.layer(records.layer).index_bytes += self.selector.count_scored_bytes(records, n_rows)
