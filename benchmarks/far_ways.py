@@ -30,10 +30,10 @@ from farkv.store.far.quantize import Codec
 
 SHAPES = {
     # Hidden size and MLP are small: what is timed is the KV and little else.
-    "llama-3.2-1b": dict(layers=16, heads=32, kv_heads=8, head_dim=64),
-    "qwen2.5-0.5b": dict(layers=24, heads=14, kv_heads=2, head_dim=64),
+    "llama-3.2-1b": dict(layers=16, heads=32, kv_heads=8, head_dim=64, hidden=64),
+    "qwen2.5-0.5b": dict(layers=24, heads=14, kv_heads=2, head_dim=64, hidden=56),
 }
-SMALL = dict(hidden=256, mlp=256, vocabulary=1024)
+SMALL = dict(mlp=64, vocabulary=1024)
 DTYPE = torch.bfloat16
 PASS_TOKENS = 256
 PART_BYTES = 1 << 20
@@ -51,7 +51,7 @@ class Shape:
         self.heads, self.kv_heads, self.head_dim = given["heads"], given["kv_heads"], given["head_dim"]
         self.tokens = tokens
         self.kv_bytes = self.layers * self.kv_heads * 2 * self.head_dim * DTYPE.itemsize * tokens
-        self.model = dict(layers=self.layers, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim)
+        self.model = given | dict(layers=self.layers)
 
 
 def draw(heads: int, n: int, dim: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ import disk
 import drift
 import eviction
 import evidence_tables
+import far
 import faults
 import gpu
 import hot
@@ -73,7 +74,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/tiers.md": {
         "eviction": eviction.format_table,
-        "disk": disk.format_table,
+        "far": far.format_table,
         "disk-quality": disk.format_quality,
         "quant": quant.format_table,
         "prefill": prefill.format_table,
