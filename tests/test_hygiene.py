@@ -59,7 +59,7 @@ ALLOWED = {
     ("store/near/recently_used.py", "select", "cpu"): "the store has waited for these numbers already",
 }
 # These work on host memory alone, whatever the model's device is: nothing there waits for one.
-HOST = {f"store/far/{name}.py" for name in ("page_cache", "page_reader", "page_rows", "pages")}
+HOST = {f"store/far/{name}.py" for name in ("page_cache", "page_reader", "page_rows")}
 # Once per answer or file, outside the forward passes.
 OUTSIDE = {"hf/ask.py", "hf/session.py"}
 

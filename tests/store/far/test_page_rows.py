@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from farkv.errors import CapacityError, ConfigError, StoreError
+from farkv.kernels.native import load_native
 from farkv.store.far import pages as pages_module
 from farkv.store.far.eviction import POLICIES, make_policy
 from farkv.store.far.page_cache import PageCache
@@ -34,8 +35,10 @@ def space(tmp_path: Path) -> Iterator[DiskSpace]:
 
 
 def make(space: DiskSpace, room: int = 6, policy: str = "lru", host: int | None = None) -> PagedRows:
-    ledger = Ledger("host", host)
-    cache = PageCache(ledger, make_policy(policy), NumberedPages(FORM, space.open_file(FORM.n_bytes)))
+    ledger, pages = Ledger("host", host), NumberedPages(FORM, space.open_file(FORM.n_bytes))
+    # Plain operations are in test_page_cache.py.
+    pages.use(load_native())
+    cache = PageCache(ledger, make_policy(policy), pages, load_native())
     cache.resize(room, 4)
     return PagedRows(ledger, cache)
 

@@ -121,11 +121,15 @@ class PageCache:
 
     def find(self, pages: Int[Tensor, "*at"]) -> Int[Tensor, "*at"]:
         """Return the slots of pages, -1 for those that are only on disk."""
-        if pages.numel() and int(pages.max()) >= len(self.slot_of):
-            grown = torch.full((int(pages.max()) * 5 // 4 + 64,), -1, dtype=torch.int32)
+        self._know_all()
+        return self.slot_of[pages]
+
+    def _know_all(self) -> None:
+        """Make the table of slots as long as there are pages."""
+        if self.pages.count > len(self.slot_of):
+            grown = torch.full((self.pages.count * 5 // 4 + 64,), -1, dtype=torch.int32)
             grown[: len(self.slot_of)] = self.slot_of
             self.slot_of = grown
-        return self.slot_of[pages]
 
     def take(self, pages: Int[Tensor, " N"], offsets: Int[Tensor, " N"], out: Tensor) -> None:
         """Copy row `offsets[j]` of page `pages[j]` into `out[j]`, reading pages without a copy from disk.
@@ -142,14 +146,12 @@ class PageCache:
             slots[missing] = -2 - which
             self._take(slots, offsets, wanted, out)
 
-    def take_rows(
-        self, table: Int[Tensor, "H P"], heads: Int[Tensor, " N"], positions: Int[Tensor, " N"], out: Tensor
-    ) -> None:
+    def take_rows(self, table: Int[Tensor, "H P"], heads: Tensor, positions: Int[Tensor, " N"], out: Tensor) -> None:
         """Copy the row at positions[j] of head heads[j] into out[j]; `table` names every head's pages. As `take`."""
         tokens = self.pages.form.tokens
         with self.lock:
             if isinstance(self.mover, PageMover):
-                self.find(table)
+                self._know_all()
                 self._take(*self.mover.locate(table, self.slot_of, heads, positions, tokens), out)
             else:
                 self.take(table.view(-1)[heads * table.shape[1] + positions // tokens], positions % tokens, out)
@@ -207,8 +209,7 @@ class PageCache:
         if self.mover is not None:
             self.mover.gather(self.data[None], slots, offsets.contiguous(), rows)
         else:
-            at = slots * self.pages.form.tokens + offsets
-            torch.index_select(self.data.view(-1, width), 0, at, out=rows)
+            torch.index_select(self.data.view(-1, width), 0, slots * self.pages.form.tokens + offsets, out=rows)
         if here is not None:
             out[here] = rows
         counts = slots.bincount(minlength=self.used)
@@ -242,9 +243,8 @@ class PageCache:
         with self.lock:
             n = min(len(rows), self.room - self.used)
             if n > 0:
-                numbers = torch.arange(first, first + n)
-                self.find(numbers)
-                self._place(numbers, rows[:n])
+                self._know_all()
+                self._place(torch.arange(first, first + n), rows[:n])
 
     def _place(self, pages: Tensor, rows: Tensor) -> None:
         """Copy pages into slots, unused ones first, then those of victims; only the first pages where not all fit."""

@@ -60,6 +60,11 @@ class NumberedPages:
         # Called with the bytes of every read.
         self.on_read: Callable[[int], None] = lambda n_bytes: None
 
+    @property
+    def count(self) -> int:
+        """Return how many pages there are."""
+        return self.n_saved + (0 if self.file is None else self.file.n_pages)
+
     def use(self, mover: Mover | None) -> None:
         """Read by these kernels from now on."""
         if self.file is not None:
