@@ -131,9 +131,7 @@ class Chooser:
         layer, n_old = records.layer, records.length - budget.newest
         self._count_scored(records, n_old)
         scored = self._find_fast(layer, query, records.length, budget)
-        # A late read from disk would have to be waited for: what is in memory is in reach.
-        pages = self._find_pages(layer)
-        pages = None if pages is None else pages._replace(more=0)
+        pages = self._find_pages(layer, is_late=True)
         if scored is not None:
             if pages is not None:
                 return choose_paged(scored, budget.late, 0, pages, taken)
@@ -197,14 +195,15 @@ class Chooser:
         pages = self._find_pages(layer)
         return scores if pages is None else limit_pages(scores, *pages)
 
-    def _find_pages(self, layer: int) -> Pages | None:
+    def _find_pages(self, layer: int, *, is_late: bool = False) -> Pages | None:
         """Return which pages are in memory and how many a step may read from disk; None where all are in reach."""
         if self._reaches(layer):
             return None
         resident, tokens = self.budgets.store.find_resident(layer)
-        # Rounded up: what is in reach is then as many records as the cap, the late ones included.
-        more = math.ceil(self.budgets.share_of(layer) * resident.shape[-1] - 1e-9)
-        return Pages(resident, tokens, max(1, more))
+        # Rounded up: as many records are in reach as the cap has. What is read late is waited for: rounded down.
+        pages = max(1, math.ceil(self.budgets.share_of(layer) * resident.shape[-1] - 1e-9))
+        late = int(self.selector.cap.top_up * pages)
+        return Pages(resident, tokens, late if is_late else pages - late)
 
     def _count_scored(self, records: LayerRecords, n_rows: int) -> None:
         self.account.layer(records.layer).index_bytes += self.selector.count_scored_bytes(records, n_rows)
