@@ -23,8 +23,8 @@ METHODS = ("select", "attend", "gather", "read_bandwidth", "gather_bandwidth", "
 def test_a_call_of_the_native_kernels_is_one_of_these(name: str) -> None:
     ours = inspect.signature(getattr(gpu.Gpu, name)).parameters
     theirs = dict(inspect.signature(getattr(Native, name)).parameters)
-    # Counts that stay on a device are not varied, and nothing is drawn there.
-    for only_native in ("varied", "drawn", "odds"):
+    # Counts that stay on a device are not varied; nothing is drawn there, and pages are chosen by plain operations.
+    for only_native in ("varied", "drawn", "paged", "odds"):
         theirs.pop(only_native, None)
     assert [p for p in ours if p in theirs] == list(theirs)
     for key, parameter in theirs.items():
