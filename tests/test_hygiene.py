@@ -53,6 +53,7 @@ ALLOWED = {
     ("store/far/rows.py", "select", "tolist"): "beam search itself waits for the device here",
     ("store/link.py", "_copy", "nonzero"): "of host memory, by the link's own thread",
     ("store/link.py", "_copy_missing", "nonzero"): "the same",
+    ("store/link.py", "_fetch_pages", "nonzero"): "of host memory: a CPU alone fetches this way",
     ("store/link.py", "_stage", "synchronize"): "one side stream, waited for by the link's own thread",
     ("store/near/recently_used.py", "find", "nonzero"): "of host memory, by the link's own thread",
     ("store/near/recently_used.py", "keep", "nonzero"): "of host memory, once per eviction of many records",

@@ -13,7 +13,7 @@ from farkv.engine.shares import Shares
 from farkv.errors import CapacityError
 from farkv.methods.base import Selector
 from farkv.store.far.kept import ROW_BYTES
-from farkv.store.far.page_cache import LEAST_PAGES
+from farkv.store.far.page_memory import LEAST_PAGES
 from farkv.store.far.page_rows import PagedRows
 from farkv.store.memory import return_freed
 from farkv.store.near.pinned import SLOT_BYTES as PIN_BYTES

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from farkv.engine.bytes_need import ByteLimits, Held, Need
-from farkv.store.far.page_cache import LEAST_PAGES, LEAST_SCRATCH, SCRATCH_PAGES
+from farkv.store.far.page_memory import LEAST_PAGES, LEAST_SCRATCH, SCRATCH_PAGES
 from farkv.store.far.page_rows import NUMBER_BYTES, PIECE_TOKENS
 from farkv.store.ledger import refuse
 from farkv.store.sizes import NearNeed

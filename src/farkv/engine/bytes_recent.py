@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from farkv.engine.bytes_need import ByteLimits, Held, Need
 from farkv.engine.bytes_pages import Cache
-from farkv.store.far.page_cache import LEAST_PAGES
+from farkv.store.far.page_memory import LEAST_PAGES
 from farkv.store.near.recently_used import RECORD_BYTES, SLOT_BYTES
 from farkv.store.sizes import NearNeed, grow_capacity
 

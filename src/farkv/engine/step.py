@@ -187,7 +187,7 @@ class Engine:
 
     def wait(self) -> None:
         """Wait for every fetch in flight, so that none lands in the middle of another pass."""
-        self.store.link.drain()
+        self.store.drain()
 
     def set_mode(self, *, dense: bool = False, measures: bool = False) -> None:
         """Set what the next passes are for: `dense`, the reference of a verified step; `measures`, the step itself."""

@@ -41,6 +41,7 @@ from farkv.kernels.operands import (
 )
 from farkv.kernels.ways import Drawn, Paged, Varied
 from farkv.math.logits import Logits
+from farkv.math.pages import Located
 from farkv.math.tables import ROUNDS
 
 
@@ -210,10 +211,8 @@ class Native:
         )  # fmt: skip
         self._call("farkv_gather", args)
 
-    def locate(
-        self, table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows' slots, their offsets there, and the pages that are in none; see `native_pages.locate`."""
+    def locate(self, table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int) -> Located:
+        """Return the pages that rows are on; see `native_pages.locate`."""
         return locate(table, slot_of, heads, positions, tokens)
 
     def read_pages(self, file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:

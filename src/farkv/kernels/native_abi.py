@@ -78,8 +78,9 @@ class LocateArgs(ctypes.Structure):
     """`struct locate_args`."""
 
     _fields_ = (
-        *[(name, c_void_p) for name in ("table", "slot_of", "heads", "positions", "slots", "offsets", "missing")],
-        *[(name, c_int64) for name in ("n", "n_heads", "capacity", "pages", "tokens", "n_missing")],
+        *[(name, c_void_p) for name in ("table", "slot_of", "heads", "positions")],
+        *[(name, c_void_p) for name in ("which", "offsets", "pages", "slots", "counts")],
+        *[(name, c_int64) for name in ("n", "n_heads", "capacity", "n_pages", "tokens", "n_found")],
     )
 
 

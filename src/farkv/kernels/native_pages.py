@@ -1,6 +1,6 @@
 """Pages of a file in C: where rows are, which pages are missing; and pages read to their places and verified.
 
-In: tables of numbers, an open file. Out: slots and offsets, or pages in memory. Stateless; of no instruction set.
+In: tables of numbers, an open file. Out: rows by page, or pages in memory. Stateless; of no instruction set.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from farkv._axes import Tensor
 from farkv.errors import CacheStateError
 from farkv.kernels.native_abi import BAD_POSITION, LocateArgs, PageArgs, load_library
 from farkv.kernels.ways import refuse
+from farkv.math.pages import Located
 
 # Reads of a file that wait at the same time: enough to keep a disk busy.
 PAGES_AT_ONCE = 8
 
 
-def locate(
-    table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return in which slot each row's page is, the row's place there, and the pages that are in none, each once.
+def locate(table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int) -> Located:
+    """Return on which page each row is, the row's place there, and of each page its slot and how many rows are on it.
 
     Args:
         table: pages of every head, int64 [heads, capacity], contiguous.
@@ -30,7 +29,7 @@ def locate(
         tokens: rows of a page.
 
     Returns:
-        slots, -2 - j for a row of missing page j; offsets; missing pages, in the order of the rows.
+        Pages in the order in which the rows name them.
 
     Raises:
         CacheStateError: a row is of no page.
@@ -43,14 +42,14 @@ def locate(
     if table.ndim != 2 or heads.shape != positions.shape or tokens <= 0:
         refuse("pages of every head, as many heads as positions, and tokens of a page", table)
     n = len(heads)
-    slots, offsets, missing = torch.empty(3, n, dtype=torch.int64).unbind(0)
-    pointers = [x.data_ptr() for x in (table, slot_of, heads, positions, slots, offsets, missing)]
+    which, offsets, *of_pages = torch.empty(5, n, dtype=torch.int64).unbind(0)
+    pointers = [x.data_ptr() for x in (table, slot_of, heads, positions, which, offsets, *of_pages)]
     args = LocateArgs(*pointers, n, *table.shape, len(slot_of), tokens, 0)
     library = load_library()
     assert library is not None
     if library.farkv_locate(ctypes.addressof(args)) == BAD_POSITION:
         raise CacheStateError("native locate: a row is of no page; ask only for rows that are on full pages")
-    return slots, offsets, missing[: args.n_missing].clone()
+    return Located(which, offsets, *[x[: args.n_found] for x in of_pages])
 
 
 def read_pages(file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:

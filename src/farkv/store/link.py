@@ -8,7 +8,6 @@ records an event. Knows nothing of how records were chosen.
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,14 +25,22 @@ from farkv.store.worker import Worker
 
 
 class Ticket:
-    """A pending fetch; after `wait`, its rows are safe to read."""
+    """A pending fetch; after `wait`, its rows are safe to read.
 
-    def __init__(self, work: Future[Any]):
-        self._work = work
+    Args:
+        end: called once it was waited for, however that went.
+    """
+
+    def __init__(self, work: Future[Any], end: Callable[[], None] | None = None):
+        self._work, self._end = work, end
 
     def wait(self) -> None:
         """Wait for the rows; on a GPU only the current stream waits."""
-        event = self._work.result()
+        try:
+            event = self._work.result()
+        finally:
+            if self._end is not None:
+                self._end()
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
@@ -79,12 +86,12 @@ class Link:
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         return Link(self.device, self._worker)
 
-    def submit(self, work: Callable[[], Any]) -> Ticket:
-        """Run `work` on the link's thread."""
+    def submit(self, work: Callable[[], Any], end: Callable[[], None] | None = None) -> Ticket:
+        """Run `work` on the link's thread; `end` follows on the thread that waits for it."""
         if self._worker is None:
             self._worker = Worker()
         self._latest, self._process = self._worker.submit(work), os.getpid()
-        return Ticket(self._latest)
+        return Ticket(self._latest, end)
 
     def _is_idle(self) -> bool:
         """Say whether all that was submitted is done; what a forked process was waiting for will never be."""
@@ -130,14 +137,40 @@ class Link:
         """
         job = FetchJob(rows, positions, valid, out, count, near)
         if self.device.type != "cuda":
-            # Pages may have to be read from disk.
-            n_bytes = positions.numel() * rows.width * rows.dtype.itemsize if isinstance(rows, Rows) else sys.maxsize
-            return self._run(lambda: self._copy(job), n_bytes)
+            if isinstance(rows, PagedRows):
+                return self._fetch_pages(job, rows)
+            return self._run(lambda: self._copy(job), positions.numel() * rows.width * rows.dtype.itemsize)
         ready = torch.cuda.Event()
         ready.record()
         if isinstance(rows, Rows) and isinstance(rows.mover, Fetcher) and valid is None and near is None:
             return self._launch(job, rows.mover, ready)
         return self.submit(lambda: self._copy_to_gpu(job, ready))
+
+    def _fetch_pages(self, job: FetchJob, rows: PagedRows) -> Ticket:
+        """Decide now which pages are read into which slots, and read them on the worker's thread."""
+        if job.near is not None:
+            return self.submit(lambda: self._copy(job))
+        heads, positions, at = spread_heads(job.positions), job.positions.reshape(-1), None
+        if job.valid is not None:
+            # What is not valid must cause no page reads.
+            at, chosen = job.valid.nonzero(), job.valid.flatten()
+            heads, positions = heads[chosen], positions[chosen]
+        if len(positions) == 0:
+            return self._run(lambda: None, 0)
+        coming = rows.plan(heads, positions)
+
+        def bring() -> None:
+            # Both are deliberate copies: this is the link.
+            staged = self._stage(len(positions), rows)
+            rows.bring(coming, staged)
+            if at is None:
+                place = job.out[:, :, : job.positions.shape[-1]]
+                place.copy_(staged.view(place.shape))
+            else:
+                job.out.index_put_(tuple(at.unbind(1)), staged)
+            job.report(staged.numel() * staged.element_size())
+
+        return self.submit(bring, lambda: rows.end(coming))
 
     def _launch(self, job: FetchJob, fetcher: Fetcher, ready: torch.cuda.Event) -> Ticket:
         """Let the GPU itself read the rows over the link, on the side stream; no thread waits."""

@@ -14,6 +14,7 @@ import torch
 
 from farkv._axes import Tensor
 from farkv.errors import CapacityError
+from farkv.math.pages import Located
 
 HUGE_BYTES = 2 << 20
 
@@ -40,10 +41,8 @@ class Fetcher(Mover, Protocol):
 class PageMover(Mover, Protocol):
     """Kernels that know pages: where rows are, and how a file's pages come to memory, verified."""
 
-    def locate(
-        self, table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each row's slot, -2 - j for one of missing page j, its offset there, and the missing pages."""
+    def locate(self, table: Tensor, slot_of: Tensor, heads: Tensor, positions: Tensor, tokens: int) -> Located:
+        """Return the pages that rows are on, in the rows' order; as `math.pages.locate`."""
         ...
 
     def read_pages(self, file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:

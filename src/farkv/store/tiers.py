@@ -34,18 +34,15 @@ class Store(FarStore):
     def __init__(self, layers: list[int], limits: StoreLimits, device: torch.device, needs: Needs):
         super().__init__(layers, limits, device, needs)
         self.window = needs.window
-        self.windows = (
-            {layer: RecentWindow(self.near, device, needs.window + 1) for layer in layers} if self.is_far else {}
-        )
-        self.pins = needs.pins and self.is_far
-        self.pinned: dict[int, Pinned] = {}
+        far = layers if self.is_far else []
+        self.windows = {layer: RecentWindow(self.near, device, needs.window + 1) for layer in far}
+        self.pins, self.pinned = needs.pins and self.is_far, dict[int, Pinned]()
         # In the rest of the near limit, where no plan pins records: admission creates and frees these.
         self.recently_used: dict[int, RecentlyUsed] = {}
         self.buffers = Buffers(self.near, device)
         self.link = Link(device, needs.worker)
         # Whether dense reads go block by block; set by admission.
-        self.streams = False
-        self.block_tokens = BLOCK_TOKENS
+        self.streams, self.block_tokens = False, BLOCK_TOKENS
         # Called with the bytes of every fetch.
         self.on_fetch: Callable[[int], None] = lambda n_bytes: None
         self.shared.add(self)
@@ -90,8 +87,7 @@ class Store(FarStore):
 
     def drop_recently_used(self) -> None:
         """Free every recently used set: the memory is needed, or the number of sequences changes."""
-        # A deliberate wait: pending fetches write to these sets.
-        self.link.drain()
+        self.drain()  # Pending fetches write to these sets.
         for layer in list(self.recently_used):
             self.recently_used.pop(layer).clear()
 
@@ -107,10 +103,17 @@ class Store(FarStore):
         return self.pinned.get(layer) or self.recently_used.get(layer)
 
     def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
-        """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
-        # A deliberate wait: the choice must not depend on pending fetches.
-        self.link.drain()
+        """Return what has a copy in host memory, or will; see `FarStore.find_resident`."""
+        if self.device.type != "cpu" or self.recently_used or self.pinned:
+            # A deliberate wait: there the link's thread gives pages their slots, and its speed must choose nothing.
+            self.link.drain()
         return super().find_resident(layer)
+
+    def drain(self) -> None:
+        """Wait for every fetch in flight."""
+        self.link.drain()
+        if self.page_cache is not None:
+            self.page_cache.rest()
 
     # --- dense reads ----------------------------------------------------------------------------------------
 
@@ -187,8 +190,7 @@ class Store(FarStore):
         self.near.charge(taken)
 
         def bring() -> Tensor:
-            # A deliberate copy over the link.
-            near = pool.read(start, stop).to(self.device, copy=isinstance(pool, Rows))
+            near = pool.read(start, stop).to(self.device, copy=isinstance(pool, Rows))  # A deliberate copy.
             self.on_fetch(near.numel() * near.element_size())
             return near
 
@@ -233,8 +235,7 @@ class Store(FarStore):
         """As `read`, but return the rows as they are stored."""
         batch, heads = early.positions.shape[:2]
         total = self.length(layer)
-        device = early.positions.device
-        newest = torch.arange(total - n_newest, total, device=device).expand(batch, heads, n_newest)
+        newest = torch.arange(total - n_newest, total, device=early.positions.device).expand(batch, heads, n_newest)
         parts = [early, late] if late is not None else [early]
         positions = torch.cat([p.positions for p in parts] + [newest], -1)
         valid = None
@@ -283,8 +284,7 @@ class Store(FarStore):
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
         if len(sequences) != self.batch(layer):
-            # Their tables are sized for the old number of sequences.
-            self.drop_recently_used()
+            self.drop_recently_used()  # Their tables are sized for the old number of sequences.
         super().select(layer, sequences)
         self.buffers.clear()
 
@@ -295,6 +295,6 @@ class Store(FarStore):
         self.buffers.clear()
         if self.page_cache is not None and not any(rows.length for rows in self.pool.values()):
             # A pending block would keep the file open. Its pages and a saved text go too: new records open another.
-            self.link.drain()
+            self.drain()
             self.page_cache.clear()
             self.page_cache, self.limits = None, self.limits._replace(saved=None)

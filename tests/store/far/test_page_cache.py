@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from farkv.errors import CapacityError, StoreError
 from farkv.kernels.native import load_native
 from farkv.store.far.eviction import POLICIES, make_policy
+from farkv.store.far.in_flight import Plan
 from farkv.store.far.page_cache import PageCache
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.far.pages import NumberedPages, PageForm
@@ -48,12 +49,12 @@ def check_tables(cache: PageCache) -> None:
 def check_copies(cache: PageCache) -> None:
     """Both tables say the same, no page is in two slots, and every copy is the page that it is said to be."""
     assert 0 <= cache.used <= cache.room
-    here = cache.page_of[: cache.used]
+    here = cache.slots.page_of[: cache.used]
     assert (here >= 0).all()
-    assert (cache.page_of[cache.used :] == -1).all()
+    assert (cache.slots.page_of[cache.used :] == -1).all()
     assert len(here.unique()) == len(here), "a page in two slots"
-    assert torch.equal(cache.slot_of[here].long(), torch.arange(cache.used))
-    assert int((cache.slot_of >= 0).sum()) == cache.used
+    assert torch.equal(cache.slots.slot_of[here].long(), torch.arange(cache.used))
+    assert int((cache.slots.slot_of >= 0).sum()) == cache.used
     if cache.used:
         wanted = torch.empty(cache.used, *cache.data.shape[1:], dtype=cache.data.dtype)
         cache.pages.read(here, wanted)
@@ -61,6 +62,7 @@ def check_copies(cache: PageCache) -> None:
 
 
 def check_take(cache: PageCache, rows: torch.Tensor, n: int = 20) -> None:
+    """Rows are right, though other rows may have been planned before."""
     pages, offsets = torch.randint(len(rows), (n,)), torch.randint(FORM.tokens, (n,))
     out = torch.full((n, FORM.width), torch.nan)
     cache.take(pages, offsets, out)
@@ -70,6 +72,8 @@ def check_take(cache: PageCache, rows: torch.Tensor, n: int = 20) -> None:
 
 steps = st.one_of(
     st.tuples(st.just("take"), st.integers(0, 30)),
+    st.tuples(st.just("plan"), st.integers(1, 30)),
+    st.tuples(st.just("bring"), st.just(0)),
     st.tuples(st.just("resize"), st.integers(0, 2 * N)),
     st.tuples(st.just("piece"), st.integers(1, 9)),
     st.tuples(st.just("write"), st.integers(1, 5)),
@@ -78,6 +82,28 @@ steps = st.one_of(
     st.tuples(st.just("copy"), st.just(0)),
     st.tuples(st.just("clear"), st.just(0)),
 )
+
+
+class Waiting:
+    """Plans that were made and not brought yet, oldest first, as a link has them."""
+
+    def __init__(self) -> None:
+        self.plans: list[tuple[Plan, torch.Tensor]] = []
+
+    def plan(self, cache: PageCache, rows: torch.Tensor, n: int) -> None:
+        table = torch.arange(len(rows))[None]
+        positions = torch.randint(0, len(rows) * FORM.tokens, (n,)).sort().values
+        planned = cache.plan_rows(table, torch.zeros(n, dtype=torch.int64), positions)
+        self.plans.append((planned, rows[positions // FORM.tokens, positions % FORM.tokens]))
+        assert cache.ledger.used == cache.n_bytes
+
+    def bring(self, cache: PageCache) -> None:
+        if self.plans:
+            plan, want = self.plans.pop(0)
+            out = torch.full_like(want, torch.nan)
+            cache.bring(plan, out)
+            cache.end(plan)
+            assert torch.equal(out, want)
 
 
 def read_beside(cache: PageCache, rows: torch.Tensor, n: int) -> None:
@@ -112,9 +138,12 @@ def test_rows_are_right_whatever_happens(
     torch.manual_seed(seed)
     cache, rows = make(space, policy, limit and limit * FORM.n_bytes)
     cache.resize(4, 2)
-    twins = []
+    twins, waiting = [], Waiting()
     for what, n in moves:
         if what == "copy":
+            # What was planned is of this cache, not of its copy.
+            while waiting.plans:
+                waiting.bring(cache)
             twins.append((cache, rows))
             cache = copy.deepcopy(cache)
             assert cache.used == 0
@@ -130,9 +159,14 @@ def test_rows_are_right_whatever_happens(
                 "make_room": lambda n, cache=cache: make_room(cache, n),
                 "others": lambda n, cache=cache, rows=rows: read_beside(cache, rows, n),
                 "clear": lambda n, cache=cache: clear(cache),
+                "plan": lambda n, cache=cache, rows=rows: waiting.plan(cache, rows, n),
+                "bring": lambda n, cache=cache: waiting.bring(cache),
             }
             move[what](n)
-        check_tables(cache)
+        if not cache.in_flight.plans:
+            check_tables(cache)
+    while waiting.plans:
+        waiting.bring(cache)
     for other, its_rows in twins:
         check_take(other, its_rows)
 
@@ -156,7 +190,7 @@ def test_a_damaged_page_changes_no_table_and_gives_no_rows(space: DiskSpace) -> 
     cache.resize(4, 2)
     check_take(cache, rows)
     assert cache.pages.file is not None
-    resident = cache.page_of[:4].tolist()
+    resident = cache.slots.page_of[:4].tolist()
     bad = next(i for i in range(N) if i not in resident)
     os.pwrite(cache.pages.file._fd, b"\xff", bad * FORM.n_bytes + 5)
     with pytest.raises(StoreError, match=f"page {bad} is damaged"):
@@ -165,7 +199,7 @@ def test_a_damaged_page_changes_no_table_and_gives_no_rows(space: DiskSpace) -> 
     out = torch.empty(4, FORM.width)
     cache.take(here, torch.zeros(4, dtype=torch.int64), out)
     assert torch.equal(out, rows[here, 0])
-    assert cache.page_of[:4].tolist() == resident
+    assert cache.slots.page_of[:4].tolist() == resident
 
 
 def test_the_policy_decides_which_copy_goes(space: DiskSpace) -> None:
@@ -250,7 +284,9 @@ def test_kernels_and_plain_operations_copy_the_same_rows(space: DiskSpace, polic
         positions = (heads * N * FORM.tokens + positions).sort().values - heads * N * FORM.tokens
         out = [torch.empty(n, FORM.width) for _ in twins]
         for cache, place in zip(twins, out, strict=True):
-            cache.take_rows(table, heads, positions, place)
+            plan = cache.plan_rows(table, heads, positions)
+            cache.bring(plan, place)
+            cache.end(plan)
             check_tables(cache)
         assert torch.equal(out[0], rows[heads * (N // 2) + positions // FORM.tokens, positions % FORM.tokens])
         assert torch.equal(out[0], out[1])
@@ -278,3 +314,68 @@ def test_a_read_that_fails_leaves_no_copy(space: DiskSpace, tmp_path: Path, has_
     cache.take(torch.tensor([0, 5]), torch.zeros(2, dtype=torch.int64), out[:2])
     assert torch.equal(out[:2], rows[[0, 5], 0])
     check_tables(cache)
+
+
+def test_what_is_planned_counts_as_here_before_it_is_read(space: DiskSpace) -> None:
+    cache, rows = make(space)
+    cache.resize(4, 2)
+    waiting = Waiting()
+    torch.manual_seed(0)
+    waiting.plan(cache, rows[:3], 9)
+    assert cache.resident(torch.arange(3)).all()
+    # Another read makes do without the slots that are planned.
+    check_take(cache, rows, 30)
+    assert cache.resident(torch.arange(3)).all()
+    waiting.bring(cache)
+    check_tables(cache)
+
+
+def test_a_plan_is_void_once_slots_are_dropped(space: DiskSpace) -> None:
+    cache, rows = make(space)
+    cache.resize(4, 2)
+    waiting = Waiting()
+    waiting.plan(cache, rows, 9)
+    cache.make_room(1 << 40)
+    cache.resize(0, 2)
+    assert cache.used == 0
+    waiting.bring(cache)
+    waiting.plan(cache, rows, 9)
+    cache.resize(4, 2)
+    waiting.plan(cache, rows, 9)
+    cache.clear()
+    for _ in range(2):
+        waiting.bring(cache)
+    check_tables(cache)
+
+
+def test_a_planned_read_that_fails_is_no_copy_for_the_next(space: DiskSpace) -> None:
+    cache, rows = make(space, n=6)
+    cache.resize(4, 2)
+    file = cache.pages.file
+    assert file is not None
+    table, head, positions = torch.arange(6)[None], torch.zeros(2, dtype=torch.int64), torch.tensor([1, 22])
+    first = cache.plan_rows(table, head, positions)
+    second = cache.plan_rows(table, head, positions)
+    right, file._checksums[5] = file._checksums[5], 0
+    out = torch.empty(2, FORM.width)
+    with pytest.raises(StoreError, match="page 5 is damaged"):
+        cache.bring(first, out)
+    cache.end(first)
+    check_tables(cache)
+    with pytest.raises(StoreError, match="page 5 is damaged"):
+        # It believed that the first one would read its pages.
+        cache.bring(second, out)
+    cache.end(second)
+    file._checksums[5] = right
+    cache.take(torch.tensor([0, 5]), torch.tensor([1, 2]), out)
+    assert torch.equal(out, rows[[0, 5], [1, 2]])
+    check_tables(cache)
+
+
+def test_a_plan_that_nobody_brings_leaves_no_copy(space: DiskSpace) -> None:
+    cache, rows = make(space)
+    cache.resize(4, 2)
+    cache.plan_rows(torch.arange(N)[None], torch.zeros(2, dtype=torch.int64), torch.tensor([1, 22]))
+    cache.rest()
+    assert not cache.resident(torch.arange(N)).any()
+    check_take(cache, rows)

@@ -84,9 +84,9 @@ struct locate_args {
     const int64_t *table;           /* [heads, capacity]: numbers of pages */
     int32_t *slot_of;               /* [pages]: -1: in none; written to, and put back */
     const int64_t *heads, *positions; /* [n] */
-    int64_t *slots, *offsets;       /* [n]; -2 - j for a row of missing[j] */
-    int64_t *missing;               /* [n]: pages, each once */
-    int64_t n, n_heads, capacity, pages, tokens, n_missing;
+    int64_t *which, *offsets;       /* [n]: a row's page is pages[which] */
+    int64_t *pages, *slots, *counts; /* [n]: pages, each once; the slots that they are in; rows on them */
+    int64_t n, n_heads, capacity, n_pages, tokens, n_found;
 };
 
 struct kernels {

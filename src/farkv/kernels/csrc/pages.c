@@ -102,21 +102,24 @@ EXPORT int64_t farkv_read_pages(const struct page_args *a) {
 /* Returns FARKV_BAD_POSITION where a row is of no page. */
 EXPORT int farkv_locate(struct locate_args *a) {
     int status = FARKV_OK;
-    a->n_missing = 0;
+    a->n_found = 0;
     for (int64_t j = 0; j < a->n && !status; j++) {
         int64_t head = a->heads[j], at = a->positions[j];
         int64_t place = at / a->tokens, page = -1;
         if (head >= 0 && head < a->n_heads && at >= 0 && place < a->capacity) page = a->table[head * a->capacity + place];
-        if (page < 0 || page >= a->pages) {
+        if (page < 0 || page >= a->n_pages) {
             status = FARKV_BAD_POSITION;
             break;
         }
-        if (a->slot_of[page] == -1) {
-            a->slot_of[page] = (int32_t)(-2 - a->n_missing);
-            a->missing[a->n_missing++] = page;
+        int32_t slot = a->slot_of[page];
+        if (slot >= -1) { /* not met before */
+            int64_t i = a->n_found++;
+            a->pages[i] = page, a->slots[i] = slot, a->counts[i] = 0;
+            a->slot_of[page] = slot = (int32_t)(-2 - i);
         }
-        a->slots[j] = a->slot_of[page], a->offsets[j] = at % a->tokens;
+        a->which[j] = -2 - slot, a->offsets[j] = at % a->tokens;
+        a->counts[-2 - slot]++;
     }
-    for (int64_t j = 0; j < a->n_missing; j++) a->slot_of[a->missing[j]] = -1;
+    for (int64_t i = 0; i < a->n_found; i++) a->slot_of[a->pages[i]] = (int32_t)a->slots[i];
     return status;
 }

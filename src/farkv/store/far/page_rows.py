@@ -10,6 +10,7 @@ import torch
 
 from farkv._axes import Bool, Int, Tensor
 from farkv.errors import ConfigError
+from farkv.store.far.in_flight import Coming, OpenRows
 from farkv.store.far.page_cache import PageCache
 from farkv.store.far.pages import NumberedPages
 from farkv.store.far.rows import Rows
@@ -168,6 +169,7 @@ class PagedRows:
             out[:, :, n:].copy_(self.open.view())
 
     def _read_pages(self, numbers: Tensor, out: Tensor) -> None:
+        self.page_cache.settle()
         slots = self.page_cache.find(numbers)
         missing = (slots < 0).nonzero()[:, 0]
         if len(missing) == len(numbers):
@@ -186,26 +188,53 @@ class PagedRows:
         Cost: N * W elements; pages without a copy are read from disk and cached.
         """
         with self.page_cache.lock:
-            n_written = self.n_written
-            if n_written and (len(positions) == 0 or int(positions.max()) < n_written):
-                self._take_written(heads, positions, out)
-                return
-            late = positions >= n_written
-            at = late.nonzero()[:, 0]
-            rows = torch.empty(len(at), self.width, dtype=self.dtype)
-            self.open.take(heads[at], positions[at] - n_written, rows)
-            out[at] = rows
-            early = (~late).nonzero()[:, 0]
-            if len(early):
-                rows = torch.empty(len(early), self.width, dtype=self.dtype)
-                self._take_written(heads[early], positions[early], rows)
-                out[early] = rows
+            # A deliberate wait: others may have planned what these rows are on.
+            self.page_cache.settle()
+            coming = self.plan(heads, positions)
+            try:
+                self.bring(coming, out)
+            finally:
+                self.end(coming)
 
-    def _take_written(self, heads: Tensor, positions: Tensor, out: Tensor) -> None:
-        """Copy rows of full pages."""
+    def plan(self, heads: Int[Tensor, " N"], positions: Int[Tensor, " N"]) -> Coming:
+        """Decide now what `bring` copies later, on any thread, and `end` forgets: as `take`."""
+        n_written, n = self.n_written, len(positions)
+        if n_written and (n == 0 or int(positions.max()) < n_written):
+            return Coming(self.page_cache.plan_rows(self._numbers(), heads.contiguous(), positions.contiguous()), None)
+        late = positions >= n_written
+        at, early = late.nonzero()[:, 0], (~late).nonzero()[:, 0]
+        rows = torch.empty(len(at), self.width, dtype=self.dtype)
+        # The open page may be written meanwhile.
+        self.open.take(heads[at], positions[at] - n_written, rows)
+        plan = None if len(early) == 0 else self.page_cache.plan_rows(self._numbers(), heads[early], positions[early])
+        return Coming(plan, OpenRows(at, rows, early))
+
+    def bring(self, coming: Coming, out: Tensor) -> None:
+        """Copy what was planned into `out`, [N, W].
+
+        Raises:
+            StoreError: a page is damaged or cannot be read.
+        """
+        plan, part = coming
+        if part is None:
+            assert plan is not None
+            self.page_cache.bring(plan, out)
+            return
+        out[part.places] = part.rows
+        if plan is not None:
+            rows = torch.empty(len(part.others), self.width, dtype=self.dtype)
+            self.page_cache.bring(plan, rows)
+            out[part.others] = rows
+
+    def end(self, coming: Coming) -> None:
+        """Note that what was planned has been waited for."""
+        if coming.plan is not None:
+            self.page_cache.end(coming.plan)
+
+    def _numbers(self) -> Tensor:
+        """Return the pages of every head, [B * Hkv, capacity]."""
         assert self.table.data is not None
-        numbers = self.table.data.flatten(0, 1)[..., 0]
-        self.page_cache.take_rows(numbers, heads.contiguous(), positions.contiguous(), out)
+        return self.table.data.flatten(0, 1)[..., 0]
 
     def resident(self) -> Bool[Tensor, "B Hkv P"]:
         """Return which full pages have a copy in host memory."""

@@ -145,7 +145,7 @@ class FarStore:
         self.pool = {layer: PagedRows(self.host, self.page_cache) for layer in self.pool}
 
     def find_resident(self, layer: int) -> tuple[Bool[Tensor, "B Hkv P"], int]:
-        """Return which full pages of a layer have a copy in host memory, and the tokens of a page."""
+        """Return which full pages of a layer have a copy in host memory, or will, and the tokens of a page."""
         rows = self.pool[layer]
         assert isinstance(rows, PagedRows)
         return rows.resident().to(self.device), rows.pages.form.tokens
