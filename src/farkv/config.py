@@ -21,6 +21,8 @@ from farkv.quote import quote, show_value
 EVICT = ("refuse", "fifo", "lru", "counter", "clock", "score")
 QUANT = ("int8", "int4")
 KERNELS = ("auto", "native", "plain")
+# In what a model's linear maps are kept: as they were loaded, or packed.
+WEIGHTS = ("none", "int8", "int4")
 
 # The hidden state from which the next layer's query is estimated; `query`: it is not, the layer's own one chooses.
 Source = Literal["attn", "residual", "post_attn", "query"]

@@ -25,6 +25,7 @@ from farkv.bench.timing import divide, measure_interleaved, summarize
 from farkv.errors import ConfigError
 from farkv.hf.attach import attach
 from farkv.hf.handle import Handle
+from farkv.hf.weights import pack_weights
 from farkv.kernels.native import load_native
 from farkv.methods import InfiniGen
 
@@ -55,6 +56,7 @@ class ModelSettings:
     fraction: float | None = 0.05
     rounds: int = 5
     dtype: str = "bfloat16"
+    weights: str = "none"
     model: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +81,7 @@ class ModelSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types."""
-        names = ("layers", "methods", "batch", "fraction", "rounds", "dtype")
+        names = ("layers", "methods", "batch", "fraction", "rounds", "dtype", "weights")
         real = self.model is not None
         return {"shape": self.shape.name, "real": real, "contexts": list(self.contexts)} | {
             n: getattr(self, n) for n in names
@@ -163,7 +165,8 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
         for name, slope in growth.items()
     ]
     cap = "its own" if settings.fraction is None else f"{settings.fraction:.1%}"
-    title = f"e2e, {shape.name}, {settings.layers} layers, {settings.dtype}, cap {cap}: whole model per token"
+    packed = "" if settings.weights == "none" else f", weights {settings.weights}"
+    title = f"e2e, {shape.name}, {settings.layers} layers, {settings.dtype}{packed}, cap {cap}: whole model per token"
     return Report(title, rows, found, settings.to_dict(), notes, {"growth": growth})
 
 
@@ -175,7 +178,9 @@ def build_model(settings: ModelSettings) -> PreTrainedModel:
     # A real one is in memory already.
     weights = 0 if settings.model is not None else count_weight_bytes(shape, settings.layers, itemsize)
     require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
-    return settings.model or make_model(shape, settings.layers, longest + 1024, settings.torch_dtype)
+    if settings.model is not None:
+        return settings.model
+    return pack_weights(make_model(shape, settings.layers, longest + 1024, settings.torch_dtype), settings.weights)
 
 
 def measure_context(

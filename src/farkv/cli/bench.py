@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farkv.cli.bench_model import choose_shape, choose_whole
-from farkv.cli.options import JsonOption
+from farkv.cli.options import JsonOption, WeightsOption
 from farkv.cli.terminal import err, say
 from farkv.quote import quote
 from farkv.show import show_progress
@@ -207,6 +207,7 @@ def e2e(
         str | None, typer.Option(help="infinigen, hf-sdpa-bf16, hf-eager-bf16 (fp32, fp16 by --dtype).")
     ] = None,
     dtype: DtypeOption = None,
+    weights: WeightsOption = "none",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods run fewer.")] = 5,
     plot: PlotOption = None,
     as_json: JsonOption = False,
@@ -221,17 +222,18 @@ def e2e(
 
       farkv bench e2e --contexts 2K,32K --threads 1 --json
 
-      farkv bench e2e --model ./my-model --contexts 8K
+      farkv bench e2e --model ./my-model --contexts 8K --weights int8
     """
     set_threads(threads)
     from farkv.bench.e2e import ModelSettings, draw_model, measure_model
     from farkv.bench.shapes import parse_contexts
 
     tokens = tuple(parse_contexts(contexts))
-    whole = choose_whole(shape, model, layers, dtype or ("auto" if model else "bfloat16"))
+    whole = choose_whole(shape, model, layers, dtype or ("auto" if model else "bfloat16"), weights)
     settings = ModelSettings(
         whole.shape, tokens, whole.layers, split_names(methods, ()), batch=batch,
         fraction=None if own else fraction, rounds=rounds, dtype=whole.dtype, model=whole.model,
+        weights=weights,
     )  # fmt: skip
     with show_progress(err, "e2e", quiet=False) as tell:
         report = measure_model(settings, tell)

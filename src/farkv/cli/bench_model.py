@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from farkv.cli.terminal import show_waiting
+from farkv.config import WEIGHTS, check_name
 from farkv.errors import ConfigError
 from farkv.quote import quote
 
@@ -42,8 +43,9 @@ def choose_shape(shape: str | None, model: str | None, default: str) -> ModelSha
     return read_shape(model)
 
 
-def choose_whole(shape: str | None, model: str | None, layers: int | None, dtype: str) -> Whole:
+def choose_whole(shape: str | None, model: str | None, layers: int | None, dtype: str, weights: str = "none") -> Whole:
     """Return what is measured whole. Raises as `choose_shape`."""
+    check_name("--weights", weights, WEIGHTS)
     from farkv.bench.prefill import DTYPES
 
     if dtype not in (*DTYPES, *(("auto",) if model else ())):
@@ -58,5 +60,5 @@ def choose_whole(shape: str | None, model: str | None, layers: int | None, dtype
 
     quiet_libraries()
     with show_waiting(f"loading {quote(model)}"):
-        loaded, found = load_real(model, dtype)
+        loaded, found = load_real(model, dtype, weights)
     return Whole(found, found.layers, str(loaded.dtype).removeprefix("torch."), loaded)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from farkv.cli.terminal import err
-from farkv.config import EVICT, KERNELS, QUANT
+from farkv.config import EVICT, KERNELS, QUANT, WEIGHTS
 from farkv.errors import InputError
 from farkv.files import read_file
 from farkv.names import RefusedError
@@ -60,6 +60,10 @@ ProfileOption = Annotated[
 ]
 DtypeOption = Annotated[
     str, typer.Option(help="auto, float32, bfloat16 or float16; auto: float32 where the CPU is slow in half.")
+]
+WeightsOption = Annotated[
+    str,
+    typer.Option(help=" or ".join(WEIGHTS) + ": pack the model's linear maps, on a CPU: faster, and less exact."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 

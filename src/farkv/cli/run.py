@@ -24,6 +24,7 @@ from farkv.cli.options import (
     QuantOption,
     TokensOption,
     VerifyOption,
+    WeightsOption,
     print_receipt,
     read_text,
 )
@@ -31,6 +32,7 @@ from farkv.cli.terminal import err, say, show_waiting, write_answer
 from farkv.config import (
     KERNELS,
     LEVERS,
+    WEIGHTS,
     Lever,
     check_name,
     check_storage,
@@ -126,6 +128,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Stop string; may be repeated.")] = None,
     verify: VerifyOption = 0,
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "none",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -139,7 +142,7 @@ def run(
 
       farkv run -m Qwen/Qwen3-8B -f book.txt --host 8GiB --disk /data/kv:100GiB "Who wrote the letter?"
 
-      farkv run -m qwen2.5-1.5b-q4_k_m.gguf -f book.txt "Who wrote the letter?"
+      farkv run -m qwen2.5-1.5b-q4_k_m.gguf --weights int8 -f book.txt "Who wrote the letter?"
 
       farkv run -m ./my-model -f book.txt --session book.farkv "Who wrote the letter?"
 
@@ -155,6 +158,7 @@ def run(
     parse_disk(disk, "--disk")
     check_storage(evict, quant, host=limits[1])
     check_name("kernel", kernel, KERNELS)
+    check_name("weights", weights, WEIGHTS)
     check_temperature(temperature, "--temperature")
     check_text("question", question)
     check_text("--stop", *(stop or ()))
@@ -174,7 +178,7 @@ def run(
     quiet_libraries()
     torch.manual_seed(seed)
     with show_waiting(f"loading {quote(model)}"):
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+        loaded, tokenizer = load_model(model, dtype=dtype, device=device, weights=weights)
     storage: dict[str, Any] = {"near": limits[0], "host": limits[1], "disk": disk, "evict": evict, "quant": quant}
     measured = False if profile == "none" else profile
     decoding = Decoding(max_new_tokens, temperature, tuple(stop or ()), chunk_tokens)

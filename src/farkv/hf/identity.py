@@ -12,6 +12,13 @@ from farkv.hf import _compat
 
 # Values of each parameter.
 SAMPLED = 512
+# Where packed weights are.
+PACKED = (".packed", ".scale")
+
+
+def keep_identity(model: Any, identity: dict[str, str]) -> None:
+    """Let a model whose weights are packed be known as what it was packed from."""
+    model.farkv_identity = identity
 
 
 def identify_model(model: PreTrainedModel) -> dict[str, str]:
@@ -19,6 +26,8 @@ def identify_model(model: PreTrainedModel) -> dict[str, str]:
 
     The weights are rounded to bfloat16 first, so that one checkpoint loaded in two dtypes is one model.
     """
+    if (kept := getattr(model, "farkv_identity", None)) is not None:
+        return dict(kept)
     config = _compat.text_config(model)
     digest = hashlib.sha256()
     embedding: Any = model.get_input_embeddings().weight
@@ -36,10 +45,13 @@ def identify_model(model: PreTrainedModel) -> dict[str, str]:
 def digest_weights(model: PreTrainedModel) -> str:
     """Return a digest of some of every weight: what was trained on from another model is not that model.
 
+    A model whose weights are packed is not the model that they were packed from: its keys are others.
+
     Cost: SAMPLED values of every parameter copied to the host.
     """
     digest = hashlib.sha256()
-    for weight in model.parameters():
+    packed = [part for name, part in model.named_buffers() if name.endswith(PACKED)]
+    for weight in (*model.parameters(), *packed):
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

@@ -11,11 +11,12 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from farkv.calibrate.processor import FAST_FLAGS, multiplies_fast
-from farkv.config import format_bytes
+from farkv.config import WEIGHTS, check_name, format_bytes
 from farkv.demo import MODEL_PATH
 from farkv.errors import ConfigError, InputError
 from farkv.hf import _compat
 from farkv.hf.load_gguf import SUFFIX, count_bytes, is_gguf, load_gguf, load_gguf_config, note_source
+from farkv.hf.weights import pack_weights, refuse_packing
 from farkv.names import check_path
 from farkv.quote import quote
 
@@ -26,7 +27,9 @@ KINDS = "demo, a folder, a GGUF file or a hub id"
 LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
-def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple[PreTrainedModel, Any]:
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", weights: str = "none"
+) -> tuple[PreTrainedModel, Any]:
     """Load a causal LM and its tokenizer.
 
     Args:
@@ -34,14 +37,18 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
         dtype: auto is the checkpoint's, except that half precision becomes float32 on a CPU that multiplies it no
             faster, which a line on the log `farkv` says. Of a GGUF file it is float32.
         device: auto is a GPU where there is one.
+        weights: int8 or int4 packs linear maps on a CPU; see `pack_weights`.
 
     Raises:
         InputError: there is no such model, or it cannot be loaded.
-        ConfigError: dtype or device is unknown.
+        ConfigError: dtype, device or weights is unknown, or cannot be had here.
     """
+    check_name("weights", weights, WEIGHTS)
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
     place = choose_device(device)
+    if weights != "none" and place.type != "cpu":
+        raise refuse_packing(weights, place)
     path = find_model(name)
     if is_gguf(path):
         model, tokenizer = load_gguf(path, DTYPES.get(dtype, torch.float32))
@@ -54,7 +61,7 @@ def load_model(name: str, *, dtype: str = "auto", device: str = "auto") -> tuple
     if dtype == "auto" and place.type == "cpu":
         model = widen(model, name)
     # transformers wraps `to` in a way that loses its signature.
-    return model.to(place).eval(), tokenizer  # pyright: ignore[reportArgumentType]
+    return pack_weights(model.to(place).eval(), weights), tokenizer  # pyright: ignore[reportArgumentType]
 
 
 def load_config(name: str) -> Any:

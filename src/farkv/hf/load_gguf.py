@@ -20,6 +20,7 @@ from farkv.config import format_bytes
 from farkv.errors import InputError
 from farkv.hf import _compat
 from farkv.hf.gguf_header import GgufHeader, read_header
+from farkv.hf.identity import PACKED
 from farkv.quote import quote
 
 log = logging.getLogger("farkv")
@@ -148,5 +149,6 @@ def note_source(model: Any, source: str) -> None:
 
 
 def count_bytes(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's weights."""
-    return sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    """Return the bytes of a model's weights, packed ones included."""
+    packed = (x for name, x in model.named_buffers() if name.endswith(PACKED))
+    return sum(x.numel() * x.element_size() for part in (model.parameters(), packed) for x in part)

@@ -1,0 +1,174 @@
+"""Packed weights: the products are those of the weights that are packed, and nothing takes such a model for another."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+from typer.testing import CliRunner
+
+import farkv
+from farkv.cli.commands import app
+from farkv.errors import ConfigError, FarKVError
+from farkv.hf.identity import digest_weights, identify_model
+from farkv.hf.load import load_model
+from farkv.hf.load_gguf import count_bytes
+from farkv.hf.weights import GROUP, Int4Linear, Int8Linear, PackedLinear, pack_weights
+from farkv.methods import Full, InfiniGen
+
+SIZES = ((64, 48), (96, 4112))
+
+
+def unpack(packed: PackedLinear) -> torch.Tensor:
+    """Return the weights that a packed map stands for, in float64."""
+    if isinstance(packed, Int8Linear):
+        return packed.packed.double() * packed.scale.double()[:, None]
+    # The kernel's own order of nibbles is not ours to know: it multiplies each input's unit vector, exact in bfloat16.
+    unit = torch.eye(packed.in_features)
+    bias, packed.bias = packed.bias, None
+    out = packed(unit).T.double()
+    packed.bias = bias
+    return out
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_are_rounded_to_the_nearest_code(kind: type[PackedLinear], size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    source = nn.Linear(*size)
+    source.weight.data[3] = 0
+    weight = source.weight.detach().double()
+    got = unpack(kind(source))
+    if kind is Int8Linear:
+        step = weight.abs().amax(1, keepdim=True) / 127
+        assert ((got - weight).abs() <= 0.51 * step + 1e-12).all()
+        return
+    groups = weight.view(size[1], -1, GROUP)
+    step = ((groups.amax(-1) - groups.amin(-1)) / 15).repeat_interleave(GROUP, 1)
+    # Scale and zero are of 8 bits, and the zero stands for eight steps; the kernel's sum is rounded once more.
+    room = 2**-8 * (16 * step + weight.abs())
+    assert ((got - weight).abs() <= 0.51 * step + room + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_are_those_of_the_packed_weights(
+    kind: type[PackedLinear], dtype: torch.dtype, rows: int, has_bias: bool
+) -> None:
+    torch.manual_seed(rows)
+    source = nn.Linear(96, 4112, bias=has_bias).to(dtype)
+    packed = kind(source)
+    x = torch.randn(2, rows, 96).to(dtype) if rows > 1 else torch.randn(96).to(dtype)
+    bias = None if source.bias is None else source.bias.detach().double()
+    weight = unpack(packed)
+    want = linear(x.double(), weight, bias)
+    got = packed(x)
+    assert got.shape == want.shape
+    assert got.dtype is dtype
+    # Inputs and the result are rounded to bfloat16; sums are in float32.
+    room = 2**-8 * (linear(x.double().abs(), weight.abs()) + want.abs()) + 1e-6
+    assert ((got.double() - want).abs() <= room).all()
+
+
+def test_many_rows_are_not_rounded_to_bfloat16() -> None:
+    torch.manual_seed(0)
+    packed, x = Int8Linear(nn.Linear(96, 4112)), torch.randn(64, 96)
+    assert packed.bias is not None
+    want = linear(x.double(), unpack(packed), packed.bias.detach().double())
+    assert (packed(x) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def load_demo() -> Any:
+    return load_model("demo", dtype="float32", device="cpu")[0]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_every_linear_map_is_packed_and_bytes_say_so(kind: str) -> None:
+    model = load_demo()
+    before, linears = count_bytes(model), [m for m in model.modules() if type(m) is nn.Linear]
+    packed = pack_weights(model, kind)
+    assert packed is model
+    left = [m for m in model.modules() if type(m) is nn.Linear]
+    made = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len(left) + len(made) == len(linears)
+    assert kind != "int8" or not left
+    assert all(m.in_features % 32 or m.out_features % 16 for m in left)
+    assert model.farkv_source == f"{kind} of {len(made)} of {len(linears)} linear maps"
+    saved = sum(m.in_features * m.out_features for m in made) * (3 if kind == "int8" else 3.375)
+    # The head shares the embedding, which stays.
+    tied = model.lm_head.in_features * model.lm_head.out_features * 4 if model.config.tie_word_embeddings else 0
+    assert before - count_bytes(model) >= 0.9 * saved - tied
+
+
+def test_maps_that_are_shared_stay_shared() -> None:
+    model = load_demo()
+    first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
+    second.up_proj = first.up_proj
+    pack_weights(model, "int8")
+    assert isinstance(first.up_proj, Int8Linear)
+    assert second.up_proj is first.up_proj
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    model = load_demo()
+    with pytest.raises(ConfigError, match="weights: expected none, int8 or int4, got 'int3'"):
+        pack_weights(model, "int3")
+    assert pack_weights(model, "none") is model
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
+    pack_weights(model, "int8")
+    with pytest.raises(ConfigError, match="packed already"):
+        pack_weights(model, "int4")
+    with pytest.raises(ConfigError, match="int8 is for a CPU"):
+        pack_weights(load_demo().to("meta"), "int8")
+    other = load_demo()
+    other.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ConfigError, match="quantised by gptq"):
+        pack_weights(other, "int8")
+
+
+def test_a_packed_model_is_known_as_what_it_was_and_not_taken_for_it(tmp_path: Path) -> None:
+    plain, text = load_demo(), torch.arange(5, 45)[None]
+    packed = pack_weights(copy.deepcopy(plain), "int8")
+    assert identify_model(packed) == identify_model(plain), "a profile of the one serves the other"
+    assert digest_weights(packed) != digest_weights(plain)
+    with farkv.attach(packed, Full()) as far, torch.no_grad():
+        cache = far.new_cache()
+        packed(input_ids=text, past_key_values=cache)
+        cache.save(tmp_path / "text.farkv")
+    with farkv.attach(plain, Full()), pytest.raises(FarKVError, match="model"):
+        farkv.load_cache(tmp_path / "text.farkv", plain)
+    with farkv.attach(packed, Full()):
+        assert farkv.load_cache(tmp_path / "text.farkv", packed).get_seq_length() == 40
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_reading_everything_is_the_packed_model_itself(kind: str) -> None:
+    model = pack_weights(load_demo(), kind)
+    ids = torch.randint(0, 100, (1, 60), generator=torch.Generator().manual_seed(1))
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    want = model.generate(ids, **options)
+    with farkv.attach(model, InfiniGen(fraction=1.0)) as far:
+        cache = far.new_cache()
+        got = model.generate(ids, past_key_values=cache, **options)
+        assert far.receipt(cache).weights.source is not None
+    assert torch.equal(got.sequences, want.sequences)
+    for one, other in zip(got.logits, want.logits, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_command_packs_and_says_so() -> None:
+    asked = ["run", "-m", "demo", "--weights", "int8", "--device", "cpu", "--max-new-tokens", "2", "--json", "x = 1"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    receipt = json.loads(done.stdout)
+    assert receipt["weights"]["source"].startswith("int8 of ")
+    refused = CliRunner().invoke(app, ["run", "-m", "demo", "--weights", "int7", "x = 1"])
+    assert refused.exit_code != 0
