@@ -20,6 +20,7 @@ import drift
 import eviction
 import evidence_tables
 import far
+import far_quality
 import faults
 import gpu
 import hot
@@ -31,6 +32,7 @@ import quant
 import reliability
 import rss
 import speed
+import weights
 import xkv_batch
 import xkv_coverage
 import xkv_light
@@ -75,6 +77,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/tiers.md": {
         "eviction": eviction.format_table,
         "far": far.format_table,
+        "far-quality": far_quality.format_table,
         "disk-quality": disk.format_quality,
         "quant": quant.format_table,
         "prefill": prefill.format_table,
@@ -91,6 +94,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "short": partial(speed.format_model, "short"),
         "overhead": overhead.format_table,
         "prefill": speed.format_prefill,
+        "weights": weights.format_table,
         "gpu": gpu.format_published,
     },
 }

@@ -241,6 +241,9 @@ class Admission:
         if plan.recent.drops:
             store.drop_recently_used()
         if store.page_cache is not None and plan.cache is not None:
+            if plan.cache.room - plan.recent.pages < store.page_cache.used:
+                # A deliberate wait: which copies go must not depend on how far a fetch is.
+                store.link.drain()
             store.page_cache.resize(plan.cache.room, plan.cache.piece)
             # Once mapped, the room that metadata takes now stays at hand.
             store.page_cache.resize(plan.cache.room - plan.recent.pages, plan.cache.piece)

@@ -379,3 +379,53 @@ def test_a_plan_that_nobody_brings_leaves_no_copy(space: DiskSpace) -> None:
     cache.rest()
     assert not cache.resident(torch.arange(N)).any()
     check_take(cache, rows)
+
+
+def test_room_that_is_enough_drops_nothing_however_far_a_fetch_is(space: DiskSpace) -> None:
+    cache, rows = make(space)
+    cache.resize(6, 2)
+    check_take(cache, rows[:3], 9)
+    used, waiting = cache.used, Waiting()
+    waiting.plan(cache, rows, 3)
+    more = cache.used
+    cache.resize(6, 2)
+    cache.make_room(0)
+    assert cache.used == more >= used
+    waiting.bring(cache)
+    check_tables(cache)
+
+
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_a_plan_that_was_given_up_never_writes_to_slots_of_others(space: DiskSpace, has_kernels: bool) -> None:
+    """Ctrl-C while another cache keeps the worker: it comes to what nobody waits for any more."""
+    cache, rows = make(space)
+    cache.mover = load_native() if has_kernels else None
+    cache.pages.use(cache.mover)
+    cache.resize(9, 2)
+    table, head = torch.arange(N)[None], torch.zeros(3, dtype=torch.int64)
+    out = torch.empty(3, FORM.width)
+    for pages in ([9, 10, 11], [0, 1, 2]):
+        cache.take(torch.tensor(pages), head, out)
+    early, late = (cache.plan_rows(table, head, torch.tensor(at) * FORM.tokens) for at in ([3, 4, 5], [6, 7, 8]))
+    cache.end(late)
+    for plan, first in ((early, 3), (late, 6)):
+        cache.bring(plan, out)
+        assert torch.equal(out, rows[first : first + 3, 0])
+    cache.rest()
+    check_tables(cache)
+    cache.take(torch.tensor([3, 4, 5]), head, out)
+    assert torch.equal(out, rows[3:6, 0])
+
+
+def test_rows_in_slots_of_an_earlier_plan_bring_that_too(space: DiskSpace) -> None:
+    cache, rows = make(space)
+    cache.resize(4, 2)
+    table, head, at = torch.arange(N)[None], torch.zeros(2, dtype=torch.int64), torch.tensor([1, 22])
+    first, second = (cache.plan_rows(table, head, at) for _ in range(2))
+    out = torch.empty(2, FORM.width)
+    cache.bring(second, out)
+    assert torch.equal(out, rows[[0, 5], [1, 2]])
+    cache.bring(first, out)
+    for plan in (first, second):
+        cache.end(plan)
+    check_tables(cache)

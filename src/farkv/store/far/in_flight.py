@@ -71,10 +71,12 @@ class InFlight:
             closed[plan.slots[plan.slots >= 0]] = True
 
     def void(self) -> None:
-        """Let every plan be made again: slots were dropped."""
+        """Let every plan be made again: slots were dropped, and their names before them."""
         for plan in self.plans:
             plan.is_void = True
-        self.plans, self.failed = [], False
+        self.plans = []
+        # Last: whoever is stopped before has not done it.
+        self.failed = False
 
     def forget(self, plan: Plan) -> None:
         """Note that a plan's rows were waited for."""

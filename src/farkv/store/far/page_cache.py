@@ -84,7 +84,8 @@ class PageCache(PageMemory):
             wanted = rows.pages[missing]
             places = self._find_places(len(wanted), slots[slots >= 0])
             n = len(places)
-            plan = Plan(locate_again, rows, slots, wanted[:n], places, wanted[n:])
+            # One that reads nothing has nothing to wait for.
+            plan = Plan(locate_again, rows, slots, wanted[:n], places, wanted[n:], is_filled=n == 0)
             self.in_flight.plans.append(plan)
             if len(wanted):
                 plan.slots = slots.index_copy(0, missing, torch.cat([places, -2 - torch.arange(len(wanted) - n)]))
@@ -117,7 +118,11 @@ class PageCache(PageMemory):
             with flight.moving:
                 is_good = not (plan.is_void or flight.failed)
                 if is_good:
-                    self._fill(plan)
+                    # Its rows may be in slots that a plan before it was to fill.
+                    for each in (*flight.plans, plan):
+                        self._fill(each)
+                        if each is plan:
+                            break
                     self._copy(plan, out)
         except BaseException:
             with self.lock:
@@ -134,7 +139,8 @@ class PageCache(PageMemory):
         """Note that a plan's rows were waited for: others may have its slots."""
         with self.lock:
             if not (plan.is_filled or plan.is_void):
-                self.in_flight.failed = True
+                # Its slots are named. A thread that comes to it late must not write there: they will be others'.
+                plan.is_void = self.in_flight.failed = True
             self.in_flight.forget(plan)
 
     def rest(self) -> None:

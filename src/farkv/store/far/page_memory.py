@@ -99,18 +99,22 @@ class PageMemory:
 
     def _drop(self, n: int) -> None:
         """Free the last `n` used slots, or all; all where some have names and not yet their pages."""
-        n = self.used if self.in_flight.is_open else n
         if n <= 0 or self.used == 0:
             return
+        n = self.used if self.in_flight.is_open else n
         n_bytes, left, n_used = self.pages.form.n_bytes, max(0, self.used - n), self.used
         # A deliberate wait: rows of these slots may be on their way.
         with self.in_flight.moving:
-            self.in_flight.void()
-            self.slots.drop(left)
-            first = -(-left * n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            if self.memory is not None and first < len(self.memory):
-                self.memory.madvise(mmap.MADV_DONTNEED, first)
-        self.ledger.release((n_used - left) * n_bytes)
+            # Until names are gone and plans are void: whoever is stopped half way drops the rest next time.
+            self.in_flight.failed = True
+            try:
+                self.slots.drop(left)
+                first = -(-left * n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+                if self.memory is not None and first < len(self.memory):
+                    self.memory.madvise(mmap.MADV_DONTNEED, first)
+                self.in_flight.void()
+            finally:
+                self.ledger.release((n_used - self.used) * n_bytes)
 
     def _mend(self) -> None:
         """Drop every copy after a read that failed."""
@@ -166,17 +170,18 @@ class PageMemory:
             fresh -= 1
         n_victims = min(n - fresh, len(closed) - int(closed.sum()))
         self.ledger.charge(fresh * form.n_bytes)
-        slots = torch.arange(self.used, self.used + fresh)
+        self.slots.used += fresh
+        slots = torch.arange(self.used - fresh, self.used)
         if n_victims > 0:
             slots = torch.cat([slots, self.slots.take_victims(n_victims, closed)])
-        self.slots.used += fresh
         return slots
 
     def clear(self) -> None:
         """Free every copy."""
         with self.lock, self.in_flight.moving:
-            self.in_flight.void()
-            self.ledger.release(self.n_bytes)
+            n_bytes, self.in_flight.failed = self.n_bytes, True
             self._forget()
+            self.ledger.release(n_bytes)
+            self.in_flight.void()
             if self.room:
                 self._map(self.room)

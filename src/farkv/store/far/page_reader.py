@@ -96,8 +96,12 @@ class PageReader:
             self._pool, self._owner = _make_pool(), os.getpid()
         parts = [pieces[k::READERS] for k in range(min(READERS, len(pieces)))]
         work = [self._pool.submit(self._read_all, part, place) for part in parts]
-        # Wait for all, even if one failed: nothing may write to `out` once this returns.
-        wait(work)
+        # Wait for all, even if one failed: nothing may write to `out` once this returns, or is stopped.
+        try:
+            wait(work)
+        except BaseException:
+            wait([part for part in work if not part.cancel()])
+            raise
         for done in work:
             done.result()
 
