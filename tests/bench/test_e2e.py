@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rich.console import Console
@@ -11,6 +13,7 @@ from farkv.bench.e2e import (
     METHODS,
     ModelRunner,
     ModelSettings,
+    build_model,
     draw_model,
     fill_far,
     fill_plain,
@@ -23,6 +26,7 @@ from farkv.bench.prefill import DTYPES
 from farkv.bench.real import describe_shape, load_real, read_shape
 from farkv.bench.report import Row
 from farkv.errors import ConfigError
+from farkv.hf.weights import PackedLinear
 from tests import models as tiny_models
 from tests.bench.plain import TINY
 
@@ -86,6 +90,19 @@ def test_a_real_model_is_measured_in_its_own_dtype(dtype: str) -> None:
     report = measure_model(asked).to_dict()
     assert [row["method"] for row in report["rows"]] == ["infinigen", f"hf-sdpa-{DTYPES[dtype]}"]
     assert (report["settings"]["real"], report["settings"]["dtype"]) == (True, dtype)
+
+
+@pytest.mark.parametrize("is_real", [True, False])
+def test_packed_weights_are_measured_and_named(is_real: bool) -> None:
+    model, shape = load_real("demo", "float32", "int8") if is_real else (None, TINY)
+    layers = shape.layers if is_real else 2
+    asked = ModelSettings(shape, (128,), layers, rounds=1, dtype="float32", weights="int8", model=model)
+    measured = build_model(asked)
+    assert any(isinstance(part, PackedLinear) for part in measured.modules())
+    report = measure_model(replace(asked, model=measured))
+    assert report.to_dict()["settings"]["weights"] == "int8"
+    assert "float32, weights int8, cap" in report.title
+    assert [row.method for row in report.rows] == ["infinigen", "hf-sdpa-fp32"]
 
 
 def test_a_model_of_other_layers_too_is_refused() -> None:

@@ -25,7 +25,7 @@ def read_shape(name: str) -> ModelShape:
     return describe_shape(load_config(name), name)
 
 
-def load_real(name: str, dtype: str, weights: str) -> tuple[PreTrainedModel, ModelShape]:
+def load_real(name: str, dtype: str, weights: str = "none") -> tuple[PreTrainedModel, ModelShape]:
     """Return a real model on the CPU, which is what is measured, and its shape. Raises as `read_shape`."""
     model, _ = load_model(name, dtype=dtype, device="cpu", weights=weights)
     return model, describe_shape(model.config, name)
