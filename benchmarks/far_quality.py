@@ -22,8 +22,10 @@ from rows import RESULTS, Row, format_rows, group, mean, read_rows
 from runs import Recorder, find_versions, make_parser, read_numbers
 
 from farkv import Full, InfiniGen, attach
+from farkv.config import QUANT
 from farkv.evals.prefill import Prefilled, fill_cache
 from farkv.methods import H2O
+from farkv.store.far.quantize import encoded_bytes
 
 STEPS, PASS_TOKENS = 32, 256
 HOST_SHARE = 0.25
@@ -31,7 +33,7 @@ HOST_SHARE = 0.25
 INDEX_SHARE = 1 / 64
 
 
-def list_ways(fractions: list[int]) -> dict[str, tuple[Any, dict[str, Any]]]:
+def list_ways(fractions: list[int], head_dim: int) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return every way's method and storage."""
     ways: dict[str, tuple[Any, dict[str, Any]]] = {"all": (Full(), {})}
     for percent in fractions:
@@ -40,10 +42,16 @@ def list_ways(fractions: list[int]) -> dict[str, tuple[Any, dict[str, Any]]]:
         ways[f"infinigen {percent} %, in place, not drawn"] = (best, {})
         ways[f"infinigen {percent} %, disk"] = (best, {"disk": True})
         ways[f"H2O {percent} %"] = (H2O(fraction=percent / 100), {})
-    for quant, percent in (("int8", 53), ("int4", 31)):
+    for quant in QUANT:
+        percent = int(100 * coded_share(quant, head_dim))
         ways[f"all, {quant}"] = (Full(), {"quant": quant})
         ways[f"H2O {percent} %"] = (H2O(fraction=percent / 100), {})
     return ways
+
+
+def coded_share(quant: str, head_dim: int) -> float:
+    """Return a coded record's bytes over those of half precision."""
+    return encoded_bytes(quant, head_dim, head_dim) / (2 * head_dim * torch.bfloat16.itemsize)
 
 
 def run_text(bench: Bench, text: Mixed, whole: Prefilled, fractions: list[int]) -> Iterator[Row]:
@@ -52,7 +60,8 @@ def run_text(bench: Bench, text: Mixed, whole: Prefilled, fractions: list[int]) 
     passes, known = split_passes(whole, [PASS_TOKENS] * (n // PASS_TOKENS)), text.tokens[n : n + STEPS]
     record = sum(s.k.shape[1] * 2 * s.k.shape[3] * s.k.element_size() for s in whole.passes[0].values())
     full: torch.Tensor | None = None
-    for name, (method, storage) in list_ways(fractions).items():
+    head_dim = next(iter(whole.passes[0].values())).k.shape[3]
+    for name, (method, storage) in list_ways(fractions, head_dim).items():
         with tempfile.TemporaryDirectory() as folder:
             options = dict(storage)
             if options.pop("disk", False):
@@ -63,7 +72,7 @@ def run_text(bench: Bench, text: Mixed, whole: Prefilled, fractions: list[int]) 
                 receipt = far.receipt(cache)
         full = logs if full is None else full
         same = float((logs.argmax(-1) == full.argmax(-1)).float().mean())
-        read = {"int8": 0.53, "int4": 0.31}.get(storage.get("quant", ""), receipt.read_fraction)
+        read = coded_share(storage["quant"], head_dim) if "quant" in storage else receipt.read_fraction
         yield dict(way=name, kl=measure_kl(full, logs), same=same, read=read, index=receipt.index_fraction,
                    disk=receipt.disk_bytes_per_token / (record * n))  # fmt: skip
 
@@ -90,7 +99,10 @@ def format_table(path: Path = RESULTS / "far_quality.jsonl") -> str:
             lines.append(cells)
     head = ["model", "way", "read per step", "index", "from disk", "KL", "same first token"]
     texts = len({row["text"] for row in rows})
-    note = f"{texts} texts, {rows[0]['tokens']:,} tokens read, {STEPS} decoded; ± 95 % of the mean over texts."
+    note = (
+        f"{texts} texts, {rows[0]['tokens']:,} tokens read, {STEPS} decoded; ± 95 % of the mean over texts. "
+        "Of rounded records the share is of half precision's bytes."
+    )
     return format_rows(head, lines, note)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,22 @@ def test_every_linear_map_is_packed_and_bytes_say_so(kind: str) -> None:
     assert before - count_bytes(model) >= 0.9 * saved - tied
 
 
+def test_plain_weights_go_one_map_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alive = load_demo(), list[int]()
+    plain = [weakref.ref(m) for m in model.modules() if type(m) is nn.Linear]
+    make = Int8Linear.__init__
+
+    def count(self: Int8Linear, source: nn.Linear) -> None:
+        alive.append(sum(ref() is not None for ref in plain))
+        make(self, source)
+
+    monkeypatch.setattr(Int8Linear, "__init__", count)
+    pack_weights(model, "int8")
+    # The last one that was replaced may still be in a local name.
+    assert all(n <= len(plain) - i + 1 for i, n in enumerate(alive))
+    assert not [ref for ref in plain if ref() is not None]
+
+
 def test_maps_that_are_shared_stay_shared() -> None:
     model = load_demo()
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
@@ -171,4 +188,5 @@ def test_the_command_packs_and_says_so() -> None:
     receipt = json.loads(done.stdout)
     assert receipt["weights"]["source"].startswith("int8 of ")
     refused = CliRunner().invoke(app, ["run", "-m", "demo", "--weights", "int7", "x = 1"])
-    assert refused.exit_code != 0
+    assert isinstance(refused.exception, ConfigError)
+    assert "weights: expected none, int8 or int4, got 'int7'" in str(refused.exception)

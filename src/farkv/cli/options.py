@@ -63,7 +63,7 @@ DtypeOption = Annotated[
 ]
 WeightsOption = Annotated[
     str,
-    typer.Option(help=" or ".join(WEIGHTS) + ": pack the model's linear maps, on a CPU: faster, and less exact."),
+    typer.Option(help=", ".join(WEIGHTS) + ": keep linear maps in 8 or 4 bits, on a CPU: faster, and less exact."),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 

@@ -7,6 +7,7 @@ activations are not rounded but to bfloat16. Embeddings and norms stay as they a
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import torch
 from torch import nn
@@ -123,7 +124,7 @@ def pack_weights(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     Raises:
         ConfigError: no such kind; the model is not on a CPU; it is quantised already.
 
-    Cost: one pass over the weights, and the packed form of one of them besides.
+    Cost: one pass over the weights; besides the packed ones a few copies of one map at a time, in float32.
     """
     check_name("weights", kind, WEIGHTS)
     if kind == "none":
@@ -136,15 +137,24 @@ def pack_weights(model: PreTrainedModel, kind: str) -> PreTrainedModel:
         raise ConfigError("weights: expected plain weights, these are packed already; load the model again")
     keep_identity(model, identify_model(model))
     before, form = count_bytes(model), FORMS[kind]
-    maps = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()]
-    linears = [(parent, name, child) for parent, name, child in maps if type(child) is nn.Linear]
-    packed = dict[int, nn.Module]()
-    for parent, name, child in linears:
-        if kind == "int8" or (child.in_features % GROUP == 0 and child.out_features % MULTIPLE == 0):
-            # What is shared stays shared.
-            setattr(parent, name, packed.setdefault(id(child), form(child)))
+    parents = [part for part in model.modules() if type(part) is not nn.Linear]
+    uses = Counter(id(child) for part in parents for child in part.children() if type(child) is nn.Linear)
+    # What is shared stays shared. Its plain form is held to the end; every other one's goes before the next is packed.
+    shared = dict[int, tuple[nn.Linear, PackedLinear]]()
+    n_packed = 0
+    for parent, name in [(part, name) for part in parents for name, _ in part.named_children()]:
+        child = getattr(parent, name)
+        if type(child) is not nn.Linear:
+            continue
+        if kind == "int4" and (child.in_features % GROUP or child.out_features % MULTIPLE):
+            continue
+        n_packed += id(child) not in shared
+        made = shared[id(child)][1] if id(child) in shared else form(child)
+        if uses[id(child)] > 1:
+            shared[id(child)] = child, made
+        setattr(parent, name, made)
     was = getattr(model, "farkv_source", None)
-    note = f"{kind} of {len(packed)} of {len({id(child) for _, _, child in linears})} linear maps"
+    note = f"{kind} of {n_packed} of {len(uses)} linear maps"
     note_source(model, note if was is None else f"{note}, packed from {was}")
     log.info("%s: %s in memory, before %s", note, format_bytes(count_bytes(model)), format_bytes(before))
     return model
