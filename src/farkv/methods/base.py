@@ -117,8 +117,8 @@ class Selector:
         """Return the index in the form that the fast kernels choose from; None where they cannot."""
         return None
 
-    def find_sampled(self, layer: int) -> Float32[Tensor, "b Hkv"] | None:
-        """Return 1 for every head whose records are drawn by weight, 0 where the best are read; None: all the best."""
+    def find_sampled(self, layer: int) -> list[list[bool]] | None:
+        """Say of which KV heads records are drawn by weight, for every sequence or all alike; None: of none."""
         return None
 
     # --- taking back, joining, sessions -----------------------------------------------------------------------

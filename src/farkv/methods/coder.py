@@ -9,6 +9,7 @@ import torch
 from farkv._axes import Bool, Float, Float32, Tensor
 from farkv.kernels.native import load_native
 from farkv.math.index import project_keys
+from farkv.math.step import Query
 from farkv.math.tables import decode_nibbles, encode_nibbles, learn_tables
 from farkv.store.near.index import Projection
 
@@ -67,6 +68,11 @@ class Coder(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what must be the same for a saved index to be of use."""
         ...
+
+
+def take_queries(coder: Coder, query: Query) -> Float[Tensor, "B Hq T D"]:
+    """Return queries as a coder's fit wants them. Cost: a copy of them, where it wants them scaled."""
+    return query.q * query.logits.scaling if coder.takes_logits else query.q
 
 
 class Nibbles:

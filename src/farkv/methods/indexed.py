@@ -74,8 +74,8 @@ class IndexSelector(Selector):
         trial = Trial(self.cap, self.coder, len(place.layers)) if draws else None
         self.fits = {layer: LayerFit(place, self.coder, layer, trial) for layer in place.layers}
         self.followers = dict(self.fits)
-        # The flags of sampled heads that were looked at last, and whether any is set.
-        self._flags: dict[int, tuple[Tensor, bool]] = {}
+        # The flags of sampled heads that were looked at last, as plain numbers if any is set.
+        self._flags: dict[int, tuple[Tensor, list[list[bool]] | None]] = {}
 
     @classmethod
     def find_window(cls, config: Any) -> int:
@@ -93,8 +93,7 @@ class IndexSelector(Selector):
         if self.reads_all(records.layer):
             return
         fit = self.fits[records.layer]
-        q, logits = step.query
-        fit.observe(records, q * logits.scaling if self.coder.takes_logits else q, step.k)
+        fit.observe(records, step.query, step.k)
         # In place, tokens are indexed in groups when they leave the window; a far token's key is at hand only now.
         waits = step.n_new == 1 and not self.place.travels and self.cap.window > 0
         if not waits and fit.index.projection is not None and fit.index.length == records.length - step.n_new:
@@ -135,16 +134,17 @@ class IndexSelector(Selector):
             return None
         return IndexView(fit.index.rows.get(), projection.query, projection.tables)
 
-    def find_sampled(self, layer: int) -> Float32[Tensor, "b Hkv"] | None:
-        """Return which heads are sampled, as it was found at the fit; None where none are."""
+    def find_sampled(self, layer: int) -> list[list[bool]] | None:
+        """Say which heads are sampled, as it was found at the fit; None where none are."""
         fit = self.fits[layer]
         if fit.trial is None:
             return None
         flags = fit.get_projection().sampled
         if layer not in self._flags or self._flags[layer][0] is not flags:
             # A deliberate sync, once per projection.
-            self._flags[layer] = flags, bool(flags.any())
-        return flags[..., 0, 0] if self._flags[layer][1] else None
+            found = (flags[..., 0, 0] > 0).tolist()
+            self._flags[layer] = flags, found if any(map(any, found)) else None
+        return self._flags[layer][1]
 
     # --- bytes ----------------------------------------------------------------------------------------------
 

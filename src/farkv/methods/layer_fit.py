@@ -15,21 +15,13 @@ import torch
 from farkv._axes import Bool, Float, Int, Tensor
 from farkv.math.drift import KEYS, is_worse
 from farkv.math.sample import add_block, extend_sample, thin_columns, thin_keys, thin_queries, widen_stride
+from farkv.math.step import Query
 from farkv.methods.base import Place, Records
-from farkv.methods.coder import Coder
+from farkv.methods.coder import Coder, take_queries
 from farkv.methods.gains import Trial, try_heads
 from farkv.methods.phase import Phase
 from farkv.methods.records import find_real
-from farkv.methods.watch import (
-    NEVER,
-    Watch,
-    crop_watch,
-    find_woken,
-    keep_newest,
-    look_at,
-    note_shares,
-    rest,
-)
+from farkv.methods.watch import NEVER, Watch, crop_watch, find_woken, keep_newest, look_at, note_shares, rest
 from farkv.store.follow import Cropped
 from farkv.store.near.index import LayerIndex, Projection
 
@@ -58,7 +50,7 @@ class LayerFit:
 
     # --- when -----------------------------------------------------------------------------------------------
 
-    def observe(self, records: Records, q: Float[Tensor, "B Hq T D"], k: Float[Tensor, "B Hkv T D"]) -> None:
+    def observe(self, records: Records, query: Query, k: Float[Tensor, "B Hkv T D"]) -> None:
         """1. Sample queries.  2. Where drift is soon looked for, keep the newest.  3. At the prompt's end, fit.
 
         Cost: at most steps of a layer whose fit is final, two comparisons.
@@ -73,22 +65,22 @@ class LayerFit:
                 self.phase = self.phase._replace(unscored=False, fitted=None, watch=self.phase.watch.wake_up())
             self.phase = self.phase._replace(grown=total)
         if not self.is_final(records) or (grows and not self.coder.drifts):
-            self.sample_queries(records, q)
+            self.sample_queries(records, query)
         if total > self.phase.watch.asleep:
-            self.stay_awake(records, q)
+            self.stay_awake(records, query)
         if grows and records.seen == (records.prompt_tokens or n_new):
             # If nothing was announced, the prompt may continue in later passes.
             self.phase = self.phase._replace(unscored=not records.prompt_tokens)
             # Coded records are indexed from their decoded values.
             self.fit_due(records, k if total == n_new and not records.is_coded else None)
 
-    def stay_awake(self, records: Records, q: Float[Tensor, "B Hq T D"]) -> None:
+    def stay_awake(self, records: Records, query: Query) -> None:
         """Keep the newest queries; where it is time, let drift be looked for when the layer is scored next."""
         watch, total = self.phase.watch, records.length
         if records.evicted or not self.coder.drifts:
             self.phase = self.phase._replace(watch=Watch(asleep=NEVER))
-        elif q.shape[2] > 1 or not self.phase.grown:
-            watch = keep_newest(watch, q)
+        elif query.q.shape[2] > 1 or not self.phase.grown:
+            watch = keep_newest(watch, take_queries(self.coder, query))
             wakes = watch.is_ready and total >= watch.wake and self.phase.fitted is not None
             self.phase = self.phase._replace(watch=watch, grown=total if wakes else self.phase.grown)
 
@@ -145,11 +137,11 @@ class LayerFit:
 
     # --- on what --------------------------------------------------------------------------------------------
 
-    def sample_queries(self, records: Records, q: Float[Tensor, "B Hq T D"]) -> None:
+    def sample_queries(self, records: Records, query: Query) -> None:
         """Keep a thin sample of every sequence's queries so far; a few hundred per layer."""
         if not self.coder.needs_queries:
             return
-        n_new, n_rows, old = q.shape[2], records.length, self.phase.samples
+        n_new, n_rows, old = query.q.shape[2], records.length, self.phase.samples
         before, after = records.count_real(n_rows - n_new), records.count_real(n_rows)
         was = self.phase.strides or [widen_stride(1, n, SAMPLED_QUERIES) for n in before]
         strides = [widen_stride(s, n, SAMPLED_QUERIES) for s, n in zip(was, after, strict=True)]
@@ -158,8 +150,10 @@ class LayerFit:
         if n_new == 1 and real is None and old is not None and strides == was:
             # Without padding all sequences have as many tokens; of those, one in `stride` is sampled.
             if n_slots > old.shape[2]:
-                self.phase = self.phase._replace(samples=extend_sample(old, q, SAMPLED_QUERIES))
+                newest = take_queries(self.coder, query)
+                self.phase = self.phase._replace(samples=extend_sample(old, newest, SAMPLED_QUERIES))
             return
+        q = take_queries(self.coder, query)
         real = None if real is None else real[:, -n_new:].expand(q.shape[0], -1)
         tokens = torch.tensor([before, after, was, strides], device=q.device)
         self.phase = self.phase._replace(samples=thin_queries(old, q, real, tokens, n_slots), strides=strides)

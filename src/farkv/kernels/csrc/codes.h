@@ -162,7 +162,7 @@ INLINE void turn_bytes(int n_bytes, vc *x) {
 
 /* Put the nibbles of bytes [at, at + n) of all rows into their planes. */
 INLINE void put_planes(const vc *x, int64_t at, int64_t n, int64_t code_bytes, vc *planes) {
-    for (int64_t i = 0; i < n; i++) {
+    UNROLL for (int64_t i = 0; i < n; i++) {
         planes[pair_place(at + i, 2 * code_bytes)] = x[i] & 15;
         planes[pair_place(code_bytes + at + i, 2 * code_bytes)] = (vc)(((vs)x[i] >> 4) & 0x0f0f);
     }
@@ -188,26 +188,32 @@ INLINE void split_rows(const uint8_t *const *runs, int64_t stride, int64_t code_
     }
 }
 
-/* sums[j], 16 bytes at a time: coarse entries of records 4 j .. 4 j + 3 of 16, summed up; tables and planes in pairs
-   whose entries add up in 8 bits. */
-INLINE void sum_planes(const uint8_t *tables, const vc *planes, int64_t n, vi *sums) {
-    vs even = {0}, odd = {0}, zero = {0};
-    for (int64_t i = 0; i < n; i += 2, tables += 32, planes += 2) {
-        vs found = (vs)(look_up(tables, planes[0]) + look_up(tables + 16, planes[1]));
-        even += found;
-        odd += found >> 8;
+/* sums[4 q + j] of each of `queries`, 16 bytes at a time: coarse entries of records 4 j .. 4 j + 3 of 16, summed up;
+   tables and planes in pairs whose entries add up in 8 bits. */
+INLINE void sum_planes(int queries, const uint8_t *tables, const vc *planes, int64_t n, vi *sums) {
+    vs even[2] = {{0}}, odd[2] = {{0}}, zero = {0};
+    const int64_t stride = n * 16;
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < n; i += 2, tables += 32, planes += 2) {
+        UNROLL for (int q = 0; q < queries; q++) {
+            const uint8_t *own = tables + q * stride;
+            vs found = (vs)(look_up(own, planes[0]) + look_up(own + 16, planes[1]));
+            even[q] += found;
+            odd[q] += found >> 8;
+        }
     }
-    even -= odd << 8;
-    vs low = low_words(even, odd), high = high_words(even, odd);
-    sums[0] = (vi)low_words(low, zero), sums[1] = (vi)high_words(low, zero);
-    sums[2] = (vi)low_words(high, zero), sums[3] = (vi)high_words(high, zero);
+    UNROLL for (int q = 0; q < queries; q++) {
+        even[q] -= odd[q] << 8;
+        vs low = low_words(even[q], odd[q]), high = high_words(even[q], odd[q]);
+        sums[4 * q] = (vi)low_words(low, zero), sums[4 * q + 1] = (vi)high_words(low, zero);
+        sums[4 * q + 2] = (vi)low_words(high, zero), sums[4 * q + 3] = (vi)high_words(high, zero);
+    }
 }
 #else
 INLINE void split_rows(const uint8_t *const *runs, int64_t stride, int64_t code_bytes, vc *planes) {
     (void)runs, (void)stride, (void)code_bytes, (void)planes;
 }
-INLINE void sum_planes(const uint8_t *tables, const vc *planes, int64_t n, vi *sums) {
-    (void)tables, (void)planes, (void)n, (void)sums;
+INLINE void sum_planes(int queries, const uint8_t *tables, const vc *planes, int64_t n, vi *sums) {
+    (void)queries, (void)tables, (void)planes, (void)n, (void)sums;
 }
 #endif
 

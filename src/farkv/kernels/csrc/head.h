@@ -258,17 +258,37 @@ static void round_tables(struct head *h) {
 
 /* block[g][VB] = coarse log2 of weights, before the offset, of 16 records from each of `runs` on, in the order of
    sum_planes. */
-INLINE void form_block(struct head *h, const uint8_t *const *runs) {
-    const struct select_args *a = h->args;
-    int64_t n = count_nibbles(a);
-    split_rows(runs, a->row_stride, a->code_bytes, h->planes);
-    for (int64_t g = 0; g < a->group; g++) {
-        vf step = fill(h->step[g]), base = fill(h->base[g]);
-        vi found[4] = {{0}};
-        sum_planes(h->coarse_table + g * n * 16, h->planes, n, found);
+INLINE void weigh_planes(int queries, int64_t n, struct head *h, int64_t first, const vc *planes) {
+    vi found[8] = {{0}};
+    sum_planes(queries, h->coarse_table + first * n * 16, planes, n, found);
+    UNROLL for (int q = 0; q < queries; q++) {
+        vf step = fill(h->step[first + q]), base = fill(h->base[first + q]);
         UNROLL for (int i = 0; i < 4; i++)
-            store(h->block + g * VB + i * VL, __builtin_convertvector(found[i], vf) * step + base);
+            store(h->block + (first + q) * VB + i * VL, __builtin_convertvector(found[4 * q + i], vf) * step + base);
     }
+}
+
+INLINE void form_sized(struct head *h, const uint8_t *const *runs, int64_t code_bytes, int64_t stride, vc *planes) {
+    int64_t g = 0, group = h->args->group;
+    split_rows(runs, stride, code_bytes, planes);
+    for (; g + 2 <= group; g += 2) weigh_planes(2, 2 * code_bytes, h, g, planes);
+    if (g < group) weigh_planes(1, 2 * code_bytes, h, g, planes);
+}
+
+/* Sizes that the compiler knows: of head dimensions 64 and 128 in half precision. */
+#define FORM_SIZED(bytes)                                                                                              \
+    static __attribute__((noinline)) void form_##bytes(struct head *h, const uint8_t *const *runs) {                  \
+        vc planes[2 * bytes];                                                                                          \
+        form_sized(h, runs, bytes, bytes, planes);                                                                     \
+    }
+FORM_SIZED(8)
+FORM_SIZED(16)
+
+static __attribute__((noinline)) void form_block(struct head *h, const uint8_t *const *runs) {
+    int64_t code_bytes = h->args->code_bytes, stride = h->args->row_stride;
+    if (code_bytes == 8 && stride == 8) form_8(h, runs);
+    else if (code_bytes == 16 && stride == 16) form_16(h, runs);
+    else form_sized(h, runs, code_bytes, stride, h->planes);
 }
 
 /* Exponents of the records [first, first + n), n <= RUN. */

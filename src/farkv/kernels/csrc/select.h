@@ -47,13 +47,23 @@ static int64_t scan_run(struct head *h, int64_t first, int64_t n, float bound, v
     return at;
 }
 
+/* Where, in a block, lane l of its first vector is: of vector i 4 i further on. */
+INLINE vi order_of_block(void) {
+    vi lane = count_from(0);
+    return (lane & 3) + (lane >> 2 << 4);
+}
+
 /* Weigh VB records coarsely: only the positions of candidates leave, from `at` on; returns the new `at`. */
 static __attribute__((noinline)) int64_t scan_block(struct head *h, int64_t first, float bound, vf *sums, int64_t at) {
     const struct select_args *a = h->args;
-    vf mass[4] = {{0}};
+    vf mass[4] = {{0}}, limit[4];
     const uint8_t *runs[VB / 16], *rows = h->codes + first * a->row_stride;
     for (int lane = 0; lane < VB / 16; lane++) runs[lane] = rows + 16 * lane * a->row_stride;
     form_block(h, runs);
+    UNROLL for (int i = 0; i < 4; i++) {
+        limit[i] = fill(bound);
+        if (h->seed >= 0) limit[i] *= draw_lanes(h->seed, order_of_block() + (int32_t)(first + 4 * i));
+    }
     for (int64_t g = 0; g < a->group; g++) {
         vf offset = fill(h->offset[g]), inverse = fill(h->inverse[g]);
         UNROLL for (int i = 0; i < 4; i++) {
@@ -64,12 +74,8 @@ static __attribute__((noinline)) int64_t scan_block(struct head *h, int64_t firs
     }
     vi light[4];
     uint64_t bits = 0;
-    for (int i = 0; i < 4; i++) {
-        if (h->seed >= 0) {
-            vi lane = count_from(0); /* lane l of vector i is record 16 (l / 4) + 4 i + l % 4 */
-            mass[i] /= draw_lanes(h->seed, (lane & 3) + (lane >> 2 << 4) + (int32_t)(first + 4 * i));
-        }
-        light[i] = find_light(mass[i], bound);
+    UNROLL for (int i = 0; i < 4; i++) {
+        light[i] = (vi)(mass[i] < limit[i]); /* NaN counts as heavy */
         unsigned heavy = lane_bits(light[i]) ^ ALL_LANES;
         for (int lane = 0; lane < VB / 16; lane++) bits |= (uint64_t)(heavy >> 4 * lane & 15) << (16 * lane + 4 * i);
     }
