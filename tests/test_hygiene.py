@@ -45,6 +45,7 @@ ALLOWED = {
     ("kernels/gpu.py", "_wait", "synchronize"): "a measurement of bandwidth",
     ("kernels/native_pages.py", "check_pages", "tolist"): "of host memory, by the link's own thread",
     ("kernels/ways.py", "_check_varied", "tolist"): "of host memory",
+    ("math/sampling.py", "make_seeds", "numpy"): "of host memory: nothing is drawn on a device",
     ("math/sample.py", "add_block", "nonzero"): "once per block of a prompt that was read in passes",
     ("methods/index_tensors.py", "take_tensors", "tolist"): "once per session",
     ("methods/layer_fit.py", "measure", "tolist"): "once per look for drift",

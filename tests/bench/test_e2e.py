@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 import farkv
+from farkv.bench import e2e
 from farkv.bench.e2e import (
     METHODS,
     ModelRunner,
@@ -21,14 +25,18 @@ from farkv.bench.e2e import (
     measure_model,
 )
 from farkv.bench.fill import KVSource
+from farkv.bench.llama_cpp import LlamaSteps, load_file
+from farkv.bench.llama_files import SETTINGS, KVSetting
 from farkv.bench.models import make_model, share_weights
 from farkv.bench.prefill import DTYPES
 from farkv.bench.real import describe_shape, load_real, read_shape
 from farkv.bench.report import Row
+from farkv.bench.shapes import ModelShape
 from farkv.errors import ConfigError
 from farkv.hf.weights import PackedLinear
 from tests import models as tiny_models
 from tests.bench.plain import TINY
+from tests.gguf_files import LAYERS, write_gguf
 
 ASKED = ModelSettings(TINY, (128, 256), 2, METHODS, rounds=1)
 
@@ -116,3 +124,63 @@ def test_a_model_of_other_layers_too_is_refused() -> None:
 def test_an_unknown_method_is_named() -> None:
     with pytest.raises(ConfigError, match=r"--methods: .*got 'matmul-bf16'"):
         ModelSettings(TINY, (128,), 2, ("matmul-bf16",))
+
+
+class FakeSteps:
+    """llama.cpp's steps, which are read no time of."""
+
+    name, n_layers, least_tokens = "llama.cpp", 1, 1
+    opened = 0
+
+    def __init__(self, model: object, setting: KVSetting, context: int, threads: int):
+        assert (model, threads) == ("loaded", torch.get_num_threads())
+        self.setting, self.context, self.grown = setting, context, 0
+        type(self).opened += 1
+
+    def step(self, layer: int) -> None:
+        self.grown += 1
+
+    def restore(self) -> None:
+        self.grown = 0
+
+    def measure(self) -> float:
+        return 1.0 if self.setting is SETTINGS[2] else 2.0
+
+    def close(self) -> None:
+        assert self.grown == 0
+        type(self).opened -= 1
+
+
+def test_llama_cpp_takes_turns_with_its_fastest_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @contextmanager
+    def load_fake(path: Path, shape: ModelShape, layers: int) -> Iterator[str]:
+        assert (path.name, layers) == ("tiny.gguf", 2)
+        yield "loaded"
+
+    (path := tmp_path / "tiny.gguf").write_bytes(b"")
+    monkeypatch.setattr(e2e, "load_file", load_fake)
+    monkeypatch.setattr(e2e, "LlamaSteps", FakeSteps)
+    report = measure_model(replace(ASKED, methods=("infinigen",), peer_file=path, rounds=2)).to_dict()
+    assert [(row["method"], row["context"]) for row in report["rows"]] == [
+        (name, n) for n in (128, 256) for name in ("infinigen", "llama.cpp")
+    ]
+    assert {row.get("kv") for row in report["rows"]} == {None, SETTINGS[2].name}
+    assert report["settings"]["peers"] == ["llama.cpp"]
+    assert FakeSteps.opened == 0
+
+
+def test_llama_cpp_decodes_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install 'farkv[peer]'")
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    shape = read_shape(str(path))
+    with load_file(path, shape, LAYERS) as model:
+        for setting in SETTINGS:
+            steps = LlamaSteps(model, setting, 256, 1)
+            for _ in range(16):
+                steps.step(0)
+            assert len(steps.sequence) == 272
+            steps.restore()
+            assert len(steps.sequence) == 256
+            assert steps.measure() > 0
+            steps.close()

@@ -267,7 +267,7 @@ def test_operands_that_do_not_fit_are_refused(kernels: Native) -> None:
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_draws_what_plain_operations_draw(kernels: Native, shape: Shape, spread: float) -> None:
     case = make_case(shape, spread)
-    seeds = make_seeds(3, [shape.n] * shape.batch, [[True] * shape.heads])
+    seeds = make_seeds(3, [shape.n] * shape.batch, torch.ones(1, shape.heads, dtype=torch.bool))
     if shape.heads > 1:
         seeds[0, 0] = -1
     for cap in {max(1, shape.n // 20), (shape.n + 1) // 2, shape.n}:

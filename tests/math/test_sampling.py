@@ -17,7 +17,7 @@ def make_weights(n: int, heads: int = 2, batch: int = 1, seed: int = 0, spread: 
 
 
 def seeds_at(tokens: int, batch: int = 1, heads: int = 2, layer: int = 0) -> torch.Tensor:
-    return make_seeds(layer, [tokens] * batch, [[True] * heads])
+    return make_seeds(layer, [tokens] * batch, torch.ones(1, heads, dtype=torch.bool))
 
 
 @given(
@@ -73,7 +73,7 @@ def test_sums_over_what_is_read_are_right_in_the_mean(told: float) -> None:
 
 def test_without_a_seed_the_best_are_read() -> None:
     weights = make_weights(200)
-    seeds = make_seeds(0, [7], [[True, False]])
+    seeds = make_seeds(0, [7], torch.tensor([[True, False]]))
     assert seeds[0, 1] == -1 and seeds[0, 0] >= 0
     chosen = sample_top(weights, 20, seeds)
     assert torch.equal(chosen.positions[:, 1], select_top(weights, 20).positions[:, 1])

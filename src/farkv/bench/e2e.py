@@ -5,8 +5,10 @@ In: a shape, contexts. Out: a report, including how the time per token grows wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from farkv.bench.case import Case
 from farkv.bench.fill import KVSource, require_memory
+from farkv.bench.llama_cpp import LlamaSteps, find_fastest, load_file
 from farkv.bench.machine import describe_machine
 from farkv.bench.models import count_weight_bytes, make_model, share_weights
 from farkv.bench.ours import MOST_GROWTH, fill_layer
@@ -36,6 +39,7 @@ def name_methods(dtype: str) -> tuple[str, ...]:
 
 
 METHODS = name_methods("bfloat16")
+LLAMA = LlamaSteps.name
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class ModelSettings:
         methods: empty: farkv and sdpa.
         fraction: None: the method's default.
         model: a real one, of `dtype`; None: random weights.
+        peer_file: the GGUF file of the real one, which llama.cpp runs too; None: it does not.
     """
 
     shape: ModelShape
@@ -58,6 +63,7 @@ class ModelSettings:
     dtype: str = "bfloat16"
     weights: str = "none"
     model: PreTrainedModel | None = None
+    peer_file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -83,7 +89,8 @@ class ModelSettings:
         """Return plain JSON types."""
         names = ("layers", "methods", "batch", "fraction", "rounds", "dtype", "weights")
         real = self.model is not None
-        return {"shape": self.shape.name, "real": real, "contexts": list(self.contexts)} | {
+        peers = [] if self.peer_file is None else [LLAMA]
+        return {"shape": self.shape.name, "real": real, "contexts": list(self.contexts), "peers": peers} | {
             n: getattr(self, n) for n in names
         }
 
@@ -137,21 +144,25 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
     """
     shape, plain = settings.shape, build_model(settings)
     rows: list[Row] = []
-    done, total = 0, len(settings.contexts) * len(settings.methods) * (settings.rounds + 1)
+    n_methods = len(settings.methods) + (settings.peer_file is not None)
+    done, total = 0, len(settings.contexts) * n_methods * (settings.rounds + 1)
 
     def advance() -> None:
         nonlocal done
         done += 1
         tell(done, total)
 
-    with attach(share_weights(plain), InfiniGen(fraction=settings.fraction), profile=False) as far:
+    with (
+        attach(share_weights(plain), InfiniGen(fraction=settings.fraction), profile=False) as far,
+        open_peer(settings) as peer,
+    ):
         if far.unmanaged_kinds:
             raise ConfigError(
                 f"--model: e2e fills the caches of full-attention layers, {shape.name} has others "
                 f"({', '.join(sorted(far.unmanaged_kinds))}); use farkv bench prefill, or another model"
             )
         for context in settings.contexts:
-            rows += measure_context(settings, context, (plain, far), advance)
+            rows += measure_context(settings, context, (plain, far, peer), advance)
     native = load_native()
     found = describe_machine(None, "torch" if native is None else native.name, row_bytes=shape.record_bytes())
     growth = find_growth(rows)
@@ -174,9 +185,12 @@ def build_model(settings: ModelSettings) -> PreTrainedModel:
     """Return the model to measure, once it is known that the caches fit beside it."""
     shape, longest, itemsize = settings.shape, max(settings.contexts), settings.torch_dtype.itemsize
     layer_bytes = shape.layer_bytes(longest, settings.batch, itemsize)
-    kv_bytes = int((len(settings.methods) + 1 / 16) * settings.layers + 3) * layer_bytes
+    # The peer's cache, and the state that fills it.
+    n_caches = len(settings.methods) + (0 if settings.peer_file is None else 2)
+    kv_bytes = int((n_caches + 1 / 16) * settings.layers + 3) * layer_bytes
     # A real one is in memory already.
     weights = 0 if settings.model is not None else count_weight_bytes(shape, settings.layers, itemsize)
+    weights += 0 if settings.peer_file is None else settings.peer_file.stat().st_size
     require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
     if settings.model is not None:
         return settings.model
@@ -184,11 +198,11 @@ def build_model(settings: ModelSettings) -> PreTrainedModel:
 
 
 def measure_context(
-    settings: ModelSettings, context: int, models: tuple[PreTrainedModel, Handle], advance: Callable[[], None]
+    settings: ModelSettings, context: int, models: tuple[PreTrainedModel, Handle, Any], advance: Callable[[], None]
 ) -> list[Row]:
     """Measure every method at one context."""
-    plain, far = models
-    source, runners = settings.source, []
+    plain, far, peer = models
+    source, runners = settings.source, list[Any]()
     for name in settings.methods:
         if name == OURS:
             runners.append(ModelRunner(name, far.model, fill_far(settings, context, source, far), settings.batch))
@@ -196,7 +210,9 @@ def measure_context(
         model = share_weights(plain)
         model.set_attn_implementation(name.split("-")[1])
         runners.append(ModelRunner(name, model, fill_plain(settings, context, source), settings.batch))
-    seconds = measure_interleaved(runners, settings.rounds, advance=advance)
+    with start_peer(peer, context) as steps:
+        runners += steps
+        seconds = measure_interleaved(runners, settings.rounds, advance=advance)
     rows = []
     for runner in runners:
         spread, read = summarize(seconds[runner.name]), 1.0
@@ -205,11 +221,35 @@ def measure_context(
             account = runner.cache.account
             read = account.read_fraction()
             more |= {"index_fraction": account.index_fraction(), "fallbacks": dict(account.fallbacks)}
+        if runner.name == LLAMA:
+            more |= {"kv": runner.setting.name}
         more |= {"ms_per_token": round(1e3 * spread.median_s, 3)}
         more |= {"tokens_per_s": round(settings.batch / spread.median_s, 3)}
         layer = divide(spread, settings.layers)
         rows.append(make_row(runner.name, context, settings.batch, layer, read_fraction=read, **more))
     return rows
+
+
+@contextmanager
+def open_peer(settings: ModelSettings) -> Iterator[Any]:
+    """Load what llama.cpp runs; None without one."""
+    if settings.peer_file is None:
+        yield None
+        return
+    with load_file(settings.peer_file, settings.shape, settings.layers) as model:
+        yield model
+
+
+@contextmanager
+def start_peer(model: Any, context: int) -> Iterator[list[Any]]:
+    """Return llama.cpp's runner at a context, with its fastest setting; none without a model."""
+    if model is None:
+        yield []
+        return
+    threads = torch.get_num_threads()
+    fastest = find_fastest(lambda setting: LlamaSteps(model, setting, context, threads))
+    with closing(LlamaSteps(model, fastest, context, threads)) as steps:
+        yield [steps]
 
 
 def find_growth(rows: list[Row]) -> dict[str, dict[str, float]]:

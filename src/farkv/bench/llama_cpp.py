@@ -1,6 +1,6 @@
 """llama.cpp as a peer: the cost of a decode step's attention, with its fastest KV cache setting.
 
-In: a shape, layers, a context, threads. Out: seconds of attention per layer and token.
+In: a shape, layers, a context, threads. Out: seconds of attention per layer and token; or, of a GGUF file, whole steps.
 
 A random-weight model with the shape's attention is written and loaded, its KV cache is filled by restoring a saved
 sequence, one token is decoded after it and removed again. The time of a decode after BASE_TOKENS is subtracted:
@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +28,7 @@ import numpy as np
 from farkv.bench.fill import require_memory
 from farkv.bench.llama_files import SETTINGS, VOCABULARY, KVSetting, StateLayout, draw_state, write_model
 from farkv.bench.shapes import ModelShape, format_tokens
+from farkv.bench.timing import MOST_TOKENS
 from farkv.errors import ConfigError
 
 BASE_TOKENS = 64
@@ -69,7 +70,7 @@ def refuse(what: str) -> ConfigError:
 
 
 class LlamaModel(NamedTuple):
-    """A loaded random-weight model with a shape's attention."""
+    """A loaded model."""
 
     library: Any
     handle: Any
@@ -79,18 +80,25 @@ class LlamaModel(NamedTuple):
 
 @contextmanager
 def load_model(shape: ModelShape, layers: int) -> Iterator[LlamaModel]:
-    """Load a model and free it on exit; close its sequences before that."""
-    library = require_llama_cpp()
-    params = library.llama_model_default_params()
-    params.n_gpu_layers = 0
-    # Read into memory, so that the file can be deleted.
-    params.use_mmap = False
+    """Load a random-weight model with a shape's attention, as `load_file`."""
     with TemporaryDirectory(prefix="farkv-bench-") as folder:
         path = Path(folder) / "model.gguf"
         write_model(path, shape, layers)
-        handle = library.llama_model_load_from_file(str(path).encode(), params)
+        with load_file(path, shape, layers) as model:
+            yield model
+
+
+@contextmanager
+def load_file(path: Path, shape: ModelShape, layers: int) -> Iterator[LlamaModel]:
+    """Load a GGUF file of a shape, and free it on exit; close its sequences before that."""
+    library = require_llama_cpp()
+    params = library.llama_model_default_params()
+    params.n_gpu_layers = 0
+    # Read into memory: what is measured has no page of the file to wait for.
+    params.use_mmap = False
+    handle = library.llama_model_load_from_file(str(path).encode(), params)
     if not handle:
-        raise refuse("could not load a model of this shape")
+        raise refuse(f"could not load {path.name}")
     try:
         yield LlamaModel(library, handle, layers, shape.kv_heads * shape.head_dim)
     finally:
@@ -222,13 +230,51 @@ def measure_llama_cpp(shape: ModelShape, layers: int, context: int, threads: int
     # The cache, and the state it is restored from.
     require_memory(2 * layers * shape.layer_bytes(context), f"llama.cpp at {format_tokens(context)} tokens")
     with load_model(shape, layers) as model:
-        medians: dict[KVSetting, float] = {}
-        for setting in SETTINGS:
-            best = min(medians.values(), default=float("inf"))
-            with closing(LlamaPair(model, setting, context, threads)) as pair:
-                seconds = [pair.measure()]
-                while len(seconds) < SCREEN_ROUNDS and seconds[0] < HOPELESS * best:
-                    seconds.append(pair.measure())
-            medians[setting] = median(seconds)
-        with closing(LlamaPair(model, min(medians, key=medians.__getitem__), context, threads)) as pair:
+        fastest = find_fastest(lambda setting: LlamaPair(model, setting, context, threads))
+        with closing(LlamaPair(model, fastest, context, threads)) as pair:
             return [pair.measure() for _ in range(rounds)]
+
+
+def find_fastest(start: Callable[[KVSetting], LlamaPair | LlamaSteps]) -> KVSetting:
+    """Return the KV cache setting of the smallest median."""
+    medians: dict[KVSetting, float] = {}
+    for setting in SETTINGS:
+        best = min(medians.values(), default=float("inf"))
+        with closing(start(setting)) as one:
+            seconds = [one.measure()]
+            while len(seconds) < SCREEN_ROUNDS and seconds[0] < HOPELESS * best:
+                seconds.append(one.measure())
+        medians[setting] = median(seconds)
+    return min(medians, key=medians.__getitem__)
+
+
+class LlamaSteps:
+    """Whole decode steps after a context of random records, timed as the other methods are."""
+
+    name = "llama.cpp"
+    n_layers = least_tokens = 1
+
+    def __init__(self, model: LlamaModel, setting: KVSetting, context: int, threads: int):
+        self.setting, self.context = setting, context
+        self.sequence = LlamaSequence(model, setting, context + MOST_TOKENS, threads)
+        self.sequence.fill(context)
+        # Warm-up: the first decode causes page faults.
+        self.measure()
+
+    def step(self, layer: int) -> None:
+        """Decode a token."""
+        self.sequence.decode(len(self.sequence))
+
+    def restore(self) -> None:
+        """Forget the round's tokens."""
+        self.sequence.cut(self.context)
+
+    def measure(self) -> float:
+        """Return the seconds of one token, which is forgotten."""
+        seconds = self.sequence.decode(self.context)
+        self.restore()
+        return seconds
+
+    def close(self) -> None:
+        """Free the sequence."""
+        self.sequence.close()

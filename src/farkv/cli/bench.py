@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farkv.cli.bench_model import choose_shape, choose_whole
+from farkv.cli.bench_model import choose_peer, choose_shape, choose_whole
 from farkv.cli.options import JsonOption, WeightsOption
 from farkv.cli.terminal import err, say
 from farkv.quote import quote
@@ -206,6 +206,9 @@ def e2e(
     methods: Annotated[
         str | None, typer.Option(help="infinigen, hf-sdpa-bf16, hf-eager-bf16 (fp32, fp16 by --dtype).")
     ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="Also measure another program, on the same GGUF file: llama.cpp.")
+    ] = None,
     dtype: DtypeOption = None,
     weights: WeightsOption = "none",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; slow methods run fewer.")] = 5,
@@ -223,8 +226,11 @@ def e2e(
       farkv bench e2e --contexts 2K,32K --threads 1 --json
 
       farkv bench e2e --model ./my-model --contexts 8K --weights int8
+
+      farkv bench e2e --model my-model.gguf --contexts 8K,32K --weights int8 --peer llama.cpp
     """
     set_threads(threads)
+    peer_file = choose_peer(peer, model, batch)
     from farkv.bench.e2e import ModelSettings, draw_model, measure_model
     from farkv.bench.shapes import parse_contexts
 
@@ -233,7 +239,7 @@ def e2e(
     settings = ModelSettings(
         whole.shape, tokens, whole.layers, split_names(methods, ()), batch=batch,
         fraction=None if own else fraction, rounds=rounds, dtype=whole.dtype, model=whole.model,
-        weights=weights,
+        weights=weights, peer_file=peer_file,
     )  # fmt: skip
     with show_progress(err, "e2e", quiet=False) as tell:
         report = measure_model(settings, tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from farkv.cli.terminal import show_waiting
@@ -62,3 +63,26 @@ def choose_whole(shape: str | None, model: str | None, layers: int | None, dtype
     with show_waiting(f"loading {quote(model)}"):
         loaded, found = load_real(model, dtype, weights)
     return Whole(found, found.layers, str(loaded.dtype).removeprefix("torch."), loaded)
+
+
+def choose_peer(peers: list[str] | None, model: str | None, batch: int) -> Path | None:
+    """Return the file that llama.cpp runs beside farkv, before anything is loaded; None where nothing is asked for.
+
+    Raises:
+        ConfigError: another peer, no GGUF file, more than one sequence, or a package is missing.
+    """
+    if not peers:
+        return None
+    from farkv.bench.llama_cpp import require_llama_cpp
+    from farkv.bench.methods import PEERS
+    from farkv.hf.load_gguf import is_gguf
+
+    for name in peers:
+        if name not in PEERS:
+            raise ConfigError(f"--peer: expected {' or '.join(PEERS)}, got {name!r}")
+    if model is None or not is_gguf(model):
+        raise ConfigError(f"--peer llama.cpp: expected --model FILE.gguf, which both run, got {model!r}; give one")
+    if batch > 1:
+        raise ConfigError(f"--peer llama.cpp: supports --batch 1 only, got {batch}; drop one of them")
+    require_llama_cpp()
+    return Path(model)

@@ -78,16 +78,15 @@ class Chooser:
             return choose_early(scored, budget)
         return self._select(records.layer, self._score(records, query, n_old, budget), budget)
 
-    def _find_sampled(self, layer: int) -> list[list[bool]] | None:
+    def _find_sampled(self, layer: int) -> Bool[Tensor, "b Hkv"] | None:
         """Say of which heads records are drawn; None: of none, or a disk's pages limit what can be had."""
         if self.budgets.share_of(layer) >= 1 or not self._reaches(layer):
             return None
         return self.selector.find_sampled(layer)
 
     def _draw(
-        self, records: LayerRecords, query: Query, n_old: int, budget: Budget, scored: Scored | None,
-        sampled: list[list[bool]],
-    ) -> Choice:  # fmt: skip
+        self, records: LayerRecords, query: Query, n_old: int, budget: Budget, scored: Scored | None, sampled: Tensor
+    ) -> Choice:
         """Draw records by weight, of the heads that are sampled."""
         gone = records.evicted
         tokens = [n + gone for n in records.count_real(n_old + budget.newest)]

@@ -16,34 +16,38 @@ is even over any stretch of the text (deviation: u is not independent, which spr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from farkv._axes import Bool, Float, Float32, Int, Tensor
 from farkv.math.select import Choice
 
 GOLDEN, MASK = 2654435769, 0xFFFFFFFF
-# What heads' seeds differ by: any few of them are spread evenly, and not by what places differ by.
-HEAD = 0xC2B2AE35
 
 
-def make_seeds(layer: int, tokens: list[int], sampled: Sequence[Sequence[bool]]) -> Int[Tensor, "B Hkv"]:
+def make_seeds(layer: int, tokens: list[int], sampled: Bool[Tensor, "b Hkv"]) -> Int[Tensor, "B Hkv"]:
     """Return the seed of every head's draws at a step, -1 where it is not sampled.
 
     Args:
         tokens: of every sequence.
-        sampled: whether a KV head is, of every sequence; or of one, if all are alike.
+        sampled: in host memory.
     """
-    # Finalised so that neighbours have nothing in common. Plain numbers: one operation of a tensor takes longer.
+    # Finalised so that neighbours have nothing in common. Plain numbers, and numpy's: an operation of torch between two
+    # kernels takes ten times as long.
     x = [(n * 0x85EBCA77 + layer * 0xC2B2AE3D) & MASK for n in tokens]
     x = [((n ^ (n >> 15)) * 0x2C1B3C6D) & MASK for n in x]
     x = [((n ^ (n >> 12)) * 0x297A2D39) & MASK for n in x]
-    own = [n ^ (n >> 15) for n in x]
-    heads = sampled if len(sampled) == len(own) else [*sampled] * len(own)
-    return torch.tensor([[(n + h * HEAD) & MASK if is_drawn else -1 for h, is_drawn in enumerate(row)]
-                         for n, row in zip(own, heads, strict=True)])  # fmt: skip
+    own = np.array([[n ^ (n >> 15)] for n in x]) + spread_heads(sampled.shape[1])
+    return torch.from_numpy(np.where(sampled.numpy(), own & MASK, -1))
+
+
+@cache
+def spread_heads(n_heads: int) -> np.ndarray:
+    """Return what heads' seeds differ by: any few of them are spread evenly, and not by what places differ by."""
+    return np.arange(n_heads) * 0xC2B2AE35
 
 
 def draw(seeds: Int[Tensor, "B Hkv"], places: Int[Tensor, "b h S"]) -> Float32[Tensor, "B Hkv S"]:

@@ -117,7 +117,7 @@ class Selector:
         """Return the index in the form that the fast kernels choose from; None where they cannot."""
         return None
 
-    def find_sampled(self, layer: int) -> list[list[bool]] | None:
+    def find_sampled(self, layer: int) -> Bool[Tensor, "b Hkv"] | None:
         """Say of which KV heads records are drawn by weight, for every sequence or all alike; None: of none."""
         return None
 

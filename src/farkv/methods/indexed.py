@@ -74,8 +74,8 @@ class IndexSelector(Selector):
         trial = Trial(self.cap, self.coder, len(place.layers)) if draws else None
         self.fits = {layer: LayerFit(place, self.coder, layer, trial) for layer in place.layers}
         self.followers = dict(self.fits)
-        # The flags of sampled heads that were looked at last, as plain numbers if any is set.
-        self._flags: dict[int, tuple[Tensor, list[list[bool]] | None]] = {}
+        # The flags of sampled heads that were looked at last, and which are set if any is.
+        self._flags: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     @classmethod
     def find_window(cls, config: Any) -> int:
@@ -134,16 +134,16 @@ class IndexSelector(Selector):
             return None
         return IndexView(fit.index.rows.get(), projection.query, projection.tables)
 
-    def find_sampled(self, layer: int) -> list[list[bool]] | None:
+    def find_sampled(self, layer: int) -> Bool[Tensor, "b Hkv"] | None:
         """Say which heads are sampled, as it was found at the fit; None where none are."""
         fit = self.fits[layer]
         if fit.trial is None:
             return None
         flags = fit.get_projection().sampled
         if layer not in self._flags or self._flags[layer][0] is not flags:
+            drawn = flags[..., 0, 0] > 0
             # A deliberate sync, once per projection.
-            found = (flags[..., 0, 0] > 0).tolist()
-            self._flags[layer] = flags, found if any(map(any, found)) else None
+            self._flags[layer] = flags, drawn if bool(drawn.any()) else None
         return self._flags[layer][1]
 
     # --- bytes ----------------------------------------------------------------------------------------------
