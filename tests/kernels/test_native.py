@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,6 +274,31 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 assert (attend() == 1).all()
 """
+    quiet = [sys.executable, "-W", "ignore", "-c", script]
+    subprocess.run(quiet, check=True, timeout=600, env={**os.environ, "FARKV_KERNEL": ""})
+
+
+def test_the_main_thread_shares_the_threads_of_torch() -> None:
+    script = """
+import os, pathlib, threading, torch
+from farkv.kernels.native import Rows, load_native
+from farkv.kernels.native_abi import find_openmp
+from farkv.math.logits import Logits
+count = lambda: len(os.listdir('/proc/self/task'))
+torch.set_num_threads(3)
+kernels, rows, q = load_native(), Rows(torch.ones(1, 6, 300, 32), 16, 16), torch.ones(1, 6, 1, 16)
+attend = lambda: bool((kernels.attend(q, rows, Logits(1.0), positions=None, n=300) == 1).all())
+torch.ones(1 << 22).add_(1)
+before = count()
+assert attend()
+assert (count() == before) == (find_openmp() is not None), (before, count())
+found = []
+other = threading.Thread(target=lambda: found.append(attend()))
+other.start(), other.join()
+assert found == [True] and attend()
+"""
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("counts threads by /proc")
     quiet = [sys.executable, "-W", "ignore", "-c", script]
     subprocess.run(quiet, check=True, timeout=600, env={**os.environ, "FARKV_KERNEL": ""})
 

@@ -7,9 +7,13 @@ csrc/farkv.h. Calls go through ctypes, which releases the GIL.
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from ctypes import c_double, c_int, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
+
+import torch
 
 from farkv.errors import ConfigError
 
@@ -110,7 +114,22 @@ def load_library() -> ctypes.CDLL | None:
     library.farkv_read.argtypes = [c_int64, c_void_p, c_int64, c_int64]
     library.farkv_read_rows.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64]
     library.farkv_read.restype = library.farkv_read_rows.restype = c_uint64
+    library.farkv_use_openmp.argtypes, library.farkv_use_openmp.restype = [c_void_p], None
+    if threading.current_thread() is threading.main_thread():
+        library.farkv_use_openmp(find_openmp())
     return library
+
+
+def find_openmp() -> int | None:
+    """Return the address of GOMP_parallel in the OpenMP that torch brought along and loaded; None if there is none."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*")):
+        try:
+            # Only what is loaded already: another copy would have threads of its own.
+            loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD)
+        except OSError:
+            continue
+        return ctypes.cast(loaded.GOMP_parallel, c_void_p).value
+    return None
 
 
 def count_row_bytes(form: str, k_dim: int, v_dim: int, itemsize: int) -> int:

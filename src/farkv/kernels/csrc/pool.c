@@ -1,14 +1,17 @@
 /* Threads and scratch memory of the native kernels.
 
-   In: how many tasks, on how many threads. Two pools per process, created on first use, grown on demand: one computes, one
-   waits for files. Workers that compute spin for some microseconds after a call, because the next one tends to follow at
-   once, then sleep. */
+   In: how many tasks, on how many threads. What the main thread computes is shared with the threads of the process's
+   OpenMP where it is known: they are awake from torch's operations before, and would spin against others for a core. Two
+   pools of our own, created on first use, grown on demand: one computes for other threads, one waits for files. Workers
+   that compute spin for some microseconds after a call, because the next one tends to follow at once, then sleep. */
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 
 #include "farkv.h"
+
+#define EXPORT __attribute__((visibility("default")))
 
 #define MOST_WORKERS 255
 
@@ -29,6 +32,12 @@ static struct pool pools[] = {POOL(2000), POOL(0)};
 enum { COMPUTES, WAITS, N_POOLS };
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
+/* GOMP_parallel(work, context, threads, flags); NULL: not known. And the thread that may call it: every other one would
+   get a team of its own. */
+typedef void (*team)(void (*)(void *), void *, unsigned, unsigned);
+static _Atomic(team) openmp;
+static pthread_t main_thread;
+
 static inline void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
@@ -37,8 +46,9 @@ static inline void relax(void) {
 #endif
 }
 
-/* A forked child has none of its parent's threads. */
+/* A forked child has none of its parent's threads, and OpenMP does not find out. */
 static void forget_workers(void) {
+    atomic_store(&openmp, NULL);
     for (int i = 0; i < N_POOLS; i++) {
         struct pool *p = &pools[i];
         pthread_mutex_init(&p->owner, NULL);
@@ -128,8 +138,33 @@ static void share(struct pool *p, int64_t threads, int64_t tasks, void (*f)(void
     pthread_mutex_unlock(&p->owner);
 }
 
+struct loop {
+    void (*work)(void *, int64_t);
+    void *context;
+    int64_t n_tasks;
+    _Atomic int64_t next_task;
+};
+
+static void run_loop(void *of) {
+    struct loop *l = of;
+    for (int64_t task; (task = atomic_fetch_add(&l->next_task, 1)) < l->n_tasks;) l->work(l->context, task);
+}
+
+EXPORT void farkv_use_openmp(void *parallel) {
+    pthread_once(&once, prepare);
+    main_thread = pthread_self();
+    atomic_store(&openmp, (team)(uintptr_t)parallel);
+}
+
 void farkv_parallel(int64_t threads, int64_t tasks, void (*f)(void *, int64_t), void *c) {
-    share(&pools[COMPUTES], threads, tasks, f, c);
+    team parallel = atomic_load(&openmp);
+    if (!parallel || threads < 2 || tasks < 2 || !pthread_equal(pthread_self(), main_thread)) {
+        share(&pools[COMPUTES], threads, tasks, f, c);
+        return;
+    }
+    struct loop l = {f, c, tasks, 0};
+    /* As many as torch asks for: a team that shrinks and grows is a team made anew. */
+    parallel(run_loop, &l, (unsigned)threads, 0);
 }
 
 void farkv_wait_parallel(int64_t threads, int64_t tasks, void (*f)(void *, int64_t), void *c) {
