@@ -26,14 +26,14 @@ from farkv.bench.e2e import (
 )
 from farkv.bench.fill import KVSource
 from farkv.bench.llama_cpp import LlamaSteps, load_file
-from farkv.bench.llama_files import SETTINGS, KVSetting
+from farkv.bench.llama_files import F16, SETTINGS, KVSetting
 from farkv.bench.models import make_model, share_weights
 from farkv.bench.prefill import DTYPES
 from farkv.bench.real import describe_shape, load_real, read_shape
 from farkv.bench.report import Row
 from farkv.bench.shapes import ModelShape
 from farkv.errors import ConfigError
-from farkv.hf.weights import PackedLinear
+from farkv.hf.packed import PackedLinear
 from tests import models as tiny_models
 from tests.bench.plain import TINY
 from tests.gguf_files import LAYERS, write_gguf
@@ -175,7 +175,8 @@ def test_llama_cpp_decodes_a_file(tmp_path: Path) -> None:
     write_gguf(path)
     shape = read_shape(str(path))
     with load_file(path, shape, LAYERS) as model:
-        for setting in SETTINGS:
+        # Its heads are shorter than a block of eight bits.
+        for setting in (s for s in SETTINGS if s.type_k == F16):
             steps = LlamaSteps(model, setting, 256, 1)
             for _ in range(16):
                 steps.step(0)

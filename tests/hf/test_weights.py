@@ -20,33 +20,23 @@ from farkv.errors import ConfigError, FarKVError
 from farkv.hf.identity import digest_weights, identify_model
 from farkv.hf.load import load_model
 from farkv.hf.load_gguf import count_bytes
-from farkv.hf.weights import GROUP, Int4Linear, Int8Linear, PackedLinear, pack_weights
+from farkv.hf.packed import BLOCK_ROWS, GROUP, Int4Linear, Int8Linear, PackedLinear, PortableInt8Linear
+from farkv.hf.weights import find_form, pack_weights
 from farkv.methods import Full, InfiniGen
 
 SIZES = ((64, 48), (96, 4112))
+KINDS: list[type[PackedLinear]] = [PortableInt8Linear, Int4Linear, *([Int8Linear] if Int8Linear.is_possible() else [])]
 
 
-def unpack(packed: PackedLinear) -> torch.Tensor:
-    """Return the weights that a packed map stands for, in float64."""
-    if isinstance(packed, Int8Linear):
-        return packed.packed.double() * packed.scale.double()[:, None]
-    # The kernel's own order of nibbles is not ours to know: it multiplies each input's unit vector, exact in bfloat16.
-    unit = torch.eye(packed.in_features)
-    bias, packed.bias = packed.bias, None
-    out = packed(unit).T.double()
-    packed.bias = bias
-    return out
-
-
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
 def test_weights_are_rounded_to_the_nearest_code(kind: type[PackedLinear], size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     source = nn.Linear(*size)
     source.weight.data[3] = 0
     weight = source.weight.detach().double()
-    got = unpack(kind(source))
-    if kind is Int8Linear:
+    got = kind(source).unpack().double()
+    if kind is not Int4Linear:
         step = weight.abs().amax(1, keepdim=True) / 127
         assert ((got - weight).abs() <= 0.51 * step + 1e-12).all()
         return
@@ -57,9 +47,9 @@ def test_weights_are_rounded_to_the_nearest_code(kind: type[PackedLinear], size:
     assert ((got - weight).abs() <= 0.51 * step + room + 1e-6).all()
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, BLOCK_ROWS])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_products_are_those_of_the_packed_weights(
     kind: type[PackedLinear], dtype: torch.dtype, rows: int, has_bias: bool
@@ -69,22 +59,51 @@ def test_products_are_those_of_the_packed_weights(
     packed = kind(source)
     x = torch.randn(2, rows, 96).to(dtype) if rows > 1 else torch.randn(96).to(dtype)
     bias = None if source.bias is None else source.bias.detach().double()
-    weight = unpack(packed)
+    weight = packed.unpack().double()
     want = linear(x.double(), weight, bias)
     got = packed(x)
     assert got.shape == want.shape
     assert got.dtype is dtype
     # Inputs and the result are rounded to bfloat16; sums are in float32.
     room = 2**-8 * (linear(x.double().abs(), weight.abs()) + want.abs()) + 1e-6
+    if kind is Int8Linear:
+        # Inputs to 2^-14 of the largest; of bfloat16, the result as well.
+        most = x.double().abs().amax(-1, keepdim=True)
+        room = 2**-13.9 * most * weight.abs().sum(1) + (2**-8 if dtype is torch.bfloat16 else 1e-6) * want.abs() + 1e-6
     assert ((got.double() - want).abs() <= room).all()
 
 
 def test_many_rows_are_not_rounded_to_bfloat16() -> None:
     torch.manual_seed(0)
-    packed, x = Int8Linear(nn.Linear(96, 4112)), torch.randn(64, 96)
+    packed, x = PortableInt8Linear(nn.Linear(96, 4112)), torch.randn(64, 96)
     assert packed.bias is not None
-    want = linear(x.double(), unpack(packed), packed.bias.detach().double())
+    want = linear(x.double(), packed.unpack().double(), packed.bias.detach().double())
     assert (packed(x) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.skipif(not Int8Linear.is_possible(), reason="torch has no FBGEMM here")
+def test_a_row_of_eight_bits_depends_on_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    packed, x = Int8Linear(nn.Linear(96, 48)), torch.randn(600, 96)
+    x[7] *= 1e6
+    x[9] = float("nan")
+    x[11, 3] = float("inf")
+    together = packed(x)
+    assert together.isfinite().any(1).logical_not().nonzero().flatten().tolist() == [9, 11]
+    for i in (0, 7, 599):
+        torch.testing.assert_close(packed(x[i : i + 1])[0], together[i], rtol=1e-6, atol=0)
+    monkeypatch.setenv("FARKV_KERNEL", "plain")
+    torch.testing.assert_close(
+        packed(x), together, rtol=1e-4, atol=1e-4 * float(together[0].abs().max()), equal_nan=True
+    )
+
+
+def test_weights_whose_products_would_overflow_do_not() -> None:
+    # Every code 127 or -127, every input the largest: sums of two products of 8 bits are as large as they can be.
+    source = nn.Linear(64, 16, bias=False)
+    source.weight.data = torch.ones(16, 64) * torch.tensor([1.0, -1.0])[torch.arange(16) % 2][:, None]
+    packed, x = find_form("int8")(source), torch.ones(2, 64) * torch.tensor([[1.0], [-3.0]])
+    torch.testing.assert_close(packed(x), linear(x, packed.unpack()), rtol=1e-4, atol=0)
 
 
 def load_demo() -> Any:
@@ -112,17 +131,27 @@ def test_every_linear_map_is_packed_and_bytes_say_so(kind: str) -> None:
 def test_plain_weights_go_one_map_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, alive = load_demo(), list[int]()
     plain = [weakref.ref(m) for m in model.modules() if type(m) is nn.Linear]
-    make = Int8Linear.__init__
+    form = find_form("int8")
+    make = form.__init__
 
-    def count(self: Int8Linear, source: nn.Linear) -> None:
+    def count(self: PackedLinear, source: nn.Linear) -> None:
         alive.append(sum(ref() is not None for ref in plain))
         make(self, source)
 
-    monkeypatch.setattr(Int8Linear, "__init__", count)
+    monkeypatch.setattr(form, "__init__", count)
     pack_weights(model, "int8")
     # The last one that was replaced may still be in a local name.
     assert all(n <= len(plain) - i + 1 for i, n in enumerate(alive))
     assert not [ref for ref in plain if ref() is not None]
+
+
+def test_a_copy_of_a_packed_model_is_one() -> None:
+    model, ids = pack_weights(load_demo(), "int8"), torch.arange(5, 25)[None]
+    other = copy.deepcopy(model)
+    assert digest_weights(other) == digest_weights(model)
+    assert count_bytes(other) == count_bytes(model)
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 def test_maps_that_are_shared_stay_shared() -> None:
@@ -130,7 +159,7 @@ def test_maps_that_are_shared_stay_shared() -> None:
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp
     second.up_proj = first.up_proj
     pack_weights(model, "int8")
-    assert isinstance(first.up_proj, Int8Linear)
+    assert isinstance(first.up_proj, PackedLinear)
     assert second.up_proj is first.up_proj
 
 

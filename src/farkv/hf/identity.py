@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import chain
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from farkv.hf import _compat
+from farkv.hf.packed import PackedLinear
 
 # Values of each parameter.
 SAMPLED = 512
-# Where packed weights are.
-PACKED = (".packed", ".scale")
 
 
 def keep_identity(model: Any, identity: dict[str, str]) -> None:
@@ -50,8 +50,8 @@ def digest_weights(model: PreTrainedModel) -> str:
     Cost: SAMPLED values of every parameter copied to the host.
     """
     digest = hashlib.sha256()
-    packed = [part for name, part in model.named_buffers() if name.endswith(PACKED)]
-    for weight in (*model.parameters(), *packed):
+    packed = (part for child in model.modules() if isinstance(child, PackedLinear) for part in child.list_packed())
+    for weight in chain(model.parameters(), packed):
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())

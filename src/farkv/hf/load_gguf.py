@@ -20,7 +20,7 @@ from farkv.config import format_bytes
 from farkv.errors import InputError
 from farkv.hf import _compat
 from farkv.hf.gguf_header import GgufHeader, read_header
-from farkv.hf.identity import PACKED
+from farkv.hf.packed import PackedLinear
 from farkv.quote import quote
 
 log = logging.getLogger("farkv")
@@ -150,5 +150,5 @@ def note_source(model: Any, source: str) -> None:
 
 def count_bytes(model: PreTrainedModel) -> int:
     """Return the bytes of a model's weights, packed ones included."""
-    packed = (x for name, x in model.named_buffers() if name.endswith(PACKED))
-    return sum(x.numel() * x.element_size() for part in (model.parameters(), packed) for x in part)
+    plain = sum(x.numel() * x.element_size() for x in model.parameters())
+    return plain + sum(child.count_bytes() for child in model.modules() if isinstance(child, PackedLinear))

@@ -28,6 +28,7 @@ from farkv.kernels.native_abi import (
     TableArgs,
     load_library,
 )
+from farkv.kernels.native_halves import join_rows, split_rows
 from farkv.kernels.native_pages import locate, read_pages
 from farkv.kernels.operands import (
     PLAIN,
@@ -218,6 +219,14 @@ class Native:
     def read_pages(self, file: tuple[int, int, int], sums: list[int], ids: Tensor, at: Tensor, out: Tensor) -> int:
         """Read pages of a file into their places, verified; see `native_pages.read_pages`."""
         return read_pages(file, sums, ids, at, out)
+
+    def split_rows(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows as pairs of integers, and their units; see `native_halves.split_rows`."""
+        return split_rows(self._isa, rows)
+
+    def join_rows(self, products: Tensor, unit: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the products of rows from those of their parts; see `native_halves.join_rows`."""
+        return join_rows(self._isa, products, unit, bias)
 
     def read_bandwidth(self, data: Tensor) -> float:
         """Return the bytes per second of one sequential read of a contiguous tensor."""

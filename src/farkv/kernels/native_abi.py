@@ -88,6 +88,15 @@ class LocateArgs(ctypes.Structure):
     )
 
 
+class HalvesArgs(ctypes.Structure):
+    """`struct halves_args`."""
+
+    _fields_ = (
+        *[(name, c_void_p) for name in ("rows", "products", "unit", "bias")],
+        *[(name, c_int64) for name in ("n", "width", "threads")],
+    )
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """Return the library, or None where it was not built.
@@ -98,7 +107,8 @@ def load_library() -> ctypes.CDLL | None:
     if not LIBRARY.is_file():
         return None
     library = ctypes.CDLL(str(LIBRARY))
-    ours = [ctypes.sizeof(args) for args in (AttendArgs, SelectArgs, GatherArgs, TableArgs, PageArgs, LocateArgs)]
+    structures = (AttendArgs, SelectArgs, GatherArgs, TableArgs, PageArgs, LocateArgs, HalvesArgs)
+    ours = [ctypes.sizeof(args) for args in structures]
     if not hasattr(library, "farkv_size") or [library.farkv_size(c_int64(i)) for i in range(len(ours))] != ours:
         raise ConfigError(
             f"native kernels: expected {LIBRARY.name} to be built from these sources, got one from others; install "
@@ -108,6 +118,9 @@ def load_library() -> ctypes.CDLL | None:
     for name in ("attend", "select", "gather", "learn"):
         call = getattr(library, f"farkv_{name}")
         call.argtypes, call.restype = [c_int64, c_void_p], c_int
+    for name in ("split", "join"):
+        call = getattr(library, f"farkv_{name}")
+        call.argtypes, call.restype = [c_int64, c_void_p], None
     library.farkv_read_pages.argtypes, library.farkv_read_pages.restype = [c_void_p], c_int64
     library.farkv_locate.argtypes, library.farkv_locate.restype = [c_void_p], c_int
     library.farkv_crc32.argtypes, library.farkv_crc32.restype = [c_void_p, c_int64], c_uint32

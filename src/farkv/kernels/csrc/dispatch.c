@@ -31,7 +31,7 @@ static const struct kernels *find(int64_t isa) {
 EXPORT int64_t farkv_size(int64_t which) {
     const int64_t sizes[] = {sizeof(struct attend_args), sizeof(struct select_args), sizeof(struct gather_args),
                              sizeof(struct table_args), sizeof(struct page_args),
-                             sizeof(struct locate_args)};
+                             sizeof(struct locate_args), sizeof(struct halves_args)};
     return sizes[which];
 }
 
@@ -39,6 +39,9 @@ EXPORT int farkv_can_run(int64_t isa) { return find(isa) != 0; }
 EXPORT int farkv_attend(int64_t isa, const struct attend_args *args) { return find(isa)->attend(args); }
 EXPORT int farkv_select(int64_t isa, const struct select_args *args) { return find(isa)->select(args); }
 EXPORT int farkv_gather(int64_t isa, const struct gather_args *args) { return find(isa)->gather(args); }
+
+EXPORT void farkv_split(int64_t isa, const struct halves_args *args) { find(isa)->split(args); }
+EXPORT void farkv_join(int64_t isa, const struct halves_args *args) { find(isa)->join(args); }
 
 EXPORT int farkv_learn(int64_t isa, const struct table_args *args) { return find(isa)->learn(args); }
 

@@ -89,6 +89,15 @@ struct locate_args {
     int64_t n, n_heads, capacity, n_pages, tokens, n_found;
 };
 
+/* Rows as pairs of integers, or products of such pairs. */
+struct halves_args {
+    const float *rows; /* [n, width], to split */
+    float *products;   /* [2 n, width]: the parts of rows, written; or products, the first n of which are written */
+    float *unit;       /* [n] */
+    const float *bias; /* [width], or NULL */
+    int64_t n, width, threads;
+};
+
 struct kernels {
     int (*attend)(const struct attend_args *);
     int (*select)(const struct select_args *);
@@ -96,6 +105,8 @@ struct kernels {
     int (*learn)(const struct table_args *);
     uint64_t (*read)(const uint8_t *data, int64_t n_bytes, int64_t threads);
     uint64_t (*read_rows)(const uint8_t *data, const int64_t *positions, int64_t n, int64_t row_bytes, int64_t threads);
+    void (*split)(const struct halves_args *);
+    void (*join)(const struct halves_args *);
 };
 
 /* Call work(context, task) for every task, on up to `threads` threads, this one included (pool.c). */
