@@ -1,7 +1,7 @@
 """Tables of speed from what `farkv bench ... --json` printed; every file is one such object.
 
 python benchmarks/speed.py            # measure all of it: about half an hour on two cores, nothing else may run
-python benchmarks/speed.py decode     # one of decode, prefill, e2e, calibrate
+python benchmarks/speed.py decode     # some of RUNS; for whole_* first: python benchmarks/real_models.py qwen05
 
 In: a quiet machine. Out: benchmarks/results/bench_*.json, from which `tables.py` fills README and docs.
 """
@@ -15,10 +15,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from real_models import find_folder
 from rows import RESULTS, Row, Rows, format_rows, group
 
 from farkv.bench.shapes import format_tokens
 
+# A real model of `real_models.py`, as a file that llama.cpp runs too.
+WHOLE = (
+    "e2e --model {models}/qwen05/model.gguf --contexts 2K,8K,16K,32K --weights int8 --rounds 6 --peer llama.cpp "
+    "--threads"
+)
+# transformers' own attention in bfloat16 is no match on a CPU without it: it is measured in float32.
+HALF = "--dtype bfloat16 --methods infinigen"
 # What is measured, by name: the arguments of `farkv bench`.
 RUNS = {
     "decode": "decode --contexts 8K,32K,128K --threads 1 --rounds 15 --peer llama.cpp",
@@ -27,6 +35,10 @@ RUNS = {
     "e2e": "e2e --contexts 4K,32K --threads 2 --rounds 4",
     "short": "e2e --contexts 128,256,512,1K,2K --threads 2 --layers 4 --rounds 9 --own-fraction",
     "calibrate": "decode --calibrate --threads 1",
+    "whole_1": f"{WHOLE} 1 --dtype float32",
+    "whole_2": f"{WHOLE} 2 --dtype float32",
+    "whole_half_1": f"{WHOLE} 1 {HALF}",
+    "whole_half_2": f"{WHOLE} 2 {HALF}",
 }
 COLUMNS = ("ms", "of ours", "of its floor")
 OURS, BASE = "infinigen", "dense-native"
@@ -106,6 +118,32 @@ def format_model(name: str) -> str:
     return format_rows(["context", "method", "ms per token", "tokens/s", "plain / ours"], lines, text + describe(found))
 
 
+def format_whole() -> str:
+    """Return whole steps of a real model beside llama.cpp on the same file, and from where on ours are faster."""
+    lines, notes = [], list[str]()
+    for name in ("whole_half_1", "whole_1", "whole_half_2", "whole_2"):
+        found = read(name)
+        threads, dtype = found["machine"]["threads"], found["settings"]["dtype"]
+        gains: dict[int, float] = {}
+        for context, mine in group(found["rows"], "context").items():
+            ours, peer = find(mine, OURS, context), find(mine, "llama.cpp", context)
+            assert ours is not None
+            assert peer is not None
+            gains[context] = peer["ms_per_token"] / ours["ms_per_token"]
+            cells = [threads, dtype, format_tokens(context), format_ms(ours["ms_per_token"])]
+            cells += [format_ms(peer["ms_per_token"]), f"{gains[context]:.2f} x", peer["kv"]]
+            plain = [r for r in mine if r["method"].startswith("hf-")]
+            cells += [c for r in plain for c in (format_ms(r["ms_per_token"]),
+                                                 f"{r['ms_per_token'] / ours['ms_per_token']:.2f} x")]  # fmt: skip
+            lines.append(cells)
+        won = [n for n in sorted(gains) if all(gains[m] > 1 for m in gains if m >= n)]
+        said = f"faster than llama.cpp from {format_tokens(won[0])} tokens on" if won else "slower than llama.cpp"
+        notes.append(f"{threads} thread{'s' if threads > 1 else ''}, {dtype}: {said}.")
+    head = ["threads", "farkv's dtype", "context", "farkv, ms per token", "llama.cpp", "of ours", "its KV",
+            "transformers", "of ours"]  # fmt: skip
+    return format_rows(head, lines, f"{describe(read('whole_2'))} {' '.join(notes)}")
+
+
 def format_prefill() -> str:
     """Return the ratio of prefill times."""
     found, lines = read("prefill"), []
@@ -136,11 +174,12 @@ def main() -> None:
     names = sys.argv[1:] or list(RUNS)
     program = Path(sys.executable).with_name("farkv")
     for name in names:
-        sys.stderr.write(f"== {name}: farkv bench {RUNS[name]} --json\n")
+        asked = RUNS[name].format(models=find_folder())
+        sys.stderr.write(f"== {name}: farkv bench {asked} --json\n")
         with tempfile.TemporaryDirectory() as folder:
             # What is measured here must not change how this machine runs farkv, nor the other way round.
             done = subprocess.run(
-                [program, "bench", *RUNS[name].split(), "--json"],
+                [program, "bench", *asked.split(), "--json"],
                 stdout=subprocess.PIPE,
                 text=True,
                 check=True,

@@ -90,6 +90,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "decode": speed.format_decode,
         "threads": partial(speed.format_decode, name="threads"),
         "e2e": partial(speed.format_model, "e2e"),
+        "whole": speed.format_whole,
         "calibrate": speed.format_calibration,
         "short": partial(speed.format_model, "short"),
         "overhead": overhead.format_table,
