@@ -18,6 +18,7 @@ import demo_eval
 import disk
 import drift
 import eviction
+import evidence_every
 import evidence_tables
 import far
 import far_quality
@@ -26,6 +27,7 @@ import gpu
 import hot
 import limits
 import overhead
+import page_sizes
 import prefill
 import quality
 import quant
@@ -52,6 +54,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/evaluation.md": {
         "models": evidence_tables.format_models,
         "tasks": evidence_tables.format_tasks,
+        "every": evidence_every.format_every,
         "orders": evidence_tables.format_orders,
         "index": evidence_tables.format_index,
         "ahead": evidence_tables.format_ahead,
@@ -78,6 +81,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "eviction": eviction.format_table,
         "far": far.format_table,
         "far-quality": far_quality.format_table,
+        "page-sizes": page_sizes.format_table,
         "disk-quality": disk.format_quality,
         "quant": quant.format_table,
         "prefill": prefill.format_table,

@@ -25,7 +25,9 @@ from farkv.hf.weights import find_form, pack_weights
 from farkv.methods import Full, InfiniGen
 
 SIZES = ((64, 48), (96, 4112))
-KINDS: list[type[PackedLinear]] = [PortableInt8Linear, Int4Linear, *([Int8Linear] if Int8Linear.is_possible() else [])]
+# What large maps are packed into.
+INT8: type[PackedLinear] = Int8Linear if Int8Linear.is_possible() else PortableInt8Linear
+KINDS: list[type[PackedLinear]] = [PortableInt8Linear, Int4Linear, *([Int8Linear] if INT8 is Int8Linear else [])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,11 +100,16 @@ def test_a_row_of_eight_bits_depends_on_no_other(monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_large_maps_are_multiplied_by_fbgemm() -> None:
+    for inputs, outputs, form in ((512, 2048, INT8), (512, 2047, PortableInt8Linear)):
+        assert find_form("int8", nn.Linear(inputs, outputs, device="meta")) is form
+
+
 def test_weights_whose_products_would_overflow_do_not() -> None:
     # Every code 127 or -127, every input the largest: sums of two products of 8 bits are as large as they can be.
     source = nn.Linear(64, 16, bias=False)
     source.weight.data = torch.ones(16, 64) * torch.tensor([1.0, -1.0])[torch.arange(16) % 2][:, None]
-    packed, x = find_form("int8")(source), torch.ones(2, 64) * torch.tensor([[1.0], [-3.0]])
+    packed, x = INT8(source), torch.ones(2, 64) * torch.tensor([[1.0], [-3.0]])
     torch.testing.assert_close(packed(x), linear(x, packed.unpack()), rtol=1e-4, atol=0)
 
 
@@ -131,7 +138,7 @@ def test_every_linear_map_is_packed_and_bytes_say_so(kind: str) -> None:
 def test_plain_weights_go_one_map_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, alive = load_demo(), list[int]()
     plain = [weakref.ref(m) for m in model.modules() if type(m) is nn.Linear]
-    form = find_form("int8")
+    form = PortableInt8Linear
     make = form.__init__
 
     def count(self: PackedLinear, source: nn.Linear) -> None:

@@ -22,11 +22,16 @@ from farkv.hf.packed import GROUP, MULTIPLE, Int4Linear, Int8Linear, PackedLinea
 log = logging.getLogger("farkv")
 
 
-def find_form(kind: str) -> type[PackedLinear]:
+# From so many weights on, FBGEMM gains more than two calls around it cost (docs/decisions/0023).
+MANY_WEIGHTS = 1 << 20
+
+
+def find_form(kind: str, source: nn.Linear) -> type[PackedLinear]:
     """Return what a linear map is replaced by."""
     if kind == "int4":
         return Int4Linear
-    return Int8Linear if Int8Linear.is_possible() else PortableInt8Linear
+    is_large = source.in_features * source.out_features >= MANY_WEIGHTS
+    return Int8Linear if is_large and Int8Linear.is_possible() else PortableInt8Linear
 
 
 def refuse_packing(kind: str, device: torch.device) -> ConfigError:
@@ -58,7 +63,7 @@ def pack_weights(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     if any(isinstance(child, PackedLinear) for child in model.modules()):
         raise ConfigError("weights: expected plain weights, these are packed already; load the model again")
     keep_identity(model, identify_model(model))
-    before, form = count_bytes(model), find_form(kind)
+    before = count_bytes(model)
     parents = [part for part in model.modules() if type(part) is not nn.Linear]
     uses = Counter(id(child) for part in parents for child in part.children() if type(child) is nn.Linear)
     # What is shared stays shared. Its plain form is held to the end; every other one's goes before the next is packed.
@@ -71,7 +76,7 @@ def pack_weights(model: PreTrainedModel, kind: str) -> PreTrainedModel:
         if kind == "int4" and (child.in_features % GROUP or child.out_features % MULTIPLE):
             continue
         n_packed += id(child) not in shared
-        made = shared[id(child)][1] if id(child) in shared else form(child)
+        made = shared[id(child)][1] if id(child) in shared else find_form(kind, child)(child)
         if uses[id(child)] > 1:
             shared[id(child)] = child, made
         setattr(parent, name, made)
