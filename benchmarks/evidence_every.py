@@ -1,4 +1,4 @@
-"""Every task at every fraction, ours beside the oracle and low-bit keys: rows of `smollm2-every`, for docs (`tables.py`).
+"""Every task at every fraction, ours beside the oracle and low-bit keys: `smollm2-every`, for docs (`tables.py`).
 
 In float32, for machines without bfloat16, where the index has as many bits a key as it has in half precision:
 
