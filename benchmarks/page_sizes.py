@@ -66,6 +66,8 @@ def run_text(bench: Bench, text: Mixed, whole: Prefilled, sizes: list[int]) -> I
 def format_table(path: Path = RESULTS / "page_sizes.jsonl") -> str:
     """Return one Markdown row per model and size of a page."""
     lines, rows = [], read_rows(path)
+    if not rows:
+        return "Not run yet."
     for (model, tokens), mine in group(rows, "model", "tokens").items():
         for size, of_size in group(mine, "size").items():
             read, disk = (mean(r[name] for r in of_size) for name in ("read", "disk"))
