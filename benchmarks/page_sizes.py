@@ -81,7 +81,8 @@ def format_table(path: Path = RESULTS / "page_sizes.jsonl") -> str:
             lines.append(cells + ([f"{disk:.1%}", f"{disk / read:.2f}"] if size else []))
     head = ["model", "tokens", "pages", "KL", "ms per token", "attended to", "from disk", "read again"]
     texts = len({row["text"] for row in rows})
-    note = f"{texts} texts, {STEPS} tokens decoded, float32, {rows[0]['threads']} threads, a step may read 5 %."
+    threads = "1 thread" if rows[0]["threads"] == 1 else f"{rows[0]['threads']} threads"
+    note = f"{texts} texts, {STEPS} tokens decoded, float32, {threads}, a step may read 5 %."
     return format_rows(head, lines, note)
 
 
