@@ -145,7 +145,9 @@ def format_whole() -> str:
         notes.append(f"{threads} thread{'s' if threads > 1 else ''}, {dtype}: {said}.")
     head = ["threads", "farkv's dtype", "context", "farkv, ms per token", "llama.cpp", "of ours", "its KV",
             "transformers", "of ours"]  # fmt: skip
-    return format_rows(head, lines, f"{describe(read('whole_2'))} {' '.join(notes)}")
+    machine = read("whole_2")["machine"]
+    text = f"{machine['cpu']}, kernel {machine['kernel']}. Medians of interleaved rounds."
+    return format_rows(head, lines, f"{text} {' '.join(notes)}")
 
 
 def format_prefill() -> str:

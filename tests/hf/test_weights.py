@@ -161,6 +161,19 @@ def test_a_copy_of_a_packed_model_is_one() -> None:
         assert torch.equal(other(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def test_a_gradient_is_refused_and_not_lost() -> None:
+    model = pack_weights(load_demo(), "int8")
+    assert not any(weight.requires_grad for weight in model.parameters())
+    # Without no_grad: what asks for no gradient runs.
+    assert model(input_ids=torch.arange(5, 9)[None]).logits.isfinite().all()
+    packed, x = INT8(nn.Linear(96, 48)), torch.randn(2, 96, requires_grad=True)
+    with pytest.raises((ConfigError, RuntimeError)):
+        packed(x).sum().backward()
+    assert x.grad is None
+    with torch.no_grad():
+        packed(x)
+
+
 def test_maps_that_are_shared_stay_shared() -> None:
     model = load_demo()
     first, second = model.model.layers[0].mlp, model.model.layers[1].mlp

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from farkv._axes import Float, Float32, Tensor
+from farkv.errors import ConfigError
 from farkv.kernels.native import load_native
 from farkv.math import halves
 
@@ -119,8 +120,10 @@ class Int8Linear(PackedLinear):
         return product.view(shape)
 
     def _multiply(self, rows: Float[Tensor, "N E"]) -> Float32[Tensor, "N O"]:
+        if rows.requires_grad and torch.is_grad_enabled():
+            raise ConfigError("weights: no gradient passes through packed weights; load the model without --weights")
         by = load_native() or halves
-        parts, unit = by.split_rows(rows.detach().float().contiguous())
+        parts, unit = by.split_rows(rows.float().contiguous())
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
         products = multiply(parts, 1.0, halves.HALF + 1, self.maps)
         return by.join_rows(products, unit, None if self.bias is None else self.bias.detach().float())

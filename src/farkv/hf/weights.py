@@ -80,6 +80,8 @@ def pack_weights(model: PreTrainedModel, kind: str) -> PreTrainedModel:
         if uses[id(child)] > 1:
             shared[id(child)] = child, made
         setattr(parent, name, made)
+    # No gradient passes through packed maps: none is to be asked for by default.
+    model.requires_grad_(False)
     was = getattr(model, "farkv_source", None)
     note = f"{kind} of {n_packed} of {len(uses)} linear maps"
     note_source(model, note if was is None else f"{note}, packed from {was}")
