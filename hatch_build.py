@@ -31,7 +31,7 @@ LEAST = {
     "aarch64": ["-march=armv8-a"],
 }
 LEAST |= {"AMD64": LEAST["x86_64"], "arm64": LEAST["aarch64"]}
-X86 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512vnni": [*AVX512, "-mavx512vnni"]}
+X86 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vnni", "-mavx512vbmi"]}
 ARM = {"generic": [], "neon": []}
 
 

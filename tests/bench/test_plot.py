@@ -13,7 +13,7 @@ from farkv.bench.report import Report, Row, draw_rows, format_ms
 from farkv.errors import ConfigError
 
 MACHINE = {
-    "cpu": "a processor", "threads": 2, "kernel": "native-avx512vnni", "read_gb_per_s": 12.3,
+    "cpu": "a processor", "threads": 2, "kernel": "native-avx512vbmi", "read_gb_per_s": 12.3,
     "gather_gb_per_s": 4.5, "gather_row_bytes": 512,
 }  # fmt: skip
 

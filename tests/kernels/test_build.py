@@ -31,10 +31,11 @@ SETS = [
     "__POPCNT__",
     "__AVX512F__",
     "__AVX512VNNI__",
+    "__AVX512VBMI__",
     "__BMI2__",
 ]
 AVX2 = set(SETS[:7])
-WANTED = {"generic": set(), "avx2": AVX2, "avx512": AVX2 | {"__AVX512F__"}, "avx512vnni": AVX2 | set(SETS[7:9])}
+WANTED = {"generic": set(), "avx2": AVX2, "avx512": AVX2 | {"__AVX512F__"}, "avx512vbmi": AVX2 | set(SETS[7:10])}
 
 
 @pytest.mark.parametrize("cflags", ["", "-march=native", "-march=x86-64-v4", "-mavx2 -mbmi2 -march=x86-64-v3"])

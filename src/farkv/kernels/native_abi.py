@@ -20,7 +20,7 @@ from farkv.errors import ConfigError
 LIBRARY = Path(__file__).with_name("_native.so")
 FORMS = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "int4": 4}
 # Instruction sets, best first, each with its number in the library.
-ISAS = {"avx512vnni": 3, "avx512": 2, "avx2": 1, "neon": 4, "generic": 0}
+ISAS = {"avx512vbmi": 3, "avx512": 2, "avx2": 1, "neon": 4, "generic": 0}
 NO_MEMORY, BAD_POSITION = 1, 2
 
 

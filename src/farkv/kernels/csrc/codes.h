@@ -1,4 +1,4 @@
-/* Logits of an index's nibbles: each nibble of a row looks up what it adds in a table of 16 entries (head.h makes it).
+/* Logits of an index's nibbles: each nibble of a row looks up what it adds in a table of 16 entries (query.h makes it).
 
    Exactly: a record at a time, the queries of a group in lanes, in float32. Coarsely, where the CPU shuffles bytes: VB
    records at a time, each table rounded to 8 bits; a vector of nibbles is looked up by one shuffle. */
@@ -26,7 +26,10 @@ struct index_query {
     int64_t group, code_bytes;
     int64_t lanes;                 /* the group, in whole vectors of 4 (up to 4 queries) or 8 */
     const float *exact;            /* [nibble][16][lanes], in units of log2 */
-    const uint8_t *coarse;         /* [group][pair_place(nibble)][16] */
+    int64_t n_quads;               /* 0: tables are in pairs (pair_place), else in quads (quads.h) */
+    const uint8_t *coarse;         /* [group][pair_place(nibble)][16], or [group][quad][64] */
+    const uint8_t *fine;           /* [group][high, low byte][quad][64], or NULL */
+    const float *fine_step, *fine_base;
     const float *step, *base;      /* log2 of a coarse weight = base + step * sum of entries, [group] */
     const float *offset;           /* what is taken off log2 of a weight, [group] */
     float softcap;                 /* in units of log2; 0: none */
@@ -51,31 +54,6 @@ struct index_query {
     }
 SUM_ROWS(sum_rows_4, v4, 4)
 SUM_ROWS(sum_rows_8, v8, 8)
-
-/* exponents[g][j] = log2 of the weights of n <= RUN records: in sequence, or those at `at`. Lanes beyond are 0. */
-static __attribute__((noinline)) void form_exponents(const struct index_query *q, const uint8_t *rows, int64_t stride,
-                                                     const int32_t *at, int64_t n, float *exponents) {
-    for (int64_t j = 0; j < n; j += 4) {
-        const uint8_t *row[4];
-        for (int64_t r = 0; r < 4; r++) {
-            int64_t i = j + r < n ? j + r : n - 1;
-            row[r] = rows + (at ? at[i] : i) * stride;
-        }
-        int64_t left = n - j < 4 ? n - j : 4;
-        if (q->lanes == 4) sum_rows_4(q, 0, row, left, exponents + j);
-        else
-            for (int64_t first = 0; first < q->group; first += 8) sum_rows_8(q, first, row, left, exponents + j);
-    }
-    for (int64_t g = 0; g < q->group; g++) {
-        float *to = exponents + g * RUN;
-        for (int64_t j = n; j % VL; j++) to[j] = 0;
-        for (int64_t j = 0; j < n; j += VL) {
-            vf t = load(to + j);
-            if (q->softcap != 0) t = cap_softly(t, q->softcap);
-            store(to + j, t - q->offset[g]);
-        }
-    }
-}
 
 /* EVEN, ODD: the even bytes of a, then of b, in every 16 bytes; the odd ones. LOOK_UP: table[nibble], 16 bytes each. */
 #if defined(__AVX512BW__)

@@ -5,7 +5,7 @@
 
 extern const struct kernels farkv_kernels_generic;
 #if defined(__x86_64__) || defined(__i386__)
-extern const struct kernels farkv_kernels_avx2, farkv_kernels_avx512, farkv_kernels_avx512vnni;
+extern const struct kernels farkv_kernels_avx2, farkv_kernels_avx512, farkv_kernels_avx512vbmi;
 #elif defined(__aarch64__)
 extern const struct kernels farkv_kernels_neon;
 #endif
@@ -20,7 +20,8 @@ static const struct kernels *find(int64_t isa) {
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (isa == ISA_AVX2 && avx2) return &farkv_kernels_avx2;
     if (isa == ISA_AVX512 && avx512) return &farkv_kernels_avx512;
-    if (isa == ISA_AVX512VNNI && avx512 && __builtin_cpu_supports("avx512vnni")) return &farkv_kernels_avx512vnni;
+    if (isa == ISA_AVX512VBMI && avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi"))
+        return &farkv_kernels_avx512vbmi;
 #elif defined(__aarch64__)
     if (isa == ISA_NEON) return &farkv_kernels_neon;
 #endif

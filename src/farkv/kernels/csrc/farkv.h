@@ -10,7 +10,7 @@
 
 enum { FARKV_OK = 0, FARKV_NO_MEMORY = 1, FARKV_BAD_POSITION = 2 };
 enum { FORM_F32, FORM_BF16, FORM_F16, FORM_INT8, FORM_INT4, N_FORMS };
-enum { ISA_GENERIC, ISA_AVX2, ISA_AVX512, ISA_AVX512VNNI, ISA_NEON, N_ISAS };
+enum { ISA_GENERIC, ISA_AVX2, ISA_AVX512, ISA_AVX512VBMI, ISA_NEON, N_ISAS };
 
 /* One-query attention over stored records, [k | v] each. */
 struct attend_args {

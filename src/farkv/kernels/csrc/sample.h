@@ -1,7 +1,7 @@
 /* Estimates from a sample of the records: reference logits, guesses of softmax sums, a bound; and thresholds. */
 #include <math.h>
 
-#include "head.h"
+#include "query.h"
 
 #define SAMPLE_RUNS 66 /* the first and the last records, and runs in between */
 #define SAMPLE_RUN 16
@@ -145,7 +145,7 @@ static void take_sample(struct head *h, int64_t head) {
     float mass[SAMPLE_RUNS * SAMPLE_RUN] = {0};
     h->coarse = SHUFFLES_BYTES && h->query.softcap == 0 && count_nibbles(a) <= MOST_NIBBLES &&
                 a->row_stride >= a->code_bytes;
-    if (h->coarse) round_tables(h);
+    if (h->coarse && !h->query.n_quads) round_tables(h);
     h->coarse &= h->margin < MOST_MARGIN;
     weigh_sample(h, samples);
     for (int64_t g = 0; g < group; g++) guess_sum(h, g, samples, mass);

@@ -47,6 +47,8 @@ static int64_t scan_run(struct head *h, int64_t first, int64_t n, float bound, v
     return at;
 }
 
+#define BLOCKS_AHEAD 4 /* whose rows are fetched meanwhile: a core alone does not run so far ahead of a scan this fast */
+
 /* Where, in a block, lane l of its first vector is: of vector i 4 i further on. */
 INLINE vi order_of_block(void) {
     vi lane = count_from(0);
@@ -59,6 +61,7 @@ static __attribute__((noinline)) int64_t scan_block(struct head *h, int64_t firs
     vf mass[4] = {{0}}, limit[4];
     const uint8_t *runs[VB / 16], *rows = h->codes + first * a->row_stride;
     for (int lane = 0; lane < VB / 16; lane++) runs[lane] = rows + 16 * lane * a->row_stride;
+    prefetch_row(rows + BLOCKS_AHEAD * VB * a->row_stride, VB * a->row_stride);
     form_block(h, runs);
     UNROLL for (int i = 0; i < 4; i++) {
         limit[i] = fill(bound);
