@@ -15,8 +15,9 @@ from farkv._axes import Int, Tensor
 from farkv.store.far.page_file import PageFile, PageReader
 from farkv.store.memory import Mover
 
-# Least bytes of a page on real shapes: what makes a disk read efficient.
-PAGE_BYTES = 64 * 1024
+# Bytes of a page on real shapes. Four times as many read as fast, eight at once, and answer worse: a page is chosen whole
+# (docs/tiers.md).
+PAGE_BYTES = 16 * 1024
 # Most tokens of a page: where records are tiny, a page must not be the whole context.
 MOST_TOKENS = 256
 # Pages that a short context should have, so that a step can choose some of them; least tokens of a page then.
@@ -37,7 +38,7 @@ class PageForm(NamedTuple):
 
 
 def count_page_tokens(record_bytes: int, context: int = 0) -> int:
-    """Return the tokens of a page: a power of two, at least 64 KiB where records have 256 bytes or more.
+    """Return the tokens of a page: a power of two, at least 16 KiB where records have 64 bytes or more.
 
     A short context gets smaller pages, SOME_PAGES or more, so that a step can choose some of them.
 
