@@ -38,7 +38,7 @@ ALLOWED = {
     ("engine/fast_choice.py", "vary_one", "tolist"): "the same",
     ("engine/padding.py", "count", "tolist"): "once per pass, where something is padded",
     ("engine/pool_policy.py", "choose_kept", "nonzero"): "once per eviction of many records",
-    ("hf/identity.py", "digest_weights", "numpy"): "once, at attach",
+    ("hf/identity.py", "digest_tensors", "numpy"): "where weights are new, or changed",
     ("hf/identity.py", "identify_model", "numpy"): "the same",
     ("hf/layer.py", "batch_select_indices", "cpu"): "the user's own call, not a step",
     ("hf/verify.py", "after", "tolist"): "verified steps are not timed",

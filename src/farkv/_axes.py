@@ -10,7 +10,7 @@ G   query heads of one KV head        C   capacity, in tokens
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float, Float32, Int, Int8
+from jaxtyping import Bool, Float, Float32, Int, Int8, Shaped
 from torch import Tensor
 
-__all__ = ["Bool", "Float", "Float32", "Int", "Int8", "Tensor"]
+__all__ = ["Bool", "Float", "Float32", "Int", "Int8", "Shaped", "Tensor"]

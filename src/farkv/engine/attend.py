@@ -16,9 +16,10 @@ from farkv.engine.mass import measure_found
 from farkv.engine.mode import Mode
 from farkv.engine.pool_policy import PoolPolicy
 from farkv.engine.records import LayerRecords
+from farkv.errors import CacheStateError
 from farkv.math.attention import add_odds, align_mask, align_rows
 from farkv.math.select import Choice
-from farkv.math.step import AttentionFunction, Step
+from farkv.math.step import AttentionFunction, Step, describe_bias
 from farkv.math.stream import Stream
 from farkv.receipt import BIT, INEXACT, ROUNDING, Account
 from farkv.store.records import Fetch, Read
@@ -147,6 +148,8 @@ class Attention:
             self._trace(records, None, None)
             self._measure(records, step, None)
         in_blocks = total > n_new and self.store.streams
+        if step.has_bias and (in_blocks or self.store.evicted[layer]):
+            raise CacheStateError(describe_bias(step))
         self._note(records, total, ROUNDING if in_blocks else BIT)
         if total == n_new:
             with self.store.hold(step.new_bytes):

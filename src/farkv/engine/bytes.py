@@ -146,7 +146,7 @@ def _count_rows(need: Need, held: Held, limits: ByteLimits) -> _Rows:
         rows, besides = need.keep.rows, need.keep.besides
         reserve = rows if max(rows.values()) < need.tokens else None
     remember_tokens = 0
-    if need.verifies and need.evicts:
+    if need.remembers:
         # One layer more while what is remembered grows.
         remember_tokens = need.tokens
         n_layers = len(need.layers) + (0 if need.is_announced else 1)

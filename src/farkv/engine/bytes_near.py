@@ -56,7 +56,7 @@ def plan_near(need: Need, limits: ByteLimits, n_rows: int, most: int = BLOCK_TOK
 
 def must_stream(need: Need, limits: ByteLimits, whole: NearNeed) -> bool:
     """Say whether dense reads come block by block: records are coded or paged, or a layer is too much."""
-    if need.verifies and need.evicts:
+    if need.remembers:
         return False
     # Where every step reads everything, whole layers make it the plain model's; else they would take page copies' room.
     if not need.assembles and (limits.page is not None or need.is_coded):

@@ -69,6 +69,11 @@ class Need(NamedTuple):
     n_groups: int = 1
 
     @property
+    def remembers(self) -> bool:
+        """Whether all records are kept besides, as the model made them, to verify against."""
+        return self.verifies and (self.evicts or self.is_coded)
+
+    @property
     def n_at_once(self) -> int:
         """Return the tokens that are read at once."""
         return min(self.chunk, self.n_new) if self.chunk else self.n_new

@@ -115,7 +115,7 @@ class Chooser:
         else:
             scores = self._reach(records.layer, self._score(records, query, n_old, budget))
             caps, fewest = ((torch.tensor(part) + own).clamp_(max=n_old) for part in (terms.caps, terms.fewest))
-            varied = select_above(scores, caps, fewest, torch.tensor(terms.least), own)
+            varied = select_above(scores, caps, fewest, torch.tensor(terms.least, dtype=torch.float32), own)
         self.bank.note(counts, varied.counts.float().mean(-1).tolist(), varied.floors.tolist(), newest)
         return varied.choice
 

@@ -158,7 +158,7 @@ class Eviction:
         """Hold the best records of every head near."""
         assert self.evictor is not None
         records = self.records[layer]
-        visible, keys = records.visible(records.length), records.keys(0, records.length)
+        visible, keys = records.known(records.length), records.keys(0, records.length)
         seen = None if visible is None else visible.to(keys.device)
         scores = self.evictor.score(layer, keys, records.values(), seen)
         n = min(int(share * records.seen), scores.shape[-1])
@@ -186,7 +186,7 @@ class Eviction:
         if n_rows <= max(shares.count(layer, records.seen) - room, shares.least):
             return
         scores = self._scores(layer).float().to(self.store.device)
-        self._evict(layer, self._choose(layer, scores, n_rows, records.visible(n_rows), room))
+        self._evict(layer, self._choose(layer, scores, n_rows, records.known(n_rows), room))
 
     def _choose(
         self, layer: int, scores: Tensor, n_rows: int, visible: Bool[Tensor, "B h S"] | None, room: int
@@ -230,7 +230,7 @@ class Eviction:
         if n > 0:
             assert self.policy is not None
             records = self.records[layer]
-            self._evict(layer, self.policy.choose_kept(layer, n, records.visible(records.length), newest))
+            self._evict(layer, self.policy.choose_kept(layer, n, records.known(records.length), newest))
 
     def _evict(self, layer: int, kept: Keep) -> None:
         """Evict all but the kept records; the method may prepare first."""

@@ -116,7 +116,7 @@ def draw_alike(scored: Scored, cap: int, n_sinks: int, seeds: Tensor) -> Choice:
         return choose_alike(scored, cap, n_sinks, None)
     query, view = scored.query, scored.view
     assert isinstance(scored.kernels, Native)
-    drawn = Drawn(seeds.contiguous(), torch.empty(*seeds.shape, cap))
+    drawn = Drawn(seeds.contiguous(), torch.empty(*seeds.shape, cap, dtype=torch.float32))
     chosen = scored.kernels.select(query.q, view, query.logits, cap=cap, n=scored.n, sinks=n_sinks, drawn=drawn)
     return Choice(chosen, None, odds=drawn.odds)
 
@@ -132,7 +132,7 @@ def choose_varied(scored: Scored, budget: Budget, terms: Terms) -> VariedChoice:
     assert isinstance(scored.kernels, Native)
     own = [torch.tensor(part).clamp_(max=scored.n) for part in (terms.caps, terms.fewest)]
     least, counts = torch.tensor(terms.least), torch.zeros(heads, dtype=torch.int64)
-    varied = Varied(own[0], least, own[1], counts, torch.zeros(heads))
+    varied = Varied(own[0], least, own[1], counts, torch.zeros(heads, dtype=torch.float32))
     cap = max(varied.caps.tolist())
     if budget.own is not None:
         parts = [part._replace(cap=int(n)) for part, n in zip(split_early(budget, scored), varied.caps, strict=True)]

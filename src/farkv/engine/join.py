@@ -44,7 +44,8 @@ def join_engines(engine: Engine, other: Engine) -> None:
         each.store.drop_recently_used()
         each.pending.clear()
     join_banks(engine, other)
-    engine.padding.set(join_real(engine, other, n_tokens))
+    real = join_real(engine, other, n_tokens)
+    engine.padding.set(real, real)
     for layer in engine.layers:
         lengths = engine.store.length(layer), other.store.length(layer)
         engine.selector.join(other.selector, layer, batches, lengths)
@@ -79,7 +80,7 @@ def join_real(engine: Engine, other: Engine, n_tokens: int) -> Bool[Tensor, "B S
     padded = False
     for each in (engine, other):
         seen, n_sequences = each.store.seen(each.layers[0]), each.store.batch(each.layers[0])
-        real = each.padding.of_tokens(seen)
+        real = each.padding.of_tokens(seen, ever=True)
         padded = padded or real is not None or seen < n_tokens
         if real is None:
             real = torch.ones(1, seen, dtype=torch.bool, device=each.store.device)

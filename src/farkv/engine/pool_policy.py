@@ -135,7 +135,7 @@ class PoolPolicy:
         n = q.shape[2]
         place = torch.arange(n_rows, device=q.device)
         visible = (place <= place[-n:, None])[None, None]
-        real = records.visible(n_rows)
+        real = records.known(n_rows)
         if real is not None:
             visible = visible & real[:, :, None]
         blocks = range(0, n_rows, BLOCK_TOKENS)
@@ -171,4 +171,4 @@ class PoolPolicy:
         positions = stay.nonzero()[:, 2].view(*births.shape[:2], n_rows - n)
         # A deliberate sync, once per eviction: behind the last victim nothing is missing.
         gapless = min(n_rows - 1 - int(victims.max()), store.kept[layer].gapless)
-        return Keep(positions, torch.zeros(positions.shape, device=device), gapless)
+        return Keep(positions, torch.zeros(positions.shape, device=device, dtype=torch.float32), gapless)

@@ -74,15 +74,19 @@ class LayerRecords:
         return self.store.records(self.layer)[1]
 
     def visible(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
-        """Return which of the first `n_rows` rows are no padding; None where all are."""
+        """Return which of the first `n_rows` rows the running pass sees; None where all are."""
         return self.padding.of_rows(self.store, self.layer, n_rows)
+
+    def known(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
+        """Return which of the first `n_rows` rows are no padding; None where all are."""
+        return self.padding.of_rows(self.store, self.layer, n_rows, ever=True)
 
     def count_real(self, n_rows: int) -> list[int]:
         """Return the tokens of every sequence among the first `n_rows` rows that are no padding."""
-        lengths = self.padding.count(n_rows + self.store.evicted[self.layer])
+        lengths = self.padding.count(n_rows + self.store.evicted[self.layer], ever=True)
         own = [n_rows] if lengths is None else [min(n, n_rows) for n in lengths.real]
         return own if len(own) > 1 else own * self.store.batch(self.layer)
 
     def real_tokens(self, n_tokens: int) -> Bool[Tensor, "b S"] | None:
         """Return which of the context's first `n_tokens` tokens are no padding; None where all are."""
-        return self.padding.of_tokens(n_tokens)
+        return self.padding.of_tokens(n_tokens, ever=True)

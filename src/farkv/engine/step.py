@@ -20,8 +20,9 @@ from farkv.engine.attend import Fetched
 from farkv.engine.budget import Budget
 from farkv.engine.parts import Parts
 from farkv.engine.setup import Setup
+from farkv.errors import CacheStateError
 from farkv.math.select import Choice
-from farkv.math.step import AttentionFunction, Query, Step
+from farkv.math.step import AttentionFunction, Query, Step, describe_bias
 from farkv.store.records import Fetch
 from farkv.store.sizes import LayerShape
 from farkv.store.whole import crop, cut_layer, find_fault
@@ -91,20 +92,28 @@ class Engine:
     def attend(self, layer: int, step: Step, attention: AttentionFunction) -> object:
         """Attend to all records, or at a decode step to the chosen ones; then update the method, note what is due."""
         parts = self.parts
-        self.padding.note(step.mask)
+        if layer == self.layers[0]:
+            # One mask for all managed layers of a pass.
+            self.padding.note(None if step.has_bias else step.mask)
         if self.mode.dense:
             return parts.attention.read_all(self.records[layer], step, attention)
+        if step.has_bias and (parts.eviction.is_active or self._is_chosen(layer, step)):
+            raise CacheStateError(describe_bias(step))
         parts.eviction.observe(layer, step)
         if parts.eviction.passing:
             return parts.eviction.store_passing(layer, step, attention)
-        if step.n_new > 1 or self.store.seen(layer) == 1 or self.selector.reads_all(layer):
+        if self._is_chosen(layer, step):
+            out = self._attend_chosen(layer, step, attention)
+        else:
             self.pending.pop(layer, None)
             out = parts.attention.read_all(self.records[layer], step, attention)
-        else:
-            out = self._attend_chosen(layer, step, attention)
         self.selector.observe(self.records[layer], step)
         parts.eviction.settle(layer, step)
         return out
+
+    def _is_chosen(self, layer: int, step: Step) -> bool:
+        """Say whether a step reads what is chosen; a pass over several tokens, and the first, read all."""
+        return step.n_new == 1 and self.store.seen(layer) > 1 and not self.selector.reads_all(layer)
 
     def _attend_chosen(self, layer: int, step: Step, attention: AttentionFunction) -> object:
         """Top up what was speculated, or choose by the true query; then attend."""
@@ -206,14 +215,17 @@ class Engine:
         self.pending.clear()
         crop(self.store, layer, n_tokens)
 
-    def cut(self, layer: int, seen: int) -> None:
+    def cut(self, layer: int, seen: int, *, remembers: bool = False) -> None:
         """Forget a layer's tokens from number `seen` on, however many of its parts have them; it can be repeated.
+
+        Args:
+            remembers: but for what steps are verified against.
 
         Raises:
             CacheStateError: what came before them is evicted.
         """
         self.pending.clear()
-        cut_layer(self.store, layer, seen)
+        cut_layer(self.store, layer, seen, remembers=remembers)
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""

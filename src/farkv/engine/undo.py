@@ -13,14 +13,14 @@ from farkv.store.whole import cut_layer, find_fault
 class State(NamedTuple):
     """The state of all layers before a pass.
 
-    seen, evicted: tokens that every layer was given, and those of each layer that were evicted.  real: which tokens are
-    no padding.  sums: scores that a pass adds to.  shares: what layers may keep.  bank: what they have
+    seen, evicted: tokens that every layer was given, and those of each layer that were evicted.  padding: which tokens
+    are seen, now and ever.  sums: scores that a pass adds to.  shares: what layers may keep.  bank: what they have
     read.
     """
 
     seen: int
     evicted: dict[int, int]
-    real: Tensor | None
+    padding: tuple[Tensor | None, Tensor | None]
     selector: Any
     evictor: Any
     sums: dict[int, Tensor]
@@ -38,7 +38,7 @@ def note_state(engine: Engine) -> State:
     return State(
         store.seen(engine.layers[0]) if engine.layers else 0,
         dict(store.evicted),
-        engine.padding.real,
+        (engine.padding.real, engine.padding.ever),
         engine.selector.snapshot(),
         None if evictor is None else evictor.snapshot(),
         sums,
@@ -68,7 +68,7 @@ def take_back(engine: Engine, state: State) -> None:
         if store.evicted[layer] != state.evicted[layer]:
             raise CacheStateError(f"layer {layer} has evicted records that the pass found")
         cut_layer(store, layer, state.seen)
-    engine.padding.set(state.real)
+    engine.padding.set(*state.padding)
     engine.selector.restore(state.selector)
     if parts.evictor is not None:
         parts.evictor.restore(state.evictor)

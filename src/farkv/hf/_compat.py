@@ -28,6 +28,7 @@ from farkv.errors import CacheStateError, SessionError
 __all__ = [
     "Cache",
     "DynamicLayer",
+    "count_groups",
     "describe_layers",
     "export_state",
     "find_attention",
@@ -62,6 +63,14 @@ def register(name: str, attention: Callable[..., Any]) -> None:
 def text_config(model: PreTrainedModel) -> Any:
     """Return the configuration of the text decoder."""
     return model.config.get_text_config(decoder=True)
+
+
+def count_groups(config: Any) -> int:
+    """Return the query heads per KV head, as a model's config says; 1 where it does not."""
+    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads < 1:
+        return 1
+    return max(1, heads // kv_heads)
 
 
 def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:

@@ -46,6 +46,7 @@ def attach(
     kernel: str = "auto",
     profile: Profile | str | Path | bool | None = None,
     plan: Plan | str | Path | None = None,
+    check: bool = True,
 ) -> Handle:
     """Let a model decode from a far KV store.
 
@@ -66,6 +67,8 @@ def attach(
         profile: a profile or its path. None: the one beside the model's weights, if there is one; False: none,
             the skew is then estimated from each prompt.
         plan: a plan or its path. With XKV it drives XKV's levers; without, what a selector may fetch per layer.
+        check: send seven tokens through the model before and after, once per class and configuration: what cannot be
+            managed is refused now, not answered wrongly later.
 
     Raises:
         UnsupportedModelError: this architecture or attention implementation cannot be managed.
@@ -92,7 +95,7 @@ def attach(
     if place is not None:
         limits = limits._replace(disk=DiskSpace(*place))
     try:
-        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels, worker=Worker()))
+        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels, worker=Worker()), looks=check)
     except BaseException:
         if limits.disk is not None:
             limits.disk.close()

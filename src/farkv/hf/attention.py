@@ -68,8 +68,49 @@ def far_attention(
         raise CacheStateError("position_bias: attention with a bias per position cannot be read sparsely")
     # The dict is this call's own.
     kwargs["scaling"], kwargs["dropout"] = scale, dropout
-    step = Step(Query(query, Logits(scale, softcap)), key, value, attention_mask)
-    return far_layer.attend(step, OwnAttention(module, kwargs))
+    far_layer.check_handed(key, value)
+    step = Step(Query(query, Logits(scale, softcap)), key, value, read_mask(attention_mask))
+    out = far_layer.attend(step, OwnAttention(module, kwargs))
+    return refuse_gradients(out) if query.requires_grad and torch.is_grad_enabled() else out
+
+
+def read_mask(mask: Tensor | None) -> Tensor | None:
+    """Return which tokens are seen, where a mask of numbers says no more than that; else the mask as it is.
+
+    A deliberate sync, for masks of numbers alone: users make them, not Hugging Face.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    seen, hidden = mask == 0, mask <= torch.finfo(mask.dtype).min / 2
+    return seen if bool((seen | hidden).all()) else mask
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, which no gradient passes: records are stored without the graph that made them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return the values."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Refuse.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(
+            "gradients: a farkv cache stores keys and values without their graph, so none reach what came before; "
+            "compute losses with an ordinary cache, or wrap the call in torch.no_grad()"
+        )
+
+
+def refuse_gradients(out: Any) -> Any:
+    """Let nobody believe that gradients flowed through a cache of ours."""
+    if isinstance(out, tuple):
+        return NoGradient.apply(out[0]), *out[1:]
+    return NoGradient.apply(out)
 
 
 class OwnAttention:

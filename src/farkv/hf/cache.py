@@ -23,24 +23,26 @@ from farkv.hf import _compat
 from farkv.hf.identity import identify_tokenizer
 from farkv.hf.layer import FarLayer
 from farkv.hf.owner import Owner
+from farkv.hf.read_ids import ReadIds
 from farkv.hf.transaction import Pass, describe_stuck, find_fault, note_pass, undo_pass
+from farkv.hf.unlike import Unlike
 from farkv.hf.unmanaged import check_unmanaged, count_reads, join_unmanaged, list_unmanaged, reset_unmanaged
 from farkv.session.save import save_text
 
 
-class FarCache(_compat.Cache):
+class FarCache(Unlike, _compat.Cache):
     """All layers of one context; pass it as `past_key_values`. Made by `new_cache()` of an attached model."""
 
     def __init__(
-        self, layers: list[Any], engine: Engine, *, identity: dict[str, str] | None = None, verify_steps: int = 0
-    ):
+        self, layers: list[Any], engine: Engine, *, made_by: int = -1, identity: dict[str, str] | None = None,
+        verify_steps: int = 0,
+    ):  # fmt: skip
         super().__init__(layers=layers)
+        # The handle whose passes it takes; whether one had positions of an image, which no session holds.
+        self.made_by, self.has_positions = made_by, False
         self.engine, self.account = engine, engine.account
-        # Decode steps that are still to be compared with full attention.
         self.verify_steps = verify_steps
-        # What was read, token by token, where ids are known.
-        self._ids: list[Tensor] = []
-        self._n_ids = 0
+        self.read_ids = ReadIds()
         self.identity = identity or {}
         self.owner = Owner()
         # The pass that is neither committed nor undone.
@@ -51,8 +53,7 @@ class FarCache(_compat.Cache):
     @property
     def token_ids(self) -> Int[Tensor, " N"]:
         """Return the ids of the tokens that the first sequence has read, in host memory."""
-        ids = torch.cat(self._ids) if self._ids else torch.empty(0, dtype=torch.long)
-        return ids[: self.get_seq_length()].to("cpu")
+        return self.read_ids.get(self.get_seq_length())
 
     def save(self, path: str | Path, *, tokenizer: Any = None, text: str = "") -> None:
         """Write the text that this cache has read to a session file; see `farkv.load_cache`.
@@ -67,6 +68,8 @@ class FarCache(_compat.Cache):
         """
         self.settle()
         self.check_whole()
+        if self.has_positions:
+            raise CacheStateError("save: this text has an image, whose positions no session holds; ask it here")
         versions = {"farkv": version("farkv"), "transformers": _compat.version}
         model = {"identity": self.identity, "tokenizer": identify_tokenizer(tokenizer), "versions": versions}
         others = {f"unmanaged/{name}": tensor for name, tensor in list_unmanaged(self.layers).items()}
@@ -74,11 +77,24 @@ class FarCache(_compat.Cache):
 
     def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
         """Note the tokens of a text that was read before; the engine holds its records."""
-        self._ids, self._n_ids = [ids], len(ids)
+        self.read_ids.take(ids)
         self.account.context_tokens = len(ids)
         for layer in self.layers:
             if isinstance(layer, FarLayer):
                 layer.dtype, layer.device, layer.is_initialized = dtype, device, True
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store a layer's new tokens.
+
+        Raises:
+            CacheStateError: no pass of an attached model runs.
+        """
+        if self._pass is None:
+            raise CacheStateError(
+                "this cache: expected a pass of the attached model that made it, got one of a model that is not; use "
+                "it inside `with farkv.attach(model)`, or an ordinary cache"
+            )
+        return super().update(*args, **kwargs)
 
     def join(self, other: FarCache) -> None:
         """Let the sequences of another cache continue in this one's batch; shorter ones are padded on the left.
@@ -107,21 +123,7 @@ class FarCache(_compat.Cache):
             join_unmanaged(layer, more)
         other.reset()
         # Of several texts none is the cache's own.
-        self._ids, self._n_ids = [], 0
-
-    def note_tokens(self, ids: Tensor | None) -> None:
-        """Note the ids of the pass that begins; without them what is cached is no text that can be saved."""
-        n, n_ids = self.get_seq_length(), self._n_ids
-        if n_ids < 0:
-            # It was stopped between the two last lines.
-            n_ids = sum(map(len, self._ids))
-        if n_ids > n:
-            self._ids, n_ids = [torch.cat(self._ids)[:n]], n
-        self._n_ids = -1
-        if ids is not None:
-            self._ids.append(ids[0].detach())
-            n_ids += ids.shape[1]
-        self._n_ids = n_ids
+        self.read_ids.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens seen; those of a pass that is not over do not count, it may yet be taken back."""
@@ -156,7 +158,7 @@ class FarCache(_compat.Cache):
         if ids is None and found.ids is not None and found.ids.shape[1] == n_new:
             # A decoder is often called with the embeddings of the tokens that the whole model was called with.
             ids = found.ids
-        self.note_tokens(ids)
+        self.read_ids.note(ids, self.get_seq_length())
         self.account.decoding = n_new == 1 and found.tokens > 0
 
     def restart_clock(self) -> None:
@@ -274,7 +276,7 @@ class FarCache(_compat.Cache):
         self._broken = "forgetting everything was stopped half way"
         super().reset()
         reset_unmanaged(self.layers)
-        self._ids, self._n_ids = [], 0
+        self.read_ids.clear()
         self._pass, self._broken = None, ""
 
     def crop(self, *args: Any, **kwargs: Any) -> None:

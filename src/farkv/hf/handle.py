@@ -10,6 +10,7 @@ import contextlib
 import logging
 from contextlib import AbstractContextManager
 from functools import cached_property
+from itertools import count
 from types import TracebackType
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,15 +25,18 @@ from farkv.engine.least import Least, find_least
 from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, UnsupportedModelError
 from farkv.hf import _compat
-from farkv.hf.arguments import count_new, find_cache, find_ids, find_layers
+from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.attention import NAME
 from farkv.hf.cache import FarCache
-from farkv.hf.identity import digest_weights, identify_model
+from farkv.hf.generate import unwrap_generate, wrap_generate
+from farkv.hf.hooks import check_attached, find_unread, make_inject, note_positions
+from farkv.hf.identity import ModelIdentity
 from farkv.hf.layer import FarLayer
+from farkv.hf.look import Look
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.receipt import make_receipt
 from farkv.hf.unmanaged import count_unmanaged
-from farkv.hf.verify import Verifier
+from farkv.hf.verify import ATTACHED, Verifier
 from farkv.methods.table import Method
 from farkv.receipt import Account, Receipt
 from farkv.store.records import SavedText
@@ -44,11 +48,15 @@ BASES = ("sdpa", "eager")
 CHUNK_TOKENS = 2048
 
 
+_numbers = count()
+
+
 class Handle(AbstractContextManager["Handle"]):
     """An attached model. Leave the `with` block or call `detach()` to have the model as it was."""
 
-    def __init__(self, model: PreTrainedModel, roles: Roles, setting: Setting = Setting()):  # noqa: B008 - immutable
+    def __init__(self, model: PreTrainedModel, roles: Roles, setting: Setting = Setting(), *, looks: bool = True):  # noqa: B008
         self.model, self.roles, self.setting = model, roles, setting
+        self.number = next(_numbers)
         self._hooks: list[Any] = []
         self._last: FarCache | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
@@ -67,8 +75,12 @@ class Handle(AbstractContextManager["Handle"]):
         make_engine(roles, Setup(self.managed, self.device, Account(), setting))
         layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
         self._ahead = Lookahead(layers)
+        look = Look(self) if looks else None
         try:
             self._attach()
+            if look is not None:
+                look.compare(self)
+                self._last = None
         except BaseException:
             # Stopped half way: the model is as it was.
             self._detach()
@@ -100,7 +112,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.decoder, self.blocks = found
         self.attention = _compat.find_attention(self.blocks)
         config = _compat.text_config(model)
-        self.setting = self.setting._replace(n_groups=count_groups(config))
+        self.setting = self.setting._replace(n_groups=_compat.count_groups(config))
         self.layer_types, self._unmanaged_arguments = _compat.describe_layers(config)
         self.managed = [
             i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i in self.attention
@@ -134,6 +146,7 @@ class Handle(AbstractContextManager["Handle"]):
         hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
         for i in self.managed:
             hooks.append(self.attention[i].register_forward_pre_hook(make_inject(i), with_kwargs=True))
+        wrap_generate(model)
 
     def detach(self) -> None:
         """Remove every hook and restore the model's attention. Caches made before can no longer be used."""
@@ -144,6 +157,7 @@ class Handle(AbstractContextManager["Handle"]):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        unwrap_generate(self.model)
         _handles.pop(id(self.model), None)
         for module in self.attention.values():
             with contextlib.suppress(AttributeError):
@@ -203,14 +217,14 @@ class Handle(AbstractContextManager["Handle"]):
             FarLayer(i, engine) if i in self.managed else _compat.make_unmanaged_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
         ]
-        cache = FarCache(layers, engine, identity=self.identity, verify_steps=verify)
+        cache = FarCache(layers, engine, made_by=self.number, identity=self.identity.get(), verify_steps=verify)
         self._last = cache
         return cache
 
     @cached_property
-    def identity(self) -> dict[str, str]:
-        """Who the model is, its weights looked at more closely than a profile asks for."""
-        return {**identify_model(self.model), "every_weight": digest_weights(self.model)}
+    def identity(self) -> ModelIdentity:
+        """Who the model is, whenever it is asked."""
+        return ModelIdentity(self.model)
 
     @torch.no_grad()
     def measure_shape(self) -> tuple[LayerShape, torch.dtype]:
@@ -259,36 +273,22 @@ class Handle(AbstractContextManager["Handle"]):
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None:
+            check_attached(self.model, cache.made_by, self.number)
             cache.begin(module, count_new(args, kwargs), find_ids(args, kwargs), reads=module is self.decoder)
+            note_positions(cache, kwargs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         cache = find_cache(args, kwargs)
-        if cache is not None:
-            cache.end(module, reads=module is self.decoder, failed=out is None)
         self._ahead.land()
+        if cache is None:
+            return
+        unread = "" if out is None else find_unread(cache.layers)
+        cache.end(module, reads=module is self.decoder, failed=out is None or bool(unread))
+        if unread:
+            raise CacheStateError(unread)
 
-
-def count_groups(config: Any) -> int:
-    """Return the query heads per KV head, as a model's config says; 1 where it does not."""
-    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads < 1:
-        return 1
-    return max(1, heads // kv_heads)
-
-
-def make_inject(i: int) -> Any:
-    """Return a hook that hands layer i of one of our caches to the attention function."""
-
-    def inject(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        layers = find_layers(args, kwargs)
-        layer = None if layers is None else layers[i]
-        if not isinstance(layer, FarLayer):
-            return None
-        # The dict is this call's own.
-        kwargs["far_layer"] = layer
-        return args, kwargs
-
-    return inject
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        raise CacheStateError(ATTACHED)
 
 
 # Attached models, by identity; this keeps no handle alive.

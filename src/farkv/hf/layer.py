@@ -5,6 +5,7 @@ In: new K and V. Out: those same K and V; what attention reads besides them is t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from farkv.errors import CacheStateError
 from farkv.hf import _compat
 from farkv.math.step import AttentionFunction, Step
 
+ELSEWHERE = (
+    "this cache: its records are in far memory, so a layer has no tensors keys and values; use an ordinary cache where "
+    "code reads a cache's tensors"
+)
+
 
 class FarLayer(_compat.DynamicLayer):
     """One managed layer: routes what Hugging Face asks of a cache layer to the engine."""
@@ -23,6 +29,30 @@ class FarLayer(_compat.DynamicLayer):
         super().__init__()
         self.layer, self.engine = layer, engine
         self.is_initialized = False
+        # What `update` handed back in this pass, until attention is called with it.
+        self.handed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def keys(self) -> Any:
+        """Refuse: they are in far memory.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(ELSEWHERE)
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """Nothing: Hugging Face's layers begin with none."""
+
+    @property
+    def values(self) -> Any:
+        """Refuse, as `keys` does."""
+        raise CacheStateError(ELSEWHERE)
+
+    @values.setter
+    def values(self, value: None) -> None:
+        """Nothing, as of `keys`."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; memory is the store's."""
@@ -33,12 +63,29 @@ class FarLayer(_compat.DynamicLayer):
         """Store the new tokens and hand them back unchanged."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.engine.append(self.layer, key_states, value_states)
-        return key_states, value_states
+        with out_of_inference():
+            self.engine.append(self.layer, key_states, value_states)
+        return self.hand(key_states, value_states)
+
+    def hand(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what was stored, and note it: attention must be called with the same."""
+        self.handed = k, v
+        return k, v
+
+    def check_handed(self, k: Tensor, v: Tensor) -> None:
+        """Raise CacheStateError unless attention is called with the very keys and values that were stored."""
+        handed, self.handed = self.handed, None
+        if handed is None or handed[0] is not k or handed[1] is not v:
+            raise CacheStateError(
+                f"layer {self.layer}: this model attends to other keys or values than those it gives the cache "
+                f"({describe(k, v)}, the cache got {describe(*handed) if handed else 'none'}); it cannot be managed, "
+                "use an ordinary cache"
+            )
 
     def attend(self, step: Step, attention: AttentionFunction) -> object:
         """Let the engine attend."""
-        return self.engine.attend(self.layer, step, attention)
+        with out_of_inference():
+            return self.engine.attend(self.layer, step, attention)
 
     def get_seq_length(self) -> int:
         """Return the tokens seen."""
@@ -88,3 +135,13 @@ class FarLayer(_compat.DynamicLayer):
 
     def prefetch(self) -> None:
         """Nothing: the store moves records itself."""
+
+
+def out_of_inference() -> AbstractContextManager[Any]:
+    """Leave torch.inference_mode: what is stored in it could not be appended to outside of it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def describe(k: Tensor, v: Tensor) -> str:
+    """Return the shapes of keys and values in words."""
+    return f"keys {list(k.shape)}, values {list(v.shape)}"

@@ -104,8 +104,22 @@ def probe_query(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def add_attention(block: nn.Module, hidden: Tensor, attention: Tensor) -> Tensor:
-    """Return h + attn as the block would form it: sandwich norms and residual factors included."""
-    if hasattr(block, "pre_feedforward_layernorm"):
-        norm: Any = block.post_attention_layernorm
+    """Return h + attn as the block would form it: a norm of the attention's output and residual factors included."""
+    norm: Any = find_output_norm(block)
+    if norm is not None:
         attention = norm(attention)
     return hidden + attention * getattr(block, "residual_multiplier", 1.0)
+
+
+def find_output_norm(block: nn.Module) -> nn.Module | None:
+    """Return the norm that a block puts behind its attention, before the residual is added; None where there is none.
+
+    `post_attention_layernorm` is that norm in a block that norms its MLP's output too (Gemma 2 and 3, OLMo 2 and 3,
+    EXAONE 4), and the MLP's input norm in any other.
+    """
+    norm: Any = getattr(block, "post_self_attn_layernorm", None)
+    if norm is not None:
+        return norm
+    if hasattr(block, "post_feedforward_layernorm") or hasattr(block, "pre_feedforward_layernorm"):
+        return getattr(block, "post_attention_layernorm", None)
+    return None

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from farkv.config import read_count
-from farkv.errors import CacheStateError, SessionError
+from farkv.errors import CacheStateError, ConfigError, SessionError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, find_handle
 from farkv.hf.identity import identify_tokenizer
@@ -51,9 +51,14 @@ def load_cache(
     try:
         check_levers(handle.roles, handle.setting.levers)
         text = open_text(Path(path), handle.setting.limits.quant)
+        if verify and text.quant is not None:
+            raise ConfigError(
+                f"verify: expected a session of records as the model made them, got {text.quant}: what they were "
+                "before is gone, so there is nothing to compare with; leave verify out"
+            )
         n_tokens, (shape, dtype) = len(text.ids), handle.measure_shape()
         cache = handle.make_cache(max(tokens, n_tokens + 1), verify, text.pages, text.quant)
-        mine = {"identity": handle.identity, "tokenizer": identify_tokenizer(tokenizer)}
+        mine = {"identity": handle.identity.get(), "tokenizer": identify_tokenizer(tokenizer)}
         fill_engine(cache.engine, text, shape, dtype, mine, CHUNK_TOKENS)
         take_unmanaged(cache.layers, text.saved.tensors("unmanaged/"), handle.unmanaged, n_tokens)
         cache.take_text(text.ids, dtype, handle.device)

@@ -56,7 +56,7 @@ def join_unmanaged(layer: Any, more: Any) -> None:
 def count_reads(layers: list[Any], account: Account) -> None:
     """Count a decode step of the layers that are left to Hugging Face: they read all they hold."""
     for i, layer in enumerate(layers):
-        keys = getattr(layer, "keys", None)
+        keys = None if isinstance(layer, FarLayer) else getattr(layer, "keys", None)
         if isinstance(layer, FarLayer) or keys is None or keys.dim() != 4:
             continue
         account.record_bytes[i] = (keys.shape[-1] + layer.values.shape[-1]) * keys.element_size()

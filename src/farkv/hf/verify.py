@@ -15,13 +15,22 @@ import torch
 from torch import nn
 
 from farkv._axes import Tensor
+from farkv.errors import CacheStateError, ConfigError
 from farkv.hf.arguments import count_new, find_cache, replace_cache
 from farkv.hf.cache import FarCache
 from farkv.hf.dense_cache import DenseCache
 
+ATTACHED = "copying a model: it is attached, and its hooks belong to this one; detach it first, copy it, attach both"
+
 
 class Verifier(threading.local):
     """The pair of hooks around the whole model."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Verifier:
+        raise CacheStateError(ATTACHED)
+
+    def __reduce__(self) -> Any:
+        raise CacheStateError(ATTACHED)
 
     def __init__(self) -> None:
         self.reference: Tensor | None = None
@@ -35,6 +44,11 @@ class Verifier(threading.local):
         self.reference = None
         if cache.verify_steps <= 0 or count_new(args, kwargs) != 1 or cache.get_seq_length() == 0:
             return
+        if model.get_output_embeddings() is None:  # type: ignore[operator]
+            raise ConfigError(
+                f"verify: expected a model that makes logits, got {type(model).__name__}, which has no head; make the "
+                "cache without verify"
+            )
         self.reference = run_dense(model, cache, args, kwargs)
         cache.verify_steps -= 1
         cache.engine.set_mode(measures=True)
@@ -70,5 +84,5 @@ def run_dense(model: nn.Module, cache: FarCache, args: Any, kwargs: dict[str, An
     cache.engine.set_mode(dense=True)
     logits = model(*args, **kwargs).logits[:, -1]
     for layer in cache.engine.layers:
-        cache.engine.cut(layer, tokens)
+        cache.engine.cut(layer, tokens, remembers=cache.engine.store.limits.quant is not None)
     return logits

@@ -171,7 +171,7 @@ class Native:
     ) -> Float[Tensor, "B Hkv Y W"]:
         """Return nibble tables, as `math.tables.learn_tables`. Cost: the same operations, threads over groups."""
         batch, heads, n, columns = keys.shape
-        tables = torch.empty(batch, heads, 16 * n_nibbles, width)
+        tables = torch.empty(batch, heads, 16 * n_nibbles, width, dtype=torch.float32)
         check_tables(keys, tables, weights)
         finite = keys.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         self._learn([_flat(finite), _flat(weights), tables], None, (batch * heads, n, columns, width, n_nibbles))

@@ -6,6 +6,8 @@ heads.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from farkv._axes import Bool, Float, Float32, Tensor
@@ -42,7 +44,7 @@ def pool_group(scores: Float32[Tensor, "B Hkv G S"], valid: Bool[Tensor, "B h S"
         scores = scores.masked_fill(~valid[:, :, None], -torch.inf)
     group = scores.shape[2]
     logs = scores.log_softmax(-1)
-    pooled = logs[:, :, 0] if group == 1 else logs.logsumexp(2) - torch.log(torch.tensor(float(group)))
+    pooled = logs[:, :, 0] if group == 1 else logs.logsumexp(2) - math.log(group)
     # A row of padding, or a query or key that is not finite, has a softmax of NaN, which a top-k would rank first.
     return pooled.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
 

@@ -66,7 +66,7 @@ def measure_gram(
         k = k * valid[:, None, :, None]
         n = valid.sum(-1).float()
     else:
-        n = torch.full((batch,), float(k.shape[2]), device=k.device)
+        n = torch.full((batch,), float(k.shape[2]), device=k.device, dtype=torch.float32)
     return Gram(q.mT @ q, k.mT @ k, k.sum(2), n)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from farkv._axes import Bool, Float, Tensor
+import torch
+
+from farkv._axes import Float, Shaped, Tensor
 from farkv.math.logits import Logits
 
 
@@ -19,12 +21,21 @@ class Query(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One attention call. The mask is over the whole context, True where a query may see a token; None: causal."""
+    """One attention call.
+
+    mask: over the whole context, [b, 1, T, S], True where a query may see a token; None: causal. One that differs from
+    head to head, or of numbers that are added to logits, has a bias: only the model's own attention reads by it.
+    """
 
     query: Query
     k: Float[Tensor, "B Hkv T D"]
     v: Float[Tensor, "B Hkv T Dv"]
-    mask: Bool[Tensor, "b 1 T S"] | None
+    mask: Shaped[Tensor, "b h T S"] | None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the mask is more than which tokens all heads see."""
+        return self.mask is not None and (self.mask.dtype != torch.bool or self.mask.shape[1] != 1)
 
     @property
     def n_new(self) -> int:
@@ -40,6 +51,17 @@ class Step(NamedTuple):
     def new_bytes(self) -> int:
         """Return the bytes of the new tokens' keys and values."""
         return (self.k.numel() + self.v.numel()) * self.k.element_size()
+
+
+def describe_bias(step: Step) -> str:
+    """Return why a mask with a bias cannot be followed where not all records are read as they are."""
+    assert step.mask is not None
+    form = "a mask of its own for every head" if step.mask.dtype == torch.bool else "numbers that are added to logits"
+    return (
+        f"attention mask: expected which tokens are seen, the same for all heads, got {form} "
+        f"({list(step.mask.shape)}, {str(step.mask.dtype).removeprefix('torch.')}); use Full() without near, disk "
+        "and quant limits, which reads every record by the model's own attention"
+    )
 
 
 @runtime_checkable

@@ -144,7 +144,7 @@ def _cut(keys: Tensor, width: int) -> Tensor:
 def _pick_first(weights: Tensor) -> Tensor:
     """Return keys at even steps of the summed weight: heavy ones are likely to be among them."""
     sums = weights.double().cumsum(-1)
-    steps = (torch.arange(ENTRIES, device=weights.device) + 0.5) / ENTRIES
+    steps = (torch.arange(ENTRIES, device=weights.device, dtype=torch.float64) + 0.5) / ENTRIES
     return torch.searchsorted(sums.contiguous(), (sums[..., -1:] * steps).contiguous(), right=True).clamp_max(
         weights.shape[-1] - 1
     )
@@ -166,7 +166,7 @@ def step_tables(scale: Float32[Tensor, "B Hkv 1 R"], bits: int) -> Float32[Tenso
         scale: the step of every column.
         bits: 4 or 8.
     """
-    value = torch.arange(-8, 8, device=scale.device)
+    value = torch.arange(-8, 8, device=scale.device, dtype=torch.float32)
     parts = [value] if bits == 4 else [value * ENTRIES, value]
     return torch.cat([(scale[..., 0, :, None] * part).flatten(2) for part in parts], 2)[..., None]
 

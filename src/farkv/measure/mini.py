@@ -79,7 +79,7 @@ class MiniLayer(FarLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.n_seen += key_states.shape[2]
-        return key_states, value_states
+        return self.hand(key_states, value_states)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen."""

@@ -223,7 +223,7 @@ class Evictor:
 
         The larger of a record's new and old score counts, so that importance fades slowly.
         """
-        visible, k = records.visible(records.length), records.keys(0, records.length)
+        visible, k = records.known(records.length), records.keys(0, records.length)
         visible = None if visible is None else visible.to(k.device)
         new = self.score(records.layer, k, records.values(), visible, n_recent)
         scores[..., : new.shape[-1]] = join_scores(new.to(scores.device), scores)

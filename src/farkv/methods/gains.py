@@ -56,7 +56,7 @@ def try_heads(
     columns, valid = thin_columns(n_rows, find_real(records, n_rows), TRIED_KEYS, queries.device)
     assert index.projection is not None
     if trial.n_layers * records.shape.kv_heads < LEAST_HEADS:
-        return torch.zeros(len(due), records.shape.kv_heads, 1, 1)
+        return torch.zeros(len(due), records.shape.kv_heads, 1, 1, dtype=torch.float32)
     keys, values, codes = records.keys(0, n_rows), records.values(), index.codes()
     lengths, found = records.count_real(n_rows), []
     for i, b in enumerate(due):
@@ -64,7 +64,7 @@ def try_heads(
         asked = queries[i : i + 1][:, :, : count_queries(queries[i])]
         n_keys, n_asked = len(own), asked.shape[2]
         if n_keys * trial.cap.fraction < 2 or n_asked < TRIED_QUERIES:
-            found.append(torch.zeros(1, records.shape.kv_heads))
+            found.append(torch.zeros(1, records.shape.kv_heads, dtype=torch.float32))
             continue
         at = torch.linspace(n_asked // 2, n_asked - 1, TRIED_QUERIES).long()
         asked = asked[:, :, at].unflatten(1, (records.shape.kv_heads, -1))
@@ -73,7 +73,7 @@ def try_heads(
         projected = asked.float().flatten(2, 3) @ mine.query
         told = (projected @ trial.coder.decode(own_codes, mine).mT).unflatten(2, asked.shape[2:4])
         # Both samples are even: a query stands among the keys as it does among the queries.
-        sees = torch.arange(n_keys) / n_keys <= at[:, None] / n_asked
+        sees = torch.arange(n_keys, dtype=torch.float32) / n_keys <= at[:, None] / n_asked
         forced = find_forced(sees, trial)
         seen = Seen(asked, own_keys, values[b : b + 1, :, own], told, sees[None, None, None], forced[None, None, None])
         # A head at a time: all of them at once would take as much memory as their keys and values, several times.

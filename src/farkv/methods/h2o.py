@@ -83,7 +83,7 @@ class HeavyHitters(Evictor):
             return
         n = n_waiting - leave
         queries, n_rows = last.observed.window[:, :, :n], records.length - leave
-        keys, visible = records.keys(0, n_rows), records.visible(n_rows)
+        keys, visible = records.keys(0, n_rows), records.known(n_rows)
         seen = None if visible is None else visible.to(keys.device)
         add_weights(scores[:, :, :n_rows], queries.to(keys.device), keys, seen, last.logits)
         # A view would keep the whole pass's queries alive.

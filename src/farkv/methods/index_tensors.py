@@ -67,7 +67,9 @@ def list_tensors(fit: LayerFit, records: Records) -> dict[str, Tensor]:
         found["fitted"] = torch.tensor(fit.phase.fitted)
         if fit.coder.drifts:
             # What is not known is below 0.
-            found["share"] = torch.tensor(fit.phase.watch.shares or [math.nan]).nan_to_num(nan=-1.0)
+            found["share"] = torch.tensor(fit.phase.watch.shares or [math.nan], dtype=torch.float32).nan_to_num(
+                nan=-1.0
+            )
         if fit.index.length:
             found["codes"] = fit.index.codes()
     if fit.phase.samples is not None:

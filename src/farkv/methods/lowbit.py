@@ -79,7 +79,9 @@ class ColumnCoder:
         size: IndexSize,
     ) -> Projection:
         """Return the columns' means and steps: they follow from the keys alone."""
-        columns = torch.eye(keys.shape[3], size.columns, device=keys.device).repeat(*keys.shape[:2], 1, 1)
+        columns = torch.eye(keys.shape[3], size.columns, device=keys.device, dtype=torch.float32).repeat(
+            *keys.shape[:2], 1, 1
+        )
         mean = measure_mean(keys, valid)
         projected = project_keys(keys, columns, mean)
         if self.bits == 2:

@@ -37,7 +37,9 @@ class OracleSelector(Selector):
     ) -> Float32[Tensor, "B Hkv S"]:
         """1. True logits over all keys, where they are stored.  2. Join the query group."""
         shape, q = records.shape, query.q
-        scores = torch.empty(shape.batch, shape.kv_heads, q.shape[1] // shape.kv_heads, 0, device=q.device)
+        scores = torch.empty(
+            shape.batch, shape.kv_heads, q.shape[1] // shape.kv_heads, 0, device=q.device, dtype=torch.float32
+        )
         if n_rows:
             blocks = records.key_blocks(0, n_rows)
             scores = torch.cat([score_keys(q.to(keys.device), keys, query.logits) for keys in blocks], -1)

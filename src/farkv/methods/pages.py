@@ -87,7 +87,7 @@ class PagesSelector(Selector):
     def _add_keys(self, records: Records, keys: Float[Tensor, "B Hkv T D"]) -> None:
         """Add keys of the tokens that follow to a layer's bounds."""
         bounds, n_new = self.bounds[records.layer], keys.shape[2]
-        valid = records.visible(bounds.length + n_new)
+        valid = records.known(bounds.length + n_new)
         valid = None if valid is None else valid[..., bounds.length :]
         bounds.append(bound_pages(keys.detach(), valid, self.page, bounds.unfinished), n_new)
 

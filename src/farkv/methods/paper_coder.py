@@ -50,8 +50,10 @@ class PaperCoder:
             if unskewed:
                 self.on_fallback("identity_skew")
         key = choose_columns(queries.reshape(batch, heads, -1, dim), keys, skew, size.columns)
-        zero = torch.zeros(batch, heads, 1, dim, device=keys.device)
-        return Projection(key, key, zero, torch.zeros(batch, heads, 0, 1, device=keys.device), sample_none(keys))
+        zero = torch.zeros(batch, heads, 1, dim, device=keys.device, dtype=torch.float32)
+        return Projection(
+            key, key, zero, torch.zeros(batch, heads, 0, 1, device=keys.device, dtype=torch.float32), sample_none(keys)
+        )
 
     def encode(self, keys: Float[Tensor, "B Hkv T D"], projection: Projection) -> Tensor:
         """Return partial keys."""

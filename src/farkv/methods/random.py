@@ -48,4 +48,6 @@ class RandomSelector(Selector):
     ) -> Float32[Tensor, "B Hkv S"]:
         """Draw a score for every record."""
         shape = records.shape
-        return torch.rand(shape.batch, shape.kv_heads, n_rows, generator=self.generator, device=query.q.device)
+        return torch.rand(
+            shape.batch, shape.kv_heads, n_rows, generator=self.generator, device=query.q.device, dtype=torch.float32
+        )

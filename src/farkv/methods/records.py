@@ -88,6 +88,10 @@ class Records(Protocol):
         ...
 
     def visible(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
+        """Return which of the first `n_rows` rows the running pass sees; None where it sees all."""
+        ...
+
+    def known(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
         """Return which of the first `n_rows` rows are no padding; None where all are."""
         ...
 
@@ -102,5 +106,5 @@ class Records(Protocol):
 
 def find_real(records: Records, n_rows: int) -> Bool[Tensor, "B S"] | None:
     """Return which of every sequence's first `n_rows` rows are no padding; None where all are."""
-    visible = records.visible(n_rows)
-    return None if visible is None else visible.all(1).expand(records.shape.batch, -1)
+    known = records.known(n_rows)
+    return None if known is None else known.all(1).expand(records.shape.batch, -1)

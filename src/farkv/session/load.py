@@ -26,7 +26,15 @@ from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
 
 # How messages call the notes, where the word is another.
-_WORDS = {"identity": "model", "record": "records"}
+_WORDS = {
+    "identity": "model",
+    "record": "records",
+    "weights": "weights",
+    "every_weight": "trained weights",
+    "buffers": "buffers (rotary frequencies, quantised weights)",
+    "settings": "configuration",
+    "switches": "modules' switches (the active adapter)",
+}
 
 
 class Text(NamedTuple):
@@ -127,7 +135,20 @@ def check_notes(notes: dict[str, Any], expected: dict[str, Any]) -> None:
     for key, value in expected.items():
         got = notes.get(key, "nothing")
         if key not in notes or (got != value and not (key == "tokenizer" and None in (got, value))):
-            said, wanted = (", ".join(map(str, v.values())) if isinstance(v, dict) else v for v in (got, value))
+            said, wanted = describe_difference(got, value)
             raise SessionError(
                 f"its {_WORDS.get(key, key)}: {said}, expected {wanted}; use what it was made with, or make another"
             )
+
+
+def describe_difference(got: Any, value: Any) -> tuple[str, str]:
+    """Return what a session says and what was expected, in words: of a model, the things that differ by name."""
+    if not isinstance(got, dict) or not isinstance(value, dict):
+        one, other = (", ".join(map(str, v.values())) if isinstance(v, dict) else str(v) for v in (got, value))
+        return one, other
+    keys = [key for key in value | got if got.get(key) != value.get(key)]
+    # Most of them are digests, which say nothing to anybody.
+    pairs = [(str(got.get(key, "none")), str(value.get(key, "none"))) for key in keys]
+    shown = [f"{one} for {other}" for one, other in pairs if len(one) < 32 > len(other)]
+    names = ", ".join(str(_WORDS.get(key, key)) for key in keys)
+    return f"another in its {names}" + (f" ({', '.join(shown)})" if shown else ""), "the model that read the text"

@@ -44,8 +44,11 @@ def crop(store: FarStore, layer: int, n_tokens: int) -> None:
     cut_layer(store, layer, max(0, store.seen(layer) - n_tokens))
 
 
-def cut_layer(store: FarStore, layer: int, seen: int) -> None:
+def cut_layer(store: FarStore, layer: int, seen: int, *, remembers: bool = False) -> None:
     """Remove a layer's tokens from number `seen` on, from every part of it, however many each holds.
+
+    Args:
+        remembers: leave what is remembered of them: the token comes again, coded, and is compared with this one.
 
     It can be repeated: a pass may have been stopped between two parts, and so may this.
 
@@ -57,7 +60,7 @@ def cut_layer(store: FarStore, layer: int, seen: int) -> None:
     if layer in store.kept:
         store.kept[layer].cut(n_rows, evicted)
     store.pool[layer].cut(n_rows)
-    if layer in store.shadow:
+    if layer in store.shadow and not remembers:
         store.shadow[layer].cut(seen)
     for follower in store.following(layer):
         follower.crop(Cropped(n_rows, seen))

@@ -28,7 +28,7 @@ struct index_query {
     const float *exact;            /* [nibble][16][lanes], in units of log2 */
     int64_t n_quads;               /* 0: tables are in pairs (pair_place), else in quads (quads.h) */
     const uint8_t *coarse;         /* [group][pair_place(nibble)][16], or [group][quad][64] */
-    const uint8_t *fine;           /* [group][high, low byte][quad][64], or NULL */
+    const uint8_t *fine;           /* [group][byte, highest first][quad][64], or NULL */
     const float *fine_step, *fine_base;
     const float *step, *base;      /* log2 of a coarse weight = base + step * sum of entries, [group] */
     const float *offset;           /* what is taken off log2 of a weight, [group] */

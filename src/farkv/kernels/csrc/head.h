@@ -75,7 +75,7 @@ static uint8_t *lay_out(const struct select_args *a, struct head *h, uint8_t *at
     h->args = a;
     h->exact = carve(&at, count_nibbles(a) * 16 * count_lanes(a) * 4);
     h->coarse_table = carve(&at, group * (count_nibbles(a) + 6) * 16);
-    h->fine_table = carve(&at, group * 2 * count_quads(a->code_bytes) * QUAD_BYTES);
+    h->fine_table = carve(&at, group * FINE_BYTES * count_quads(a->code_bytes) * QUAD_BYTES);
     h->projected = carve(&at, group * a->columns * 4);
     h->turned = carve(&at, count_lanes(a) * a->columns * 4);
     h->lows = carve(&at, count_nibbles(a) * 32);

@@ -2,8 +2,8 @@
    neighbouring bytes to a lane (VNNI): four tables of 16 bytes are one vector, a lane is a record.
 
    Keys: byte i of a lane is 16 i + nibble, its entry in the four tables. Quad 2 j holds the low nibbles of bytes 4 j ..
-   4 j + 3, quad 2 j + 1 the high ones; bytes beyond a row look up zeros. Tables of 16 bits are two of 8: so near to
-   float32 that what is chosen is weighed by them, too. */
+   4 j + 3, quad 2 j + 1 the high ones; bytes beyond a row look up zeros. Tables of 24 bits are three of 8: as near as
+   float32, so that what is chosen is weighed by them, too, and does not follow from how a fit was rounded. */
 #ifndef FARKV_QUADS_H
 #define FARKV_QUADS_H
 
@@ -11,7 +11,8 @@
 
 #define MOST_QUADS 32             /* of a row of 64 bytes */
 #define QUAD_BYTES 64             /* of its four tables */
-#define MOST_FINE_ERROR 0x1p-7f   /* of log2 of a weight; tables of 16 bits that may be off by more are not used */
+#define FINE_BYTES 3              /* of an entry, highest first */
+#define MOST_FINE_ERROR 0x1p-14f  /* of log2 of a weight; fine tables that may be off by more are not used */
 
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #define PERMUTES_BYTES 1
@@ -88,7 +89,7 @@ INLINE vi add_quads(const uint8_t *table, const vi *keys, int64_t n) {
     return (vi)_mm512_add_epi32(sum[0], sum[1]);
 }
 
-/* exponents[g][j] = log2 of the weights of n records by tables of 16 bits; whole vectors are written. */
+/* exponents[g][j] = log2 of the weights of n records by the fine tables; whole vectors are written. */
 INLINE void sum_fine(const struct index_query *q, const uint8_t *rows, int64_t stride, const int32_t *at, int64_t n,
                      float *exponents) {
     const int64_t quads = q->n_quads;
@@ -101,22 +102,24 @@ INLINE void sum_fine(const struct index_query *q, const uint8_t *rows, int64_t s
         }
         read_rows_16(row, q->code_bytes, keys);
         for (int64_t g = 0; g < q->group; g++) {
-            const uint8_t *table = q->fine + g * 2 * quads * QUAD_BYTES;
-            vi high = add_quads(table, keys, quads), low = add_quads(table + quads * QUAD_BYTES, keys, quads);
-            vf sum = __builtin_convertvector((high << 8) + low, vf);
+            const uint8_t *table = q->fine + g * FINE_BYTES * quads * QUAD_BYTES;
+            vi high = add_quads(table, keys, quads), middle = add_quads(table + quads * QUAD_BYTES, keys, quads);
+            vi low = add_quads(table + 2 * quads * QUAD_BYTES, keys, quads);
+            /* The first sum is below 2^23, so exact; all three would not fit into 32 bits. */
+            vf sum = __builtin_convertvector((high << 8) + middle, vf) * 256.0f + __builtin_convertvector(low, vf);
             store(exponents + g * RUN + j, sum * q->fine_step[g] + q->fine_base[g]);
         }
     }
 }
 
-/* A query's tables in 8 and 16 bits. */
+/* A query's tables in 8 and 24 bits. */
 struct rounded {
     float step, base;           /* log2 of a coarse weight = base + step * sum of entries */
     float lost, furthest;       /* most that 8 bits lower it; the largest possible */
-    float fine_step, fine_base; /* the same in 16 bits */
+    float fine_step, fine_base; /* the same in 24 bits */
 };
 
-/* Round the tables of query g of exact[nibble][16][lanes] into coarse[quads][64] and fine[2][quads][64], zeros before. */
+/* Round the tables of query g of exact[nibble][16][lanes] into coarse[quads][64] and fine[3][quads][64], zeros before. */
 static struct rounded round_quads(const float *exact, int64_t n, int64_t lanes, int64_t g, uint8_t *coarse, uint8_t *fine) {
     const __m512i place = _mm512_mullo_epi32(_mm512_set1_epi32((int)lanes),
                                              _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
@@ -135,16 +138,18 @@ static struct rounded round_quads(const float *exact, int64_t n, int64_t lanes, 
         int64_t byte = i < n / 2 ? i : i - n / 2, to = (byte / 4 * 2 + (i >= n / 2)) * QUAD_BYTES + byte % 4 * 16;
         __m512 x = _mm512_sub_ps(entries[i], _mm512_set1_ps(lows[i]));
         __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse)));
-        __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse * 257)));
+        __m512i near = _mm512_cvtps_epi32(_mm512_mul_ps(x, _mm512_set1_ps(inverse * 65792))); /* below 2^24, rounding included */
         __m512 error = _mm512_sub_ps(x, _mm512_mul_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(step)));
         _mm_storeu_si128((void *)(coarse + to), _mm512_cvtepi32_epi8(code));
-        _mm_storeu_si128((void *)(fine + to), _mm512_cvtepi32_epi8(_mm512_srli_epi32(near, 8)));
-        _mm_storeu_si128((void *)(fine + count_quads(n / 2) * QUAD_BYTES + to), _mm512_cvtepi32_epi8(near));
+        for (int part = 0; part < FINE_BYTES; part++) {
+            __m512i byte_of = _mm512_srli_epi32(near, 8 * (FINE_BYTES - 1 - part));
+            _mm_storeu_si128((void *)(fine + part * count_quads(n / 2) * QUAD_BYTES + to), _mm512_cvtepi32_epi8(byte_of));
+        }
         float sum = _mm512_reduce_add_ps(error), squares = _mm512_reduce_add_ps(_mm512_mul_ps(error, error));
         float shift = (sum - 0.34657359f * (squares - sum * sum / 16)) / 16; /* as in round_tables */
         r.base += lows[i] + shift, r.lost += _mm512_reduce_max_ps(error) - shift;
     }
-    r.step = step, r.fine_step = step / 257, r.furthest = top + 2 * (float)n * step;
+    r.step = step, r.fine_step = step / 65792, r.furthest = top + 2 * (float)n * step;
     return r;
 }
 #else

@@ -95,10 +95,11 @@ static void round_queries(struct head *h) {
     int64_t n = count_nibbles(a), quads = count_quads(a->code_bytes), bytes = quads * QUAD_BYTES;
     float worst = 0;
     memset(h->coarse_table, 0, a->group * bytes);
-    memset(h->fine_table, 0, a->group * bytes * 2);
+    memset(h->fine_table, 0, a->group * bytes * FINE_BYTES);
     h->margin = 0, h->furthest = -MOST_LOGIT;
     for (int64_t g = 0; g < a->group; g++) {
-        struct rounded r = round_quads(h->exact, n, h->query.lanes, g, h->coarse_table + g * bytes, h->fine_table + 2 * g * bytes);
+        struct rounded r = round_quads(h->exact, n, h->query.lanes, g, h->coarse_table + g * bytes,
+                                       h->fine_table + FINE_BYTES * g * bytes);
         h->step[g] = r.step, h->base[g] = r.base, h->fine_step[g] = r.fine_step, h->fine_base[g] = r.fine_base;
         h->margin = fmaxf(h->margin, r.lost), h->furthest = fmaxf(h->furthest, r.furthest);
         worst = fmaxf(worst, r.fine_step * (float)n / 2);

@@ -15,7 +15,7 @@ from farkv._axes import Int, Tensor
 from farkv.store.far.page_file import PageFile, PageReader
 from farkv.store.memory import Mover
 
-# Bytes of a page on real shapes. Four times as many read as fast, eight at once, and answer worse: a page is chosen whole
+# Bytes of a page on real shapes. Four times as many are read as fast and answer worse: a page is chosen whole
 # (docs/tiers.md).
 PAGE_BYTES = 16 * 1024
 # Most tokens of a page: where records are tiny, a page must not be the whole context.

@@ -61,7 +61,7 @@ class FarStore:
         self.evicted = dict.fromkeys(layers, 0)
         # What moves rows in place, while it does. Where that was stopped half way, nobody knows which row is whose.
         self.moving = ""
-        # All records, to compare with while an evicting method's steps are verified.
+        # All records as the model made them, to compare with while steps of what evicts or codes are verified.
         self.shadow: dict[int, Rows] = {}
         self.shapes: dict[int, LayerShape] = {}
         self.codecs: dict[int, Codec] = {}
@@ -185,7 +185,8 @@ class FarStore:
 
     def add(self, layer: int, k: Tensor, v: Tensor, parts: tuple[Tensor, ...]) -> None:
         """Add the new tokens' records, `parts`, to a layer."""
-        if layer in self.shadow:
+        if layer in self.shadow and self.shadow[layer].length == self.seen(layer):
+            # Else a dense pass has brought the token, and what it made of it counts.
             self.shadow[layer].append(k, v)
         if layer in self.kept:
             self.kept[layer].append(k, self.seen(layer))
@@ -223,12 +224,12 @@ class FarStore:
         self.moving = ""
 
     def remember_all(self, tokens: int) -> None:
-        """Also keep every record from now on, to verify against, under the same limit.
+        """Also keep every record from now on as the model made it, to verify against, under the same limit.
 
         Args:
             tokens: rows of the first allocation.
         """
-        if self.kept and not self.shadow:
+        if not self.shadow:
             self.shadow = {
                 layer: Rows(self.home, device=rows.device, reserve=tokens) for layer, rows in self.pool.items()
             }

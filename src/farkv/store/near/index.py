@@ -33,7 +33,7 @@ class Projection(NamedTuple):
 
 def sample_none(keys: Tensor) -> Float32[Tensor, "B Hkv 1 1"]:
     """Return zeros for every KV head: of all the best records are read."""
-    return torch.zeros(*keys.shape[:2], 1, 1, device=keys.device)
+    return torch.zeros(*keys.shape[:2], 1, 1, device=keys.device, dtype=torch.float32)
 
 
 class LayerIndex:

@@ -1,0 +1,62 @@
+"""`model.generate` of an attached model: with a cache of ours, the prompt must go on from the text that it holds.
+
+In: the arguments of a call. Out: the same call, or a refusal. A decoder is shown the new tokens alone, so nobody but
+`generate` sees that the others are not those that were read.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from farkv._axes import Tensor
+from farkv.errors import CacheStateError
+from farkv.hf.cache import FarCache
+
+
+def wrap_generate(model: PreTrainedModel) -> None:
+    """Let `generate` check the text first; `unwrap_generate` undoes it."""
+    plain: Any = getattr(model, "generate", None)
+    if plain is None:
+        # A model without a head writes nothing.
+        return
+
+    @functools.wraps(plain)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, FarCache):
+            check_text(cache, find_prompt(args, kwargs))
+        return plain(*args, **kwargs)
+
+    model.generate = generate  # type: ignore[method-assign]
+
+
+def unwrap_generate(model: PreTrainedModel) -> None:
+    """Give a model its own `generate` back."""
+    vars(model).pop("generate", None)
+
+
+def find_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the token ids that `generate` is called with, None where it is called with embeddings or nothing."""
+    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    return ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+
+
+def check_text(cache: FarCache, ids: Tensor | None) -> None:
+    """Raise CacheStateError where a cache holds tokens that a prompt does not begin with.
+
+    A deliberate sync, once per call.
+    """
+    held = cache.token_ids
+    if ids is None or len(held) == 0 or len(held) != cache.get_seq_length():
+        # Of what came as embeddings nothing is known.
+        return
+    n = min(len(held), ids.shape[1])
+    same = (ids[0, :n].to("cpu") == held[:n]).long().cumprod(0).sum()
+    if same < len(held):
+        raise CacheStateError(
+            f"this cache: it holds {len(held)} tokens, and the prompt of {ids.shape[1]} begins with {int(same)} of "
+            "them; expected a prompt that goes on from them: make a new cache for another text, or crop this one"
+        )

@@ -1,0 +1,36 @@
+"""In what a cache of ours is unlike Hugging Face's: it holds no tensors to walk over, and is of this process alone.
+
+In: what code tries that takes it for an ordinary cache. Out: a refusal in words, or a true copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Self
+
+from farkv.errors import CacheStateError
+
+
+class Unlike:
+    """What a cache of far records refuses, and how it is copied."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise CacheStateError(
+            "this cache: its records are in far memory, so there are no keys and values to walk over; use an ordinary "
+            "cache where code reads a cache's tensors"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a cache of its own records."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CacheStateError(
+            "this cache: it cannot be pickled; write what it has read to a file with cache.save(path), and read it "
+            "with farkv.load_cache(path, model)"
+        )
