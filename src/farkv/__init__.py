@@ -39,3 +39,8 @@ def __getattr__(name: str) -> object:
     if name not in _LAZY:
         raise AttributeError(f"module 'farkv' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    """Return what there is to use, whether it was imported yet or not."""
+    return sorted({*__all__, "methods"})

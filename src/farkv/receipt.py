@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from farkv.receipt_text import format_html, format_receipt
 from farkv.trace import ReadTrace
 
 # How near a run is to the plain model: every pass was the model's own attention over all records as the model made
@@ -122,6 +123,13 @@ class Receipt:
     quality: Quality | None
     layers: tuple[LayerRow, ...]
     versions: dict[str, str]
+
+    def __str__(self) -> str:
+        return format_receipt(self)
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        return format_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types with the stable keys of `--json`."""

@@ -9,7 +9,7 @@ import pytest
 import farkv
 from farkv.methods import H2O, XKV, Full, InfiniGen, Method, Pages, SnapKV, Window
 from farkv.receipt import Receipt
-from farkv.show import rows_of
+from farkv.receipt_text import rows_of
 from tests.models import generate, make_model, make_prompt
 
 TOKENS, NEW = 150, 6

@@ -392,3 +392,39 @@ def test_a_session_of_rounded_records_has_nothing_to_be_verified_against() -> No
         cache.save(f"{folder}/text.farkv")
         with pytest.raises(ConfigError, match="nothing to compare with"):
             farkv.load_cache(f"{folder}/text.farkv", model, verify=1)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [("infinigen", "got 'infinigen'"), (InfiniGen, "got the class InfiniGen"), (0.1, "got float")]
+)
+def test_what_is_no_method_is_refused_with_what_is(method: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        attach(make_model("llama"), method)
+    assert "attach(model, farkv.InfiniGen(fraction=0.05))" in str(refused.value)
+
+
+@pytest.mark.parametrize("model", ["a/folder", None])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a model of transformers"):
+        attach(model)
+
+
+def test_a_receipt_prints_as_its_table_and_shows_its_layers_in_a_notebook() -> None:
+    model = make_model("gemma3")
+    with attach(model, InfiniGen(fraction=0.3)) as far:
+        cache = far.new_cache()
+        generate(model, make_prompt(tokens=120), cache)
+        receipt = far.receipt(cache)
+    lines = str(receipt).splitlines()
+    assert lines[0] == "receipt: infinigen, Gemma3ForCausalLM"
+    assert all(len(line) <= 80 for line in lines if line.startswith(("context", "read", "near", "host", "decode")))
+    assert any(line.split()[:3] == ["read", "per", "step"] for line in lines)
+    assert "not managed: layer 0" in str(receipt)
+    page = receipt._repr_html_()
+    assert page.count("<tr>") == page.count("</tr>") >= 10
+    assert page.count("<span") == 4
+
+
+def test_the_package_lists_what_there_is_to_use() -> None:
+    assert {"attach", "InfiniGen", "load_cache", "methods"} <= set(dir(farkv))
+    assert not {"annotations", "TYPE_CHECKING"} & set(dir(farkv))

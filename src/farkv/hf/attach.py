@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from farkv.calibrate.crossover import load_crossover
@@ -76,6 +77,11 @@ def attach(
         StoreError: the disk's folder cannot be used, or is in use.
         ProfileError, PlanError: the file is damaged or of another model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"model: expected a model of transformers, got {model!r:.80}; load it first, for example by "
+            "transformers.AutoModelForCausalLM.from_pretrained(...)"
+        )
     limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"), evict=evict, quant=quant)
     limits = limits._replace(shared=Shared(limits.near, limits.host))
     check_storage(evict, quant, host=limits.host)

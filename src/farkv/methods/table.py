@@ -74,9 +74,13 @@ def find_name(method: Method) -> str:
     for name, row in METHODS.items():
         if row.config is type(method):
             return name
+    got = repr(method) if isinstance(method, str) else type(method).__name__
+    if isinstance(method, type):
+        got = f"the class {method.__name__}"
+    names = ", ".join(f"{row.config.__name__}()" for row in METHODS.values())
     raise ConfigError(
-        f"method: expected a config of one of {', '.join(METHODS)}, got {type(method).__name__}; add it to "
-        "farkv.methods.table.METHODS"
+        f"method: expected one of {names}, all of them in farkv.methods, got {got}; write for "
+        "example attach(model, farkv.InfiniGen(fraction=0.05))"
     )
 
 
