@@ -31,6 +31,8 @@ HALF = "--dtype bfloat16 --methods infinigen"
 RUNS = {
     "decode": "decode --contexts 8K,32K,128K --threads 1 --rounds 15 --peer llama.cpp",
     "threads": "decode --contexts 32K --threads 2 --rounds 15 --methods infinigen,dense-native",
+    # On a processor of `avx512vbmi`: Ice Lake, Zen 4 and later.
+    "wide": "decode --contexts 8K,32K,128K --threads 1 --rounds 15 --methods infinigen,dense-native,matmul-bf16",
     "prefill": "prefill --contexts 2K,4K --threads 2",
     "e2e": "e2e --contexts 4K,32K --threads 2 --rounds 4",
     "short": "e2e --contexts 128,256,512,1K,2K --threads 2 --layers 4 --rounds 9 --own-fraction",

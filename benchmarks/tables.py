@@ -93,6 +93,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/speed.md": {
         "decode": speed.format_decode,
         "threads": partial(speed.format_decode, name="threads"),
+        "wide": partial(speed.format_decode, name="wide"),
         "e2e": partial(speed.format_model, "e2e"),
         "whole": speed.format_whole,
         "calibrate": speed.format_calibration,

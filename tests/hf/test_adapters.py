@@ -66,10 +66,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 def run(model: Any, between: Callable[[Any], None] | None = None, **options: Any) -> Any:
     """Decode some steps, change the model, decode some more; return the receipt."""
     with farkv.attach(model, InfiniGen(fraction=0.3, **options), near="1MiB") as far:
-        generate(model, make_prompt(2, pad=5), cache := far.new_cache(), n=4)
+        prompt = make_prompt(2, pad=5)
+        made = generate(model, prompt, cache := far.new_cache(), n=4).sequences
         if between is not None:
             between(model)
-            generate(model, make_prompt(2, tokens=30, pad=5), cache, n=4)
+            mask = torch.nn.functional.pad(prompt["attention_mask"], (0, 4), value=1)
+            generate(model, {"input_ids": made, "attention_mask": mask}, cache, n=4)
         return far.receipt(cache)
 
 

@@ -45,9 +45,8 @@ class FarCache(Unlike, _compat.Cache):
         self.read_ids = ReadIds()
         self.identity = identity or {}
         self.owner = Owner()
-        # The pass that is neither committed nor undone.
+        # The pass that is neither committed nor undone; why none may go on from what the cache holds.
         self._pass: Pass | None = None
-        # Why no pass may go on from what the cache holds; set before anything is changed, cleared when all is.
         self._broken = ""
 
     @property
@@ -122,7 +121,6 @@ class FarCache(Unlike, _compat.Cache):
         for layer, more in unmanaged:
             join_unmanaged(layer, more)
         other.reset()
-        # Of several texts none is the cache's own.
         self.read_ids.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -208,7 +206,6 @@ class FarCache(Unlike, _compat.Cache):
         if found.module != id(module):
             return
         if found.stage == "read":
-            # Where this fails, the pass is still there to be taken back.
             self.engine.commit()
         self._pass = None
         if found.stage == "read":
@@ -288,13 +285,16 @@ class FarCache(Unlike, _compat.Cache):
         """Follow the beams."""
         with self._changing("reordering"):
             super().reorder_cache(beam_idx)
+        self.read_ids.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         with self._changing("repeating sequences"):
             super().batch_repeat_interleave(repeats)
+        self.read_ids.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
         with self._changing("selecting sequences"):
             super().batch_select_indices(indices)
+        self.read_ids.select(indices)

@@ -29,7 +29,8 @@ struct index_query {
     int64_t n_quads;               /* 0: tables are in pairs (pair_place), else in quads (quads.h) */
     const uint8_t *coarse;         /* [group][pair_place(nibble)][16], or [group][quad][64] */
     const uint8_t *fine;           /* [group][byte, highest first][quad][64], or NULL */
-    const float *fine_step, *fine_base;
+    const float *fine_step, *fine_base; /* log2 of a weight = base + step * (sum of entries - center) */
+    const int32_t *fine_center;
     const float *step, *base;      /* log2 of a coarse weight = base + step * sum of entries, [group] */
     const float *offset;           /* what is taken off log2 of a weight, [group] */
     float softcap;                 /* in units of log2; 0: none */

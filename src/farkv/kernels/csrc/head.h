@@ -18,6 +18,7 @@ struct head {
     const uint8_t *codes;
     float *exact, *step, *base, *fine_step, *fine_base, *offset; /* as in struct index_query */
     uint8_t *coarse_table, *fine_table;
+    int32_t *fine_center;
     float *projected; /* [group][columns] */
     float *turned;    /* [columns][lanes] */
     float *lows;      /* [2 nibbles][4] */
@@ -83,6 +84,7 @@ static uint8_t *lay_out(const struct select_args *a, struct head *h, uint8_t *at
     h->base = carve(&at, group * 4);
     h->fine_step = carve(&at, group * 4);
     h->fine_base = carve(&at, group * 4);
+    h->fine_center = carve(&at, group * 4);
     h->offset = carve(&at, group * 4);
     h->inverse = carve(&at, group * 4);
     h->guess = carve(&at, group * 8);

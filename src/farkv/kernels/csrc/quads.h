@@ -7,6 +7,8 @@
 #ifndef FARKV_QUADS_H
 #define FARKV_QUADS_H
 
+#include <math.h>
+
 #include "codes.h"
 
 #define MOST_QUADS 32             /* of a row of 64 bytes */
@@ -105,9 +107,9 @@ INLINE void sum_fine(const struct index_query *q, const uint8_t *rows, int64_t s
             const uint8_t *table = q->fine + g * FINE_BYTES * quads * QUAD_BYTES;
             vi high = add_quads(table, keys, quads), middle = add_quads(table + quads * QUAD_BYTES, keys, quads);
             vi low = add_quads(table + 2 * quads * QUAD_BYTES, keys, quads);
-            /* The first sum is below 2^23, so exact; all three would not fit into 32 bits. */
-            vf sum = __builtin_convertvector((high << 8) + middle, vf) * 256.0f + __builtin_convertvector(low, vf);
-            store(exponents + g * RUN + j, sum * q->fine_step[g] + q->fine_base[g]);
+            /* Exact, modulo 2^32, and near 0 where weights are near 1: rounded once, as finely as float32 is there. */
+            vi sum = (high << 16) + (middle << 8) + low - q->fine_center[g];
+            store(exponents + g * RUN + j, __builtin_convertvector(sum, vf) * q->fine_step[g] + q->fine_base[g]);
         }
     }
 }
@@ -116,7 +118,8 @@ INLINE void sum_fine(const struct index_query *q, const uint8_t *rows, int64_t s
 struct rounded {
     float step, base;           /* log2 of a coarse weight = base + step * sum of entries */
     float lost, furthest;       /* most that 8 bits lower it; the largest possible */
-    float fine_step, fine_base; /* the same in 24 bits */
+    float fine_step, fine_base; /* the same in 24 bits, of a sum less the center */
+    int32_t fine_center;
 };
 
 /* Round the tables of query g of exact[nibble][16][lanes] into coarse[quads][64] and fine[3][quads][64], zeros before. */
@@ -125,13 +128,14 @@ static struct rounded round_quads(const float *exact, int64_t n, int64_t lanes, 
                                              _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
     __m512 entries[4 * MOST_QUADS];
     float lows[4 * MOST_QUADS], widest = 1e-30f, top = 0;
+    double base = 0;
     struct rounded r = {0};
     for (int64_t i = 0; i < n; i++) {
         __m512 x = entries[i] = _mm512_i32gather_ps(place, exact + i * 16 * lanes + g, 4);
         float high = _mm512_reduce_max_ps(x);
         lows[i] = _mm512_reduce_min_ps(x);
         widest = fmaxf(widest, high - lows[i]);
-        top += high, r.fine_base += lows[i];
+        top += high, base += lows[i];
     }
     const float step = widest / 255, inverse = 255 / widest;
     for (int64_t i = 0; i < n; i++) {
@@ -149,7 +153,11 @@ static struct rounded round_quads(const float *exact, int64_t n, int64_t lanes, 
         float shift = (sum - 0.34657359f * (squares - sum * sum / 16)) / 16; /* as in round_tables */
         r.base += lows[i] + shift, r.lost += _mm512_reduce_max_ps(error) - shift;
     }
-    r.step = step, r.fine_step = step / 65792, r.furthest = top + 2 * (float)n * step;
+    r.fine_step = step / 65792;
+    double center = nearbyint(-base / r.fine_step);
+    r.fine_center = (int32_t)fmax(fmin(center, 0x7fffffff), -0x7fffffff);
+    r.fine_base = (float)(base + r.fine_center * (double)r.fine_step);
+    r.step = step, r.furthest = top + 2 * (float)n * step;
     return r;
 }
 #else

@@ -101,11 +101,12 @@ static void round_queries(struct head *h) {
         struct rounded r = round_quads(h->exact, n, h->query.lanes, g, h->coarse_table + g * bytes,
                                        h->fine_table + FINE_BYTES * g * bytes);
         h->step[g] = r.step, h->base[g] = r.base, h->fine_step[g] = r.fine_step, h->fine_base[g] = r.fine_base;
+        h->fine_center[g] = r.fine_center;
         h->margin = fmaxf(h->margin, r.lost), h->furthest = fmaxf(h->furthest, r.furthest);
         worst = fmaxf(worst, r.fine_step * (float)n / 2);
     }
     h->query.n_quads = quads;
-    h->query.fine_step = h->fine_step, h->query.fine_base = h->fine_base;
+    h->query.fine_step = h->fine_step, h->query.fine_base = h->fine_base, h->query.fine_center = h->fine_center;
     h->query.fine = worst <= MOST_FINE_ERROR ? h->fine_table : NULL;
 }
 #else
