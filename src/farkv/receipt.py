@@ -196,6 +196,8 @@ class Account:
     agreements: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     decoding: bool = False
+    # Whether the answer was as long as it may be, and not at its end.
+    is_cut: bool = False
     # False while a step is repeated for verification: the bytes it moves are not part of the run.
     counts_bytes: bool = True
     # The largest share of the records that one decode step has read, and what all steps before had read and held.

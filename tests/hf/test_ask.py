@@ -69,6 +69,31 @@ def test_the_answer_is_that_of_plain_generate(loaded) -> None:
         assert answer == expected == "".join(pieces)
         assert receipt.generated_tokens == 12
         assert receipt.context_tokens == prompt.n_tokens
+        assert cache.account.is_cut, "twelve tokens are no end"
+
+
+def test_an_answer_that_ends_is_not_cut(loaded) -> None:
+    model, tokenizer = loaded
+    prompt = build_prompt(tokenizer, "import os\n" * 20, "class A")
+    with farkv.attach(model, Full()) as far:
+        cache = far.new_cache()
+        ask(far, tokenizer, prompt, cache=cache, decoding=Decoding(1), listener=Listener())
+        assert cache.account.is_cut
+    config, before = model.generation_config, model.generation_config.eos_token_id
+    with farkv.attach(model, Full()) as far:
+        made = model.generate(
+            torch.tensor([prompt.text + prompt.question]),
+            past_key_values=far.new_cache(),
+            max_new_tokens=1,
+            do_sample=False,
+        )[0, -1]
+        config.eos_token_id = int(made)
+        try:
+            cache = far.new_cache()
+            ask(far, tokenizer, prompt, cache=cache, decoding=Decoding(1), listener=Listener())
+            assert not cache.account.is_cut
+        finally:
+            config.eos_token_id = before
 
 
 def test_verified_after_a_prefill_in_chunks(loaded) -> None:

@@ -198,6 +198,9 @@ def run(
         receipt = dataclasses.replace(far.receipt(cache), model=model, answer=text_out)
     if not as_json:
         typer.echo()
+    # The demo's answers are four digits: as many tokens are asked for.
+    if cache.account.is_cut and not as_json and model != "demo":
+        err.print(f"the answer was cut after {max_new_tokens} tokens; --max-new-tokens sets how many there may be")
     print_receipt(receipt, as_json=as_json)
 
 

@@ -180,6 +180,9 @@ def answer(
         **options,
     )
     new = out[0, ids.shape[1] :].tolist()
-    cache.account.generated_tokens = len(new)
+    ends = getattr(handle.model.generation_config, "eos_token_id", None)
+    # A model without a token that ends an answer never ends one.
+    ended = ends is None or (bool(new) and new[-1] in (ends if isinstance(ends, list) else [ends]))
+    cache.account.generated_tokens, cache.account.is_cut = len(new), len(new) >= decoding.max_new_tokens and not ended
     cache.account.context_tokens = prompt.n_tokens
     return tokenizer.decode(new, skip_special_tokens=True)
