@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
 
 from farkv.config import format_bytes
 
-if TYPE_CHECKING:
-    from farkv.receipt import Receipt
+# A `Receipt`, which prints itself by this: it is named there.
+Receipt = Any
 
 # By `receipt.exact`.
 EXACT_WORDS = {
