@@ -251,8 +251,9 @@ def test_positions_of_an_image_are_in_no_session(tmp_path: Path) -> None:
 # --- the life of a cache and of a model -------------------------------------------------------------------------------
 
 
-def test_a_prompt_read_in_inference_mode_is_gone_on_from_outside_of_it() -> None:
-    model, ids = make_model("llama"), draw(24)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2"])
+def test_a_prompt_read_in_inference_mode_is_gone_on_from_outside_of_it(family: str) -> None:
+    model, ids = make_model(family), draw(24)
     more = {"input_ids": torch.cat([ids, ids[:, :3]], 1), "attention_mask": torch.ones(1, 27, dtype=torch.long)}
 
     def run(cache: Any) -> Any:

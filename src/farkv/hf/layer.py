@@ -5,7 +5,8 @@ In: new K and V. Out: those same K and V; what attention reads besides them is t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -139,7 +140,14 @@ class FarLayer(_compat.DynamicLayer):
 
 def out_of_inference() -> AbstractContextManager[Any]:
     """Leave torch.inference_mode: what is stored in it could not be appended to outside of it."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+    return leave_inference() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def leave_inference() -> Iterator[None]:
+    """Leave it, but for gradients, which leaving it alone would turn on."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def describe(k: Tensor, v: Tensor) -> str:
