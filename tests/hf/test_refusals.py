@@ -313,6 +313,14 @@ def test_an_attached_model_is_not_copied_and_a_cache_not_pickled_but_copied() ->
     assert "generate" not in vars(model)
 
 
+def test_a_generate_of_the_users_own_is_given_back() -> None:
+    model: Any = build("LlamaConfig")
+    own = model.generate = lambda *args, **kwargs: "mine"
+    with attach(model, Full()):
+        assert model.generate() == "mine"
+    assert model.generate is own
+
+
 def test_a_cache_has_no_tensors_to_walk_over() -> None:
     model = make_model("llama")
     with attach(model, Full()) as far:

@@ -41,6 +41,7 @@ class FarCache(Unlike, _compat.Cache):
         # The handle whose passes it takes; whether one had positions of an image, which no session holds.
         self.made_by, self.has_positions = made_by, False
         self.engine, self.account = engine, engine.account
+        # Decode steps that are still to be compared with full attention.
         self.verify_steps = verify_steps
         self.read_ids = ReadIds()
         self.identity = identity or {}
@@ -82,19 +83,6 @@ class FarCache(Unlike, _compat.Cache):
             if isinstance(layer, FarLayer):
                 layer.dtype, layer.device, layer.is_initialized = dtype, device, True
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store a layer's new tokens.
-
-        Raises:
-            CacheStateError: no pass of an attached model runs.
-        """
-        if self._pass is None:
-            raise CacheStateError(
-                "this cache: expected a pass of the attached model that made it, got one of a model that is not; use "
-                "it inside `with farkv.attach(model)`, or an ordinary cache"
-            )
-        return super().update(*args, **kwargs)
-
     def join(self, other: FarCache) -> None:
         """Let the sequences of another cache continue in this one's batch; shorter ones are padded on the left.
 
@@ -121,6 +109,7 @@ class FarCache(Unlike, _compat.Cache):
         for layer, more in unmanaged:
             join_unmanaged(layer, more)
         other.reset()
+        # Of several texts none is the cache's own.
         self.read_ids.clear()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -206,6 +195,7 @@ class FarCache(Unlike, _compat.Cache):
         if found.module != id(module):
             return
         if found.stage == "read":
+            # Where this fails, the pass is still there to be taken back.
             self.engine.commit()
         self._pass = None
         if found.stage == "read":

@@ -17,7 +17,7 @@ from farkv.hf.cache import FarCache
 
 
 def wrap_generate(model: PreTrainedModel) -> None:
-    """Let `generate` check the text first; `unwrap_generate` undoes it."""
+    """Let `generate` check the text first; `unwrap_generate` undoes it, one of the user's own included."""
     plain: Any = getattr(model, "generate", None)
     if plain is None:
         # A model without a head writes nothing.
@@ -30,12 +30,15 @@ def wrap_generate(model: PreTrainedModel) -> None:
             check_text(cache, find_prompt(args, kwargs))
         return plain(*args, **kwargs)
 
+    generate.own = vars(model).get("generate")  # type: ignore[attr-defined]
     model.generate = generate  # type: ignore[method-assign]
 
 
 def unwrap_generate(model: PreTrainedModel) -> None:
     """Give a model its own `generate` back."""
-    vars(model).pop("generate", None)
+    wrapped = vars(model).pop("generate", None)
+    if (own := getattr(wrapped, "own", None)) is not None:
+        model.generate = own  # type: ignore[method-assign]
 
 
 def find_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

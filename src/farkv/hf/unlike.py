@@ -9,11 +9,29 @@ import copy
 from collections.abc import Iterator
 from typing import Any, Self
 
+from farkv._axes import Tensor
 from farkv.errors import CacheStateError
 
 
 class Unlike:
     """What a cache of far records refuses, and how it is copied."""
+
+    # The pass that runs, of which the cache is told by the hooks of an attached model alone.
+    _pass: Any
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store a layer's new tokens.
+
+        Raises:
+            CacheStateError: no pass of an attached model runs.
+        """
+        if self._pass is None:
+            raise CacheStateError(
+                "this cache: expected a pass of the attached model that made it, got one of a model that is not; use "
+                "it inside `with farkv.attach(model)`, or an ordinary cache"
+            )
+        cache: Any = super()
+        return cache.update(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         raise CacheStateError(
