@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from farkv import attach
+from farkv.demo.explain import explain_run
+from farkv.demo.recall import RecallPrompt
 from tests.command import CODE, QUESTION, farkv, run_process
+from tests.models import generate, make_model, make_prompt
 
 
 @pytest.fixture
@@ -116,8 +121,33 @@ def test_profile_writes_a_file_that_run_takes(file: str, tmp_path: Path) -> None
     assert json.loads(again.stdout)["answer"] == "4821"
 
 
-def test_the_demo_finds_its_fact() -> None:
+def test_the_demo_finds_its_fact_and_says_what_was_shown() -> None:
     done = farkv("demo", "--tokens", "1200", "--facts", "8", "--json")
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)["answer"]
-    assert f"expected: {answer}" in done.stderr
+    receipt = json.loads(done.stdout)
+    assert f"expected: {receipt['answer']}" in done.stderr
+    # Near memory is far below the cache, so that records travel.
+    assert receipt["limits"]["near"] < receipt["kv_bytes"]["total"] / 2
+    assert receipt["fetched_bytes_per_token"] > 0
+    assert receipt["resident_fraction"] < 1
+    said = done.stderr.split("What you have just seen:")[1]
+    assert 3 <= len(said.strip().splitlines()) <= 5
+    for word in (f"{receipt['context_tokens']:,} tokens", f"{receipt['read_fraction']:.1%}", "is right", "limit of"):
+        assert word in said
+
+
+def test_the_demo_says_what_it_does_before_it_does_it() -> None:
+    done = farkv("demo", "--tokens", "400", "--facts", "2", "--near", "8KiB")
+    assert done.returncode == 2
+    assert [line[:3] for line in done.stderr.splitlines() if line[1:3] == "/3"] == ["1/3", "2/3"]
+    assert "near limit" in done.stderr.splitlines()[-1]
+
+
+def test_an_answer_that_is_wrong_is_called_wrong() -> None:
+    model = make_model("llama")
+    with attach(model, profile=False) as far:
+        generate(model, make_prompt(1, tokens=20), far.new_cache(), n=2)
+        receipt = dataclasses.replace(far.receipt(), answer="1234")
+    lines = explain_run(RecallPrompt("", "", "4821", "a_b", 6), receipt)
+    assert "'1234' is wrong: line 7 says 4821" in " ".join(lines)
+    assert "without a limit" in " ".join(lines)

@@ -23,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Measure speed: farkv and its baselines in one run, on random records with the shapes of real models.",
 )
 
 SHAPES = "llama3-8b, llama3.2-1b, qwen3-8b or opt-6.7b."

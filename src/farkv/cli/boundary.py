@@ -17,7 +17,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from farkv.errors import FarKVError
 from farkv.files import InUseError
@@ -62,10 +62,11 @@ def run_command(arguments: Sequence[str], debug: list[bool]) -> int:
         debug: gets an entry where `--debug` is given.
     """
     # Takes seconds.
-    import typer
+    with show_starting():
+        import typer
 
-    from farkv.cli.commands import build_command
-    from farkv.cli.terminal import show_log
+        from farkv.cli.commands import build_command
+        from farkv.cli.terminal import show_log
 
     command, code = build_command(debug.append), 0
     # Not `main`, which has a boundary of its own.
@@ -77,6 +78,19 @@ def run_command(arguments: Sequence[str], debug: list[bool]) -> int:
     if sys.stdout is not None:
         sys.stdout.flush()
     return code
+
+
+@contextmanager
+def show_starting() -> Iterator[None]:
+    """Say on a terminal that something is under way, from the first moment; the line is taken back."""
+    shows = sys.stderr is not None and sys.stderr.isatty()
+    if shows:
+        write_error("farkv: starting …")
+    try:
+        yield
+    finally:
+        if shows:
+            write_error("\r\x1b[2K")
 
 
 def explain(error: BaseException) -> tuple[int, str]:

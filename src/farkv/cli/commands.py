@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Run the context that your memory cannot hold, under hard byte limits, with a receipt.",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run)
 app.command(name="profile")(profile_model)
@@ -54,7 +54,16 @@ def root(
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Accept the options that precede the command."""
+    r"""Run the context that your memory cannot hold, under hard byte limits, with a receipt.
+
+    [bold]Examples[/bold]
+
+      farkv demo
+
+      farkv run --model NAME_OR_PATH --file book.txt "Who wrote the letter?"
+
+      farkv run --help
+    """
 
 
 def build_command(on_debug: Callable[[bool], None]) -> Any:

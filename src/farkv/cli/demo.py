@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from farkv.cli.options import DtypeOption, FractionOption, JsonOption, NearOption
+from farkv.cli.options import DtypeOption, FractionOption, JsonOption
 from farkv.cli.run import run
 from farkv.cli.terminal import say
 from farkv.files import write_file
@@ -19,36 +19,46 @@ def demo(
     facts: Annotated[int, typer.Option(min=1, max=500, help="Number of facts hidden in it.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the text.")] = 0,
     fraction: FractionOption = 0.1,
-    near: NearOption = None,
+    near: Annotated[
+        str | None,
+        typer.Option(help="Limit of near memory. Default: about a sixth of the KV cache, so that records travel."),
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    r"""Hide facts in code that the demo model has not seen, and ask for one of them.
+    r"""Hide facts in code that the demo model has not seen, and ask for one of them under a near limit.
 
-    Writes the text to a temporary file, then prints and runs the command.
+    Writes the text to a temporary file, prints and runs the command, and says what it has shown.
 
     [bold]Examples[/bold]
 
       farkv demo
 
       farkv demo --tokens 8000 --facts 40 --seed 3
+
+      farkv demo --near 2MiB --fraction 0.05
     """
+    say(f"1/3 hiding {facts} facts in about {tokens:,} tokens of Python's own library, which the demo model never saw")
+    from farkv.demo.explain import choose_near, explain_run
     from farkv.demo.text import draw_prompt
 
-    prompt = draw_prompt(tokens, facts, seed)
+    prompt, near = draw_prompt(tokens, facts, seed), near or choose_near(tokens)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code.py"
         write_file(path, prompt.text.encode(), "text", private=True)
         lines = prompt.text.count("\n")
-        flags = (f"--near {near} " if near else "") + (f"--dtype {dtype} " if dtype != "auto" else "")
         said = f"{prompt.name} = {prompt.answer}"
-        say(f"{lines} lines of code, {facts} facts; line {prompt.fact_line + 1} says: {said}")
+        say(f"    {lines} lines; line {prompt.fact_line + 1} says: {said}")
+        say("2/3 loading the model inside the package, reading the lines, asking: seconds, and the same as")
+        dtype_flag = f"--dtype {dtype} " if dtype != "auto" else ""
         say(
-            f"$ farkv run --model demo --file code.py --fraction {fraction} {flags}--verify 8 --max-new-tokens 4 "
-            f'"{prompt.question}"'
+            f"    $ farkv run --model demo --file code.py --fraction {fraction} --near {near} {dtype_flag}--verify 8 "
+            f'--max-new-tokens 4 "{prompt.question}"'
         )
-        run(
+        receipt = run(
             prompt.question, model="demo", file=path, fraction=fraction, near=near,
             max_new_tokens=4, verify=8, dtype=dtype, as_json=as_json,
         )  # fmt: skip
-    say(f"expected: {prompt.answer}")
+    say(f"3/3 expected: {prompt.answer}")
+    for line in explain_run(prompt, receipt):
+        say(line)

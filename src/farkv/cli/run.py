@@ -47,6 +47,7 @@ from farkv.methods import METHODS, XKV, Method
 from farkv.methods.table import evicts
 from farkv.names import check_target
 from farkv.quote import quote
+from farkv.receipt import Receipt
 from farkv.show import show_progress
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def run(
     weights: WeightsOption = "none",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
-) -> None:
+) -> Receipt:
     r"""Answer a question about a long text, with a KV cache in far memory.
 
     [bold]Examples[/bold]
@@ -202,6 +203,7 @@ def run(
     if cache.account.is_cut and not as_json and model != "demo":
         err.print(f"the answer was cut after {max_new_tokens} tokens; --max-new-tokens sets how many there may be")
     print_receipt(receipt, as_json=as_json)
+    return receipt
 
 
 def check_session(path: Path, text: str, methods: list[Method], *, evicts_pool: bool) -> None:
