@@ -26,6 +26,7 @@ from farkv.kernels.gpu import Gpu
 from farkv.kernels.native_abi import ISAS
 from farkv.methods import METHODS
 from farkv.receipt import Receipt
+from farkv.receipt_text import FALLBACK_WORDS
 
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(farkv.__file__).parent
@@ -128,7 +129,7 @@ def find_fallbacks() -> set[str]:
 
 def test_every_fallback_is_explained_and_no_other() -> None:
     table = section("The receipt").split("**`fallbacks`**")[1]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == find_fallbacks()
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.M)) == find_fallbacks() == set(FALLBACK_WORDS)
 
 
 def test_every_kernel_is_explained() -> None:

@@ -122,6 +122,7 @@ BY_NAME_ALLOWED = {
     ("evals/public/read.py", "read_records", "open"): "a descriptor of the helper's",
     ("hf/gguf_header.py", "read_header", "open"): "a descriptor of the helper's",
     ("hf/load_gguf.py", "standing_alone", "symlink_to"): "into a folder of its own, which goes again",
+    ("hf/rss.py", "find_peak", "read_text"): "of /proc",
     ("hf/session.py", "read_session_text", "open"): "of a session",
     ("measure/part.py", "delete", "unlink"): "a name alone goes, never what it leads to",
     ("session/file.py", "_read_tensor", "open"): "a descriptor of the helper's",

@@ -1,24 +1,22 @@
-"""The measured account of one run: `Account` counts during the run, `Receipt` is what the user gets.
+"""What the user gets of one run: a frozen `Receipt` whose `to_dict()` has stable keys.
 
-In: counts from the engine, byte peaks from the ledgers, times from `hf`. Out: a frozen `Receipt` whose `to_dict()` has
-stable keys. Knows nothing of models or tensor contents.
+`Account` (account.py) counts during the run, and `hf/receipt.py` makes the receipt of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
+from farkv.account import BIT, EXACT, INEXACT, ROUNDING, Account, LayerCount
 from farkv.receipt_text import format_html, format_receipt
-from farkv.trace import ReadTrace
 
-# How near a run is to the plain model: every pass was the model's own attention over all records as the model made
-# them; or over all of them, but in blocks, by a kernel or in another order of sums; or something was left out or coded.
-EXACT = BIT, ROUNDING, INEXACT = ("bit", "rounding", "no")
+# What counts and what is told of it are imported from one place.
+__all__ = [
+    "BIT", "EXACT", "INEXACT", "ROUNDING", "Account", "KVBytes", "LayerCount", "LayerRow", "Limits", "Quality", "Quant",
+    "Receipt", "Rss", "Times", "Weights",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,26 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Rss:
+    """Bytes: the most that the process had so far, None where the system does not say; and the model's weights."""
+
+    peak: int | None
+    weights: int
+
+
+@dataclass(frozen=True)
 class Times:
-    """Seconds of host time inside the model's forward passes."""
+    """Seconds of host time: inside the model's forward passes; and by the clock since the first of them began.
+
+    first_token_s: to the end of the pass that made the first token of an answer; None: there is no answer.
+    total_s: to the end of the last pass.
+    """
 
     prefill_s: float
     decode_s: float
     tokens_per_s: float
+    first_token_s: float | None
+    total_s: float
 
 
 @dataclass(frozen=True)
@@ -96,10 +108,15 @@ class Receipt:
 
     model: str
     weights: Weights
+    device: str
+    threads: int
     method: str
+    fraction_asked: float | None
     answer: str
+    stop_reason: str | None
     context_tokens: int
     generated_tokens: int
+    rss: Rss
     kv_bytes: KVBytes
     limits: Limits
     read_fraction: float
@@ -136,152 +153,3 @@ class Receipt:
         row = dataclasses.asdict(self)
         row["layers"], row["notes"] = list(row["layers"]), list(row["notes"])
         return row
-
-
-@dataclass
-class LayerCount:
-    """Decode-step sums of one layer, in records (a record: one token of one KV head)."""
-
-    read: float = 0.0
-    held: float = 0.0
-    # Counts that are computed on the device: summed there, read once for the receipt.
-    device_read: Tensor | None = None
-    index_bytes: float = 0.0
-    mass_sum: float = 0.0
-    mass_min: float = 1.0
-    mass_steps: int = 0
-
-    def add_read(self, read: float | Tensor, held: float) -> None:
-        """Add one step: `read` of `held` records; a tensor stays on its device."""
-        self.held += held
-        if isinstance(read, Tensor):
-            self.device_read = read if self.device_read is None else self.device_read + read
-        else:
-            self.read += read
-
-    def total_read(self) -> float:
-        """Return the number of records read. Cost: one device sync."""
-        return self.read + (0.0 if self.device_read is None else float(self.device_read))
-
-    def add_mass(self, mean: float, least: float) -> None:
-        """Add the attention mass that one verified step found; NaN is none: there was no attention weight."""
-        if not math.isfinite(mean):
-            mean = least = 0.0
-        self.mass_sum += mean
-        self.mass_min = min(self.mass_min, least)
-        self.mass_steps += 1
-
-    def mass_mean(self) -> float | None:
-        """Return the mean mass over verified steps; None if there were none."""
-        return self.mass_sum / self.mass_steps if self.mass_steps else None
-
-
-@dataclass
-class Account:
-    """All counters of a run; mutable."""
-
-    layers: dict[int, LayerCount] = field(default_factory=dict)
-    record_bytes: dict[int, int] = field(default_factory=dict)
-    context_tokens: int = 0
-    decode_steps: int = 0
-    timed_steps: int = 0
-    generated_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    fetched_bytes: int = 0
-    disk_bytes: int = 0
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    # Names of the fast kernels that ran at decode steps.
-    kernels: set[str] = field(default_factory=set)
-    agreements: list[bool] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    decoding: bool = False
-    # Whether the answer was as long as it may be, and not at its end.
-    is_cut: bool = False
-    # False while a step is repeated for verification: the bytes it moves are not part of the run.
-    counts_bytes: bool = True
-    # The largest share of the records that one decode step has read, and what all steps before had read and held.
-    peak_read: float = 0.0
-    summed: tuple[float, float] = (0.0, 0.0)
-    # Records the positions that decode steps read; None: not traced.
-    trace: ReadTrace | None = None
-    # The worst of `EXACT` of all passes so far.
-    exact: str = BIT
-
-    def note_exact(self, how: str) -> None:
-        """Note how near a pass came to the plain model: what a later one reads was made by it."""
-        self.exact = max(self.exact, how, key=EXACT.index)
-
-    def layer(self, layer: int) -> LayerCount:
-        """Return the counts of one layer."""
-        count = self.layers.get(layer)
-        if count is None:
-            count = self.layers[layer] = LayerCount()
-        return count
-
-    def count_pass(self, seconds: float, *, measures: bool) -> None:
-        """Count a forward pass; a verified step, which `measures`, is not timed."""
-        if not self.decoding:
-            self.prefill_s += seconds
-            return
-        self.decode_steps += 1
-        self._note_peak()
-        if not measures:
-            self.timed_steps += 1
-            self.decode_s += seconds
-
-    def _note_peak(self) -> None:
-        """Note what this step has read, if no count of it has stayed on a device."""
-        if any(count.device_read is not None for count in self.layers.values()):
-            return
-        read = sum(count.read * self.record_bytes.get(i, 1) for i, count in self.layers.items())
-        held = sum(count.held * self.record_bytes.get(i, 1) for i, count in self.layers.items())
-        was_read, was_held = self.summed
-        self.summed = read, held
-        if held > was_held:
-            self.peak_read = max(self.peak_read, (read - was_read) / (held - was_held))
-
-    def add_fallback(self, name: str) -> None:
-        """Count one use of a slower or different path than the one requested."""
-        self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
-
-    def count_fetch(self, n_bytes: int) -> None:
-        """Count bytes that crossed the link; decode steps only."""
-        if self.decoding and self.counts_bytes:
-            self.fetched_bytes += n_bytes
-
-    def count_disk(self, n_bytes: int) -> None:
-        """Count bytes read from disk; decode steps only."""
-        if self.decoding and self.counts_bytes:
-            self.disk_bytes += n_bytes
-
-    def read_fraction(self, layers: list[int] | None = None) -> float:
-        """Return the bytes of the selected records over those of all records, over all decode steps.
-
-        Args:
-            layers: count these alone; None: all.
-        """
-        counts = {i: c for i, c in self.layers.items() if layers is None or i in layers}
-        read = sum(c.total_read() * self.record_bytes.get(i, 1) for i, c in counts.items())
-        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in counts.items())
-        return read / held if held else 0.0
-
-    def index_fraction(self) -> float:
-        """Return the index bytes scored over the bytes of all records, over all layers and decode steps."""
-        scored = sum(c.index_bytes for c in self.layers.values())
-        held = sum(c.held * self.record_bytes.get(i, 1) for i, c in self.layers.items())
-        return scored / held if held else 0.0
-
-    def quality(self) -> Quality | None:
-        """Return the comparison with full attention; None if nothing was verified."""
-        if not self.kl:
-            return None
-        counts = [c for c in self.layers.values() if c.mass_steps]
-        steps = sum(c.mass_steps for c in counts)
-        return Quality(
-            steps=len(self.kl),
-            top1_agreement=sum(self.agreements) / len(self.agreements),
-            kl_mean=sum(self.kl) / len(self.kl),
-            mass_mean=sum(c.mass_sum for c in counts) / steps if steps else 1.0,
-            mass_min=min((c.mass_min for c in counts), default=1.0),
-        )

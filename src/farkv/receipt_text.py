@@ -16,6 +16,27 @@ EXACT_WORDS = {
     "rounding": "all was read, sums in another order",
     "no": "records were left out or coded",
 }
+# By `receipt.stop_reason`.
+STOP_WORDS = {
+    "end": "the model ended its answer",
+    "length": "the answer is as long as it may be",
+    "stop_string": "a stop string was found",
+    "time": "the time was over",
+    "interrupted": "it was interrupted",
+    None: "",
+}
+# By the name in `receipt.fallbacks`: what its count is of, and what happened.
+FALLBACK_WORDS = {
+    "refit": ("refits of a layer's index", "the text had drifted away from what it was fitted to"),
+    "skew_from_prompt": ("layers' skews", "no profile has them, so they were fitted to the prompt's own queries"),
+    "identity_skew": ("layers' indexes", "heads whose queries or keys are not finite are indexed unskewed"),
+    "not_finite": ("verified steps", "logits are not finite, so there is no distance to compare"),
+    "generic_query": ("layers", "their query cannot be formed alone, so the whole block was run up to attention"),
+    "own_query": (
+        "estimates",
+        "the next layer's query could not be estimated, so its own chose, and had to wait",
+    ),
+}
 # Layers in a row of bars.
 BAR_LAYERS = 64
 
@@ -59,8 +80,9 @@ def describe_notes(receipt: Receipt) -> list[str]:
     if receipt.weights.source is not None:
         notes.append(f"weights: {receipt.weights.dtype}, from {receipt.weights.source}")
     notes += receipt.notes
-    if receipt.fallbacks:
-        notes.append(f"fallbacks: {receipt.fallbacks}")
+    for name, n in receipt.fallbacks.items():
+        counted, what = FALLBACK_WORDS[name]
+        notes.append(f"{n:,} {counted}: {what}")
     return notes
 
 
@@ -73,6 +95,7 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
 
     rows = [
         ("context", f"{receipt.context_tokens:,} tokens", f"full KV cache {format_bytes(size.total)}"),
+        *rows_of_asked(receipt),
         ("read per step", f"{receipt.read_fraction:.1%}", "of the KV bytes, all layers"),
         ("index scored", f"{receipt.index_fraction:.1%}", "of the KV bytes, per step"),
         ("held near", f"{receipt.resident_fraction:.1%}", "of the KV bytes, at the peak"),
@@ -82,9 +105,13 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
         ("near peak", format_bytes(size.near_peak), f"{of(limits.near)}; index {format_bytes(size.index_peak)}"),
         ("host peak", format_bytes(size.host_peak), of(limits.host)),
         *rows_of_disk(receipt),
+        *rows_of_process(receipt),
         ("prefill", f"{time.prefill_s:.2f} s", ""),
         ("decode", f"{time.decode_s:.2f} s", f"{time.tokens_per_s:.1f} tokens/s, question included"),
     ]
+    if time.first_token_s is not None:
+        rows.append(("first token", f"{time.first_token_s:.2f} s", "after reading began"))
+    rows.append(("in all", f"{time.total_s:.2f} s", STOP_WORDS[receipt.stop_reason]))
     if receipt.quality is not None:
         q = receipt.quality
         rows += [
@@ -94,6 +121,22 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
         ]
     rows += [("kernel", receipt.kernel, ""), ("exact", receipt.exact, EXACT_WORDS[receipt.exact])]
     return rows
+
+
+def rows_of_asked(receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Return the cap that was asked for; none where it was left out."""
+    asked = receipt.fraction_asked
+    return [] if asked is None else [("asked for", f"{asked:.1%}", f"of the KV bytes, at most, by {receipt.method}")]
+
+
+def rows_of_process(receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Return what the process took, and what the model runs on."""
+    rss, threads = receipt.rss, f"{receipt.threads} thread" + ("s" if receipt.threads != 1 else "")
+    peak = "unknown" if rss.peak is None else format_bytes(rss.peak)
+    return [
+        ("process peak", peak, f"resident; the model's weights {format_bytes(rss.weights)}"),
+        ("runs on", receipt.device, f"{receipt.weights.dtype}, {threads}"),
+    ]
 
 
 def rows_of_managed(receipt: Receipt) -> list[tuple[str, str, str]]:

@@ -18,9 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from farkv.account import Account, LayerCount
 from farkv.demo import MODEL_PATH
 from farkv.errors import CacheStateError, ConfigError, InputError
-from farkv.receipt import Account, LayerCount
 from tests.models import make_model
 
 MISSING = [name for name in ("lm_eval", "accelerate") if importlib.util.find_spec(name) is None]

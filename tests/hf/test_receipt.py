@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import farkv
+from farkv.hf.load import load_model
+from farkv.hf.packed import PackedLinear
+from farkv.hf.rss import count_weights
 from farkv.kernels.native import load_native
-from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.methods import XKV, Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.receipt_text import FALLBACK_WORDS, rows_of
 from farkv.store.sizes import LayerShape, fetched_bytes
 from tests.models import generate, make_model, make_prompt
 
@@ -28,15 +33,17 @@ SELECTORS: dict[str, Method] = {
 }
 # design.md, "The receipt": the keys are stable.
 KEYS = {
-    "": "model weights method answer context_tokens generated_tokens kv_bytes limits read_fraction index_fraction "
+    "": "model weights device threads method fraction_asked answer stop_reason context_tokens generated_tokens rss "
+    "kv_bytes limits read_fraction index_fraction "
     "resident_fraction kept_fraction managed_read_fraction managed_resident_fraction managed_kept_fraction "
     "least_read_fraction peak_read_fraction exact notes fetched_bytes_per_token disk_bytes_per_token "
     "evicted_records kernel fallbacks quant time quality layers versions",
     "kv_bytes": "total near_peak host_peak disk_peak index_peak",
     "weights": "dtype source",
+    "rss": "peak weights",
     "limits": "near host disk",
     "quant": "host disk max_error",
-    "time": "prefill_s decode_s tokens_per_s",
+    "time": "prefill_s decode_s tokens_per_s first_token_s total_s",
     "quality": "steps top1_agreement kl_mean mass_mean mass_min",
     "layers": "layer managed why read_fraction kept_fraction mass_mean",
 }
@@ -151,3 +158,33 @@ def test_the_receipt_says_that_the_skew_is_the_prompts() -> None:
     assert receipt.fallbacks["skew_from_prompt"] >= len(receipt.layers) - 1
     assert run(InfiniGen(fraction=0.3)).fallbacks == {}, "ours never has another"
     assert run(Window(fraction=0.3)).fallbacks == {}
+
+
+def test_it_says_what_it_ran_on_and_what_was_asked_for() -> None:
+    receipt = run(InfiniGen(fraction=0.3))
+    assert (receipt.device, receipt.threads, receipt.weights.dtype) == ("cpu", torch.get_num_threads(), "float32")
+    assert (receipt.fraction_asked, run(InfiniGen()).fraction_asked) == (0.3, None)
+    assert run(XKV(fraction=0.4)).fraction_asked == 0.4
+    model = make_model("llama")
+    weights = {p.data_ptr(): p.nbytes for p in (*model.parameters(), *model.buffers())}
+    assert receipt.rss.weights == sum(weights.values())
+    assert receipt.rss.peak is not None
+    # torch alone takes more than this.
+    assert receipt.rss.peak > 50 << 20
+
+
+def test_packed_weights_are_counted_as_they_are() -> None:
+    whole, packed = (load_model("demo", device="cpu", weights=weights)[0] for weights in ("none", "int8"))
+    assert 0.2 * count_weights(whole) < count_weights(packed) < 0.6 * count_weights(whole)
+    assert count_weights(packed) >= sum(m.count_bytes() for m in packed.modules() if isinstance(m, PackedLinear))
+
+
+def test_the_table_has_no_internal_name() -> None:
+    receipt = run(InfiniGen(fraction=0.4, paper=True))
+    text = str(receipt)
+    assert "skew_from_prompt" in receipt.fallbacks
+    assert not any(name in text for name in FALLBACK_WORDS)
+    assert all(what in text for name, (_, what) in FALLBACK_WORDS.items() if name in receipt.fallbacks)
+    assert "as long as it may be" in text
+    assert "asked for" in text
+    assert max(len(line) for line in text.split("\n")[: len(rows_of(receipt)) + 1]) <= 80

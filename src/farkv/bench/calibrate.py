@@ -13,6 +13,7 @@ import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from farkv.account import Account
 from farkv.bench.case import Case
 from farkv.bench.fill import KVSource
 from farkv.bench.machine import require_native
@@ -28,7 +29,6 @@ from farkv.kernels.native import IndexView, Native, Rows
 from farkv.math.logits import Logits
 from farkv.math.tables import ENTRIES
 from farkv.methods import InfiniGen
-from farkv.receipt import Account
 
 SHAPE = SHAPES["llama3.2-1b"]
 CONTEXTS = tuple(2**i for i in range(7, 15))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from farkv._axes import Tensor
+from farkv.account import Account
 from farkv.bench.case import Case, Traffic
 from farkv.bench.fill import CHUNK_TOKENS, KVSource
 from farkv.bench.torch_attention import Attention
@@ -18,7 +19,6 @@ from farkv.kernels.native import Native, Rows
 from farkv.math.logits import Logits
 from farkv.math.step import Query, Step
 from farkv.methods import InfiniGen
-from farkv.receipt import Account
 from farkv.store.memory import allocate
 from farkv.store.records import StoreLimits
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Bool, Float32, Int, Tensor
+from farkv.account import BIT, INEXACT, ROUNDING, Account
 from farkv.engine.budget import Budgets
 from farkv.engine.fast_path import FastPath, Reads
 from farkv.engine.mass import measure_found
@@ -21,7 +22,6 @@ from farkv.math.attention import add_odds, align_mask, align_rows
 from farkv.math.select import Choice
 from farkv.math.step import AttentionFunction, Step, describe_bias
 from farkv.math.stream import Stream
-from farkv.receipt import BIT, INEXACT, ROUNDING, Account
 from farkv.store.records import Fetch, Read
 from farkv.store.tiers import BLOCK_TOKENS, Store
 

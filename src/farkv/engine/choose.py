@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Bool, Float32, Tensor
+from farkv.account import Account
 from farkv.engine.bank import Bank
 from farkv.engine.budget import Budget, Budgets
 from farkv.engine.fast_choice import (
@@ -39,7 +40,6 @@ from farkv.math.select import (
 )
 from farkv.math.step import Query
 from farkv.methods.base import Selector
-from farkv.receipt import Account
 from farkv.store.placement import Placement
 
 

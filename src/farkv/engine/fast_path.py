@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Float32, Int, Tensor
+from farkv.account import Account
 from farkv.engine.padding import Padding
 from farkv.engine.setup import Kernels
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import IndexView, Native, Rows
 from farkv.math.step import AttentionFunction, Query, Step
 from farkv.methods.base import Selector
-from farkv.receipt import Account
 from farkv.store.tiers import Store
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from farkv._axes import Bool, Tensor
+from farkv.account import ROUNDING
 from farkv.engine.bank import Sequence
 from farkv.engine.bytes_near import plan_near
 from farkv.engine.step import Engine
 from farkv.engine.usage import find_exact
 from farkv.errors import CacheStateError
-from farkv.receipt import ROUNDING
 from farkv.store.join import admit_join, check_join, join_layer
 
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from farkv.account import Account
 from farkv.calibrate.profile import Profile
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import Native
-from farkv.receipt import Account
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
 from farkv.store.worker import Worker

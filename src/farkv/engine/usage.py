@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from farkv.account import INEXACT
 from farkv.engine.step import Engine
-from farkv.receipt import INEXACT
 from farkv.store.placement import Placement
 
 

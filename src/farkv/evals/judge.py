@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Tensor
+from farkv.account import Account
 from farkv.errors import CacheStateError, ConfigError, ProfileError
 from farkv.evals.ask import Answer, Asker, align, force_tokens
 from farkv.evals.describe import Variant
@@ -26,7 +27,6 @@ from farkv.evals.score import SCORES
 from farkv.hf.ask import Prompt
 from farkv.hf.attach import attach, find_profile
 from farkv.hf.handle import Handle
-from farkv.receipt import Account
 from farkv.trace import ReadTrace
 
 

@@ -162,6 +162,8 @@ def answer(
     handle: Handle, tokenizer: Any, prompt: Prompt, *, cache: FarCache, decoding: Decoding, listener: Listener
 ) -> str:
     """Feed the question to a cache that has read the text, generate the answer, and return it."""
+    # Until all is read, no step is one of the answer.
+    cache.account.prompt_tokens = prompt.n_tokens
     feed(handle, cache, prompt.question[:-1])
     ids = torch.tensor([prompt.text + prompt.question], device=handle.device)
     options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.temperature > 0}
@@ -179,10 +181,5 @@ def answer(
         streamer=PieceStreamer(tokenizer, listener.on_text),
         **options,
     )
-    new = out[0, ids.shape[1] :].tolist()
-    ends = getattr(handle.model.generation_config, "eos_token_id", None)
-    # A model without a token that ends an answer never ends one.
-    ended = ends is None or (bool(new) and new[-1] in (ends if isinstance(ends, list) else [ends]))
-    cache.account.generated_tokens, cache.account.is_cut = len(new), len(new) >= decoding.max_new_tokens and not ended
     cache.account.context_tokens = prompt.n_tokens
-    return tokenizer.decode(new, skip_special_tokens=True)
+    return tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)

@@ -146,7 +146,7 @@ class FarCache(Unlike, _compat.Cache):
             # A decoder is often called with the embeddings of the tokens that the whole model was called with.
             ids = found.ids
         self.read_ids.note(ids, self.get_seq_length())
-        self.account.decoding = n_new == 1 and found.tokens > 0
+        self.account.begin_pass(n_new, found.tokens)
 
     def restart_clock(self) -> None:
         """Count the pass's seconds from now on."""
@@ -200,7 +200,7 @@ class FarCache(Unlike, _compat.Cache):
         self._pass = None
         if found.stage == "read":
             self.account.context_tokens = self.get_seq_length()
-            self.account.count_pass(time.perf_counter() - found.started, measures=self.engine.mode.measures)
+            self.account.count_pass(found.started, time.perf_counter(), measures=self.engine.mode.measures)
             if self.account.decoding:
                 count_reads(self.layers, self.account)
 

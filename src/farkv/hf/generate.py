@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from farkv._axes import Tensor
 from farkv.errors import CacheStateError
 from farkv.hf.cache import FarCache
+from farkv.hf.stopped import Asked, note_answer, note_interrupt
 
 
 def wrap_generate(model: PreTrainedModel) -> None:
@@ -26,9 +27,21 @@ def wrap_generate(model: PreTrainedModel) -> None:
     @functools.wraps(plain)
     def generate(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, FarCache):
-            check_text(cache, find_prompt(args, kwargs))
-        return plain(*args, **kwargs)
+        if not isinstance(cache, FarCache):
+            return plain(*args, **kwargs)
+        ids = find_prompt(args, kwargs)
+        check_text(cache, ids)
+        asked, account = Asked(model, kwargs, count_prompt(cache, ids, kwargs)), cache.account
+        account.prompt_tokens = asked.prompt_tokens
+        try:
+            out = plain(*args, **kwargs)
+        except KeyboardInterrupt:
+            note_interrupt(account, asked, cache.get_seq_length())
+            raise
+        finally:
+            account.prompt_tokens = None
+        note_answer(account, asked, out)
+        return out
 
     generate.own = vars(model).get("generate")  # type: ignore[attr-defined]
     model.generate = generate  # type: ignore[method-assign]
@@ -45,6 +58,16 @@ def find_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """Return the token ids that `generate` is called with, None where it is called with embeddings or nothing."""
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
     return ids if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point() else None
+
+
+def count_prompt(cache: FarCache, ids: Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Return the tokens of the prompt, those that the cache holds included."""
+    if ids is not None:
+        return ids.shape[1]
+    embeds, held = kwargs.get("inputs_embeds"), cache.get_seq_length()
+    # A model begins with a token of its own where it is called with nothing.
+    n = 1 if embeds is None else embeds.shape[1]
+    return n if n > held else held + n
 
 
 def check_text(cache: FarCache, ids: Tensor | None) -> None:

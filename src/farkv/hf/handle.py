@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from farkv.account import Account
 from farkv.config import read_count
 from farkv.engine.build import Roles, make_engine
 from farkv.engine.least import Least, find_least
@@ -38,7 +39,7 @@ from farkv.hf.receipt import make_receipt
 from farkv.hf.unmanaged import count_unmanaged
 from farkv.hf.verify import ATTACHED, Verifier
 from farkv.methods.table import Method
-from farkv.receipt import Account, Receipt
+from farkv.receipt import Receipt
 from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import torch
 from transformers import PreTrainedModel
 
+from farkv.account import Account
 from farkv.config import LEVERS
 from farkv.engine.build import Roles
 from farkv.engine.least import Least, find_least
@@ -16,9 +17,10 @@ from farkv.engine.usage import Usage, count_holding, count_usage, find_exact
 from farkv.hf import _compat
 from farkv.hf.cache import FarCache
 from farkv.hf.layer import FarLayer
+from farkv.hf.rss import measure_rss
 from farkv.methods.full import Full
 from farkv.methods.table import Method, find_name
-from farkv.receipt import Account, KVBytes, LayerRow, Limits, Quant, Receipt, Times, Weights
+from farkv.receipt import KVBytes, LayerRow, Limits, Quality, Quant, Receipt, Times, Weights
 from farkv.store.records import StoreLimits
 
 
@@ -47,10 +49,15 @@ def make_receipt(
     return Receipt(
         model=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
         weights=describe_weights(model),
+        device=str(cache.engine.setup.device),
+        threads=torch.get_num_threads(),
         method=name_method(roles.selects or roles.evicts or Full(), roles, setting),
+        fraction_asked=getattr(roles.selects or roles.evicts, "fraction", None),
         answer="",
+        stop_reason=account.stop_reason,
         context_tokens=account.context_tokens,
         generated_tokens=account.generated_tokens or account.decode_steps,
+        rss=measure_rss(model),
         kv_bytes=KVBytes(
             total=total,
             near_peak=usage.near_records + usage.index_bytes,
@@ -77,7 +84,7 @@ def make_receipt(
         fallbacks=dict(account.fallbacks),
         quant=make_quant(usage),
         time=make_times(account),
-        quality=account.quality(),
+        quality=make_quality(account),
         layers=tuple(make_row(i, cache, layer_types[i]) for i in range(len(cache.layers))),
         versions={
             "farkv": version("farkv"),
@@ -114,9 +121,30 @@ def make_quant(usage: Usage) -> Quant:
 
 
 def make_times(account: Account) -> Times:
-    """Return the seconds inside forward passes, and the decode rate they give."""
+    """Return the seconds inside forward passes, the decode rate they give, and those by the clock."""
     rate = account.timed_steps / account.decode_s if account.decode_s else 0.0
-    return Times(prefill_s=account.prefill_s, decode_s=account.decode_s, tokens_per_s=rate)
+    return Times(
+        prefill_s=account.prefill_s,
+        decode_s=account.decode_s,
+        tokens_per_s=rate,
+        first_token_s=account.first_token_s if account.has_answered or account.generated_tokens else None,
+        total_s=account.total_s,
+    )
+
+
+def make_quality(account: Account) -> Quality | None:
+    """Return the comparison with full attention; None if nothing was verified."""
+    if not account.kl:
+        return None
+    counts = [c for c in account.layers.values() if c.mass_steps]
+    steps = sum(c.mass_steps for c in counts)
+    return Quality(
+        steps=len(account.kl),
+        top1_agreement=sum(account.agreements) / len(account.agreements),
+        kl_mean=sum(account.kl) / len(account.kl),
+        mass_mean=sum(c.mass_sum for c in counts) / steps if steps else 1.0,
+        mass_min=min((c.mass_min for c in counts), default=1.0),
+    )
 
 
 def count_layer_bytes(layer: object) -> int:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from farkv._axes import Tensor
+from farkv.account import Account
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
 from farkv.hf.layer import FarLayer
-from farkv.receipt import Account
 
 
 def count_unmanaged(layers: dict[int, Any], n_tokens: int) -> dict[int, int]:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import torch
 
 from farkv._axes import Int, Tensor
+from farkv.account import EXACT, INEXACT
 from farkv.config import QUANT
 from farkv.engine.build import Roles
 from farkv.engine.setup import Levers
 from farkv.engine.step import Engine
 from farkv.errors import SessionError
 from farkv.methods import XKV
-from farkv.receipt import EXACT, INEXACT
 from farkv.session.file import Saved
 from farkv.session.pages import take_text
 from farkv.session.save import describe_text

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Float, Tensor
+from farkv.account import Account
 from farkv.hf.ask import Listener, feed, prefill
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
-from farkv.receipt import Account
 
 # Tokens per chunk, and so logits in memory, where a prompt's own tokens are scored.
 SCORED_TOKENS = 256

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from farkv.account import Account
 from farkv.errors import CacheStateError
-from farkv.receipt import Account
 
 # Shorter contexts may be read in full: they consist of recent window and sinks only.
 SHORT_TOKENS = 64
