@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 import farkv
 from farkv.errors import CacheStateError, CapacityError, FarKVError, SessionError, StoreError
+from farkv.hf._compat import find_layer_class
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.session import load_cache, read_session_text, resume
@@ -279,6 +280,8 @@ def test_only_one_whole_text_is_saved(tmp_path: Path) -> None:
     linear = make("qwen3_next")
     with farkv.attach(linear, Full()) as far:
         forward(linear, text_of(9), cache := far.new_cache())
+        # Keys and states in one.
+        cache.layers[0] = find_layer_class("hybrid")()
         with pytest.raises(CacheStateError, match="no session can hold"):
             cache.save(path)
     assert path.read_bytes() == b"what was there"
@@ -316,6 +319,7 @@ WRONG_NOTES: dict[str, list[Any]] = {
     "record": [[2, 8, 8, "float64"], [2**31 - 1, 8, 8, "float32"], [2, 8, 8, []], {"a": 1}, [2, -8, 8, "float32"]],
     "quant": ["int8", "int2", 3, []],
     "index": [None, {}, 3, []],
+    "marked": [0, -1, 99, 301, True, "a", [3], 2**70],
     "layers": [[], [0], [0, 1, 2, 99], 4, [[0]], [0, 1, 2, 3, 3], ["a"]],
 }
 # Types and shapes that every tensor is given in turn.
@@ -357,11 +361,16 @@ def pages_of(saved: Saved) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
-@pytest.mark.parametrize(("family", "tokens"), [("gemma3", 20), ("llama", 300)])
+@pytest.mark.parametrize(("family", "tokens"), [("gemma3", 20), ("gemma3", 40), ("qwen3_next", 40), ("llama", 300)])
 def test_a_forged_session_is_refused_or_does_no_harm(family: str, tokens: int, shard: int, tmp_path: Path) -> None:
     model, path, refused = make(family), tmp_path / "a", 0
     with farkv.attach(model, InfiniGen(fraction=0.3)) as far:
-        write(far, path, tokens, text="x")
+        cache = far.new_cache()
+        for piece in text_of(tokens).split([tokens - 5, 5], 1):
+            forward(model, piece, cache)
+            if cache.get_seq_length() < tokens:
+                cache.mark()
+        cache.save(path, text="x")
         saved, good = Saved.open(path), ask(model, load_cache(path, model))
         pages = pages_of(saved)
         forged = list_forged(path)[shard::SHARDS]

@@ -265,7 +265,7 @@ def open_session(request: Request, path: Path, listener: Any) -> tuple[Any, FarC
 
     if not path.exists():
         prompt, cache = open_text(request._replace(verify=0), query_aware=False)
-        prefill(request.far, cache, prompt.text, request.decoding.chunk_tokens, listener)
+        prefill(request.far, cache, prompt.text, request.decoding.chunk_tokens, listener, marks=True)
         cache.save(path, tokenizer=request.tokenizer, text=request.text)
         say(f"session {quote(path)}: {format_bytes(path.stat().st_size)} for {len(prompt.text)} tokens")
         cache.reset()

@@ -18,28 +18,27 @@ from transformers.cache_utils import (
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from farkv.errors import CacheStateError, SessionError
-
 __all__ = [
     "Cache",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
     "count_groups",
     "describe_layers",
-    "export_state",
     "find_attention",
     "find_decoder",
+    "find_layer_class",
     "find_rotation",
     "forget_quantization",
     "get_attention_name",
     "get_eager_attention",
     "hide_gguf_bar",
-    "import_state",
-    "make_unmanaged_layer",
     "name_quantization",
     "register",
     "sdpa_attention_forward",
@@ -87,58 +86,9 @@ def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     return ["shared_" + t if mode == "store" else t for t, mode in zip(types, modes, strict=True)], each
 
 
-def make_unmanaged_layer(layer_type: str, arguments: dict[str, Any]) -> Any:
-    """Make Hugging Face's own cache layer of a type."""
-    return DYNAMIC_LAYER_TYPE_MAPPING[layer_type.removeprefix("shared_")](**arguments)
-
-
-def export_state(layer: Any) -> dict[str, torch.Tensor]:
-    """Return the keys and values that a cache layer of its own still needs, nothing where it holds none.
-
-    Raises:
-        CacheStateError: it is of a kind that holds more than that.
-    """
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise CacheStateError(
-            f"save: expected cache layers of keys and values, got a {type(layer).__name__}, which no session can hold; "
-            "this model's caches cannot be saved"
-        )
-    if layer.keys is None or not layer.get_seq_length():
-        return {}
-    n = count_unmanaged_rows(layer, layer.get_seq_length())
-    # While steps are recorded to be taken back, it holds more.
-    return {"keys": layer.keys[:, :, -n:], "values": layer.values[:, :, -n:]}
-
-
-def import_state(layer: Any, tensors: dict[str, torch.Tensor], like: Any, n_tokens: int) -> None:
-    """Give a new cache layer of its own what `export_state` returned of one that had read `n_tokens`.
-
-    Args:
-        like: a layer of the same model that has read a token.
-
-    Raises:
-        SessionError: these are not the keys and values of such a layer.
-    """
-    expected = {}
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and getattr(like, "keys", None) is not None:
-        n = count_unmanaged_rows(layer, n_tokens)
-        pairs = {"keys": like.keys, "values": like.values}
-        expected = {name: ((1, t.shape[1], n, t.shape[3]), t.dtype) for name, t in pairs.items()}
-    got = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    if got != expected:
-        raise SessionError(f"a {type(layer).__name__} holds {expected}, got {got}; make the session anew")
-    if tensors:
-        keys, values = (tensors[name].to(like.keys.device) for name in ("keys", "values"))
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = n_tokens
-
-
-def count_unmanaged_rows(layer: Any, n_tokens: int) -> int:
-    """Return how many tokens' keys a unmanaged layer needs after `n_tokens`: of a window all but the oldest."""
-    window = getattr(layer, "sliding_window", None)
-    return n_tokens if window is None else min(n_tokens, max(1, window - 1))
+def find_layer_class(layer_type: str) -> type[Any]:
+    """Return the class of Hugging Face's own cache layer of a type."""
+    return DYNAMIC_LAYER_TYPE_MAPPING[layer_type.removeprefix("shared_")]
 
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:

@@ -17,6 +17,7 @@ from farkv.config import check_text
 from farkv.errors import InputError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, Handle
+from farkv.hf.state import MOST_SHARED, holds_states
 
 # Stands for the user's text while a chat template is rendered, because templates may strip what they are given.
 _SENTINEL = "farkv-content-5d1c"
@@ -102,13 +103,23 @@ def build_prompt(tokenizer: Any, text: str, question: str) -> Prompt:
 
 
 @torch.no_grad()
-def prefill(handle: Handle, cache: FarCache, tokens: list[int], chunk: int | None, listener: Listener) -> None:
-    """Read the text densely into the cache, chunk by chunk, without the LM head."""
+def prefill(
+    handle: Handle, cache: FarCache, tokens: list[int], chunk: int | None, listener: Listener, *, marks: bool = False
+) -> None:
+    """Read the text densely into the cache, chunk by chunk, without the LM head.
+
+    Args:
+        marks: note the states of layers that cannot step back before the last tokens, which a question may change.
+    """
     # What evicts, and what an index is fitted to, waits for the end of the prompt.
     fitting = cache.engine.announce_prompt(cache.get_seq_length() + len(tokens), CHUNK_TOKENS)
     chunk = fitting if chunk is None else chunk
+    n_last = MOST_SHARED if marks and len(tokens) > MOST_SHARED and any(map(holds_states, cache.layers)) else 0
+    sizes, last = cut_text(len(tokens) - n_last, chunk), cut_text(n_last, chunk)
     done = 0
-    for size in cut_text(len(tokens), chunk):
+    for size in sizes + last:
+        if n_last and done == len(tokens) - n_last:
+            cache.mark()
         part = torch.tensor([tokens[done : done + size]], device=handle.device)
         handle.decoder(input_ids=part, past_key_values=cache, use_cache=True)
         done += size

@@ -24,9 +24,10 @@ from farkv.hf.identity import identify_tokenizer
 from farkv.hf.layer import FarLayer
 from farkv.hf.owner import Owner
 from farkv.hf.read_ids import ReadIds
+from farkv.hf.state import Mark, holds_states, note_states, put_back
 from farkv.hf.transaction import Pass, describe_stuck, find_fault, note_pass, undo_pass
 from farkv.hf.unlike import Unlike
-from farkv.hf.unmanaged import check_unmanaged, count_reads, join_unmanaged, list_unmanaged, reset_unmanaged
+from farkv.hf.unmanaged import count_reads, join_unmanaged, list_unmanaged, pair_unmanaged, reset_unmanaged
 from farkv.session.save import save_text
 
 
@@ -44,6 +45,8 @@ class FarCache(Unlike, _compat.Cache):
         # Decode steps that are still to be compared with full attention.
         self.verify_steps = verify_steps
         self.read_ids = ReadIds()
+        # What layers that cannot step back held some tokens ago.
+        self.marked: Mark | None = None
         self.identity = identity or {}
         self.owner = Owner()
         # The pass that is neither committed nor undone; why none may go on from what the cache holds.
@@ -72,8 +75,13 @@ class FarCache(Unlike, _compat.Cache):
             raise CacheStateError("save: this text has an image, whose positions no session holds; ask it here")
         versions = {"farkv": version("farkv"), "transformers": _compat.version}
         model = {"identity": self.identity, "tokenizer": identify_tokenizer(tokenizer), "versions": versions}
-        others = {f"unmanaged/{name}": tensor for name, tensor in list_unmanaged(self.layers).items()}
-        save_text(Path(path), self.engine, self.token_ids, text, model, others)
+        model |= {} if self.marked is None else {"marked": self.marked.tokens}
+        save_text(Path(path), self.engine, self.token_ids, text, model, list_unmanaged(self.layers, self.marked))
+
+    def mark(self) -> None:
+        """Note the states of layers that can step back to here and no other way; the cost is a copy of them."""
+        self.settle()
+        self.marked = note_states(self.layers, self.get_seq_length())
 
     def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
         """Note the tokens of a text that was read before; the engine holds its records."""
@@ -100,17 +108,14 @@ class FarCache(Unlike, _compat.Cache):
             each.check_whole()
         if self.identity != other.identity:
             raise CacheStateError("join: the caches are of different models; expected one attached model's")
-        mine: list[Any] = self.layers
-        theirs: list[Any] = other.layers
-        unmanaged = [pair for pair in zip(mine, theirs, strict=True) if not isinstance(pair[0], FarLayer)]
-        for layer in (layer for pair in unmanaged for layer in pair):
-            check_unmanaged(layer)
+        unmanaged = pair_unmanaged(self.layers, other.layers)
         join_engines(self.engine, other.engine)
         for layer, more in unmanaged:
             join_unmanaged(layer, more)
         other.reset()
         # Of several texts none is the cache's own.
         self.read_ids.clear()
+        self.marked = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens seen; those of a pass that is not over do not count, it may yet be taken back."""
@@ -217,7 +222,7 @@ class FarCache(Unlike, _compat.Cache):
             if self.engine.list_tokens() == before:
                 self._broken = find_fault(self.layers, self.engine)
             raise
-        self._broken = ""
+        self._broken, self.marked = "", None
 
     def step_back(self, n_tokens: int) -> None:
         """Forget the newest tokens of every layer.
@@ -225,16 +230,20 @@ class FarCache(Unlike, _compat.Cache):
         Raises:
             CacheStateError: a layer cannot: what came before them is gone.
         """
+        target, marked = self.get_seq_length() - n_tokens, self.marked
         with self._changing("stepping back"):
             broken = ""
             for i in range(len(self.layers) if n_tokens else 0):
-                broken = self._crop_layer(i, n_tokens) or broken
-        self._broken = broken
+                broken = self._crop_layer(i, n_tokens, target) or broken
+        self._broken, self.marked = broken, marked
         self.check_whole()
 
-    def _crop_layer(self, i: int, n_tokens: int) -> str:
-        """Forget a layer's newest tokens; return why it cannot."""
+    def _crop_layer(self, i: int, n_tokens: int, target: int) -> str:
+        """Forget a layer's newest tokens, so that `target` are left; return why it cannot."""
         layers: list[Any] = self.layers
+        if holds_states(layers[i]) and self.marked is not None and self.marked.tokens == target:
+            put_back(layers[i], self.marked.states[i])
+            return ""
         try:
             layers[i].crop(-n_tokens)
         except (FarKVError, ValueError, RuntimeError, AttributeError):
@@ -264,6 +273,7 @@ class FarCache(Unlike, _compat.Cache):
         super().reset()
         reset_unmanaged(self.layers)
         self.read_ids.clear()
+        self.marked = None
         self._pass, self._broken = None, ""
 
     def crop(self, *args: Any, **kwargs: Any) -> None:

@@ -36,6 +36,7 @@ from farkv.hf.layer import FarLayer
 from farkv.hf.look import Look
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.receipt import make_receipt
+from farkv.hf.state import make_unmanaged_layer
 from farkv.hf.unmanaged import count_unmanaged
 from farkv.hf.verify import ATTACHED, Verifier
 from farkv.methods.table import Method
@@ -215,7 +216,7 @@ class Handle(AbstractContextManager["Handle"]):
             # Where no cache's records travel, no pass pays for looking ahead.
             self._hooks += self._ahead.start(self.decoder, engine.selector.source)
         layers = [
-            FarLayer(i, engine) if i in self.managed else _compat.make_unmanaged_layer(kind, arguments)
+            FarLayer(i, engine) if i in self.managed else make_unmanaged_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
         ]
         cache = FarCache(layers, engine, made_by=self.number, identity=self.identity.get(), verify_steps=verify)

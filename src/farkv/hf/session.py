@@ -17,14 +17,12 @@ from farkv.errors import CacheStateError, ConfigError, SessionError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, find_handle
 from farkv.hf.identity import identify_tokenizer
-from farkv.hf.unmanaged import take_unmanaged
+from farkv.hf.state import MOST_SHARED, holds_states
+from farkv.hf.unmanaged import take_marked, take_unmanaged
 from farkv.quote import quote
 from farkv.session.file import Saved
 from farkv.session.load import check_levers, fill_engine, open_text
 from farkv.store.far.page_reader import bytes_of
-
-# Tokens at a text's end that may come out otherwise when something follows it.
-MOST_SHARED = 16
 
 
 def load_cache(
@@ -61,6 +59,8 @@ def load_cache(
         mine = {"identity": handle.identity.get(), "tokenizer": identify_tokenizer(tokenizer)}
         fill_engine(cache.engine, text, shape, dtype, mine, CHUNK_TOKENS)
         take_unmanaged(cache.layers, text.saved.tensors("unmanaged/"), handle.unmanaged, n_tokens)
+        if (at := text.saved.notes.get("marked")) is not None:
+            cache.marked = take_marked(cache.layers, text.saved.tensors("marked/"), handle.unmanaged, at, n_tokens)
         cache.take_text(text.ids, dtype, handle.device)
     except SessionError as error:
         raise error if str(error).startswith("session ") else SessionError(f"session {quote(path)}: {error}") from error
@@ -99,8 +99,10 @@ def read_session_text(path: str | Path, longer: str = "") -> str:
 def resume(cache: FarCache, tokens: list[int]) -> None:
     """Let a cache over a session hold what `tokens` begin with; what differs at the session's end is forgotten.
 
+    Where layers hold states, which cannot step back, it returns to where they were noted: the rest is read again.
+
     Raises:
-        SessionError: the session holds another text.
+        SessionError: the session holds another text, or its states were not noted.
     """
     held = cache.token_ids.tolist()
     common = count_common(held, tokens)
@@ -109,6 +111,14 @@ def resume(cache: FarCache, tokens: list[int]) -> None:
         raise SessionError(
             f"session: expected a text that begins with its {len(held)} tokens, they differ at {common}; name another"
         )
+    if common < len(held) and any(map(holds_states, cache.layers)):
+        if cache.marked is None or cache.marked.tokens > common:
+            raise SessionError(
+                f"session: the question changes the text's last {len(held) - common} tokens, and layers of this model "
+                f"cannot step back; write the session by farkv run, or call cache.mark() {MOST_SHARED} tokens before "
+                "the end of the text"
+            )
+        common = cache.marked.tokens
     cache.step_back(len(held) - common)
 
 
