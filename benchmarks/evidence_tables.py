@@ -279,7 +279,7 @@ def format_short(name: str = "smollm2") -> str:
             continue
         cells = ["–" if x is None else f"{number(x.kl.mean)} ({percent(x.top1)})" for x in here]
         cells = [f"**{c}**" if x is not None and x.mark == "best" else c for c, x in zip(cells, here, strict=True)]
-        lines.append([method, percent(0.0 if known.bound else known.index_fraction), *cells])
+        lines.append([method, "every key" if known.bound else percent(known.index_fraction), *cells])
     counts = {f: next(iter(found[f].values())).n for f in fractions if found[f]}
     note = (
         f"KL in nats to the full cache (top-1), {MODELS[name]}, 2 K tokens; n: samples. **Bold**: nearest, but for the "

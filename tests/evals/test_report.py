@@ -17,7 +17,7 @@ import pytest
 from farkv.errors import InputError, StoreError
 from farkv.evals.cells import study_rows
 from farkv.evals.report import write_report
-from farkv.evals.report.curves import Axis, round_range
+from farkv.evals.report.curves import Axis, find_reads, round_range
 from farkv.evals.report.heat import bin_scores, find_known
 from farkv.evals.report.looks import choose_looks
 from farkv.evals.report.page import Page, make_page
@@ -129,6 +129,58 @@ def test_where_ours_is_not_best_is_said():
     assert "], significant." in said
     assert "significantly better on 1 of 1 cells: vt at 2 K (pages +33.3)" in said
     assert "Within one point of the full cache at 10 %: no, −33.3 points" in said
+
+
+def find_verdict(n: int, lost: int) -> tuple[str, str]:
+    """Return headline and verdict of n samples, of which ours lost some."""
+    rows = [replace(make_row("vt", "full", 1.0, 2048, i), score=1.0) for i in range(n)]
+    rows += [replace(make_row("vt", "infinigen", 0.1, 2048, i), score=float(i >= lost)) for i in range(n)]
+    rows += [replace(make_row("vt", "pages", 0.1, 2048, i), score=1.0) for i in range(n)]
+    study = study_rows(rows)
+    found = summarize(study, make_table(study))
+    return found.headline, " ".join(found.more)
+
+
+def test_few_samples_say_nothing_of_a_point() -> None:
+    for n, lost in ((2, 0), (2, 2), (19, 0)):
+        headline, said = find_verdict(n, lost)
+        assert f"Only {n} samples: too few to say more." in headline
+        assert f"at 10 %: too few samples to say ({n}, expected 20 or more)." in said
+        assert "significant" not in said
+        assert "Best on average" not in said
+    headline, said = find_verdict(40, 0)
+    assert "Only" not in headline
+    assert "as far as 40 samples tell, yes; a loss of up to 7.5 points may show in none of them" in said
+    assert "yes, with the whole interval" in find_verdict(400, 0)[1]
+    assert "at 10 %: no, −50.0 points." in find_verdict(40, 20)[1]
+    assert "at 10 %: on average no (−2.5), but the interval reaches " in find_verdict(40, 1)[1]
+
+
+def test_five_samples_of_a_cell_are_never_significant() -> None:
+    for n, lost in ((5, 0), (6, 1)):
+        rows = [
+            replace(make_row(task, method, 1.0 if method == "full" else 0.1, 2048, i), score=score)
+            for task, samples, worse in (("vt", n, 0.0), ("cwe", 30, 1.0))
+            for method, score in (("full", 1.0), ("infinigen", worse), ("pages", 1.0))
+            for i in range(samples)
+        ]
+        study = study_rows(rows)
+        said = " ".join(summarize(study, make_table(study)).more)
+        assert (f"significantly better on {lost} of 2 cells" in said) == bool(lost)
+
+
+def test_every_axis_has_a_title_and_the_oracle_its_bytes(page: Page):
+    said = Walk(page.html).texts
+    for title in (
+        "score, %",
+        "difference to the full cache, points",
+        "read + index, %",
+        "KL to the full cache, nats per token",
+    ):
+        assert any(title in text for text in said), title
+    oracle = page.table.find("oracle", 0.1)
+    assert oracle is not None
+    assert find_reads(oracle) == oracle.measured["read_fraction"] + oracle.measured["index_fraction"]
 
 
 def test_answers_and_names_cannot_break_out(tmp_path: Path):

@@ -29,8 +29,8 @@ EXPLAINED = (
 
 
 def sum_bytes(line: Near) -> float:
-    """Return the share of the cache's bytes that a step reads, index included; what reads every key, without those."""
-    return line.read_fraction + (0.0 if line.bound else line.index_fraction)
+    """Return the share of the cache's bytes that a step reads: records, and the index, or keys, that are scored."""
+    return line.read_fraction + line.index_fraction
 
 
 def show_bytes(line: Near) -> str:

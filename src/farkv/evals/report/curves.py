@@ -1,8 +1,8 @@
 """Pareto curves: quality against cost, one line per method, one point per fraction.
 
 In: tables. Out: coordinates and texts that `parts.html` renders as SVG. The full cache is a horizontal line. An upper
-bound such as the oracle is drawn at the bytes it attends to, without the keys it reads to select them. matplotlib is
-not used: it is an optional extra, and its SVG has no tooltips and no classes for dark mode and hidden methods.
+bound such as the oracle is drawn at the bytes it reads, the keys that it selects by included. matplotlib is not used:
+it is an optional extra, and its SVG has no tooltips and no classes for dark mode and hidden methods.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Cost(NamedTuple):
     title: str
     caption: str
     of: Callable[[Line], float]
+    # Below small plots.
+    short: str
     is_fraction: bool = True
 
 
@@ -35,14 +37,15 @@ class Worth(NamedTuple):
     """The quantity on the y axis: a value with the ends of its interval."""
 
     title: str
+    unit: str
     of: Callable[[Line], tuple[float, float, float]]
     show: Callable[[float], str]
     log: bool = False
 
 
 def find_reads(line: Line) -> float:
-    """Return the fraction of the cache's bytes read per step, including the index except for upper bounds."""
-    return line.measured["read_fraction"] + (0.0 if line.bound else line.measured["index_fraction"])
+    """Return the fraction of the cache's bytes read per step: records, and the index, or keys, that were scored."""
+    return line.measured["read_fraction"] + line.measured["index_fraction"]
 
 
 def find_gap(line: Line) -> tuple[float, float, float]:
@@ -55,15 +58,19 @@ def find_kl(line: Line) -> tuple[float, float, float]:
     return line.measured["kl"], line.measured["kl"], line.measured["kl"]
 
 
-READS = Cost("Bytes read per step", "read + index, fraction of the full cache's bytes", find_reads)
+READS = Cost("Bytes read per step", "read + index, % of the full cache's bytes", find_reads, "read + index, %")
 COSTS = (
-    Cost("Bytes kept in any tier", "kept, fraction of the full cache's bytes", lambda x: x.measured["kept_fraction"]),
-    Cost("Bytes held near", "resident, fraction of the full cache's bytes", lambda x: x.measured["resident_fraction"]),
-    Cost("Speed", "tokens per second while decoding", lambda x: x.measured["tokens_per_s"], is_fraction=False),
+    Cost(
+        "Bytes kept in any tier", "kept, % of the full cache's bytes", lambda x: x.measured["kept_fraction"], "kept, %"
+    ),
+    Cost(
+        "Bytes held near", "resident, % of the full cache's bytes", lambda x: x.measured["resident_fraction"], "near, %"
+    ),
+    Cost("Speed", "tokens per second while decoding", lambda x: x.measured["tokens_per_s"], "tokens/s", False),
 )
-SCORE = Worth("score", lambda line: line.score[:3], lambda value: f"{100 * value:.3g}")
-GAP = Worth("difference to the full cache", find_gap, lambda value: points(value).removesuffix(".0"))
-KL = Worth("KL to the full cache, nats per token", find_kl, "{:g}".format, log=True)
+SCORE = Worth("score", "%", lambda line: line.score[:3], lambda value: f"{100 * value:.3g}")
+GAP = Worth("difference to the full cache", "points", find_gap, lambda value: points(value).removesuffix(".0"))
+KL = Worth("KL to the full cache", "nats per token", find_kl, "{:g}".format, log=True)
 
 
 class Axis(NamedTuple):
@@ -113,7 +120,7 @@ def round_range(values: Sequence[float], most: int = 5) -> tuple[float, float]:
 
 
 class Frame(NamedTuple):
-    """The size of a plot and the margins around its axes; only large plots have units and intervals."""
+    """The size of a plot and the margins around its axes; only large plots have intervals."""
 
     width: int
     height: int
@@ -124,7 +131,7 @@ class Frame(NamedTuple):
     large: bool
 
 
-LARGE, SMALL = Frame(440, 310, 52, 16, 12, 46, True), Frame(250, 172, 30, 10, 8, 24, False)
+LARGE, SMALL = Frame(440, 310, 62, 16, 12, 46, True), Frame(250, 190, 46, 12, 8, 40, False)
 
 
 class Point(NamedTuple):
@@ -144,6 +151,7 @@ class Picture(NamedTuple):
     label: str
     frame: Frame
     cost: Cost
+    worth: Worth
     x_ticks: Sequence[tuple[float, str]] = ()
     y_ticks: Sequence[tuple[float, str]] = ()
     curves: Sequence[tuple[Look, list[Point]]] = ()
@@ -164,34 +172,32 @@ def draw_curves(
         worth: on the y axis.
         title: above the plot.
     """
-    label = f"{table.title}: {worth.title} over {cost.caption}. The table has the same numbers."
+    label = f"{table.title}: {worth.title}, {worth.unit}, over {cost.caption}. The table has the same numbers."
     known = [line for line in table.lines if math.isfinite(cost.of(line))]
     shown = [line for line in known if y_range[0] <= worth.of(line)[0] <= y_range[1]]
     if not shown:
-        return Picture(title, label, frame, cost)
+        return Picture(title, label, frame, cost, worth)
     costs = [max(cost.of(line), LEAST) for line in known]
     x_range = (min(0.8 * min(costs), 0.5), 1.15 * max(1.0, *costs)) if cost.is_fraction else (0.0, 1.08 * max(costs))
     x = Axis(*x_range, frame.left, frame.width - frame.right, log=cost.is_fraction)
     y = Axis(*y_range, frame.height - frame.bottom, frame.top, log=worth.log)
-    unit = " %" if frame.large else ""
-    x_ticks = [
-        (x.place(v), f"{100 * v:.3g}{unit}" if cost.is_fraction else number(v)) for v in x.ticks(9 if unit else 7)
-    ]
-    y_ticks = [(y.place(v), worth.show(v) + (unit if worth is SCORE else "")) for v in y.ticks(5)]
+    x_most = 9 if frame.large else 6
+    x_ticks = [(x.place(v), f"{100 * v:.3g}" if cost.is_fraction else number(v)) for v in x.ticks(x_most)]
+    y_ticks = [(y.place(v), worth.show(v)) for v in y.ticks(5)]
     curves: dict[str, list[Point]] = {}
     for line in sorted(shown, key=lambda x: (x.setting.method == OURS, not x.setting.is_full, x.setting.fraction)):
         middle, low, high = map(y.place, worth.of(line))
         point = Point(x.place(max(cost.of(line), LEAST)), middle, low, high, describe(line, cost, worth))
         curves.setdefault(line.setting.method, []).append(point)
     drawn = [(looks[name], points) for name, points in curves.items()]
-    return Picture(title, label, frame, cost, x_ticks, y_ticks, drawn)
+    return Picture(title, label, frame, cost, worth, x_ticks, y_ticks, drawn)
 
 
 def describe(line: Line, cost: Cost, worth: Worth) -> str:
     """Return the tooltip of one point."""
     paid = percent(cost.of(line)) if cost.is_fraction else f"{number(cost.of(line))} tokens/s"
     score = f"score {percent(line.score.mean)} [{span(line.score)}]"
-    shown = f"{KL.title} {number(line.measured['kl'])}" if worth is KL else score
+    shown = f"{KL.title}, {KL.unit} {number(line.measured['kl'])}" if worth is KL else score
     text = f"{name_setting(line.setting)}: {shown}, {cost.title.lower()} {paid}"
     if line.delta is not None:
         text += f", to full {points(line.delta.delta.mean)} [{point_span(line.delta.delta)}] points"
@@ -210,7 +216,7 @@ def draw_averages(table: Table, looks: Mapping[str, Look]) -> list[Picture]:
     ]
     losses = [kl for line in table.lines if (kl := line.measured["kl"]) > 0]
     if len(losses) > 1:
-        y_range, title = (min(losses) / 1.3, max(losses) * 1.3), f"{KL.title}; lower is better"
+        y_range, title = (min(losses) / 1.3, max(losses) * 1.3), f"{KL.title}, {KL.unit}; lower is better"
         pictures.append(draw_curves(table, looks, LARGE, y_range, worth=KL, title=title))
     return pictures
 

@@ -11,11 +11,18 @@ from typing import NamedTuple
 from farkv.evals.cells import FULL, OURS, Setting, Study
 from farkv.evals.report.looks import order_methods
 from farkv.evals.show import fraction_text, length_text, percent, point_span, points
+from farkv.evals.stats import Interval
 from farkv.evals.tables import Line, Table, compare
 
 TARGET = 0.1
 # The target: within one point of the full cache.
 ONE_POINT = 0.01
+# Below so many samples nothing is concluded: a bootstrap of few has far too short intervals.
+FEW = 20
+# Fewer samples of a cell cannot differ significantly, whatever they say: all of five by chance is one in 32.
+FEW_IN_CELL = 6
+# What none of n samples shows may still happen to three of n (95 %): equal answers prove no equality.
+UNSEEN = 3.0
 
 
 class Findings(NamedTuple):
@@ -50,23 +57,38 @@ def summarize(study: Study, table: Table) -> Findings:
     lengths = and_join(length_text(length) for length in sorted({length for _, length in table.cells}))
     name, gap = line.setting.method, line.delta.delta
     read, index = line.measured["read_fraction"], line.measured["index_fraction"]
+    n = table.samples
+    doubt = f" Only {n} sample{'s' if n > 1 else ''}: too few to say more." if n < FEW else ""
     headline = (
         f"{name} at {fraction_text(line.setting.fraction)} scores {percent(line.score.mean)}, the full cache "
         f"{percent(full.score.mean)}: a difference of {points(gap.mean)} points [{point_span(gap)}], "
-        f"reading {percent(read + index)} of its bytes per step ({percent(read)} cache, {percent(index)} index)."
+        f"reading {percent(read + index)} of its bytes per step ({percent(read)} cache, {percent(index)} index).{doubt}"
     )
     basis = (
         f"{tasks} task{'s' if tasks > 1 else ''} at {lengths} tokens, {table.samples} samples per method, the same "
         "for all. In brackets: the 95 % interval of a paired bootstrap."
     )
     where = f"Within one point of the full cache at {fraction_text(line.setting.fraction)}"
-    if gap.mean < -ONE_POINT:
-        verdict = f"{where}: no, {points(gap.mean)} points."
-    elif gap.low < -ONE_POINT:
-        verdict = f"{where}: on average yes ({points(gap.mean)}), but the interval reaches {points(gap.low)} points."
-    else:
-        verdict = f"{where}: yes, with the whole interval."
+    verdict = f"{where}: {judge_gap(gap, n)}."
+    if n < FEW:
+        return Findings(headline, [basis, verdict])
     return Findings(headline, [basis, verdict, *compare_baselines(study, table, name)])
+
+
+def judge_gap(gap: Interval, n: int) -> str:
+    """Return whether a difference to the full cache is less than a point, as far as n samples can tell."""
+    if n < FEW:
+        return f"too few samples to say ({n}, expected {FEW} or more)"
+    if gap.high < -ONE_POINT:
+        return f"no, {points(gap.mean)} points"
+    if gap.mean < -ONE_POINT:
+        return f"on average no ({points(gap.mean)}), but the interval reaches {points(gap.high)} points"
+    if gap.low < -ONE_POINT:
+        return f"on average yes ({points(gap.mean)}), but the interval reaches {points(gap.low)} points"
+    if UNSEEN / n > ONE_POINT:
+        unseen = points(UNSEEN / n).removeprefix("+")
+        return f"as far as {n} samples tell, yes; a loss of up to {unseen} points may show in none of them"
+    return "yes, with the whole interval"
 
 
 def compare_baselines(study: Study, table: Table, name: str) -> list[str]:
@@ -93,6 +115,8 @@ def list_lost_cells(study: Study, ours: Setting) -> str:
     """List the cells on which some baseline is significantly better; empty if there are none."""
     lost, compared = [], [cell for cell in study.cells if ours in cell.settings]
     for cell in compared:
+        if len(cell.scores) < FEW_IN_CELL:
+            continue
         others = [s for s in cell.settings if study.can_be_best(s) and s.fraction == ours.fraction and s != ours]
         if not others:
             continue
