@@ -83,6 +83,26 @@ def test_a_table_of_80_columns_a_figure_and_kvpress_ratios(profile: str, tmp_pat
     assert all(0 <= share <= 1 for share in removed)
 
 
+def test_without_a_budget_one_is_proposed_and_written(profile: str, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    said = make(profile, "-o", str(out))
+    plan, proposal = farkv.Plan.load(out), said["proposal"]
+    assert said == {"out": str(out), "proposal": proposal, **json.loads(json.dumps(plan.to_dict()))}
+    held = {c["ratio"]: c["held"] for c in proposal["candidates"]}
+    for lever, ratio in proposal["ratios"].items():
+        assert plan.get(lever).ratio == pytest.approx(ratio, abs=1e-3)
+        # It holds enough, and the next smaller candidate does not.
+        assert held[ratio][lever] >= proposal["holds"] == 0.9
+        smaller = [r for r in held if r < ratio]
+        assert not smaller or held[max(smaller)][lever] < 0.9
+    done = run_process("plan", "--profile", profile, "-o", str(out), "--lever", "fetch")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stderr.split("wrote")[0].splitlines())) <= 80
+    for word in ("no budget was given", "fetch holds", "proposed for", "holds 90% of the attention mass"):
+        assert word in " ".join(done.stderr.split())
+    assert list(farkv.Plan.load(out).levers) == ["fetch"]
+
+
 def test_a_base_gives_what_is_not_made_anew(profile: str, plan: str, tmp_path: Path) -> None:
     out = str(tmp_path / "both.json")
     make(profile, "--ratio", "0.1", "--lever", "fetch", "--base", plan, "-o", out)
@@ -103,7 +123,6 @@ def test_every_budget(profile: str, budget: tuple[str, ...], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "expected one of tokens, ratio, bytes and retention, got none"),
         (["--ratio", "0.3", "--tokens", "9"], "tokens and ratio"),
         (["--ratio", "2"], "(0, 1]"),
         (["--ratio", "0.3", "--lever", "fly"], "--lever"),

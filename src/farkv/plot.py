@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,16 @@ def import_matplotlib() -> Any:
     return matplotlib
 
 
-def plot_plan(plan: Plan, curves: Curves, path: str | Path) -> None:
+# Labelled layers on an axis; the least distance between labels on curves, as shares of both axes.
+MOST_TICKS = 12
+LABEL_GAP = 0.05
+
+
+def plot_plan(plan: Plan, curves: Curves, path: str | Path, name: str = "") -> None:
     """Plot, for each lever of a plan, every layer's gain curve with its share marked, and the shares as bars.
+
+    Args:
+        name: of the model, or its profile, for the title.
 
     Raises:
         ConfigError: matplotlib is not installed, or draws no such picture.
@@ -40,31 +49,58 @@ def plot_plan(plan: Plan, curves: Curves, path: str | Path) -> None:
     """
     matplotlib = import_matplotlib()
     from matplotlib import pyplot
+    from matplotlib.patheffects import withStroke
 
     from farkv.calibrate.curves import GRID
 
     figure, axes = pyplot.subplots(len(plan.levers), 2, figsize=(11, 3.6 * len(plan.levers)), squeeze=False)
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(plan.layers)))
     x = np.linspace(0, 1, GRID + 1)
-    for (left, right), (name, allocation) in zip(axes, plan.levers.items(), strict=True):
-        rows = curves.mean("spread" if name == "fetch" else "keep").numpy()
-        for layer, row, share, colour in zip(plan.layers, rows, allocation.shares, colours, strict=True):
+    for (left, right), (lever, allocation) in zip(axes, plan.levers.items(), strict=True):
+        rows = curves.mean("spread" if lever == "fetch" else "keep").numpy()
+        most = min(1.0, 2.5 * max(allocation.shares) + 0.02)
+        ends: list[tuple[float, float]] = []
+        for row, share, colour in zip(rows, allocation.shares, colours, strict=True):
             held = np.concatenate([[0.0], row.cumsum()])
             left.plot(x, held, color=colour, linewidth=1.2)
-            left.plot(share, np.interp(share, x, held), "o", color=colour, markersize=5)
-            left.annotate(str(layer), (share, np.interp(share, x, held)), textcoords="offset points", xytext=(4, -9))
+            ends.append((share, float(np.interp(share, x, held))))
+            left.plot(*ends[-1], "o", color=colour, markersize=5)
+        for i in choose_labels([(share / most, held) for share, held in ends]):
+            left.annotate(
+                str(plan.layers[i]), ends[i], textcoords="offset points", xytext=(5, -10), fontsize=8,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )  # fmt: skip
         mean, equal = np.mean(allocation.retention), np.mean(allocation.uniform)
-        left.set(xlabel="share of the context's records", ylabel="attention mass held", ylim=(0, 1.02))
-        left.set_xlim(0, min(1.0, 2.5 * max(allocation.shares) + 0.02))
-        left.set_title(f"{name}: curves and shares, by layer", fontsize=10)
+        left.set(xlabel="records, % of the context", ylabel="attention mass held, %", ylim=(0, 1.02), xlim=(0, most))
+        left.set_title(f"{lever}: what each layer's best records hold (numbers: layers)", fontsize=10)
         right.bar(range(len(plan.layers)), allocation.shares, color=colours)
         right.axhline(allocation.ratio, color="black", linewidth=1, linestyle="--", label=f"equal: holds {equal:.1%}")
-        right.set_xticks(range(len(plan.layers)), [str(i) for i in plan.layers])
-        right.set(xlabel="layer", ylabel="share of the context's records")
-        right.set_title(f"{name}: {allocation.rule} holds {mean:.1%} of the mass", fontsize=10)
+        step = -(-len(plan.layers) // MOST_TICKS)
+        right.set_xticks(range(0, len(plan.layers), step), [str(i) for i in plan.layers[::step]])
+        right.set(xlabel="layer", ylabel="records, % of the context")
+        right.set_title(f"{lever}: {allocation.rule} holds {mean:.1%} of the mass", fontsize=10)
         right.legend(frameon=False)
+        for axis in (left.xaxis, left.yaxis, right.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
+    tokens = curves.tokens.float().mean()
+    measured = f"{len(curves.tokens)} prompts of {tokens:,.0f} tokens on average"
+    figure.suptitle(f"{name}: {len(plan.layers)} layers, {measured}".removeprefix(": "), fontsize=11)
     figure.tight_layout()
     save_figure(figure, path)
+
+
+def choose_labels(places: Sequence[tuple[float, float]]) -> list[int]:
+    """Return which of these places can be labelled so that no two labels overlap, the outermost first.
+
+    Args:
+        places: as shares of both axes.
+    """
+    order = sorted(range(len(places)), key=lambda i: -places[i][0])
+    chosen: list[int] = []
+    for i in order:
+        if all(max(abs(places[i][0] - places[j][0]), abs(places[i][1] - places[j][1])) >= LABEL_GAP for j in chosen):
+            chosen.append(i)
+    return sorted(chosen)
 
 
 def save_figure(figure: Any, path: str | Path, **options: Any) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from farkv.calibrate.plan import Allocation, Plan
+from farkv.calibrate.proposing import Proposal
 from farkv.receipt import Receipt
 from farkv.receipt_text import describe_notes, rows_of
 
@@ -51,6 +52,32 @@ def draw_plan(plan: Plan) -> RenderableType:
             losses = ", ".join(f"{names[name]} {nats:.2g}" for name, nats in allocation.losses.items())
             tables.append(Text(f"measured loss, nats per token, summed over layers: {losses}"))
     return Group(*tables)
+
+
+def draw_proposal(proposal: Proposal) -> RenderableType:
+    """Return a table of what every candidate budget holds by lever, the proposed ones marked."""
+    levers = list(proposal.ratios)
+    table = Table(title="no budget was given: what each would hold", title_justify="left", pad_edge=False)
+    table.add_column("of the KV cache", justify="right", no_wrap=True)
+    for lever in levers:
+        table.add_column(f"{lever} holds", justify="right", no_wrap=True)
+        if any(lever in candidate.losses for candidate in proposal.candidates):
+            table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("proposed for", no_wrap=True)
+    for candidate in proposal.candidates:
+        cells = [f"{candidate.ratio:.0%}"]
+        for lever in levers:
+            cells.append(f"{candidate.held[lever]:.1%}")
+            if lever in candidate.losses:
+                cells.append(f"{candidate.losses[lever]:.2g}")
+        chosen = [lever for lever, ratio in proposal.ratios.items() if ratio == candidate.ratio]
+        table.add_row(*cells, ", ".join(chosen), style="bold" if chosen else "")
+    note = (
+        f"proposed: the smallest budget that holds {proposal.holds:.0%} of the attention mass, mean over layers and "
+        "prompts of the profile. Another: --ratio, --retention, --tokens or --bytes"
+    )
+    losses = any(candidate.losses for candidate in proposal.candidates)
+    return Group(table, Text(note + ("; loss: measured, nats per token, summed over layers" if losses else "")))
 
 
 def describe_budget(allocation: Allocation) -> str:

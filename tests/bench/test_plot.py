@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from farkv.bench.plot import plot_rows, spread_out
+from farkv.bench.plot import plot_rows, spread_out, thin_out
 from farkv.bench.report import Report, Row, draw_rows, format_ms
 from farkv.errors import ConfigError
 
@@ -66,3 +66,13 @@ def test_labels_stay_apart_and_near_their_lines() -> None:
 
 def test_milliseconds_have_three_digits() -> None:
     assert [format_ms(ms) for ms in (1234.5, 12.345, 1.2345, 0.12345)] == ["1234", "12.3", "1.23", "0.123"]
+
+
+def test_contexts_are_labelled_apart() -> None:
+    many = [2**i for i in range(7, 24)]
+    shown = thin_out(many, 8)
+    assert len(shown) <= 9
+    assert shown[-1] == many[-1]
+    assert min(b / a for a, b in pairwise(shown)) >= (many[-1] / many[0]) ** (1 / 8) * 0.999
+    assert thin_out([1000, 1024, 32768], 8) == [1024, 32768]
+    assert thin_out([4096], 8) == [4096]

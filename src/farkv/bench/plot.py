@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ COLOURS = {
 GREYS = ("#4d4d4d", "#808080", "#a6a6a6", "#c0c0c0")
 # Minimum distance between labels at the right edge, in points.
 LABEL_POINTS = 11
+# Labelled contexts.
+MOST_TICKS = 8
 
 
 def plot_rows(report: Report, path: str | Path) -> None:
@@ -64,8 +67,9 @@ def dress_axes(axes: Any, report: Report) -> None:
     """Set scales, ticks and titles."""
     contexts = sorted({row.context for row in report.rows})
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="ms per layer and token")
-    labels = [f"{n // 1024} K" if n % 1024 == 0 else str(n) for n in contexts]
-    axes.set_xticks(contexts, labels, minor=False)
+    shown = thin_out(contexts, MOST_TICKS)
+    labels = [f"{n // 1024} K" if n % 1024 == 0 else str(n) for n in shown]
+    axes.set_xticks(shown, labels, minor=False)
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.grid(axis="y", which="major", color="#e6e6e6", linewidth=0.8)
@@ -79,6 +83,18 @@ def dress_axes(axes: Any, report: Report) -> None:
         0, 1.02, f"{machine['cpu']}, {threads}, kernel {machine['kernel']}", transform=axes.transAxes, fontsize=8,
         color="#666666",
     )  # fmt: skip
+
+
+def thin_out(contexts: list[int], most: int) -> list[int]:
+    """Return at most `most` ascending contexts, the last one among them, none within an eighth of the axis' length."""
+    if len(contexts) < 2:
+        return contexts
+    least = (math.log(contexts[-1]) - math.log(contexts[0])) / most
+    kept = contexts[-1:]
+    for n in reversed(contexts[:-1]):
+        if math.log(kept[0]) - math.log(n) >= least * (1 - 1e-9):
+            kept.insert(0, n)
+    return kept
 
 
 def label_ends(axes: Any, ends: list[tuple[str, float, str]], x: float) -> None:

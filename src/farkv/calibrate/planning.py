@@ -87,19 +87,27 @@ def make_plan(
     made: dict[Lever, Allocation] = {}
     for lever in levers:
         kind = CURVE_OF[lever]
-        # Pinning changes traffic, not output: there is no loss to minimise.
-        mine = sharing._replace(rule="xkv") if sharing.rule == "loss" and lever == "near" else sharing
-        if mine.rule == "loss":
-            cells = lose_cells(profile.losses(), curves, kind, count_cells(curves, budget))
-        else:
-            cells = find_cells(curves, budget, kind, mine)
-        made[lever] = describe(curves, budget, kind, mine, cells)
+        cells = choose_cells(profile, budget, lever, sharing)
+        made[lever] = describe(curves, budget, kind, sharing_of(lever, sharing), cells)
         if profile.limited is not None and lever != "near":
             made[lever] = replace(made[lever], losses=compare_losses(profile.limited, curves, kind, cells))
     if base is not None:
         base.check(profile.identity, list(curves.layers))
         made = {**base.levers, **made}
     return Plan(profile.identity, curves.layers, made)
+
+
+def sharing_of(lever: Lever, sharing: Sharing) -> Sharing:
+    """Return how a lever's budget is shared: pinning changes traffic, not output, so it has no loss to minimise."""
+    return sharing._replace(rule="xkv") if sharing.rule == "loss" and lever == "near" else sharing
+
+
+def choose_cells(profile: Profile, budget: PlanBudget, lever: Lever, sharing: Sharing) -> np.ndarray:
+    """Allocate a budget over the layers for one lever, in cells of the grid."""
+    curves, kind, mine = profile.curves(), CURVE_OF[lever], sharing_of(lever, sharing)
+    if mine.rule == "loss":
+        return lose_cells(profile.losses(), curves, kind, count_cells(curves, budget))
+    return find_cells(curves, budget, kind, mine)
 
 
 def find_cells(curves: Curves, budget: PlanBudget, kind: Kind, sharing: Sharing) -> np.ndarray:
@@ -229,8 +237,10 @@ def compare_losses(losses: Losses, curves: Curves, kind: Kind, cells: np.ndarray
     plans = {"planned": cells, "uniform": allocate(curves.mean(kind).numpy(), tokens=total, rule="uniform")}
     if total >= len(cells) * max(1, round(losses.shares[0] * GRID)):
         plans["least"] = lose_cells(losses, curves, kind, total)
-    at = np.arange(1, GRID + 1)
-    rows = losses.interpolate("keep" if kind == "keep" else "fetch", at, GRID)
-    return {
-        name: float(sum(row[max(c, 1) - 1] for row, c in zip(rows, plan, strict=True))) for name, plan in plans.items()
-    }
+    return {name: sum_losses(losses, kind, plan) for name, plan in plans.items()}
+
+
+def sum_losses(losses: Losses, kind: Kind, cells: np.ndarray) -> float:
+    """Return the measured losses of an allocation, summed over layers, in nats."""
+    rows = losses.interpolate("keep" if kind == "keep" else "fetch", np.arange(1, GRID + 1), GRID)
+    return float(sum(row[max(c, 1) - 1] for row, c in zip(rows, cells, strict=True)))

@@ -15,7 +15,7 @@ from farkv.config import LEVERS, Lever, parse_bytes
 from farkv.errors import ConfigError
 from farkv.files import write_file
 from farkv.quote import quote
-from farkv.show import draw_plan
+from farkv.show import draw_plan, draw_proposal
 
 RULES = ("xkv", "loss", "maxmin", "pyramid", "uniform", "paper")
 
@@ -57,7 +57,11 @@ def plan_layers(
 ) -> None:
     r"""Divide a budget among the layers, using the curves that `farkv profile` measured.
 
+    Without a budget, the smallest one is proposed whose shares hold 90 % of the attention mass.
+
     [bold]Examples[/bold]
+
+      farkv plan
 
       farkv plan --ratio 0.3 -o plan.json --plot plan.png
 
@@ -79,24 +83,32 @@ def plan_layers(
     from farkv.calibrate.plan import Plan
     from farkv.calibrate.planning import PlanBudget, Sharing, make_plan
     from farkv.calibrate.profile import Profile
+    from farkv.calibrate.proposing import plan_proposal, propose_budget
 
-    loaded = Profile.load(profile or find_profile_of(model))
+    path = profile or find_profile_of(model)
+    loaded = Profile.load(path)
     budget = PlanBudget(tokens, ratio, n_bytes, retention, confidence, context)
     names: tuple[Lever, ...] = tuple(name for name in LEVERS if name in levers)
-    made = make_plan(
-        loaded, budget, names, Sharing(rule, parse_weights(weights, rule), floor), Plan.load(base) if base else None
-    )
+    sharing, copied = Sharing(rule, parse_weights(weights, rule), floor), Plan.load(base) if base else None
+    proposal = propose_budget(loaded, names, sharing) if (tokens, ratio, n_bytes, retention) == (None,) * 4 else None
+    if proposal is None:
+        made = make_plan(loaded, budget, names, sharing, copied)
+    else:
+        made = plan_proposal(loaded, proposal, sharing, copied)
     made.save(out)
     if plot is not None:
         from farkv.plot import plot_plan
 
-        plot_plan(made, loaded.curves(), plot)
+        plot_plan(made, loaded.curves(), plot, name=str(path) if profile else model)
     if kvpress is not None:
         ratios = json.dumps({"compression_ratios": made.to_kvpress()}) + "\n"
         write_file(kvpress, ratios.encode(), "file")
     if as_json:
-        typer.echo(json.dumps({"out": str(out), **made.to_dict()}))
+        proposed = {} if proposal is None else {"proposal": proposal.to_dict()}
+        typer.echo(json.dumps({"out": str(out), **proposed, **made.to_dict()}))
     else:
+        if proposal is not None:
+            err.print(draw_proposal(proposal))
         err.print(draw_plan(made))
         say(f"wrote {', '.join(quote(p) for p in (out, plot, kvpress) if p)}")
 
