@@ -1,7 +1,9 @@
 """Methods beside each other: the same text, the same cap, each answer compared with full attention (`verify=`).
 
-python examples/compare_methods.py        (on tasks, with intervals: farkv eval)
+python examples/compare_methods.py [MODEL]        (on tasks, with intervals: farkv eval)
 """
+
+import sys
 
 import farkv
 from farkv.demo.text import draw_prompt
@@ -9,7 +11,7 @@ from farkv.hf.ask import Decoding, ask, build_prompt
 from farkv.hf.load import load_model
 from farkv.methods import METHODS
 
-model, tokenizer = load_model("demo")
+model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "demo")
 drawn = draw_prompt(tokens=800)
 prompt = build_prompt(tokenizer, drawn.text, drawn.question)
 

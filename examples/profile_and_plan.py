@@ -1,8 +1,9 @@
 """Measure a model once, share a budget over its layers, and let the plan cap what each layer fetches.
 
-python examples/profile_and_plan.py
+python examples/profile_and_plan.py [MODEL]
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from farkv.demo.text import draw_prompt
 from farkv.hf.load import load_model
 from farkv.methods import XKV
 
-model, tokenizer = load_model("demo")
+model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "demo")
 
 
 def encode(seed: int) -> list[int]:

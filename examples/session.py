@@ -1,9 +1,10 @@
 """Sessions: read a text once, write it to a file, ask it often; later processes read only what a question needs.
 
-python examples/session.py
+python examples/session.py [MODEL]
 """
 
 import copy
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import farkv
 from farkv.demo.text import draw_prompt
 from farkv.hf.load import load_model
 
-model, tokenizer = load_model("demo")
+model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "demo")
 prompt = draw_prompt(tokens=1500)
 text = tokenizer(prompt.text, return_tensors="pt")["input_ids"]
 facts = [line.split(" = ") for line in prompt.text.splitlines() if line.count(" = ") == 1 and line[-4:].isdigit()]
@@ -27,7 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
         print(f"{path.name}: {path.stat().st_size:,} bytes for {len(cache.token_ids)} tokens")
 
     # Another process would begin here. Records come from the file when a step chooses them.
-    with farkv.attach(model, host="4MiB") as far:
+    with farkv.attach(model, host=path.stat().st_size * 3 // 4) as far:
         book = farkv.load_cache(path, model, tokenizer=tokenizer, tokens=text.shape[1] + 40)
         for name, value in facts[:3]:
             question = tokenizer(f"print({name})  # ", return_tensors="pt", add_special_tokens=False)["input_ids"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import farkv
 from farkv.cli.commands import app
+from farkv.demo import MODEL_PATH
 from farkv.demo.text import draw_prompt
 from farkv.methods import METHODS
 from tests.methods.contract import CASES, Check
@@ -39,12 +41,30 @@ def knorm() -> Iterator[dict[str, Any]]:
     METHODS.pop("knorm")
 
 
-def test_each_example_is_tested() -> None:
+def test_each_example_is_tested_and_short() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {*SAYS, NEW.name}
+    assert max(len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")) <= 60
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "limits.py", "session.py"])
+def test_an_example_takes_another_model(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another shape, with random weights: it answers nothing right, and every size follows from its own."""
+    n_words = json.loads((MODEL_PATH / "config.json").read_text())["vocab_size"]
+    make_model("llama", vocab_size=n_words).save_pretrained(tmp_path / "model")
+    for file in MODEL_PATH.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "model")])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    said = capsys.readouterr().out
+    assert SAYS[name].split(": ")[0] in said
+    assert said.count("refused") == (name == "limits.py")
 
 
 @pytest.mark.parametrize("name", SAYS)
-def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     said = capsys.readouterr().out
     assert SAYS[name] in said

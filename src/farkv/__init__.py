@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from farkv.errors import FarKVError
 
 if TYPE_CHECKING:
+    from farkv import methods as methods
     from farkv.calibrate.plan import Plan
     from farkv.calibrate.profile import Profile
     from farkv.hf.attach import attach
