@@ -10,6 +10,7 @@ import pytest
 
 from farkv.bench import calibrate, decode, fill, gather, machine
 from farkv.bench.shapes import SHAPES
+from farkv.hf.load import find_dtype, load_model
 from tests.bench.plain import TINY, PlainNative
 from tests.command import Done, farkv, run_process
 
@@ -23,7 +24,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(module, "require_native", lambda what: PlainNative())
     make = machine.make_buffer
     monkeypatch.setattr(machine, "make_buffer", lambda n: make(1 << 18))
-    times = lambda native, shape, context, rounds: calibrate.Times(context, 1.0, 2.0)  # noqa: E731
+    times = lambda native, shape, dtype, context, rounds: calibrate.Times(context, 1.0, 2.0)  # noqa: E731
     monkeypatch.setattr(calibrate, "measure_times", times)
 
 
@@ -78,7 +79,7 @@ def test_quant_adds_coded_records_and_methods_are_a_choice() -> None:
         (["gather"], 13),
         (["prefill", "--shape", "tiny", "--contexts", "64", "--rounds", "1", "--layers", "1"], 2),
         (["e2e", "--shape", "tiny", "--contexts", "64,128", "--rounds", "1"], 4),
-        (["decode", "--calibrate"], 16),
+        (["decode", "--calibrate"], 18),
     ],
 )
 def test_every_command_prints_one_object(arguments: list[str], rows: int) -> None:
@@ -102,6 +103,8 @@ def test_every_command_prints_one_object(arguments: list[str], rows: int) -> Non
         (["e2e", "--peer", "llama.cpp", "-m", "x.gguf", "--batch", "2"], "--batch 1 only"),
         (["decode", "--shape", "tiny", "--contexts", "100000K"], "are available"),
         (["e2e", "--shape", "opt-6.7b"], "are available"),
+        (["--calibrate", "--dtype", "int3"], "--dtype: expected auto"),
+        (["--model", "demo", "gather"], "stand behind gather"),
         (["prefill", "--shape", "opt-6.7b"], "are available"),
     ],
 )
@@ -116,7 +119,16 @@ def test_a_mistake_is_one_line(monkeypatch: pytest.MonkeyPatch, arguments: list[
 def test_calibrate_needs_no_command() -> None:
     code, out, err = run("--calibrate")
     assert (code, out) == (0, "")
-    assert "16 K" in err
+    assert "up to 32 K tokens, the longest measured, everything is read" in " ".join(err.split())
+    assert "8 x 64, groups of 4, bfloat16" in " ".join(err.split())
+
+
+def test_calibrate_measures_the_shape_of_a_model_in_the_dtype_it_runs_in() -> None:
+    for options, dtype in (([], str(find_dtype("demo")).removeprefix("torch.")), (["--dtype", "float32"], "float32")):
+        code, _, err = run("--calibrate", "--model", "demo", *options)
+        assert code == 0, err
+        assert f"groups of 2, {dtype}" in " ".join(err.split())
+    assert find_dtype("demo") == load_model("demo")[0].dtype
 
 
 def test_help_shows_examples_in_eighty_columns() -> None:

@@ -151,7 +151,7 @@ def rows_of_managed(receipt: Receipt) -> list[tuple[str, str, str]]:
             rows.append((f"managed, {name}", f"{part:.1%}", "of the KV bytes of managed layers"))
     if f"{receipt.peak_read_fraction:.1%}" != f"{receipt.read_fraction:.1%}":
         rows.append(("most in a step", f"{receipt.peak_read_fraction:.1%}", "of the KV bytes, read by one step"))
-    if receipt.notes:
+    if receipt.notes and f"{receipt.least_read_fraction:.1%}" != f"{receipt.read_fraction:.1%}":
         rows.append(("least possible", f"{receipt.least_read_fraction:.1%}", "of the KV bytes, read per step"))
     return rows
 

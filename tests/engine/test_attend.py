@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import farkv
+from farkv.calibrate.crossover import Crossover, RecordShape
 from farkv.errors import ConfigError
 from farkv.hf import attach as attach_module
 from farkv.kernels.native import load_native
@@ -47,22 +48,50 @@ def test_what_reads_all_is_native_only_where_that_was_asked_for(method: Any) -> 
 @needs_native
 def test_a_short_context_is_read_whole_without_a_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     for tokens, fraction in ((200, 1.0), (50, None)):
-        monkeypatch.setattr(attach_module, "load_crossover", lambda kernel, n=tokens: n)
+        monkeypatch.setattr(attach_module, "choose_crossover", lambda *_, n=tokens: Crossover(n, "measured"))
         logits, receipt = run(InfiniGen())
+        (note,) = receipt.notes
         if fraction is not None:
             assert (receipt.read_fraction, receipt.index_fraction) == (1.0, 0.0)
             assert_close(logits, run(Full())[0])
+            assert note.startswith("read everything: 94 tokens are not above the crossover of 200")
         else:
             assert receipt.read_fraction < 1.0
             assert receipt.index_fraction > 0.0
-        # A fraction that was given is a cap at any length.
-        assert run(InfiniGen(fraction=0.3))[1].read_fraction <= 0.3
+            assert note.startswith("chose what to read: 94 tokens are above the crossover of 50")
+        assert note.endswith("(measured)")
+        assert note in str(receipt)
+        # A fraction that was given is a cap at any length, of which nothing is to be said.
+        receipt = run(InfiniGen(fraction=0.3))[1]
+        assert (receipt.read_fraction <= 0.3, receipt.notes) == (True, ())
+
+
+@needs_native
+def test_what_was_not_measured_is_assumed_and_said() -> None:
+    _, receipt = run(InfiniGen())
+    assert receipt.read_fraction == 1.0
+    assert "(assumed; farkv bench --calibrate measures it)" in receipt.notes[0]
+    # Nothing is assumed without kernels, nor where records travel.
+    assert run(InfiniGen(), kernel="plain")[1].notes == ()
+    assert run(InfiniGen(), near="1MiB")[1].notes == ()
+
+
+@needs_native
+def test_the_shape_is_that_of_the_models_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[RecordShape] = []
+    monkeypatch.setattr(
+        attach_module, "choose_crossover", lambda _, shape: seen.append(shape) or Crossover(0, "measured")
+    )
+    run(InfiniGen())
+    config = make_model("llama").config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    assert seen == [RecordShape(config.num_key_value_heads, config.head_dim, groups, "float32")]
 
 
 @needs_native
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_coded_records_are_read_where_they_lie(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attach_module, "load_crossover", lambda kernel: 200)
+    monkeypatch.setattr(attach_module, "choose_crossover", lambda *_: Crossover(200, "measured"))
     ours, receipt = run(InfiniGen(), quant=quant)
     assert receipt.fetched_bytes_per_token == 0
     assert receipt.kernel.startswith("native")

@@ -5,8 +5,6 @@ In: a case, a source of records. Out: runners.
 
 from __future__ import annotations
 
-import torch
-
 from farkv._axes import Tensor
 from farkv.account import Account
 from farkv.bench.case import Case, Traffic
@@ -116,7 +114,7 @@ class DenseNativeRunner:
         shape = case.shape
         self.case, self.native, self.n_layers = case, native, case.slow_layers
         size = (case.batch, shape.kv_heads, case.context + 1, 2 * shape.head_dim)
-        self.rows = [allocate(size, torch.bfloat16, case.device) for _ in range(self.n_layers)]
+        self.rows = [allocate(size, source.dtype, case.device) for _ in range(self.n_layers)]
         for start, n in source.chunks(case.context):
             for layer, rows in enumerate(self.rows):
                 k, v = source.draw_kv(layer, start, n)

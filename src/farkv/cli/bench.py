@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farkv.cli.bench_model import choose_peer, choose_shape, choose_whole
+from farkv.cli.bench_model import choose_dtype, choose_peer, choose_shape, choose_whole
 from farkv.cli.options import JsonOption, WeightsOption
 from farkv.cli.terminal import err, say
+from farkv.errors import ConfigError
 from farkv.quote import quote
 from farkv.show import show_progress
 
@@ -49,11 +50,17 @@ PlotOption = Annotated[Path | None, typer.Option(help="Plot ms per layer against
 
 @app.callback(invoke_without_command=True)
 def bench(
+    context: typer.Context,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure the context from which selecting is faster, and save it.")
     ] = False,
+    shape: WholeShapeOption = None,
+    model: RealOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     r"""Measure speed: farkv and its baselines in one run, on random records with the shapes of real models.
+
+    The options here are for --calibrate; every command has its own.
 
     [bold]Examples[/bold]
 
@@ -61,11 +68,15 @@ def bench(
 
       farkv bench decode --contexts 32K,128K --threads 1 --plot bench.png
 
-      farkv bench --calibrate
+      farkv bench --calibrate --model NAME_OR_PATH
     """
     if calibrate:
-        calibrate_machine(None, as_json=False)
+        calibrate_machine(None, (shape, model, dtype), as_json=False)
         raise typer.Exit
+    if context.invoked_subcommand and (shape or model or dtype):
+        raise ConfigError(
+            f"bench: --shape, --model and --dtype stand behind {context.invoked_subcommand}, or with --calibrate"
+        )
 
 
 @app.command()
@@ -112,7 +123,7 @@ def decode(
       farkv bench decode --contexts 1K,4K,16K,64K --plot bench.png
     """
     if calibrate:
-        calibrate_machine(threads, as_json=as_json)
+        calibrate_machine(threads, (shape, model, None), as_json=as_json)
         return
     set_threads(threads)
     from farkv.bench.decode import measure_decode
@@ -245,13 +256,19 @@ def e2e(
     finish(report, draw_model(report), plot, as_json=as_json)
 
 
-def calibrate_machine(threads: int | None, *, as_json: bool) -> None:
-    """Measure the context from which selecting records is faster than reading all, and save it."""
+def calibrate_machine(threads: int | None, asked: tuple[str | None, str | None, str | None], *, as_json: bool) -> None:
+    """Measure the context from which selecting records is faster than reading all, and save it for a shape and dtype.
+
+    Args:
+        asked: a shape's name, a model's, and a dtype's; None: the default ones.
+    """
     set_threads(threads)
     from farkv.bench.calibrate import calibrate, draw_calibration
 
+    shape = choose_shape(asked[0], asked[1], "llama3.2-1b")
+    dtype = choose_dtype(asked[1], asked[2])
     with show_progress(err, "calibrate", quiet=False) as tell:
-        found = calibrate(tell)
+        found = calibrate(tell, shape=shape, dtype=dtype)
     err.print(draw_calibration(found))
     if as_json:
         typer.echo(json.dumps(found.to_dict()))

@@ -11,6 +11,7 @@ from farkv.errors import ConfigError
 from farkv.quote import quote
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from farkv.bench.shapes import ModelShape
@@ -42,6 +43,21 @@ def choose_shape(shape: str | None, model: str | None, default: str) -> ModelSha
 
     quiet_libraries()
     return read_shape(model)
+
+
+def choose_dtype(model: str | None, dtype: str | None) -> torch.dtype:
+    """Return the dtype of a model's records: the one that is named, or as `load_model` would load it on this CPU.
+
+    Raises:
+        ConfigError: there is no such dtype.
+    """
+    from farkv.hf.load import DTYPES, find_dtype
+
+    if dtype not in (None, "auto", *DTYPES):
+        raise ConfigError(f"--dtype: expected auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype in DTYPES:
+        return DTYPES[dtype]
+    return DTYPES["bfloat16"] if model is None else find_dtype(model)
 
 
 def choose_whole(shape: str | None, model: str | None, layers: int | None, dtype: str, weights: str = "none") -> Whole:

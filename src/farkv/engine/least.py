@@ -54,6 +54,22 @@ def find_least(engine: Engine, tokens: int, sizes: dict[int, int], unmanaged: di
     return Least(fraction, note + f"{fraction:.1%} at the least ({'; '.join(why)})")
 
 
+def describe_crossover(engine: Engine, tokens: int) -> str:
+    """Return whether a context is read whole because that is faster; nothing where that is not asked."""
+    budgets, how = engine.parts.budgets, engine.setup.setting.kernels.dense_how
+    most, decides = budgets.cap.dense_tokens, budgets.shares is None
+    if not decides or not most or tokens <= budgets.cap.least:
+        return ""
+    if tokens <= most:
+        said = (
+            f"read everything: {tokens:,} tokens are not above the crossover of {most:,}, from which choosing is faster"
+        )
+    else:
+        said = f"chose what to read: {tokens:,} tokens are above the crossover of {most:,}, up to which all is read"
+    remedy = "" if how == "measured" else "; farkv bench --calibrate measures it"
+    return f"{said} ({how}{remedy})"
+
+
 def count_least(engine: Engine, layer: int, tokens: int) -> int:
     """Return the fewest records per KV head that a decode step reads of one layer's `tokens`, the newest included."""
     parts, kept = engine.parts, tokens

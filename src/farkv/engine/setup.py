@@ -32,12 +32,13 @@ class Kernels(NamedTuple):
 
     fast: None where there are none, or none are wanted.  everywhere: also where every record is read, which is then
     equal to the model's own attention to rounding, not bit for bit.  dense_tokens: up to here reading everything is
-    faster than choosing, where no cap was asked for.
+    faster than choosing, where no cap was asked for.  dense_how: "measured" or "assumed".
     """
 
     fast: Native | Gpu | None = None
     everywhere: bool = False
     dense_tokens: int = 0
+    dense_how: str = ""
 
 
 class Setting(NamedTuple):

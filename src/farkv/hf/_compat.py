@@ -72,6 +72,16 @@ def count_groups(config: Any) -> int:
     return max(1, heads // kv_heads)
 
 
+def describe_heads(config: Any) -> tuple[int, int, int]:
+    """Return KV heads, their dimension and the query heads of each, as a config says; else 1, 64 and 1."""
+    heads, kv_heads, dim, hidden = (
+        value if isinstance(value := getattr(config, name, None), int) and value > 0 else 0
+        for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    )
+    dim = dim or (hidden // heads if heads else 0) or 64
+    return kv_heads or heads or 1, dim, count_groups(config)
+
+
 def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
     """Return each layer's cache type and the arguments of its cache layer of its own."""
     types, arguments = get_layer_types_and_kwargs(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from farkv.calibrate.crossover import load_crossover
+from farkv.calibrate.crossover import RecordShape, choose_crossover
 from farkv.calibrate.plan import Plan
 from farkv.calibrate.profile import Profile, find_beside
 from farkv.calibrate.skews import HeadForm
@@ -31,9 +31,6 @@ from farkv.store.sizes import Allowed
 from farkv.store.worker import Worker
 
 log = logging.getLogger("farkv")
-
-# Up to here reading everything is faster than choosing, where `farkv bench --calibrate` has not measured it.
-DENSE_TOKENS = 1024
 
 
 def attach(
@@ -159,8 +156,13 @@ def find_kernels(kernel: str, model: PreTrainedModel) -> Kernels:
     if kernels is None or isinstance(kernels, Gpu):
         # A GPU's records are far: reading all of them is never the faster way.
         return Kernels(kernels, kernel == "native")
-    measured = load_crossover(kernels.name)
-    return Kernels(kernels, kernel == "native", DENSE_TOKENS if measured is None else measured)
+    return Kernels(kernels, kernel == "native", *choose_crossover(kernels.name, find_record_shape(model)))
+
+
+def find_record_shape(model: PreTrainedModel) -> RecordShape:
+    """Return the shape of a model's records, as its configuration says; it decides how long contexts are read whole."""
+    kv_heads, head_dim, groups = _compat.describe_heads(_compat.text_config(model))
+    return RecordShape(kv_heads, head_dim, groups, str(model.dtype).removeprefix("torch."))
 
 
 def choose_methods(methods: tuple[Method, ...], plan: Plan | None) -> Roles:

@@ -75,6 +75,16 @@ def load_config(name: str) -> Any:
         raise refuse_model(name, error) from error
 
 
+def find_dtype(name: str) -> torch.dtype:
+    """Return the dtype that `load_model` gives a model on this CPU, without its weights. Raises as `load_model`."""
+    if is_gguf(find_model(name)):
+        return torch.float32
+    config = load_config(name).get_text_config(decoder=True)
+    held = getattr(config, "dtype", None) or torch.float32
+    held = DTYPES.get(held, torch.float32) if isinstance(held, str) else held
+    return held if held not in FAST_FLAGS or multiplies_fast(held) else torch.float32
+
+
 def find_model(name: str) -> str:
     """Return what transformers is to load under a name, after what can be said of it without transformers."""
     path = str(MODEL_PATH) if name == "demo" else name

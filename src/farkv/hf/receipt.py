@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from farkv.account import Account
 from farkv.config import LEVERS
 from farkv.engine.build import Roles
-from farkv.engine.least import Least, find_least
+from farkv.engine.least import Least, describe_crossover, find_least
 from farkv.engine.setup import Setting
 from farkv.engine.usage import Usage, count_holding, count_usage, find_exact
 from farkv.hf import _compat
@@ -76,7 +76,7 @@ def make_receipt(
         least_read_fraction=least.fraction,
         peak_read_fraction=max(account.peak_read, account.read_fraction()),
         exact=find_exact(cache.engine),
-        notes=(least.note,) if least.note else (),
+        notes=tuple(filter(None, (least.note, describe_crossover(cache.engine, cache.get_seq_length())))),
         fetched_bytes_per_token=account.fetched_bytes / steps,
         disk_bytes_per_token=account.disk_bytes / steps,
         evicted_records=sum(count_evicted(layer) for layer in cache.layers),
