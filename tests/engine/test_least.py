@@ -73,7 +73,8 @@ def test_what_is_printed_shows_both_where_they_differ() -> None:
 @pytest.mark.parametrize("method", [Full(), InfiniGen(), InfiniGen(fraction=1.0), XKV(), InfiniGen(top_p=0.9)])
 def test_what_asks_for_no_cap_is_told_of_none(method: Method) -> None:
     receipt, before = run(method, tokens=60)
-    assert (before.note, receipt.notes) == ("", ())
+    # That everything is read of a short context is another matter.
+    assert (before.note, [note for note in receipt.notes if "crossover" not in note]) == ("", [])
     assert receipt.least_read_fraction <= receipt.read_fraction
 
 
