@@ -15,7 +15,7 @@ INSTALL := -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 # What the package's build compiles.
 NATIVE := hatch_build.py $(wildcard src/farkv/kernels/csrc/*)
 
-.PHONY: demo test test-all test-real sanitize coverage lint matrix-oldest clean
+.PHONY: demo test test-all test-real sanitize coverage lint matrix-oldest matrix-all clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -55,6 +55,12 @@ lint: .venv/installed-dev
 
 matrix-oldest: .venv-oldest/installed
 	JAXTYPING_DISABLE=1 $(OLDEST)/$(PYTEST) -q -m "not slow" tests/hf $(ARITHMETIC)
+
+# Every causal language model of transformers, tiny: right with our caches, or refused in words. Minutes; CI runs a tenth
+# (.ci/run). Makes docs/supported.md.
+matrix-all: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/matrix_all.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv .venv-oldest build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

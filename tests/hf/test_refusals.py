@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 import farkv
 from farkv import Full, InfiniGen, attach
 from farkv.errors import CacheStateError, ConfigError, SessionError, UnsupportedModelError
+from farkv.hf import _compat
+from farkv.hf.identity import identify_model
 from farkv.hf.query import add_attention
 from farkv.methods import H2O, LowBit, Pages
 from tests.models import COMMON, forward, generate, make_model, make_prompt, plain_cache
@@ -82,6 +84,65 @@ def test_a_model_is_looked_at_once_and_is_left_in_the_mode_it_was_in(monkeypatch
     hook.remove()
     assert len(calls) == 6, "two passes before, two with an ordinary cache, two with ours; then none"
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV4Config"), reason="a model of newer releases")
+def test_an_ordinary_cache_is_looked_at_also_where_nothing_is_managed() -> None:
+    types = ["heavily_compressed_attention"] * 3 + ["compressed_sparse_attention"]
+    experts = dict(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, o_groups=1, o_lora_rank=16)
+    heads = dict(head_dim=16, q_lora_rank=16, index_n_heads=2, index_head_dim=16, index_topk=8, num_key_value_heads=1)
+    model = build("DeepseekV4Config", layer_types=types, sliding_window=16, **experts, **heads)
+    with pytest.raises(UnsupportedModelError, match="an ordinary cache a few tokens come out otherwise"):
+        attach(model, Full())
+
+
+def test_blocks_in_a_module_that_takes_no_ids_are_looked_at_by_what_is_around_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = build("BertConfig", is_decoder=True, num_key_value_heads=None)
+    plain = forward(model, draw(24), plain_cache(model))
+    with attach(model, Full()) as far:
+        assert torch.equal(forward(model, draw(24), far.new_cache()), plain)
+    assert "could not be looked at" not in caplog.text
+
+
+def test_a_configuration_that_does_not_say_how_many_layers_it_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("LlamaConfig")
+    monkeypatch.setattr("farkv.hf._compat.text_config", lambda _: object())
+    with pytest.raises(UnsupportedModelError, match="no list of decoder blocks"):
+        attach(model, Full())
+
+
+def test_a_model_that_takes_a_cache_of_its_own_kind_alone_is_refused() -> None:
+    kinds = ["linear_attention", "full_attention"] * 2
+    model = build("MiniMaxConfig", layer_types=kinds, head_dim=8, num_local_experts=2, block_size=8)
+    with pytest.raises(UnsupportedModelError, match="with a cache of its own kind alone"):
+        attach(model, Full())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_whether_sdpa_is_supported_the_text_says_where_a_model_has_several_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("LlamaConfig")
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)
+    assert _compat.supports_sdpa(model, model.model)
+    assert not _compat.supports_sdpa(model, model.model.layers), "no model of its own"
+
+
+def test_a_model_of_many_embeddings_has_an_identity_too() -> None:
+    model = build("LlamaConfig")
+    before = identify_model(model)
+    model.get_input_embeddings = lambda: nn.ModuleList([model.model.embed_tokens])  # type: ignore[method-assign]
+    assert identify_model(model)["weights"] == before["weights"], "its first parameter is the embedding"
+
+
+def test_where_layers_differ_in_heads_the_most_counts() -> None:
+    config = transformers.LlamaConfig(num_attention_heads=8, num_key_value_heads=4)
+    assert _compat.count_groups(config) == 2
+    if hasattr(config, "is_heterogeneous"):
+        config.per_layer_config = {1: {"num_key_value_heads": 1}}
+        assert _compat.count_groups(config) == 8
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,14 @@ def text_config(model: PreTrainedModel) -> Any:
 
 
 def count_groups(config: Any) -> int:
-    """Return the query heads per KV head, as a model's config says; 1 where it does not."""
-    heads, kv_heads = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads < 1:
-        return 1
-    return max(1, heads // kv_heads)
+    """Return the most query heads per KV head of any layer, as a model's config says; 1 where it does not."""
+    most = 1
+    # Where layers differ, the config of all refuses what the config of each has.
+    for each in config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]:
+        heads, kv_heads = (getattr(each, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+        if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0:
+            most = max(most, heads // kv_heads)
+    return most
 
 
 def describe_heads(config: Any) -> tuple[int, int, int]:
@@ -103,7 +106,7 @@ def find_layer_class(layer_type: str) -> type[Any]:
 
 def find_decoder(model: PreTrainedModel) -> tuple[nn.Module, nn.ModuleList] | None:
     """Return the decoder and its list of blocks: the ModuleList as long as the config says, with attention in it."""
-    n_layers = text_config(model).num_hidden_layers
+    n_layers = getattr(text_config(model), "num_hidden_layers", None)
     for parent in model.modules():
         for child in parent.children():
             if isinstance(child, nn.ModuleList) and len(child) == n_layers and find_attention(child):
@@ -133,9 +136,9 @@ def set_attention_name(model: PreTrainedModel, name: str) -> None:
         model.set_attn_implementation({"text_config": name})
 
 
-def supports_sdpa(model: PreTrainedModel) -> bool:
-    """Say whether the architecture may run on torch's fused attention."""
-    return bool(getattr(model, "_supports_sdpa", False))
+def supports_sdpa(model: PreTrainedModel, decoder: nn.Module) -> bool:
+    """Say whether the architecture may run on torch's fused attention: the text's own, where there are several."""
+    return bool(getattr(decoder if isinstance(decoder, PreTrainedModel) else model, "_supports_sdpa", False))
 
 
 def get_eager_attention(module: nn.Module) -> Callable[..., Any] | None:

@@ -134,7 +134,7 @@ class Handle(AbstractContextManager["Handle"]):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: does not route attention through Hugging Face's attention interface"
             )
-        base = self.base if self.base != "sdpa" or _compat.supports_sdpa(model) else "eager"
+        base = self.base if self.base != "sdpa" or _compat.supports_sdpa(model, self.decoder) else "eager"
         for module in self.attention.values():
             module.farkv_base = base  # type: ignore[assignment]
         hooks = self._hooks

@@ -33,8 +33,8 @@ def identify_model(model: PreTrainedModel) -> dict[str, str]:
         return dict(kept)
     config = _compat.text_config(model)
     digest = hashlib.sha256()
-    embedding: Any = model.get_input_embeddings().weight
-    last = list(model.parameters())[-1]
+    first, *_, last = model.parameters()
+    embedding: Any = getattr(model.get_input_embeddings(), "weight", first)
     for weight in (embedding[:64], last.reshape(-1)[:4096]):
         digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return {

@@ -29,6 +29,8 @@ log = logging.getLogger("farkv")
 PASSES = (6, 1)
 # Where sums are formed in any order, two runs of one model differ.
 DEVICE_ERROR = 2.0**-5
+# What a model may raise that is not called as it expects, or meets what it does not know.
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
 # Attention whose code asks for its own name, but only to choose between forms of the same numbers.
 HARMLESS = {"GPT2Attention", "DecisionTransformerGPT2Attention"}
 # Models that were found to work, by class, configuration and attention: it is their code that was looked at.
@@ -67,8 +69,17 @@ class Look:
         check_code(handle.attention.values())
         self.kind = (type(model), handle.base, repr(model.config))
         self.plain: list[Tensor] | None = None
-        if self.kind not in _known and handle.managed:
-            self.plain = run_short(handle.decoder, DynamicCache(config=model.config), handle.device)
+        # A list of blocks may be in a module that takes no ids; what is around it does.
+        for module in () if self.kind in _known else dict.fromkeys((handle.decoder, model.base_model, model)):
+            self.module, reason = module, ""
+            try:
+                self.plain = run_short(module, DynamicCache(config=model.config), handle.device)
+                return
+            except FAILURES as error:
+                reason = f"{type(error).__name__}: {error}"
+            if module is model:
+                check_own_cache(model, handle.device, reason)
+                log.warning("%s: could not be looked at by a few tokens (%s)", type(model).__name__, reason)
 
     def compare(self, handle: Any) -> None:
         """Look again, now that the model is attached: with an ordinary cache, and with layers as ours are.
@@ -78,18 +89,29 @@ class Look:
         """
         if self.plain is None:
             return
-        ordinary = run_short(handle.decoder, DynamicCache(config=handle.model.config), handle.device)
-        check_same(handle.decoder, self.plain, ordinary, "an ordinary cache")
-        cache = handle.make_cache(0, 0)
-        for i in handle.managed:
-            cache.layers[i] = LookLayer(i, cache.engine)
-        # Its passes are none of the engine's: a stand-in, as for verified steps.
-        ours = DenseCache(cache.layers)
-        found = run_short(handle.decoder, ours, handle.device)
-        if unread := find_unread(ours.layers):
-            raise UnsupportedModelError(f"{type(handle.decoder).__name__}: {unread}")
-        check_same(handle.decoder, self.plain, found, "a cache of ours")
+        self._check_same(DynamicCache(config=handle.model.config), handle.device, "an ordinary cache")
+        if handle.managed:
+            cache = handle.make_cache(0, 0)
+            for i in handle.managed:
+                cache.layers[i] = LookLayer(i, cache.engine)
+            # Its passes are none of the engine's: a stand-in, as for verified steps.
+            self._check_same(DenseCache(cache.layers), handle.device, "a cache of ours")
         _known.add(self.kind)
+
+    def _check_same(self, cache: Any, device: torch.device, what: str) -> None:
+        """Raise UnsupportedModelError unless a few tokens give the same numbers as before, and all was read."""
+        name = type(self.module).__name__
+        try:
+            found = run_short(self.module, cache, device)
+        except UnsupportedModelError:
+            raise
+        except FAILURES as error:
+            worked = f"{name}: worked before it was attached, and fails with {what} ({type(error).__name__}: {error})"
+            raise UnsupportedModelError(worked) from error
+        if unread := find_unread(cache.layers):
+            raise UnsupportedModelError(f"{name}: {unread}")
+        assert self.plain is not None
+        check_same(name, self.plain, found, what)
 
 
 def check_code(attention: Iterable[nn.Module]) -> None:
@@ -106,40 +128,51 @@ def check_code(attention: Iterable[nn.Module]) -> None:
             )
 
 
+def check_own_cache(model: nn.Module, device: torch.device, reason: str) -> None:
+    """Raise UnsupportedModelError where a model that cannot run with an ordinary cache runs with one of its own."""
+    try:
+        run_short(model, None, device, PASSES[:1])
+    except FAILURES:
+        return
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: runs with a cache of its own kind alone, and not with an ordinary one ({reason}); it "
+        "cannot be managed"
+    )
+
+
 @torch.no_grad()
-def run_short(decoder: nn.Module, cache: Any, device: torch.device) -> list[Tensor] | None:
-    """Return what a decoder makes of a few tokens, read and then decoded; None where ids alone are not enough."""
-    modes = {module: module.training for module in decoder.modules()}
-    decoder.eval()
+def run_short(module: nn.Module, cache: Any, device: torch.device, passes: tuple[int, ...] = PASSES) -> list[Tensor]:
+    """Return what a model makes of a few tokens, read and then decoded.
+
+    Raises:
+        UnsupportedModelError: attention is not called with what the cache was given.
+    """
+    modes = {module: module.training for module in module.modules()}
+    module.eval()
     try:
         first, made = 1, []
-        for n in PASSES:
+        for n in passes:
             ids = torch.arange(first, first + n, device=device)[None]
-            out: Any = decoder(input_ids=ids, past_key_values=cache)
-            made.append(out[0] if isinstance(out, tuple) else out.last_hidden_state)
+            # Hidden states, or logits, come first.
+            made.append(module(input_ids=ids, past_key_values=cache)[0])
             first += n
         return made
     except CacheStateError as error:
-        raise UnsupportedModelError(f"{type(decoder).__name__}: {error}") from error
-    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError) as error:
-        log.warning("%s: could not be looked at by a few tokens (%s)", type(decoder).__name__, error)
-        return None
+        raise UnsupportedModelError(f"{type(module).__name__}: {error}") from error
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for each, mode in modes.items():
+            each.training = mode
 
 
-def check_same(decoder: nn.Module, plain: list[Tensor], found: list[Tensor] | None, what: str) -> None:
+def check_same(name: str, plain: list[Tensor], found: list[Tensor], what: str) -> None:
     """Raise UnsupportedModelError unless a few tokens gave the same numbers as before.
 
     Two deliberate syncs, once per kind of model.
     """
-    if found is None:
-        raise UnsupportedModelError(f"{type(decoder).__name__}: worked before it was attached, and fails with {what}")
     for one, other in zip(plain, found, strict=True):
         off, size = (one - other).abs().nan_to_num().max(), one.abs().nan_to_num().max()
         if bool(off > (0 if one.device.type == "cpu" else DEVICE_ERROR) * size):
             raise UnsupportedModelError(
-                f"{type(decoder).__name__}: with {what} a few tokens come out otherwise than before it was attached "
+                f"{name}: with {what} a few tokens come out otherwise than before it was attached "
                 f"(by {float(off):.3g}); it cannot be managed"
             )
