@@ -78,9 +78,14 @@ def answer(name: str, write: int) -> None:
 
 
 def find_revision() -> str:
-    """Return the commit of this tree, "+" behind it where something differs."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """Return the commit that is run, "+" behind it where what is run differs from it."""
+
+    def ask(*command: str) -> str:
+        git = ["git", "-C", str(RESULTS.parent.parent), *command]
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = ask("status", "--porcelain", "src", "benchmarks/*.py")
+    return (ask("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def write_rows(out: Path, rows: Rows) -> None:

@@ -135,7 +135,7 @@ def test_rows_become_a_table_with_counts(tmp_path: Path) -> None:
     assert [matrix_table.judge_row(row) for row in rows] == ["equal", "FAULT", "refused", "plain: no"]
     summary = matrix_table.format_summary(rows)
     assert summary.startswith(
-        "4 configurations: 1 equal to the plain model, bit for bit (1 with layers that are managed)"
+        "4 configurations: 1 equal to the plain model, bit for bit (1 of them with managed layers)"
     )
     assert "1 refused in words, 1 of which the plain model itself" in summary and "1 faults" in summary
     lines = matrix_table.format_table(rows).splitlines()[2:]
