@@ -18,10 +18,11 @@ from farkv.demo.recall import RecallPrompt, make_recall_prompt, question_line
 from farkv.engine.bytes_near import count_near
 from farkv.evals import prefill as shared
 from farkv.evals.prefill import Prefilled
-from farkv.hf.ask import Listener, Prompt, build_prompt, feed, prefill
+from farkv.hf.ask import Listener, feed, prefill
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
 from farkv.hf.load import load_model, quiet_libraries
+from farkv.hf.prompt import Prompt, build_prompt
 from farkv.methods import Method
 from farkv.store.sizes import LayerShape
 

@@ -17,7 +17,8 @@ from runs import Recorder, make_parser
 
 from farkv import InfiniGen, attach
 from farkv.errors import CapacityError
-from farkv.hf.ask import Decoding, Prompt, ask
+from farkv.hf.ask import Decoding, ask
+from farkv.hf.prompt import Prompt
 from farkv.store.sizes import LayerShape, fetched_bytes
 
 NEW_TOKENS = 8

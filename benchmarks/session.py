@@ -23,7 +23,7 @@ from rows import RESULTS, Row, Rows, format_rows, mib, read_rows
 from runs import Recorder, make_parser, read_numbers
 
 from farkv import InfiniGen, attach, load_cache
-from farkv.hf.ask import Prompt
+from farkv.hf.prompt import Prompt
 from farkv.hf.session import resume
 
 FACTS = 20

@@ -7,8 +7,9 @@ import sys
 
 import farkv
 from farkv.demo.text import draw_prompt
-from farkv.hf.ask import Decoding, ask, build_prompt
+from farkv.hf.ask import Decoding, ask
 from farkv.hf.load import load_model
+from farkv.hf.prompt import build_prompt
 from farkv.methods import METHODS
 
 model, tokenizer = load_model(sys.argv[1] if len(sys.argv) > 1 else "demo")

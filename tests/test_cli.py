@@ -41,6 +41,15 @@ def test_version_and_help() -> None:
         (["--fraction", "1.5", "q"], "(0, 1]"),
         (["--method", "full", "--paper", "q"], "--paper"),
         ([], "both empty"),
+        (["--threads", "0", "q"], "--threads: expected 1 to "),
+        (["--threads", "100000", "q"], "the processors that farkv may use here, got 100000"),
+        (
+            ["--top-p", "0.9", "q"],
+            "--top-p: limits what is drawn, and temperature 0 takes the likeliest token; give a --te",
+        ),
+        (["--top-k", "5", "q"], "--top-k: limits what is drawn"),
+        (["--top-p", "1.5", "--temperature", "1", "q"], "--top-p: expected a number in (0, 1], got 1.5"),
+        (["--system", "be brief", "q"], "has no chat template"),
         (["--file", sys.executable, "q"], "not UTF-8"),
     ],
 )

@@ -1,17 +1,11 @@
-"""`farkv run` on a terminal: a real pseudo-terminal of 80 columns."""
+"""Commands on a terminal of 80 columns: the answer, how far they are, and nothing of that afterwards."""
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import pytest
@@ -22,28 +16,9 @@ from farkv.cli.terminal import err, say, write_answer
 from farkv.errors import InputError
 from tests.command import CODE, farkv
 from tests.evals.results import make_row
+from tests.terminal import read_frames, read_screen, run_on_terminal
 
 QUESTION = "def g(path):\n    return"
-
-
-def run_on_terminal(*arguments: str) -> str:
-    """Return all that a command writes to a terminal of 80 columns."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
-    environment.pop("COLUMNS", None)
-    command = [sys.executable, "-m", "farkv.cli", *arguments]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
-        found = b""
-        try:
-            while piece := os.read(ours, 65536):
-                found += piece
-        except OSError:
-            pass  # Linux says so that the last writer has gone.
-        assert process.wait(timeout=600) == 0, found.decode()
-    os.close(ours)
-    return found.decode()
 
 
 @pytest.mark.parametrize("options", [[], ["--session"]])
@@ -56,9 +31,59 @@ def test_words_of_an_answer_stand_on_one_line(options: list[str], tmp_path: Path
     line = max(answer.splitlines(), key=len)
     assert len(line.split()) > 1, "an answer of several words on one line is what this is about"
     # Of a session nothing is read any more before the answer, so that no bar comes to its end.
-    screen = run_on_terminal(*asked)
-    assert answer.replace("\n", "\r\n") in screen
-    assert "reading" in screen, "the bar was there"
+    written = run_on_terminal(*asked)
+    assert answer.replace("\n", "\r\n") in written
+    screen = read_screen(written)
+    start = screen.index(answer.splitlines()[0])
+    assert screen[: start + answer.count("\n") + 1] == answer.split("\n"), "nothing but the answer above the receipt"
+    assert "receipt: infinigen" in screen
+    for phase in ("loading", "reading", "question"):
+        frames = [frame for frame in read_frames(written, phase) if " of " in frame]
+        assert frames, f"{phase} has a total"
+        assert frames[0].startswith("0 "), f"{phase} has it at once"
+
+
+def test_progress_of_the_demo_and_its_answer(tmp_path: Path) -> None:
+    written = run_on_terminal("demo", "--tokens", "400", "--facts", "4")
+    screen = read_screen(written)
+    answer = next(line for line in screen if line.startswith("3/3 expected: "))[-4:]
+    assert answer in screen, "alone on its line"
+    assert not [line for line in screen if "━━━" in line]
+
+
+COMMANDS = {
+    "measuring": ["profile", "--tokens", "64", "--limit", "2", "--light", "--prompts"],
+    "eval": ["eval", "--tasks", "niah_single", "--methods", "window", "--fractions", "0.1", "--lengths", "256",
+             "--limit", "1", "--threads", "1", "--trace", "0", "--out"],
+    "decode": ["bench", "decode", "--contexts", "128", "--layers", "1", "--rounds", "1", "--threads", "1",
+               "--methods", "matmul-bf16"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", COMMANDS)
+def test_a_long_command_has_a_total_at_once_and_leaves_no_bar(phase: str, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(CODE)
+    more = {"measuring": [str(tmp_path / "code.py"), "--out", str(tmp_path / "p")], "eval": [str(tmp_path / "eval")]}
+    written = run_on_terminal(*COMMANDS[phase], *more.get(phase, []))
+    frames = [frame for frame in read_frames(written, phase) if " of " in frame]
+    assert frames[0].startswith("0 of ")
+    assert not [line for line in read_screen(written) if "━━━" in line and phase in line]
+
+
+def test_nothing_of_a_bar_where_no_one_looks(tmp_path: Path) -> None:
+    """With --json, on a terminal too, and where stderr is none."""
+    path = tmp_path / "code.py"
+    path.write_text(CODE)
+    asked = ["run", "--file", str(path), "--max-new-tokens", "2", QUESTION]
+    written = run_on_terminal(*asked, "--json").removeprefix("farkv: starting …\r\x1b[2K")
+    assert json.loads(written)["generated_tokens"] == 2
+    assert "━" not in farkv(*asked).stderr
+
+
+def test_a_screen_is_what_was_written_last() -> None:
+    assert read_screen("one\r\nlong\r\x1b[2Kshort\r\n\x1b[1Aover") == ["one", "overt", ""]
+    assert read_screen("x" * 81 + "\x1b[31m!\x1b[0m") == ["x" * 80, "x!"]
+    assert read_screen("\x1b[?25lab\r\x1b[K") == [""]
 
 
 # --- what may reach a terminal ------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ BY_NAME_ALLOWED = {
     ("bench/fill.py", "find_available_bytes", "read_text"): "of /proc",
     ("calibrate/processor.py", "read_fields", "read_text"): "of /proc",
     ("cli/boundary.py", "end_output", "open"): "of /dev/null",
-    ("cli/options.py", "read_stream", "open"): "what the caller has opened",
+    ("cli/texts.py", "read_stream", "open"): "what the caller has opened",
     ("demo/filler.py", "read_sources", "read_text"): "the interpreter's own library",
     ("evals/public/read.py", "read_records", "open"): "a descriptor of the helper's",
     ("hf/gguf_header.py", "read_header", "open"): "a descriptor of the helper's",

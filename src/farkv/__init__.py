@@ -10,13 +10,26 @@ if TYPE_CHECKING:
     from farkv import methods as methods
     from farkv.calibrate.plan import Plan
     from farkv.calibrate.profile import Profile
+    from farkv.hf.answer import ask
     from farkv.hf.attach import attach
     from farkv.hf.session import load_cache
     from farkv.math.allocate import allocate
     from farkv.measure.profile import profile
     from farkv.methods import XKV, Full, InfiniGen
 
-__all__ = ["XKV", "FarKVError", "Full", "InfiniGen", "Plan", "Profile", "allocate", "attach", "load_cache", "profile"]
+__all__ = [
+    "XKV",
+    "FarKVError",
+    "Full",
+    "InfiniGen",
+    "Plan",
+    "Profile",
+    "allocate",
+    "ask",
+    "attach",
+    "load_cache",
+    "profile",
+]
 
 # Names that need torch or transformers are imported on first use: it takes seconds, and `farkv` must hear Ctrl-C then.
 _LAZY = {
@@ -26,6 +39,7 @@ _LAZY = {
     "Profile": "farkv.calibrate.profile",
     "XKV": "farkv.methods",
     "allocate": "farkv.math.allocate",
+    "ask": "farkv.hf.answer",
     "attach": "farkv.hf.attach",
     "load_cache": "farkv.hf.session",
     "profile": "farkv.measure.profile",

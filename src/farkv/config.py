@@ -163,6 +163,27 @@ def check_temperature(temperature: float, option: str) -> None:
         )
 
 
+def check_sampling(temperature: float, top_p: float | None, top_k: int | None, dashes: str = "") -> None:
+    """Raise ConfigError unless an answer can be drawn so; what limits a draw needs one.
+
+    Args:
+        dashes: stand before the options' names on a command line.
+    """
+    check_temperature(temperature, f"{dashes}temperature")
+    names = {"top_p": top_p, "top_k": top_k}
+    for name, value in names.items():
+        shown = dashes + (name.replace("_", "-") if dashes else name)
+        if value is not None and temperature == 0:
+            raise ConfigError(
+                f"{shown}: limits what is drawn, and temperature 0 takes the likeliest token; give a "
+                f"{dashes}temperature above 0, or leave {shown} out"
+            )
+        if name == "top_p" and value is not None:
+            check_fraction(value, shown)
+        elif value is not None:
+            read_count(shown, value, 1)
+
+
 def check_text(what: str, *texts: str) -> None:
     """Raise InputError where a text is none: a byte of an argument that is not UTF-8, or half a letter of JSON."""
     for text in texts:

@@ -1,20 +1,26 @@
-"""Terminal output: receipts and plans as tables that fit 80 columns, and a progress bar."""
+"""Terminal output: receipts and plans as tables that fit 80 columns, and how far a command is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from farkv.calibrate.plan import Allocation, Plan
 from farkv.calibrate.proposing import Proposal
+from farkv.config import format_bytes
 from farkv.receipt import Receipt
 from farkv.receipt_text import describe_notes, rows_of
+
+# Is told how much is done, of how much, if that is known.
+Tell = Callable[[int, int | None], None]
+# The time remaining follows from the steps of so many seconds.
+MEAN_S = 3600.0
 
 
 def draw_receipt(receipt: Receipt) -> RenderableType:
@@ -86,13 +92,67 @@ def describe_budget(allocation: Allocation) -> str:
     return budget + (f", plus {allocation.base} records per layer" if allocation.base else "")
 
 
+class Phases:
+    """One line that says how far a command is: the phase that tells last is the one that is shown."""
+
+    def __init__(self, bar: Progress | None):
+        self._bar = bar
+
+    def begin(self, title: str, *, in_bytes: bool = False) -> Tell:
+        """Return the callback (done, total) of a phase, which is shown from its first call on; None: not known yet.
+
+        Args:
+            in_bytes: what is done are bytes.
+        """
+        bar = self._bar
+        if bar is None:
+            return lambda done, total: None
+        task: TaskID | None = None
+        shown: int | None = None
+
+        def tell(done: int, total: int | None) -> None:
+            nonlocal task, shown
+            is_new = task is None or total != shown
+            if task is None:
+                for other in bar.task_ids:
+                    bar.update(other, visible=False)
+                # A phase that is taken up again where it was stopped did not do all that in no time.
+                task = bar.add_task(title, total=total, completed=done, in_bytes=in_bytes)
+            bar.update(task, completed=done, total=total, refresh=is_new)
+            shown = total
+
+        return tell
+
+
+class _Count(ProgressColumn):
+    """How much is done, of how much."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        show: Any = format_bytes if task.fields["in_bytes"] else "{:,}".format
+        return Text(f"{show(int(task.completed))} of {show(int(task.total))}", style="progress.download")
+
+
 @contextmanager
-def show_progress(console: Console, title: str, *, quiet: bool) -> Iterator[Any]:
-    """Show a progress bar; yields a callback (done, total)."""
+def show_phases(console: Console, *, quiet: bool) -> Iterator[Phases]:
+    """Show on a terminal how far a command is, phase by phase; nothing of it stays there."""
     if quiet or not console.is_terminal:
-        yield lambda done, total: None
+        yield Phases(None)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), _Count(), TimeRemainingColumn())
+    # What goes to stdout meanwhile is the answer, and perhaps in a pipe. The rate is that of all steps, not of the
+    # last half minute: one may take longer.
+    with Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, speed_estimate_period=MEAN_S
+    ) as bar:  # fmt: skip
+        yield Phases(bar)
+
+
+@contextmanager
+def show_progress(console: Console, title: str, *, quiet: bool) -> Iterator[Tell]:
+    """Show a progress bar of one phase; yields a callback (done, total)."""
+    with show_phases(console, quiet=quiet) as phases:
+        tell = phases.begin(title)
+        tell(0, None)
+        yield tell

@@ -21,7 +21,8 @@ from farkv.evals.prompter import Prompter
 from farkv.evals.row import RESULTS, read_rows, write_rows
 from farkv.evals.run import run_eval
 from farkv.evals.sample import Sample
-from farkv.hf.ask import Listener, Prompt, prefill
+from farkv.hf.ask import Listener, prefill
+from farkv.hf.prompt import Prompt
 from tests.evals.asked import PLAN, demo, judge, make
 
 

@@ -7,8 +7,9 @@ import torch
 
 import farkv
 from farkv.errors import InputError
-from farkv.hf.ask import Decoding, Listener, ask, build_prompt, cut_text
+from farkv.hf.ask import Decoding, Listener, ask, cut_text
 from farkv.hf.load import load_model
+from farkv.hf.prompt import build_prompt
 from farkv.methods import Full, InfiniGen
 
 

@@ -10,8 +10,9 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import farkv
-from farkv.hf.ask import Decoding, ask, build_prompt
+from farkv.hf.ask import Decoding, ask
 from farkv.hf.load import load_model
+from farkv.hf.prompt import build_prompt
 from farkv.methods import Full, InfiniGen
 from farkv.receipt import Receipt
 from tests.models import forward, generate, make_model, make_prompt

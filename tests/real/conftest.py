@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from farkv.hf.ask import Prompt, build_prompt
 from farkv.hf.load import load_model
+from farkv.hf.prompt import Prompt, build_prompt
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAME = "smollm2"

@@ -147,6 +147,7 @@ def calibrate(
     """
     native, times = require_native("--calibrate"), []
     contexts = contexts or CONTEXTS
+    tell(0, len(contexts))
     for context in contexts:
         times.append(measure_times(native, shape, dtype, context, rounds))
         tell(len(times), len(contexts))

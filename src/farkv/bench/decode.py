@@ -16,6 +16,7 @@ from farkv.bench.machine import Machine, describe_machine
 from farkv.bench.methods import Settings, check_native, count_bytes, make_runners
 from farkv.bench.report import Report, Row, make_row
 from farkv.bench.shapes import format_tokens
+from farkv.bench.stopped import Keep
 from farkv.bench.timing import Spread, measure_interleaved, summarize
 from farkv.errors import ConfigError
 from farkv.kernels.native import Native, load_native
@@ -40,6 +41,7 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
     Raises:
         ConfigError: a method or peer is not available.
         CapacityError: a context does not fit in memory.
+        Stopped: by Ctrl-C; it has the contexts that were finished.
     """
     native = load_native()
     settings, notes = check_native(settings, native)
@@ -54,20 +56,23 @@ def measure_decode(settings: Settings, tell: Tell = lambda done, total: None) ->
         done += 1
         tell(done, total)
 
+    tell(0, total)
     measured: list[Measured] = []
-    for context in settings.contexts:
-        measured += measure_context(settings, context, native, advance)
-        for name in settings.peers:
-            measured.append(measure_peer(settings, context, name))
-            advance()
-        if machine is not None:
-            # Repeated between contexts, keeping the best: interference from other programs varies over time.
-            machine.gather(settings.shape.record_bytes())
-            machine.measure_again()
-    rows = make_rows(settings, measured, machine)
+    with Keep(measured) as keep:
+        for context in settings.contexts:
+            measured += measure_context(settings, context, native, advance)
+            for name in settings.peers:
+                measured.append(measure_peer(settings, context, name))
+                advance()
+            if machine is not None:
+                # Repeated between contexts, keeping the best: interference from other programs varies over time.
+                machine.gather(settings.shape.record_bytes())
+                machine.measure_again()
+    # Who stops it does not wait for the machine to be measured to the end: then there is no floor.
+    rows = make_rows(settings, measured, None if keep.cause else machine)
     kernel = "torch" if native is None else native.name
     found = describe_machine(machine, kernel, row_bytes=settings.shape.record_bytes())
-    return Report(title_of(settings), rows, found, settings.to_dict(), notes + explain(settings))
+    return keep.give(Report(title_of(settings), rows, found, settings.to_dict(), notes + explain(settings)))
 
 
 def title_of(settings: Settings) -> str:

@@ -24,6 +24,7 @@ from farkv.bench.ours import MOST_GROWTH, fill_layer
 from farkv.bench.prefill import DTYPES
 from farkv.bench.report import OURS, Report, Row, compare, draw_notes, format_fraction, format_ms, make_row, make_table
 from farkv.bench.shapes import ModelShape, format_tokens
+from farkv.bench.stopped import Keep
 from farkv.bench.timing import divide, measure_interleaved, summarize
 from farkv.errors import ConfigError
 from farkv.hf.attach import attach
@@ -141,9 +142,11 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
 
     Raises:
         CapacityError: the model and all caches do not fit in memory.
+        Stopped: by Ctrl-C; it has the contexts that were finished.
     """
     shape, plain = settings.shape, build_model(settings)
     rows: list[Row] = []
+    keep = Keep(rows)
     n_methods = len(settings.methods) + (settings.peer_file is not None)
     done, total = 0, len(settings.contexts) * n_methods * (settings.rounds + 1)
 
@@ -161,8 +164,10 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
                 f"--model: e2e fills the caches of full-attention layers, {shape.name} has others "
                 f"({', '.join(sorted(far.unmanaged_kinds))}); use farkv bench prefill, or another model"
             )
-        for context in settings.contexts:
-            rows += measure_context(settings, context, (plain, far, peer), advance)
+        tell(0, total)
+        with keep:
+            for context in settings.contexts:
+                rows += measure_context(settings, context, (plain, far, peer), advance)
     native = load_native()
     found = describe_machine(None, "torch" if native is None else native.name, row_bytes=shape.record_bytes())
     growth = find_growth(rows)
@@ -178,7 +183,7 @@ def measure_model(settings: ModelSettings, tell: Callable[[int, int], None] = la
     cap = "its own" if settings.fraction is None else f"{settings.fraction:.1%}"
     packed = "" if settings.weights == "none" else f", weights {settings.weights}"
     title = f"e2e, {shape.name}, {settings.layers} layers, {settings.dtype}{packed}, cap {cap}: whole model per token"
-    return Report(title, rows, found, settings.to_dict(), notes, {"growth": growth})
+    return keep.give(Report(title, rows, found, settings.to_dict(), notes, {"growth": growth}))
 
 
 def build_model(settings: ModelSettings) -> PreTrainedModel:

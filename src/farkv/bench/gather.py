@@ -23,6 +23,7 @@ from farkv.bench.machine import (
     require_native,
 )
 from farkv.bench.report import draw_machine, make_table
+from farkv.bench.stopped import Keep
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,21 @@ def measure_rows(
     Raises:
         ConfigError: there is no native kernel.
         CapacityError: the buffer does not fit in memory.
+        Stopped: by Ctrl-C; it has what was finished.
     """
     native = require_native("gather")
     require_memory(buffer_bytes, "the buffer")
     machine = Machine(native, DENSITIES[1], buffer_bytes=buffer_bytes)
-    rates, total = [], len(ROW_BYTES) * len(DENSITIES)
-    for row_bytes in ROW_BYTES:
-        for density in DENSITIES:
-            rates.append(measure_gather(native, machine.buffer, row_bytes, density))
-            tell(len(rates), total)
-    machine.measure_again()
+    rates, total = list[GatherRate](), len(ROW_BYTES) * len(DENSITIES)
+    tell(0, total)
+    with Keep(rates) as keep:
+        for row_bytes in ROW_BYTES:
+            for density in DENSITIES:
+                rates.append(measure_gather(native, machine.buffer, row_bytes, density))
+                tell(len(rates), total)
+        machine.measure_again()
     found = describe_machine(machine, native.name)
-    return GatherReport(rates, found, {"buffer_bytes": buffer_bytes})
+    return keep.give(GatherReport(rates, found, {"buffer_bytes": buffer_bytes}))
 
 
 def draw_gather(report: GatherReport) -> RenderableType:

@@ -18,6 +18,7 @@ from farkv.bench.machine import describe_machine
 from farkv.bench.models import VOCABULARY, count_weight_bytes, make_model, share_weights
 from farkv.bench.report import OURS, Report, Row, make_row
 from farkv.bench.shapes import ModelShape, format_tokens
+from farkv.bench.stopped import Keep
 from farkv.bench.timing import summarize
 from farkv.hf.attach import attach
 from farkv.kernels.native import load_native
@@ -54,6 +55,7 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
 
     Raises:
         CapacityError: the model and both caches do not fit in memory.
+        Stopped: by Ctrl-C; it has the contexts that were finished.
     """
     shape, dtype = settings.shape, getattr(torch, settings.dtype)
     longest = max(settings.contexts)
@@ -62,7 +64,7 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
     weights = 0 if settings.model is not None else count_weight_bytes(shape, settings.layers, dtype.itemsize)
     require_memory(weights + kv_bytes, f"a model of {settings.layers} layers and {format_tokens(longest)} tokens")
     plain = settings.model or make_model(shape, settings.layers, longest + 1, dtype)
-    rows, done = [], 0
+    rows, done = list[Row](), 0
     total = sum(settings.rounds * -(-context // settings.chunk_tokens) for context in settings.contexts)
 
     def advance() -> None:
@@ -70,7 +72,8 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
         done += 1
         tell(done, total)
 
-    with attach(share_weights(plain), InfiniGen(fraction=settings.fraction), profile=False) as far:
+    tell(0, total)
+    with attach(share_weights(plain), InfiniGen(fraction=settings.fraction), profile=False) as far, Keep(rows) as keep:
         for context in settings.contexts:
             passes = [read_prompts(settings, context, plain, far, i, advance) for i in range(settings.rounds)]
             rows += make_rows(settings, context, passes)
@@ -79,7 +82,7 @@ def measure_prefill(settings: PrefillSettings, tell: Callable[[int, int], None] 
     title = f"prefill, {shape.name}, {settings.layers} layers, {settings.dtype}: the whole prompt"
     ratios = {row.context: row.more["ratio"] for row in rows if row.method == OURS}
     notes = [f"{format_tokens(n)} tokens: {ratio:.3f} × the plain model's time" for n, ratio in ratios.items()]
-    return Report(title, rows, found, settings.to_dict(), notes)
+    return keep.give(Report(title, rows, found, settings.to_dict(), notes))
 
 
 @torch.no_grad()

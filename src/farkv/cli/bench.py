@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from farkv.cli.bench_model import choose_dtype, choose_peer, choose_shape, choose_whole
+from farkv.cli.bench_report import finish, measure, print_object
 from farkv.cli.options import JsonOption, WeightsOption
-from farkv.cli.terminal import err, say
 from farkv.errors import ConfigError
-from farkv.quote import quote
-from farkv.show import show_progress
-
-if TYPE_CHECKING:
-    from farkv.bench.report import Report
 
 app = typer.Typer(
     name="bench",
@@ -137,9 +132,8 @@ def decode(
         tuple(peer or ()),
         batch=batch, fraction=fraction, layers=layers, rounds=rounds,
     )  # fmt: skip
-    with show_progress(err, "decode", quiet=False) as tell:
-        report = measure_decode(settings, tell)
-    finish(report, draw_rows(report), plot, as_json=as_json)
+    report = measure("decode", partial(measure_decode, settings), draw_rows, as_json=as_json)
+    finish(report, plot, as_json=as_json)
 
 
 @app.command()
@@ -153,11 +147,7 @@ def gather(threads: ThreadsOption = None, as_json: JsonOption = False) -> None:
     set_threads(threads)
     from farkv.bench.gather import draw_gather, measure_rows
 
-    with show_progress(err, "gather", quiet=False) as tell:
-        report = measure_rows(tell)
-    err.print(draw_gather(report))
-    if as_json:
-        typer.echo(json.dumps(report.to_dict()))
+    print_object(measure("gather", measure_rows, draw_gather, as_json=as_json), as_json=as_json)
 
 
 @app.command()
@@ -196,9 +186,8 @@ def prefill(
         whole.shape, tokens, whole.layers, batch, rounds,
         chunk_tokens=chunk, dtype=whole.dtype, fraction=fraction, model=whole.model,
     )  # fmt: skip
-    with show_progress(err, "prefill", quiet=False) as tell:
-        report = measure_prefill(settings, tell)
-    finish(report, draw_rows(report), plot, as_json=as_json)
+    report = measure("prefill", partial(measure_prefill, settings), draw_rows, as_json=as_json)
+    finish(report, plot, as_json=as_json)
 
 
 @app.command()
@@ -251,9 +240,8 @@ def e2e(
         fraction=None if own else fraction, rounds=rounds, dtype=whole.dtype, model=whole.model,
         weights=weights, peer_file=peer_file,
     )  # fmt: skip
-    with show_progress(err, "e2e", quiet=False) as tell:
-        report = measure_model(settings, tell)
-    finish(report, draw_model(report), plot, as_json=as_json)
+    report = measure("e2e", partial(measure_model, settings), draw_model, as_json=as_json)
+    finish(report, plot, as_json=as_json)
 
 
 def calibrate_machine(threads: int | None, asked: tuple[str | None, str | None, str | None], *, as_json: bool) -> None:
@@ -266,12 +254,8 @@ def calibrate_machine(threads: int | None, asked: tuple[str | None, str | None, 
     from farkv.bench.calibrate import calibrate, draw_calibration
 
     shape = choose_shape(asked[0], asked[1], "llama3.2-1b")
-    dtype = choose_dtype(asked[1], asked[2])
-    with show_progress(err, "calibrate", quiet=False) as tell:
-        found = calibrate(tell, shape=shape, dtype=dtype)
-    err.print(draw_calibration(found))
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
+    work = partial(calibrate, shape=shape, dtype=choose_dtype(asked[1], asked[2]))
+    print_object(measure("calibrate", work, draw_calibration, as_json=as_json), as_json=as_json)
 
 
 def set_threads(threads: int | None) -> None:
@@ -285,15 +269,3 @@ def set_threads(threads: int | None) -> None:
 def split_names(text: str | None, default: tuple[str, ...]) -> tuple[str, ...]:
     """Split a comma-separated list of names."""
     return default if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def finish(report: Report, table: Any, plot: Path | None, *, as_json: bool) -> None:
-    """Print the table on stderr, write the plot, and print the JSON object on stdout."""
-    err.print(table)
-    if plot is not None:
-        from farkv.bench.plot import plot_rows
-
-        plot_rows(report, plot)
-        say(f"wrote {quote(plot)}")
-    if as_json:
-        typer.echo(json.dumps(report.to_dict()))

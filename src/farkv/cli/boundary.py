@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from farkv.cli.interrupted import Interrupted
 from farkv.errors import FarKVError
 from farkv.files import InUseError
 from farkv.quote import make_line, quote, show_controls
@@ -102,7 +103,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     line = f"internal error: {type(error).__name__}: {text}; run with --debug for the traceback"
     code = 1
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        code, line = INTERRUPTED, "interrupted"
+        code, line = INTERRUPTED, f"interrupted {text}".strip() if isinstance(error, Interrupted) else "interrupted"
     elif isinstance(error, usage_error):
         code, line = 2, explain_usage(error)
     elif isinstance(error, FarKVError):

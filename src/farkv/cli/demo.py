@@ -56,7 +56,7 @@ def demo(
             f'--max-new-tokens 4 "{prompt.question}"'
         )
         receipt = run(
-            prompt.question, model="demo", file=path, fraction=fraction, near=near,
+            prompt.question, model="demo", file=[path], fraction=fraction, near=near,
             max_new_tokens=4, verify=8, dtype=dtype, as_json=as_json,
         )  # fmt: skip
     say(f"3/3 expected: {prompt.answer}")

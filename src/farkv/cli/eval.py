@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farkv.cli.interrupted import Interrupted
 from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, ProfileOption
 from farkv.cli.terminal import err, say
 from farkv.config import check_fraction
-from farkv.errors import ConfigError
+from farkv.errors import ConfigError, InputError
 from farkv.quote import quote
-from farkv.show import show_progress
+from farkv.show import show_phases
 
 if TYPE_CHECKING:
+    from farkv.evals.row import Row
     from farkv.evals.run import Summary
 
 # Per form: what is run where nothing is named.
@@ -117,7 +119,7 @@ def evaluate(
     from farkv.bench.shapes import parse_contexts
     from farkv.evals.describe import EvalPlan
     from farkv.evals.prompter import check_form
-    from farkv.evals.run import resume_plan, run_eval
+    from farkv.evals.run import Summary, resume_plan, run_eval
 
     check_form(form)
 
@@ -132,8 +134,34 @@ def evaluate(
         plan = resume_plan(plan, out)
     # Otherwise each worker's tokenizer prints a warning over the progress bar.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with show_progress(err, "eval", quiet=False) as tell:
-        summary = run_eval(plan, out, tell)
+    n_before = len(read_kept(out))
+    try:
+        with show_phases(err, quiet=as_json) as phases:
+            summary = run_eval(plan, out, phases.begin("eval"), phases.begin("loading", in_bytes=True))
+    except KeyboardInterrupt as stop:
+        rows = read_kept(out)
+        if rows:
+            finish(Summary(rows, len(rows) - n_before, [], []), out, as_json=as_json)
+        raise Interrupted(
+            f"with {len(rows)} rows in {quote(out)}; go on: farkv eval --out {quote(out)} --resume"
+        ) from stop
+    finish(summary, out, as_json=as_json)
+
+
+def read_kept(out: Path) -> list[Row]:
+    """Return the rows that a folder of results has; none where there is no such file, or no one can read it yet."""
+    from farkv.evals.row import RESULTS, read_rows
+
+    path = out / RESULTS
+    try:
+        return read_rows(path, mend=True) if path.exists() else []
+    except (OSError, InputError):
+        # The run itself says what is wrong with it.
+        return []
+
+
+def finish(summary: Summary, out: Path, *, as_json: bool) -> None:
+    """Print the tables, and one object where that is asked for."""
     show_summary(summary, out)
     if as_json:
         typer.echo(json.dumps(describe(summary, out)))

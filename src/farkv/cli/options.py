@@ -1,29 +1,20 @@
-"""Code common to the commands: options, reading text, printing a receipt."""
+"""Code common to the commands: options, threads, printing a receipt."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-import stat
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farkv.cli.terminal import err
 from farkv.config import EVICT, KERNELS, QUANT, WEIGHTS
-from farkv.errors import InputError
-from farkv.files import read_file
-from farkv.names import RefusedError
-from farkv.quote import quote
+from farkv.errors import ConfigError
 from farkv.show import draw_receipt
 
 if TYPE_CHECKING:
     from farkv.receipt import Receipt
-
-STREAM = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="demo, a folder, a GGUF file, or a Hugging Face hub id.")
@@ -52,7 +43,6 @@ KernelOption = Annotated[
     str,
     typer.Option(help=" or ".join(KERNELS) + ": fast kernels for selected records only, for all reads, or for none."),
 ]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Maximum length of the answer.")]
 VerifyOption = Annotated[int, typer.Option(min=0, help="Compare this many decode steps with full attention.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 ProfileOption = Annotated[
@@ -68,46 +58,25 @@ WeightsOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-def read_text(file: Path | None) -> str:
-    """Read the text from a file, or from standard input for `-` or a pipe; else it is empty.
-
-    Raises:
-        InputError: the file is missing, unreadable, or not UTF-8 text.
-    """
-    name = "stdin" if file is None or str(file) == "-" else quote(file)
-    try:
-        if file is None:
-            # Piped input needs no flag; a terminal is not read.
-            data = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-        elif str(file) == "-":
-            data = b"" if sys.stdin is None else sys.stdin.buffer.read()
-        else:
-            data = read_stream(file) if STREAM.fullmatch(str(file)) else read_file(file)
-    except OSError as error:
-        raise InputError(f"file {name}: cannot be read ({error.strerror}); expected a text file") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"file {name}: not UTF-8 text (byte {error.start}); expected a text file") from error
-    if "\0" in text:
-        raise InputError(f"file {name}: contains NUL bytes; expected a text file")
-    return text
-
-
-def read_stream(file: Path) -> bytes:
-    """Read what the caller has opened for this process: `/dev/stdin`, or `<(command)` of a shell.
-
-    A pipe by any other name has a writer perhaps, and perhaps not; a device may never end.
-    """
-    with file.open("rb") as opened:
-        if stat.S_ISCHR(os.fstat(opened.fileno()).st_mode) and not opened.isatty():
-            raise RefusedError("is a device, expected a file or a pipe")
-        return opened.read()
-
-
 def print_receipt(receipt: Receipt, *, as_json: bool) -> None:
     """Print the receipt: JSON on stdout, or a table on stderr."""
     if as_json:
         typer.echo(json.dumps(receipt.to_dict()))
     else:
         err.print(draw_receipt(receipt))
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch and the kernels run on so many threads.
+
+    Raises:
+        ConfigError: they are more than the processors that this process may use: each would wait for another.
+    """
+    if threads is None:
+        return
+    most = len(os.sched_getaffinity(0))
+    if not 1 <= threads <= most:
+        raise ConfigError(f"--threads: expected 1 to {most}, the processors that farkv may use here, got {threads}")
+    import torch
+
+    torch.set_num_threads(threads)

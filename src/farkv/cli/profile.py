@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption, read_text
-from farkv.cli.terminal import err, say, show_waiting
+from farkv.cli.interrupted import Interrupted
+from farkv.cli.options import DeviceOption, DtypeOption, JsonOption, ModelOption
+from farkv.cli.terminal import err, say
+from farkv.cli.texts import read_text
 from farkv.config import check_text
 from farkv.errors import ConfigError, InputError
 from farkv.names import check_target
 from farkv.quote import quote, show_value
-from farkv.show import show_progress
+from farkv.show import show_phases
 
 if TYPE_CHECKING:
     from farkv.calibrate.profile import Profile
@@ -87,37 +89,51 @@ def profile_model(
     if not any(found for _, found in files):
         raise InputError("--prompts: expected at least one file that contains text, got none")
     quiet_libraries()
-    with show_waiting(f"loading {quote(model)}"):
-        loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    with show_phases(err, quiet=as_json) as phases:
+        loaded, tokenizer = load_model(
+            model, dtype=dtype, device=device, on_load=phases.begin("loading", in_bytes=True)
+        )
     encode = partial(encode_prompt, tokenizer)
     rows = draw_rows([row for path, found in files for row in cut_rows(path, found, encode, tokens)], limit, seed)
     part, started = out.with_name(out.name + ".part"), time.perf_counter()
-    with show_progress(err, "measuring", quiet=as_json) as show:
-        measured = profile(
-            loaded,
-            rows,
-            on_prompt=tell_once(part, show) if part.is_file() else show,
-            scorer=cast("Scorer", scorer),
-            resume=part,
-            light=Light() if light else None,
-            losses=losses,
-        )
+    work = partial(
+        profile, loaded, rows, scorer=cast("Scorer", scorer), resume=part, light=Light() if light else None,
+        losses=losses,
+    )  # fmt: skip
+    measured = measure(work, len(rows), part, as_json=as_json)
     measured.save(out)
     report(measured, out, {"tokens": sum(map(len, rows)), "prompts": len(rows)}, started, as_json=as_json)
 
 
-def tell_once(part: Path, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """Return `show`, which on its first call also prints that an unfinished measurement is resumed."""
-    told = False
+def measure(work: Callable[..., Profile], n_rows: int, part: Path, *, as_json: bool) -> Profile:
+    """Measure the prompts, and say how far that is.
 
-    def on_prompt(done: int, total: int) -> None:
-        nonlocal told
-        if not told:
-            say(f"resuming from {quote(part)}: {done} of {total} prompts are done")
-        told = True
-        show(done, total)
+    Args:
+        part: where an unfinished measurement is kept, and one is resumed from.
 
-    return on_prompt
+    Raises:
+        Interrupted: by Ctrl-C; what was measured is kept.
+    """
+    resumes, n_done = part.is_file(), 0
+    with show_phases(err, quiet=as_json) as phases:
+        show = phases.begin("measuring")
+        show(0, n_rows)
+
+        def on_prompt(done: int, total: int) -> None:
+            nonlocal n_done
+            if resumes and not n_done:
+                say(f"resuming from {quote(part)}: {done} of {total} prompts are done")
+            # Losses come after the prompts, and are measured again.
+            n_done = min(done, n_rows)
+            show(done, total)
+
+        try:
+            return work(on_prompt=on_prompt)
+        except KeyboardInterrupt as stop:
+            if not part.is_file():
+                raise
+            kept = f"{n_done} of {n_rows} prompts are kept in {quote(part)}"
+            raise Interrupted(f"while measuring: {kept}; the same command goes on from there") from stop
 
 
 def report(measured: Profile, out: Path, counts: dict[str, int], started: float, *, as_json: bool) -> None:
@@ -179,7 +195,7 @@ def read_line(where: str, line: str) -> tuple[str, str | None]:
 
 def encode_prompt(tokenizer: Any, text: str, question: str | None) -> list[int]:
     """Tokenise a prompt; one with a question is formatted as in `farkv run`."""
-    from farkv.hf.ask import build_prompt
+    from farkv.hf.prompt import build_prompt
 
     if question is None:
         return tokenizer(text)["input_ids"]

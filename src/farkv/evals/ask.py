@@ -19,9 +19,9 @@ from farkv._axes import Float, Tensor
 from farkv.evals.forced import space_places
 from farkv.evals.prompter import Prompter
 from farkv.evals.sample import Sample, Turn
-from farkv.hf.ask import Prompt
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import Handle
+from farkv.hf.prompt import Prompt
 
 # What the full cache writes where there is no right answer: drawn at this temperature, so that it does not repeat
 # itself; by a seed.

@@ -24,9 +24,9 @@ from farkv.evals.prompter import Prompter
 from farkv.evals.row import Row
 from farkv.evals.sample import Sample, Turn
 from farkv.evals.score import SCORES
-from farkv.hf.ask import Prompt
 from farkv.hf.attach import attach, find_profile
 from farkv.hf.handle import Handle
+from farkv.hf.prompt import Prompt
 from farkv.trace import ReadTrace
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from farkv.errors import ConfigError, InputError
 from farkv.evals.sample import Sample, Turn
-from farkv.hf.ask import Prompt, build_prompt
+from farkv.hf.prompt import Prompt, build_prompt
 
 # code: the demo model's tasks and questions.  completion: in words, for a base model: the prompt ends where the value
 # starts.  chat: the chat template.  prefix: the chat template, and the answer is begun as RULER begins it.

@@ -48,8 +48,17 @@ class Summary(NamedTuple):
     skipped: list[dict[str, Any]]
 
 
-def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Summary:
+def run_eval(
+    plan: EvalPlan,
+    out: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_load: Callable[[int, int | None], None] | None = None,
+) -> Summary:
     """Run everything that is not in the folder yet.
+
+    Args:
+        on_progress: is told how many answers there are, of how many.
+        on_load: as for `load_model`.
 
     Raises:
         ConfigError: the folder has a run with another model, filler or seed.
@@ -57,7 +66,7 @@ def run_eval(plan: EvalPlan, out: Path, on_progress: Callable[[int, int], None] 
     """
     with saying("results folder", out):
         make_folder(out)
-    loaded = Loaded(plan)
+    loaded = Loaded(plan, on_load)
     loaded.check_lengths(plan)
     variants = find_variants(plan)
     skipped = loaded.judge.find_skipped(variants)
@@ -190,6 +199,7 @@ class Runner:
         """Run all cells."""
         each, at = 1 + len(self.variants), 0
         total = len(self.plan.tasks) * len(self.plan.lengths) * self.plan.limit * each
+        tell(0, total)
         for cell in cells:
             self._write_prompts(cell)
             self._run_cell(cell, lambda n, at=at: tell(at + n, total))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,11 +52,11 @@ FILLER = ("mixed", "code")
 class Loaded:
     """A loaded model, with its judge and its samples."""
 
-    def __init__(self, plan: EvalPlan):
+    def __init__(self, plan: EvalPlan, on_load: Callable[[int, int | None], None] | None = None):
         quiet_libraries()
         if plan.threads is not None:
             torch.set_num_threads(plan.threads)
-        self.model, self.tokenizer = load_model(plan.model, dtype=plan.dtype, device=plan.device)
+        self.model, self.tokenizer = load_model(plan.model, dtype=plan.dtype, device=plan.device, on_load=on_load)
         if not getattr(self.tokenizer, "is_fast", False):
             raise InputError(
                 f"tokenizer {type(self.tokenizer).__name__}: expected a fast tokenizer, which gives token offsets; "

@@ -38,11 +38,11 @@ __all__ = [
     "forget_quantization",
     "get_attention_name",
     "get_eager_attention",
-    "hide_gguf_bar",
     "name_quantization",
     "register",
     "sdpa_attention_forward",
     "set_attention_name",
+    "set_gguf_bar",
     "supports_sdpa",
     "text_config",
     "unpack_gguf",
@@ -160,11 +160,17 @@ def unpack_gguf() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def hide_gguf_bar() -> None:
-    """Keep the progress bar of a GGUF file away, which transformers draws whatever its own switch says."""
+def set_gguf_bar(bar: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Replace the progress bar of a GGUF file, which transformers draws whatever its own switch says.
+
+    Returns:
+        The one before; None where this release has none, and none is set.
+    """
     module: Any = modeling_gguf_pytorch_utils
-    if hasattr(module, "tqdm"):
-        module.tqdm = lambda rows, **_: rows
+    before = getattr(module, "tqdm", None)
+    if before is not None and bar is not None:
+        module.tqdm = bar
+    return before
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

@@ -6,100 +6,70 @@ go through the method one by one, as decode steps do, so that no dense pass read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from transformers import TextStreamer
 
 from farkv._axes import Tensor
-from farkv.config import check_text
-from farkv.errors import InputError
+from farkv.config import check_sampling
+from farkv.errors import CacheStateError
 from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, Handle
+from farkv.hf.prompt import Prompt
 from farkv.hf.state import MOST_SHARED, holds_states
 
-# Stands for the user's text while a chat template is rendered, because templates may strip what they are given.
-_SENTINEL = "farkv-content-5d1c"
-
-
-class Prompt(NamedTuple):
-    """Token ids of the text, prefilled, and of the question, fed one by one."""
-
-    text: list[int]
-    question: list[int]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of both."""
-        return len(self.text) + len(self.question)
-
-    def read_question(self) -> Prompt:
-        """Return the prompt with its question read densely, with the text, but for the last token."""
-        return Prompt(self.text + self.question[:-1], self.question[-1:])
+# Tokens of an answer where nothing else is said.
+NEW_TOKENS = 256
 
 
 class Decoding(NamedTuple):
     """How the answer is generated; greedy unless a temperature is given."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = NEW_TOKENS
     temperature: float = 0.0
     stop: tuple[str, ...] = ()
     # Tokens of the text that are read at once; None: 2048, or all where a plan lets layers be evicted as they are read.
     chunk_tokens: int | None = None
+    # Draw from the likeliest tokens alone: those that hold this share, or so many. None: as the model's own
+    # generation_config says.
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+def ignore(done: int, total: int) -> None:
+    """Take no notice of progress."""
 
 
 class Listener(NamedTuple):
-    """Who is told about progress: prefilled tokens of how many, and pieces of the answer."""
+    """Who is told about progress: prefilled tokens of how many, pieces of the answer, tokens of at most so many."""
 
-    on_prefill: Callable[[int, int], None] = lambda done, total: None
+    on_prefill: Callable[[int, int], None] = ignore
     on_text: Callable[[str], None] = lambda piece: None
+    on_token: Callable[[int, int], None] = ignore
 
 
 class PieceStreamer(TextStreamer):
-    """Hands finished pieces of the answer to a callback."""
+    """Hands finished pieces of the answer to a listener, and holds its tokens."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+    def __init__(self, tokenizer: Any, listener: Listener, most: int):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+        self.listener, self.most, self.tokens = listener, most, list[int]()
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt at first, then every token."""
+        is_prompt = self.next_tokens_are_prompt
+        super().put(value)
+        if not is_prompt:
+            self.tokens += value.reshape(-1).tolist()
+        self.listener.on_token(len(self.tokens), self.most)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Pass a piece on."""
         if text:
-            self.on_text(text)
-
-
-def build_prompt(tokenizer: Any, text: str, question: str) -> Prompt:
-    """Join text and question byte for byte, tokenise them together, and find where the question begins.
-
-    One newline is put between them if the text does not end in one. A tokenizer with a chat template gets both as
-    one user message. A token that holds bytes of both belongs to the question.
-
-    Raises:
-        InputError: there is nothing to read, or the tokenizer cannot tell where its tokens stand.
-    """
-    if not (text + question).strip():
-        raise InputError("prompt: text and question are both empty; give --file with text, or a question")
-    check_text("text", text)
-    check_text("question", question)
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"tokenizer {type(tokenizer).__name__}: expected a fast one, which knows token offsets")
-    if text and question and not text.endswith("\n"):
-        text += "\n"
-    content, start = text + question, 0
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    if templated:
-        message = [{"role": "user", "content": _SENTINEL}]
-        frame = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        start = frame.index(_SENTINEL)
-        content = frame.replace(_SENTINEL, content, 1)
-    encoded = tokenizer(content, return_offsets_mapping=True, add_special_tokens=not templated)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    end = start + len(text)
-    cut = next((i for i, (_, stop) in enumerate(offsets) if stop > end), len(ids))
-    # Something must be left to decode from: without a question it is the text's last token.
-    cut = min(cut, len(ids) - 1)
-    return Prompt(list(ids[:cut]), list(ids[cut:]))
+            self.listener.on_text(text)
 
 
 @torch.no_grad()
@@ -115,15 +85,37 @@ def prefill(
     fitting = cache.engine.announce_prompt(cache.get_seq_length() + len(tokens), CHUNK_TOKENS)
     chunk = fitting if chunk is None else chunk
     n_last = MOST_SHARED if marks and len(tokens) > MOST_SHARED and any(map(holds_states, cache.layers)) else 0
-    sizes, last = cut_text(len(tokens) - n_last, chunk), cut_text(n_last, chunk)
-    done = 0
+    done, total = 0, len(tokens)
+    sizes, last = cut_text(total - n_last, chunk), cut_text(n_last, chunk)
+    listener.on_prefill(0, total)
     for size in sizes + last:
-        if n_last and done == len(tokens) - n_last:
+        if n_last and done == total - n_last:
             cache.mark()
         part = torch.tensor([tokens[done : done + size]], device=handle.device)
-        handle.decoder(input_ids=part, past_key_values=cache, use_cache=True)
+        with telling_blocks(handle, listener.on_prefill, (done, size, total)):
+            handle.decoder(input_ids=part, past_key_values=cache, use_cache=True)
         done += size
-        listener.on_prefill(done, len(tokens))
+        listener.on_prefill(done, total)
+
+
+@contextmanager
+def telling_blocks(handle: Handle, tell: Callable[[int, int], None], at: tuple[int, int, int]) -> Iterator[None]:
+    """Tell after every block how much of a pass is done: on a large model one pass may take minutes.
+
+    Args:
+        at: tokens that were read before, those of the pass, and those of the text.
+    """
+    done, size, total = at
+    blocks = [] if tell is ignore else handle.blocks
+    hooks = [
+        block.register_forward_hook(lambda *_, i=i: tell(done + size * i // len(blocks), total))
+        for i, block in enumerate(blocks, start=1)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cut_text(n_tokens: int, chunk: int) -> list[int]:
@@ -138,13 +130,24 @@ def cut_text(n_tokens: int, chunk: int) -> list[int]:
 
 
 @torch.no_grad()
-def feed(handle: Handle, cache: FarCache, tokens: list[int]) -> Tensor | None:
+def feed(
+    handle: Handle, cache: FarCache, tokens: list[int], tell: Callable[[int, int], None] = ignore
+) -> Tensor | None:
     """Feed tokens one by one, as decode steps; return the last logits, [1, vocabulary]."""
     logits = None
-    for token in tokens:
+    for n, token in enumerate(tokens):
+        tell(n, len(tokens))
         step = torch.tensor([[token]], device=handle.device)
         logits = handle.model(input_ids=step, past_key_values=cache, use_cache=True).logits[:, -1]
     return logits
+
+
+def read_question(handle: Handle, cache: FarCache, prompt: Prompt, tell: Callable[[int, int], None] = ignore) -> Prompt:
+    """Feed the question but its last token to a cache that has read the text; return what is left of the prompt."""
+    # Until all is read, no step is one of the answer.
+    cache.account.prompt_tokens = prompt.n_tokens
+    feed(handle, cache, prompt.question[:-1], tell)
+    return prompt.read_question()
 
 
 def ask(
@@ -172,25 +175,43 @@ def ask(
 def answer(
     handle: Handle, tokenizer: Any, prompt: Prompt, *, cache: FarCache, decoding: Decoding, listener: Listener
 ) -> str:
-    """Feed the question to a cache that has read the text, generate the answer, and return it."""
-    # Until all is read, no step is one of the answer.
-    cache.account.prompt_tokens = prompt.n_tokens
-    feed(handle, cache, prompt.question[:-1])
+    """Feed the question to a cache that has read the text, generate the answer, and return it.
+
+    Stopped by Ctrl-C, it leaves a cache that holds whole tokens, and an account of those that were made; the listener
+    has got them all.
+    """
+    check_sampling(decoding.temperature, decoding.top_p, decoding.top_k)
+    prompt = read_question(handle, cache, prompt)
     ids = torch.tensor([prompt.text + prompt.question], device=handle.device)
+    streamer = PieceStreamer(tokenizer, listener, decoding.max_new_tokens)
+    generate: Any = handle.model.generate
+    try:
+        out = generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            streamer=streamer,
+            **list_options(decoding, tokenizer),
+        )
+    except KeyboardInterrupt:
+        # What is held back of the last word was said too.
+        streamer.end()
+        with suppress(CacheStateError):
+            cache.settle()
+        raise
+    finally:
+        cache.account.context_tokens = prompt.n_tokens
+    return tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+
+
+def list_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
+    """Return the arguments of `generate` that say how to decode."""
     options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "do_sample": decoding.temperature > 0}
     if decoding.temperature > 0:
-        options["temperature"] = decoding.temperature
+        chosen = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": decoding.top_k}
+        options |= {name: value for name, value in chosen.items() if value is not None}
     else:
         options |= {"temperature": None, "top_p": None, "top_k": None}
     if decoding.stop:
         options |= {"stop_strings": list(decoding.stop), "tokenizer": tokenizer}
-    generate: Any = handle.model.generate
-    out = generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        streamer=PieceStreamer(tokenizer, listener.on_text),
-        **options,
-    )
-    cache.account.context_tokens = prompt.n_tokens
-    return tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    return options

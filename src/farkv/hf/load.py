@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from farkv.config import WEIGHTS, check_name, format_bytes
 from farkv.demo import MODEL_PATH
 from farkv.errors import ConfigError, InputError
 from farkv.hf import _compat
+from farkv.hf.load_bytes import telling_bytes
 from farkv.hf.load_gguf import SUFFIX, count_bytes, is_gguf, load_gguf, load_gguf_config, note_source
 from farkv.hf.weights import pack_weights, refuse_packing
 from farkv.names import check_path
@@ -28,7 +31,12 @@ LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError)
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device: str = "auto", weights: str = "none"
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    weights: str = "none",
+    on_load: Callable[[int, int | None], None] | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a causal LM and its tokenizer.
 
@@ -38,6 +46,7 @@ def load_model(
             faster, which a line on the log `farkv` says. Of a GGUF file it is float32.
         device: auto is a GPU where there is one.
         weights: int8 or int4 packs linear maps on a CPU; see `pack_weights`.
+        on_load: is told how many bytes of the weights are loaded, of how many; None where they are no local files.
 
     Raises:
         InputError: there is no such model, or it cannot be loaded.
@@ -50,18 +59,23 @@ def load_model(
     if weights != "none" and place.type != "cpu":
         raise refuse_packing(weights, place)
     path = find_model(name)
-    if is_gguf(path):
-        model, tokenizer = load_gguf(path, DTYPES.get(dtype, torch.float32))
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, "auto"))
-        except LOAD_ERRORS as error:
-            raise refuse_model(name, error) from error
+    with nullcontext() if on_load is None else telling_bytes(path, on_load):
+        model, tokenizer = load_plain(name, path, dtype)
     if dtype == "auto" and place.type == "cpu":
         model = widen(model, name)
     # transformers wraps `to` in a way that loses its signature.
     return pack_weights(model.to(place).eval(), weights), tokenizer  # pyright: ignore[reportArgumentType]
+
+
+def load_plain(name: str, path: str, dtype: str) -> tuple[PreTrainedModel, Any]:
+    """Return model and tokenizer as transformers loads them. Raises as `load_model`."""
+    if is_gguf(path):
+        return load_gguf(path, DTYPES.get(dtype, torch.float32))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES.get(dtype, "auto")), tokenizer
+    except LOAD_ERRORS as error:
+        raise refuse_model(name, error) from error
 
 
 def load_config(name: str) -> Any:
@@ -130,7 +144,7 @@ def quiet_libraries() -> None:
     # Silence the hub's retry messages; the final error is reported in one line.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    _compat.hide_gguf_bar()
+    _compat.set_gguf_bar(lambda rows, **_: rows)
 
 
 def looks_local(path: str) -> bool:
