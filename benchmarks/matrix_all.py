@@ -41,13 +41,13 @@ def choose_part(names: list[str], part: int, seed: int) -> list[str]:
     return order[seed % part :: part]
 
 
-def run_child(name: str, limit_s: float = LIMIT_S) -> Row:
+def run_child(name: str, attention: str = "", limit_s: float = LIMIT_S) -> Row:
     """Return a model's row, made by a fork of this process, which has imported everything and runs one thread."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(read)
-        answer(name, write)
+        answer(name, attention, write)
     os.close(write)
     text, ends = b"", time.monotonic() + limit_s
     while select.select([read], [], [], max(0.0, ends - time.monotonic()))[0]:
@@ -62,13 +62,13 @@ def run_child(name: str, limit_s: float = LIMIT_S) -> Row:
     return json.loads(text) if text else {"model": name, "crash": f"the child ended with {status}"}
 
 
-def answer(name: str, write: int) -> None:
+def answer(name: str, attention: str, write: int) -> None:
     """Write a model's row into a pipe, and end this process, whatever happens."""
     try:
         resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
         started = time.monotonic()
         try:
-            row = make_row(name)
+            row = make_row(name, attention)
         except Exception as error:
             row = {"model": name, "crash": f"{type(error).__name__}: {error}"[:300]}
         with os.fdopen(write, "wb") as pipe:
@@ -96,6 +96,11 @@ def write_rows(out: Path, rows: Rows) -> None:
     out.write_text("".join(json.dumps(found[name]) + "\n" for name in sorted(found)))
 
 
+def read_path(text: str) -> Path:
+    """Return a path that stands in no folder of ours."""
+    return Path(text).resolve()
+
+
 def say(done: int, names: list[str], row: Row, started: float) -> None:
     """Show how far the run is."""
     seconds = time.monotonic() - started
@@ -109,7 +114,8 @@ def main() -> None:
     parser.add_argument("--part", default=1, type=int, help="run one of so many parts")
     parser.add_argument("--seed", default=int(time.time() // 86400), type=int, help="which part (default: by the day)")
     parser.add_argument("--json", action="store_true", help="print the rows")
-    parser.add_argument("--out", type=Path, help="file that rows go into (default: none, but for a run of all)")
+    parser.add_argument("--attention", default="", help="attention of the plain model (default: its own choice)")
+    parser.add_argument("--out", type=read_path, help="file that rows go into (default: none, but for a run of all)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
@@ -118,11 +124,11 @@ def main() -> None:
     if args.part > 1:
         sys.stderr.write(f"one of {args.part} parts, seed {args.seed}: {len(names)} of {len(list_names())} models\n")
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "revision": find_revision()}
-    is_all = not args.only and args.part == 1
+    is_all = not args.only and not args.attention and args.part == 1
     out = args.out or (RESULTS / "matrix" / f"{transformers.__version__}.jsonl" if is_all else None)
     started, rows = time.monotonic(), Rows()
     for name in names:
-        rows.append(run_child(name) | versions)
+        rows.append(run_child(name, args.attention) | versions)
         say(len(rows), names, rows[-1], started)
         if out is not None:
             write_rows(out, rows)

@@ -240,15 +240,16 @@ def make_config(name: str) -> PretrainedConfig:
     return config
 
 
-def make_model(name: str) -> PreTrainedModel:
-    """Make the tiny model of a name."""
+def make_model(name: str, attention: str = "") -> PreTrainedModel:
+    """Make the tiny model of a name; it chooses its attention itself where none is named."""
     config = make_config(name)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if not isinstance(config, kind.config_class):
         # Of several parts the text's is meant, if there is one.
         config = next((part for part in vars(config).values() if isinstance(part, kind.config_class)), config)
+    chosen = {"attn_implementation": attention} if attention else {}
     torch.manual_seed(7)
-    model = kind._from_config(config, dtype=torch.float32).eval()
+    model = kind._from_config(config, dtype=torch.float32, **chosen).eval()
     for weight in model.parameters():
         if weight.dim() == 1:
             # Norms, biases and sinks start constant: a forgotten one must show.

@@ -197,11 +197,11 @@ def combine(words: list[str]) -> str:
     return words[0]
 
 
-def make_row(name: str) -> Row:
-    """Return the row of a model."""
+def make_row(name: str, attention: str = "") -> Row:
+    """Return the row of a model, that runs on the attention of a name or on its own choice."""
     row: Row = {"model": name}
     try:
-        model = make_model(name)
+        model = make_model(name, attention)
         model.generation_config.eos_token_id = None
     except Exception as error:
         return row | {"built": f"{UNABLE}: {describe(error)}"}

@@ -103,13 +103,13 @@ def test_a_cache_that_was_passed_over_is_a_fault(llama: Any, monkeypatch: pytest
 def test_a_child_that_ends_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     import matrix_all
 
-    monkeypatch.setattr(matrix_all, "make_row", lambda name: matrix_all.os._exit(3))
+    monkeypatch.setattr(matrix_all, "make_row", lambda name, attention: matrix_all.os._exit(3))
     row = run_child("llama")
     assert row == {"model": "llama", "crash": "the child ended with 3"}
     assert matrix_table.judge_row(row) == "FAULT"
-    monkeypatch.setattr(matrix_all, "make_row", lambda name: matrix_all.time.sleep(60))
+    monkeypatch.setattr(matrix_all, "make_row", lambda name, attention: matrix_all.time.sleep(60))
     assert run_child("llama", limit_s=0.2)["crash"].startswith("took more than")
-    monkeypatch.setattr(matrix_all, "make_row", lambda name: {"model": name, "built": "equal"})
+    monkeypatch.setattr(matrix_all, "make_row", lambda name, attention: {"model": name, "built": "equal"})
     assert run_child("llama")["built"] == "equal"
 
 

@@ -141,8 +141,10 @@ def test_where_layers_differ_in_heads_the_most_counts() -> None:
     config = transformers.LlamaConfig(num_attention_heads=8, num_key_value_heads=4)
     assert _compat.count_groups(config) == 2
     if hasattr(config, "is_heterogeneous"):
-        config.per_layer_config = {1: {"num_key_value_heads": 1}}
+        config.per_layer_config = {1: {"num_key_value_heads": 1, "head_dim": 16}}
         assert _compat.count_groups(config) == 8
+        config.layer_types = ["sliding_attention", "full_attention"] * 16
+        assert _compat.describe_heads(config) == (1, 16, 8), "of the layer that is managed"
 
 
 @pytest.mark.parametrize(

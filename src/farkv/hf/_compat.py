@@ -64,11 +64,15 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def list_configs(config: Any) -> list[Any]:
+    """Return a config per layer where layers differ: that of all refuses what they differ in; else the one of all."""
+    return list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+
+
 def count_groups(config: Any) -> int:
     """Return the most query heads per KV head of any layer, as a model's config says; 1 where it does not."""
     most = 1
-    # Where layers differ, the config of all refuses what the config of each has.
-    for each in config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]:
+    for each in list_configs(config):
         heads, kv_heads = (getattr(each, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
         if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads > 0:
             most = max(most, heads // kv_heads)
@@ -76,13 +80,18 @@ def count_groups(config: Any) -> int:
 
 
 def describe_heads(config: Any) -> tuple[int, int, int]:
-    """Return KV heads, their dimension and the query heads of each, as a config says; else 1, 64 and 1."""
+    """Return KV heads, their dimension and the query heads of each, as a config says; else 1, 64 and 1.
+
+    Where layers differ, those of the first that attends to everything: it is managed.
+    """
+    configs, types = list_configs(config), getattr(config, "layer_types", None) or []
+    one = configs[types.index("full_attention")] if len(configs) > 1 and "full_attention" in types else configs[0]
     heads, kv_heads, dim, hidden = (
-        value if isinstance(value := getattr(config, name, None), int) and value > 0 else 0
+        value if isinstance(value := getattr(one, name, None), int) and value > 0 else 0
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     )
     dim = dim or (hidden // heads if heads else 0) or 64
-    return kv_heads or heads or 1, dim, count_groups(config)
+    return kv_heads or heads or 1, dim, count_groups(one)
 
 
 def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
