@@ -68,7 +68,8 @@ clean:
 
 # Stamps: nothing is installed again until what is pinned, or what is asked for, changes.
 .venv/installed: pyproject.toml $(NATIVE) constraints.txt | .venv/bin/pip
-	$(BIN)/python $(INSTALL) -c constraints.txt -e .
+	@echo 'installing farkv and what it needs into .venv: minutes, the first time'
+	$(BIN)/python $(subst -qq,,$(INSTALL)) -c constraints.txt -e .
 	touch $@
 
 .venv/installed-dev: pyproject.toml $(NATIVE) constraints.txt | .venv/bin/pip

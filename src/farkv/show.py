@@ -61,29 +61,32 @@ def draw_plan(plan: Plan) -> RenderableType:
 
 
 def draw_proposal(proposal: Proposal) -> RenderableType:
-    """Return a table of what every candidate budget holds by lever, the proposed ones marked."""
+    """Return a table of what every candidate budget holds and loses by lever, the proposed ones marked."""
     levers = list(proposal.ratios)
-    table = Table(title="no budget was given: what each would hold", title_justify="left", pad_edge=False)
-    table.add_column("of the KV cache", justify="right", no_wrap=True)
-    for lever in levers:
-        table.add_column(f"{lever} holds", justify="right", no_wrap=True)
-        if any(lever in candidate.losses for candidate in proposal.candidates):
-            table.add_column("loss", justify="right", no_wrap=True)
-    table.add_column("proposed for", no_wrap=True)
+    title = "no budget was given; attention mass that each would hold, and what was measured to be lost"
+    table = Table(title=title, title_justify="left")
+    for name in ("budget", *(column for lever in levers for column in (lever, "loss")), "proposed for"):
+        table.add_column(name, justify="right", no_wrap=True)
     for candidate in proposal.candidates:
         cells = [f"{candidate.ratio:.0%}"]
         for lever in levers:
-            cells.append(f"{candidate.held[lever]:.1%}")
-            if lever in candidate.losses:
-                cells.append(f"{candidate.losses[lever]:.2g}")
+            lost = candidate.losses.get(lever)
+            cells += [f"{candidate.held[lever]:.1%}", "–" if lost is None else format_loss(lost)]
         chosen = [lever for lever, ratio in proposal.ratios.items() if ratio == candidate.ratio]
         table.add_row(*cells, ", ".join(chosen), style="bold" if chosen else "")
-    note = (
-        f"proposed: the smallest budget that holds {proposal.holds:.0%} of the attention mass, mean over layers and "
-        "prompts of the profile. Another: --ratio, --retention, --tokens or --bytes"
+    most = (
+        "" if proposal.loses is None else f", and loses at most {proposal.loses:g} nats per token, summed over layers"
     )
-    losses = any(candidate.losses for candidate in proposal.candidates)
-    return Group(table, Text(note + ("; loss: measured, nats per token, summed over layers" if losses else "")))
+    note = (
+        f"proposed, of the KV cache: the smallest budget that holds {proposal.holds:.0%} of the mass, mean over layers "
+        f"and prompts of the profile{most}. Another: --ratio, --retention, --tokens or --bytes"
+    )
+    return Group(table, Text(note))
+
+
+def format_loss(nats: float) -> str:
+    """Return a loss in a few letters."""
+    return "<0.001" if 0 < nats < 1e-3 else f"{nats:.2g}"
 
 
 def describe_budget(allocation: Allocation) -> str:

@@ -70,7 +70,7 @@ def test_a_short_context_is_read_whole_without_a_choice(monkeypatch: pytest.Monk
 def test_what_was_not_measured_is_assumed_and_said() -> None:
     _, receipt = run(InfiniGen())
     assert receipt.read_fraction == 1.0
-    assert "(assumed; farkv bench --calibrate measures it)" in receipt.notes[0]
+    assert "(assumed; farkv bench --calibrate --model NAME measures it)" in receipt.notes[0]
     # Nothing is assumed without kernels, nor where records travel.
     assert run(InfiniGen(), kernel="plain")[1].notes == ()
     assert run(InfiniGen(), near="1MiB")[1].notes == ()

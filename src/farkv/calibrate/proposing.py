@@ -1,4 +1,4 @@
-"""Propose a budget where none was given: the smallest candidate whose shares hold a stated part of the attention mass.
+"""Propose a budget where none was given: the smallest candidate that holds, and where that was measured loses, enough.
 
 In: a profile, the levers, how a budget is shared. Out: what every candidate holds, and the one proposed for each lever.
 """
@@ -19,6 +19,9 @@ from farkv.math.allocate import measure_layer_retention
 CANDIDATES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 # Attention mass that a proposed budget holds, mean over layers and the profile's prompts.
 HOLDS = 0.9
+# Nats per token, summed over layers, that it loses at most; mass alone says little of what eviction costs
+# (docs/decisions/0008).
+LOSES = 0.1
 
 
 class Candidate(NamedTuple):
@@ -30,10 +33,11 @@ class Candidate(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """Every candidate, the mass that is asked for, and the smallest budget that holds it, by lever."""
+    """Every candidate; the mass that is asked for; the most losses, where they were measured; budgets by lever."""
 
     candidates: list[Candidate]
     holds: float
+    loses: float | None
     ratios: dict[Lever, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -44,7 +48,7 @@ class Proposal(NamedTuple):
 def propose_budget(
     profile: Profile, levers: tuple[Lever, ...], sharing: Sharing | None = None, holds: float = HOLDS
 ) -> Proposal:
-    """Return what every candidate holds, and the smallest that holds enough of each lever's curves.
+    """Return what every candidate holds and loses, and the smallest that does so well enough, for each lever.
 
     Args:
         profile: with curves.
@@ -56,9 +60,9 @@ def propose_budget(
     candidates = [weigh_candidate(profile, ratio, levers, sharing or Sharing()) for ratio in CANDIDATES]
     ratios: dict[Lever, float] = {}
     for lever in levers:
-        enough = (candidate.ratio for candidate in candidates if candidate.held[lever] >= holds)
+        enough = (c.ratio for c in candidates if c.held[lever] >= holds and c.losses.get(lever, 0.0) <= LOSES)
         ratios[lever] = next(enough, 1.0)
-    return Proposal(candidates, holds, ratios)
+    return Proposal(candidates, holds, None if profile.limited is None else LOSES, ratios)
 
 
 def weigh_candidate(profile: Profile, ratio: float, levers: tuple[Lever, ...], sharing: Sharing) -> Candidate:

@@ -57,7 +57,8 @@ def plan_layers(
 ) -> None:
     r"""Divide a budget among the layers, using the curves that `farkv profile` measured.
 
-    Without a budget, the smallest one is proposed whose shares hold 90 % of the attention mass.
+    Without a budget, the smallest one is proposed whose shares hold 90 % of the attention mass and, where that was
+    measured, lose at most 0.1 nats per token.
 
     [bold]Examples[/bold]
 

@@ -66,7 +66,7 @@ def describe_crossover(engine: Engine, tokens: int) -> str:
         )
     else:
         said = f"chose what to read: {tokens:,} tokens are above the crossover of {most:,}, up to which all is read"
-    remedy = "" if how == "measured" else "; farkv bench --calibrate measures it"
+    remedy = "" if how == "measured" else "; farkv bench --calibrate --model NAME measures it"
     return f"{said} ({how}{remedy})"
 
 
