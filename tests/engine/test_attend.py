@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import farkv
 from farkv.calibrate.crossover import Crossover, RecordShape
 from farkv.errors import ConfigError
+from farkv.hf import _compat
 from farkv.hf import attach as attach_module
 from farkv.kernels.native import load_native
 from farkv.methods import Full, InfiniGen
@@ -86,6 +88,20 @@ def test_the_shape_is_that_of_the_models_records(monkeypatch: pytest.MonkeyPatch
     config = make_model("llama").config
     groups = config.num_attention_heads // config.num_key_value_heads
     assert seen == [RecordShape(config.num_key_value_heads, config.head_dim, groups, "float32")]
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 9}, (2, 64, 7)),
+        ({"num_attention_heads": 12, "hidden_size": 768}, (12, 64, 1)),
+        ({"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": None, "hidden_size": 256}, (8, 32, 1)),
+        ({"num_attention_heads": "many"}, (1, 64, 1)),
+        ({}, (1, 64, 1)),
+    ],
+)
+def test_heads_are_what_a_configuration_says_of_them(config: dict[str, Any], heads: tuple[int, int, int]) -> None:
+    assert _compat.describe_heads(SimpleNamespace(**config)) == heads
 
 
 @needs_native
