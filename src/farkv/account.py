@@ -86,8 +86,11 @@ class Account:
     agreements: list[bool] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     decoding: bool = False
-    # Whether this pass reads a token of an answer, and whether one has.
+    # Of the pass that runs: the decode steps among its tokens, its newest; whether it reads a token of an answer, and
+    # whether one of its prompt; whether a pass has read a token of an answer.
+    pass_steps: int = 0
     answering: bool = False
+    ends_prompt: bool = True
     has_answered: bool = False
     # One of `STOPS`; None: nobody generated, or by rules of their own.
     stop_reason: str | None = None
@@ -114,26 +117,50 @@ class Account:
             count = self.layers[layer] = LayerCount()
         return count
 
-    def begin_pass(self, n_new: int, n_before: int) -> None:
-        """Note what a pass over `n_new` tokens is, which finds `n_before`."""
-        self.decoding = n_new == 1 and n_before > 0
-        self.answering = self.decoding if self.prompt_tokens is None else n_before >= self.prompt_tokens
+    def begin_pass(self, n_new: int, n_before: int, announced: int = 0) -> int:
+        """Note what a pass over `n_new` tokens is, which finds `n_before`; return how many of them are decode steps.
+
+        Args:
+            announced: tokens of a prompt that was announced outside of `generate`.
+        """
+        after, prompt = n_before + n_new, self.prompt_tokens
+        if n_new == 1:
+            steps = int(n_before > 0)
+        elif prompt is not None:
+            steps = max(0, after - max(n_before, prompt))
+            # One token of the prompt that is left would have come alone.
+            steps += int(n_before > 0 and n_new - steps == 1)
+        else:
+            # After the first step it is another turn or a guess: who knows announces a prompt.
+            steps = n_new if self.decode_steps and after > announced else 0
+        self.pass_steps, self.decoding = steps, steps == n_new
+        # Tokens of an answer are read, and no more of its prompt.
+        self.answering = after > prompt if prompt is not None else self.decoding
+        self.ends_prompt = n_before < prompt if prompt is not None else not self.decoding
+        return steps
 
     def count_pass(self, started: float, ended: float, *, measures: bool) -> None:
         """Count a forward pass, by the clock; a verified step, which `measures`, is not timed."""
         self.began = started if self.began is None else self.began
         self.total_s = ended - self.began
-        self.has_answered = self.has_answered or self.answering
-        if not self.has_answered:
+        if self.ends_prompt and not self.has_answered:
             self.first_token_s = self.total_s
+        self.has_answered = self.has_answered or self.answering
+        self.decode_steps += self.pass_steps
+        if self.pass_steps:
+            self._note_peak()
         if not self.decoding:
+            # A prompt, and guesses that are checked with its end.
             self.prefill_s += ended - started
-            return
-        self.decode_steps += 1
-        self._note_peak()
-        if not measures:
-            self.timed_steps += 1
+        elif not measures:
+            self.timed_steps += self.pass_steps
             self.decode_s += ended - started
+
+    def take_back_steps(self, n_tokens: int) -> None:
+        """Forget the newest steps of an answer that is generated: their tokens were wrong guesses. Reads stay read."""
+        if self.prompt_tokens is not None:
+            self.decode_steps = max(0, self.decode_steps - n_tokens)
+            self.timed_steps = max(0, self.timed_steps - n_tokens)
 
     def _note_peak(self) -> None:
         """Note what this step has read, if no count of it has stayed on a device."""

@@ -141,6 +141,8 @@ class Attention:
     def read_all(self, records: LayerRecords, step: Step, attention: AttentionFunction) -> object:
         """Attend to every record of a layer."""
         layer, n_new, total = records.layer, step.n_new, records.seen
+        if n_new > 1 and not self.mode.dense:
+            self._count_dense(records, step)
         if n_new == 1 and total > 1 and not self.mode.dense:
             if self.fast.everywhere and self.may_read_in_place(layer, step):
                 return self.read_in_place(records, step, attention, None, 0)
@@ -220,6 +222,13 @@ class Attention:
         """Count one decode step's records of a layer."""
         held = step.k.shape[0] * step.k.shape[1] * records.seen
         self.account.layer(records.layer).add_read(n_records, held)
+
+    def _count_dense(self, records: LayerRecords, step: Step) -> None:
+        """Count the decode steps among a pass's tokens, its newest: each read all that was before it."""
+        n, n_heads = min(self.account.pass_steps, step.n_new), step.k.shape[0] * step.k.shape[1]
+        later = n * (n - 1) // 2
+        held = n * records.seen - later
+        self.account.layer(records.layer).add_read(n_heads * (held - n * records.evicted), n_heads * held)
 
     def _note(self, records: LayerRecords, n_rows: int, how: str) -> None:
         """Note how near this read of `n_rows` rows is to the plain model's: no nearer than `how`."""

@@ -66,7 +66,9 @@ class Chooser:
         self.selector.prepare(records, n_old)
         self._count_scored(records, n_old)
         scored = self._find_fast(records.layer, query, n_rows, budget)
-        if self.may_vary(records.layer, query, budget) and budget.early < n_old:
+        # Guessed tokens take their turns layer by layer, so what one step saves would not be known to the next.
+        varies = not records.mode.drafted and self.may_vary(records.layer, query, budget)
+        if varies and budget.early < n_old:
             return self._vary(records, query, n_old, budget, scored)
         sampled = self._find_sampled(records.layer)
         if sampled is not None and budget.early < n_old:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class Mode:
     """The state of one cache's engine between passes.
 
+    drafted: of a pass of several tokens, how many of the newest are of an answer: each reads by its own choice.
     dense: a verifying pass: attend to everything, count nothing.  measures: a verified step: measure the attention mass
     that its choice holds.  prompt_tokens: of an announced prompt; 0: any pass of more than one token may be its end.
     """
@@ -16,3 +17,4 @@ class Mode:
     dense: bool = False
     measures: bool = False
     prompt_tokens: int = 0
+    drafted: int = 0

@@ -5,8 +5,9 @@
   attend      choose, or top up what was speculated; attend; observe               (`engine.attend`)
   commit      the pass is over in all layers: evict what is due                    (`engine.evict`)
 
-A pass over more than one token attends to everything, exactly. Whoever runs the model calls the first three per layer,
-in the model's order, and then commits the pass, or takes it back (`engine.undo`). `engine.build` makes an engine.
+A pass over more than one token attends to everything, exactly, but for guessed tokens of an answer (`engine.drafted`).
+Whoever runs the model calls the first three per layer, in the model's order, and then commits the pass, or takes it
+back (`engine.undo`). `engine.build` makes an engine.
 """
 
 from __future__ import annotations
@@ -58,11 +59,22 @@ class Engine:
                 self.store.buffers.clear()
             self.store.open_pages(shape, k.dtype)
             parts.admission.admit(shape, k.shape[2])
+            if self.mode.drafted and parts.eviction.is_active:
+                self.account.add_fallback("whole_guesses")
+        if self.is_drafted(layer):
+            # Stored one by one, as they are attended to (`engine.drafted`).
+            return
         if parts.eviction.passing:
             self.store.pass_by(layer, k, v)
             return
         parts.eviction.make_room(layer, k.shape[2])
         self.store.append(layer, k, v)
+
+    def is_drafted(self, layer: int) -> bool:
+        """Say whether tokens of this pass read by a choice of their own: not where a layer reads all, or evicts."""
+        if not self.mode.drafted or self.mode.dense or self.parts.eviction.is_active:
+            return False
+        return not self.selector.reads_all(layer) and self.parts.budgets.share_of(layer) < 1
 
     def make_room(self, n_new: int) -> None:
         """Make room in a full pool, in all layers, before a pass begins: where that fails, the room stays made."""

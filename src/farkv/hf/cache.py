@@ -151,7 +151,9 @@ class FarCache(Unlike, _compat.Cache):
             # A decoder is often called with the embeddings of the tokens that the whole model was called with.
             ids = found.ids
         self.read_ids.note(ids, self.get_seq_length())
-        self.account.begin_pass(n_new, found.tokens)
+        steps = self.account.begin_pass(n_new, found.tokens, self.engine.mode.prompt_tokens)
+        # What nobody said to be guesses may be another turn's prompt: it is read whole.
+        self.engine.mode.drafted = steps if n_new > 1 and self.account.prompt_tokens is not None else 0
 
     def restart_clock(self) -> None:
         """Count the pass's seconds from now on."""
@@ -206,7 +208,7 @@ class FarCache(Unlike, _compat.Cache):
         if found.stage == "read":
             self.account.context_tokens = self.get_seq_length()
             self.account.count_pass(found.started, time.perf_counter(), measures=self.engine.mode.measures)
-            if self.account.decoding:
+            if self.account.pass_steps:
                 count_reads(self.layers, self.account)
 
     @contextmanager
@@ -278,8 +280,10 @@ class FarCache(Unlike, _compat.Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Forget the newest tokens, in the form of the transformers release in use."""
+        before = self.get_seq_length()
         with self._changing("cropping"):
             super().crop(*args, **kwargs)
+        self.account.take_back_steps(before - self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Follow the beams."""

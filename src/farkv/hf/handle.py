@@ -30,7 +30,7 @@ from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.attention import NAME
 from farkv.hf.cache import FarCache
 from farkv.hf.generate import unwrap_generate, wrap_generate
-from farkv.hf.hooks import check_attached, find_unread, make_inject, note_positions
+from farkv.hf.hooks import check_pass, find_unread, make_inject, note_positions
 from farkv.hf.identity import ModelIdentity
 from farkv.hf.layer import FarLayer
 from farkv.hf.look import Look
@@ -275,8 +275,8 @@ class Handle(AbstractContextManager["Handle"]):
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None:
-            check_attached(self.model, cache.made_by, self.number)
-            cache.begin(module, count_new(args, kwargs), find_ids(args, kwargs), reads=module is self.decoder)
+            check_pass(self.model, cache, self.number, ids := find_ids(args, kwargs))
+            cache.begin(module, count_new(args, kwargs), ids, reads=module is self.decoder)
             note_positions(cache, kwargs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:

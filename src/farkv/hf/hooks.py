@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from farkv._axes import Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
 from farkv.hf.arguments import find_layers
@@ -45,6 +47,23 @@ def check_attached(model: PreTrainedModel, made_by: int, handle: int) -> None:
         raise CacheStateError(
             "this cache: expected one of this attached model, got one that another attach made; call new_cache() of "
             "the handle in use"
+        )
+
+
+def check_pass(model: PreTrainedModel, cache: FarCache, handle: int, ids: Tensor | None) -> None:
+    """Raise CacheStateError unless this pass may run on this cache.
+
+    A deliberate sync, of a pass as long as the prompt on a cache that holds some of it: of assisted decoding alone.
+    """
+    check_attached(model, cache.made_by, handle)
+    n_prompt, held = cache.account.prompt_tokens, cache.get_seq_length()
+    if ids is None or n_prompt is None or not 0 < held < n_prompt <= ids.shape[1]:
+        return
+    known = cache.token_ids
+    if len(known) == held and torch.equal(ids[0, :held].to("cpu"), known):
+        raise CacheStateError(
+            f"assisted decoding: this cache holds {held} tokens, and generate reads the whole prompt of {n_prompt}, "
+            "those among them, again; make a new cache, or generate without an assistant or prompt_lookup_num_tokens"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from farkv._axes import Tensor
+from farkv.engine.drafted import attend_drafted
 from farkv.engine.step import Engine
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
@@ -86,6 +87,8 @@ class FarLayer(_compat.DynamicLayer):
     def attend(self, step: Step, attention: AttentionFunction) -> object:
         """Let the engine attend."""
         with out_of_inference():
+            if step.n_new > 1 and self.engine.is_drafted(self.layer):
+                return join_outputs(attend_drafted(self.engine, self.layer, step, attention))
             return self.engine.attend(self.layer, step, attention)
 
     def get_seq_length(self) -> int:
@@ -148,6 +151,11 @@ def leave_inference() -> Iterator[None]:
     """Leave it, but for gradients, which leaving it alone would turn on."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def join_outputs(outputs: list[Any]) -> Any:
+    """Return what Hugging Face's attention returns of several tokens; weights there are none of a choice."""
+    return torch.cat([out for out, _ in outputs], dim=1), None
 
 
 def describe(k: Tensor, v: Tensor) -> str:

@@ -69,13 +69,15 @@ def join_unmanaged(layer: Any, more: Any) -> None:
 
 
 def count_reads(layers: list[Any], account: Account) -> None:
-    """Count a decode step of the layers that are left to Hugging Face: they read all they hold."""
+    """Count the decode steps of a pass of the layers that are left to Hugging Face: they read all they hold."""
     for i, layer in enumerate(layers):
         keys = None if isinstance(layer, FarLayer) else getattr(layer, "keys", None)
         if isinstance(layer, FarLayer) or keys is None or keys.dim() != 4:
             continue
         account.record_bytes[i] = (keys.shape[-1] + layer.values.shape[-1]) * keys.element_size()
-        held = keys.shape[0] * keys.shape[1] * keys.shape[2]
+        # While steps are recorded to be taken back, a window holds more than one of them reads.
+        rows = _compat.count_unmanaged_rows(layer, keys.shape[2])
+        held = account.pass_steps * keys.shape[0] * keys.shape[1] * rows
         account.layer(i).add_read(held, held)
 
 
