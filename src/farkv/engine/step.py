@@ -39,6 +39,13 @@ class Engine:
         # Per speculated layer: the fetch in flight and the budget it was chosen under.
         self.pending: dict[int, tuple[Fetch, Budget]] = {}
 
+    def begin_pass(self, n_new: int, n_before: int) -> None:
+        """Note what a pass over `n_new` tokens is for, which finds `n_before`."""
+        account, mode = self.account, self.mode
+        steps = account.begin_pass(n_new, n_before, mode.prompt_tokens)
+        # What nobody said to be guesses may be another turn's prompt: it is read whole.
+        mode.drafted = steps if n_new > 1 and account.prompt_tokens is not None else 0
+
     # --- 1. append ------------------------------------------------------------------------------------------
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -226,6 +233,8 @@ class Engine:
         """
         self.pending.clear()
         crop(self.store, layer, n_tokens)
+        if layer == self.layers[0]:
+            self.account.take_back_steps(n_tokens)
 
     def cut(self, layer: int, seen: int, *, remembers: bool = False) -> None:
         """Forget a layer's tokens from number `seen` on, however many of its parts have them; it can be repeated.

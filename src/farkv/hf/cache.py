@@ -151,9 +151,7 @@ class FarCache(Unlike, _compat.Cache):
             # A decoder is often called with the embeddings of the tokens that the whole model was called with.
             ids = found.ids
         self.read_ids.note(ids, self.get_seq_length())
-        steps = self.account.begin_pass(n_new, found.tokens, self.engine.mode.prompt_tokens)
-        # What nobody said to be guesses may be another turn's prompt: it is read whole.
-        self.engine.mode.drafted = steps if n_new > 1 and self.account.prompt_tokens is not None else 0
+        self.engine.begin_pass(n_new, found.tokens)
 
     def restart_clock(self) -> None:
         """Count the pass's seconds from now on."""
@@ -280,10 +278,8 @@ class FarCache(Unlike, _compat.Cache):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Forget the newest tokens, in the form of the transformers release in use."""
-        before = self.get_seq_length()
         with self._changing("cropping"):
             super().crop(*args, **kwargs)
-        self.account.take_back_steps(before - self.get_seq_length())
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Follow the beams."""

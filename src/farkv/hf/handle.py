@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from farkv.account import Account
 from farkv.config import read_count
@@ -36,6 +36,7 @@ from farkv.hf.layer import FarLayer
 from farkv.hf.look import Look
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.receipt import make_receipt
+from farkv.hf.shapes import measure_shapes
 from farkv.hf.state import make_unmanaged_layer
 from farkv.hf.unmanaged import count_unmanaged
 from farkv.hf.verify import ATTACHED, Verifier
@@ -228,20 +229,11 @@ class Handle(AbstractContextManager["Handle"]):
         """Who the model is, whenever it is asked."""
         return ModelIdentity(self.model)
 
-    @torch.no_grad()
     def measure_shape(self) -> tuple[LayerShape, torch.dtype]:
         """Return the widest managed layer's shape, from one token through the model: exact for any architecture."""
         if self._shape is None:
-            probe = DynamicCache(config=self.model.config)
-            self.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=probe)
-            layers: list[Any] = probe.layers
-            shapes: list[tuple[LayerShape, torch.dtype]] = []
-            for i in self.managed:
-                k, v = layers[i].keys, layers[i].values
-                shapes.append((LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size()), k.dtype))
-            self._shape = max(shapes, key=lambda s: s[0].token_bytes)
-            self.shapes = {i: shape for i, (shape, _) in zip(self.managed, shapes, strict=True)}
-            self.unmanaged = {i: layer for i, layer in enumerate(layers) if i not in self.managed}
+            found = measure_shapes(self.decoder, self.model.config, self.managed, self.device)
+            self._shape, self.shapes, self.unmanaged = found.widest, found.managed, found.unmanaged
         return self._shape
 
     def find_least(self, tokens: int) -> Least:

@@ -76,7 +76,7 @@ def count_reads(layers: list[Any], account: Account) -> None:
             continue
         account.record_bytes[i] = (keys.shape[-1] + layer.values.shape[-1]) * keys.element_size()
         # While steps are recorded to be taken back, a window holds more than one of them reads.
-        rows = _compat.count_unmanaged_rows(layer, keys.shape[2])
+        rows = count_rows(layer, keys.shape[2])
         held = account.pass_steps * keys.shape[0] * keys.shape[1] * rows
         account.layer(i).add_read(held, held)
 
