@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from farkv.methods import Indexer
 
 VOCAB = 97
 COMMON = {
@@ -88,11 +91,38 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Models that were trained with an indexer of their own, which chooses 16 tokens, in blocks of 4, and the last few.
+INDEXED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen4_exp": (
+        "Qwen4ExpTextConfig",
+        {
+            "head_dim": 8,
+            "hc_count": 2,
+            "hc_lowrank": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "shared_expert_intermediate_size": 24,
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 16,
+            "indexer_compress_ratio": 4,
+            "layer_types": ["indexed_attention"] * 4,
+            **MOE,
+        },
+    ),
+}
+# As the real one is made: most layers are linear attention.
+MIXED = {"layer_types": ["linear_attention", "indexed_attention", "linear_attention", "indexed_attention"]}
+INDEXED["qwen4_exp_mixed"] = ("Qwen4ExpTextConfig", INDEXED["qwen4_exp"][1] | MIXED)
+
 
 @functools.cache
 def make_model(family: str, **changes: Any) -> PreTrainedModel:
     """Return the tiny model of a family, the same one at every call: attach and detach must leave it as it was."""
-    name, own = FAMILIES[family]
+    name, own = (FAMILIES | INDEXED)[family]
     values = {k: v for k, v in {**COMMON, **own}.items() if v is not None or k in {"eos_token_id", "sliding_window"}}
     implementation = changes.pop("implementation", None)
     config = getattr(transformers, name)(**{**values, **changes})
@@ -106,6 +136,15 @@ def make_model(family: str, **changes: Any) -> PreTrainedModel:
             weight.data += 0.1 * torch.randn_like(weight)
     model.generation_config.eos_token_id = None
     return model
+
+
+def model_for(*methods: Any) -> PreTrainedModel:
+    """Return the tiny model of these methods' tests: llama, or where the model is to choose, one with an indexer."""
+    if not any(isinstance(method, Indexer) for method in methods):
+        return make_model("llama")
+    if not hasattr(transformers, "Qwen4ExpTextConfig"):
+        pytest.skip("this transformers has no model with an indexer of blocks")
+    return make_model("qwen4_exp")
 
 
 def make_prompt(batch: int = 1, tokens: int = 24, pad: int = 0, seed: int = 1) -> dict[str, Tensor]:

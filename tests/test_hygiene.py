@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import farkv
 from farkv.engine import bytes_recent
 from farkv.methods import METHODS as TABLE
-from farkv.methods import Full, InfiniGen, Method, Oracle, Random, Window
+from farkv.methods import Full, Indexer, InfiniGen, Method, Oracle, Random, Window
 from farkv.store import link
 from tests.models import forward, make_model, make_prompt
 
@@ -40,6 +41,7 @@ ALLOWED = {
     ("engine/pool_policy.py", "choose_kept", "nonzero"): "once per eviction of many records",
     ("hf/identity.py", "digest_tensors", "numpy"): "where weights are new, or changed",
     ("hf/identity.py", "identify_model", "numpy"): "the same",
+    ("hf/indexed.py", "narrow_one", "nonzero"): "below a model's budget; its own indexer waits for as much",
     ("hf/layer.py", "batch_select_indices", "cpu"): "the user's own call, not a step",
     ("hf/verify.py", "after", "tolist"): "verified steps are not timed",
     ("kernels/gpu.py", "_wait", "synchronize"): "a measurement of bandwidth",
@@ -165,7 +167,7 @@ METHODS: list[Method] = [
 # One of every name in the table, and what differs by an option.
 ALL = [
     *METHODS,
-    *(row.config(fraction=0.3) for name, row in TABLE.items() if name not in ("infinigen", "full")),
+    *(row.config(fraction=0.3) for name, row in TABLE.items() if name not in ("infinigen", "full", "indexer")),
     Full(),
 ]
 
@@ -261,7 +263,8 @@ def profiled(note: Any) -> Iterator[None]:
 
 def count_steps(method: Method, near: str | None, kv_heads: int, batch: int) -> Counter[str]:
     """Return what three decode steps do."""
-    model = make_model("llama", head_dim=8, num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads)
+    family = "qwen4_exp" if isinstance(method, Indexer) else "llama"
+    model = make_model(family, head_dim=8, num_attention_heads=2 * kv_heads, num_key_value_heads=kv_heads)
     ids = make_prompt(batch, tokens=70)["input_ids"]
     with farkv.attach(model, method, near=near) as far:
         cache = far.new_cache(tokens=80, batch=batch)
@@ -292,6 +295,14 @@ def test_a_step_does_as_much_for_many_heads_and_sequences_as_for_few(
 def test_nor_does_a_recently_used_set_do_more() -> None:
     """Of what is chosen at random some is near, and some is missing."""
     check_growth(Random(fraction=0.3), "1MiB")
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Qwen4ExpTextConfig"), reason="no model with an indexer of blocks")
+@pytest.mark.parametrize("near", [None, "1MiB"])
+def test_a_step_does_as_much_for_many_heads_where_the_model_chooses(near: str | None) -> None:
+    # Its own indexer goes sequence by sequence; we do not go head by head.
+    few, many = (count_steps(Indexer(), near, kv_heads=n, batch=2) for n in (2, 8))
+    assert many - few == Counter()
 
 
 def check_growth(method: Method, near: str | None) -> None:

@@ -26,7 +26,7 @@ from farkv.methods.base import Evictor, Records, Selector
 from farkv.methods.random import Random
 from farkv.methods.table import evicts, find_name, find_row
 from tests.hf.tape import Tape
-from tests.models import assert_same, forward, generate, make_model, make_prompt
+from tests.models import assert_same, forward, generate, make_prompt, model_for
 
 Methods = tuple[Any, ...]
 Check = Callable[[Methods, str | None], None]
@@ -86,7 +86,7 @@ def is_one_row_of_the_table(methods: Methods, near: str | None) -> None:
         assert (row.selector is None) != (row.evictor is None), "a method selects or evicts"
         assert row.selector is None or issubclass(row.selector, Selector)
         assert row.evictor is None or issubclass(row.evictor, Evictor)
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods) as far:
         cache = far.new_cache()
         forward(model, IDS[:, :3], cache)
@@ -106,7 +106,7 @@ def is_one_row_of_the_table(methods: Methods, near: str | None) -> None:
 
 @in_place
 def leaves_the_model_as_it_was(methods: Methods, near: str | None) -> None:
-    model, prompt = make_model("llama"), make_prompt(1, tokens=30)
+    model, prompt = model_for(*methods), make_prompt(1, tokens=30)
     plain = generate(model, prompt)
     hooks = count_hooks(model)
     with farkv.attach(model, *methods) as far:
@@ -128,7 +128,7 @@ def count_hooks(model: Any) -> int:
 
 @everywhere
 def equals_the_plain_model_at_a_whole_budget(methods: Methods, near: str | None) -> None:
-    model, prompt = make_model("llama"), make_prompt(3, pad=9)
+    model, prompt = model_for(*methods), make_prompt(3, pad=9)
     others = {"tokens": None, "retention": None}
     whole = [
         dataclasses.replace(m, fraction=1.0, **{k: v for k, v in others.items() if hasattr(m, k)}) for m in methods
@@ -140,7 +140,7 @@ def equals_the_plain_model_at_a_whole_budget(methods: Methods, near: str | None)
 
 @everywhere
 def keeps_its_cap_its_bytes_and_its_lengths(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods, near=near) as far:
         cache = far.new_cache(tokens=70, batch=2)
         with Tape(model, cache) as tape:
@@ -171,7 +171,7 @@ def keeps_its_cap_its_bytes_and_its_lengths(methods: Methods, near: str | None) 
 
 @everywhere
 def keeps_keys_and_values_unchanged(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     plain = model(input_ids=IDS).past_key_values
     with farkv.attach(model, *methods, near=near) as far:
         cache = far.new_cache()
@@ -189,7 +189,7 @@ def keeps_keys_and_values_unchanged(methods: Methods, near: str | None) -> None:
 
 @in_place
 def works_in_the_near_memory_that_it_says_it_needs(methods: Methods, near: str | None) -> None:
-    model, limit, asked = make_model("llama"), 1, 0
+    model, limit, asked = model_for(*methods), 1, 0
     while True:
         assert asked < 5, "what an error asks for is enough, or nearly"
         with farkv.attach(model, *methods, near=limit) as far:
@@ -210,7 +210,7 @@ def works_in_the_near_memory_that_it_says_it_needs(methods: Methods, near: str |
 
 @in_place
 def survives_prompts_of_few_tokens(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     for n in (1, 2, 3):
         with farkv.attach(model, *methods) as far:
             out = generate(model, make_prompt(2, tokens=n), far.new_cache(), n=8)
@@ -219,7 +219,7 @@ def survives_prompts_of_few_tokens(methods: Methods, near: str | None) -> None:
 
 @everywhere
 def does_the_same_again(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods, near=near) as far:
         runs = [generate(model, make_prompt(2, tokens=40, pad=9), far.new_cache()) for _ in range(2)]
     assert torch.equal(runs[0].sequences, runs[1].sequences)
@@ -231,7 +231,7 @@ def does_the_same_again(methods: Methods, near: str | None) -> None:
 
 @everywhere
 def is_copied_without_meeting_its_copy(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods, near=near) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
@@ -245,7 +245,7 @@ def is_copied_without_meeting_its_copy(methods: Methods, near: str | None) -> No
 
 @everywhere
 def takes_tokens_back(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods, near=near) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
@@ -265,7 +265,7 @@ def takes_tokens_back(methods: Methods, near: str | None) -> None:
 
 @everywhere
 def frees_everything_when_it_is_reset(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods, near=near) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)
@@ -280,7 +280,7 @@ def frees_everything_when_it_is_reset(methods: Methods, near: str | None) -> Non
 
 @in_place
 def holds_no_model(methods: Methods, near: str | None) -> None:
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods) as far:
         cache = far.new_cache()
         forward(model, IDS, cache)

@@ -18,7 +18,7 @@ from farkv.methods import XKV
 from tests.hf.tape import Tape
 from tests.methods.contract import Methods
 from tests.methods.test_contract import EVERY
-from tests.models import make_model, make_prompt
+from tests.models import make_prompt, model_for
 
 TOKENS, STEPS = 90, 3
 PROMPT = make_prompt(2, tokens=TOKENS + STEPS, pad=34)
@@ -48,7 +48,7 @@ class Reading(NamedTuple):
 
 def read(methods: Methods, sizes: list[int], near: str | None = None) -> Reading:
     """Read the prompt in passes of these sizes, then known tokens one by one."""
-    model = make_model("llama")
+    model = model_for(*methods)
     with farkv.attach(model, *methods, profile=False, kernel="plain", near=near) as far:
         cache = far.new_cache(tokens=TOKENS + STEPS, batch=2)
         cache.engine.announce_prompt(TOKENS, TOKENS)

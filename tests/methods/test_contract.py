@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from farkv.methods import XKV, InfiniGen, LowBit, Pages
+from farkv.methods import XKV, Indexer, InfiniGen, LowBit, Pages
 from farkv.methods.full import Full
 from farkv.methods.table import METHODS
 from tests.methods.contract import CASES, Methods
@@ -23,6 +23,7 @@ VARIANTS: dict[str, Methods] = {
     "residual": (InfiniGen(fraction=0.3, source="residual"),),
     "no_top_up": (InfiniGen(fraction=0.3, top_up=0.0, sinks=0, window=0),),
     "eight_bits": (InfiniGen(fraction=0.3, index_bits=8),),
+    "indexer_alone": (Indexer(),),
     "small_pages": (Pages(fraction=0.3, page=8),),
     "lowbit_4": (LowBit(fraction=0.3, bits=4),),
     "xkv_tokens": (XKV(tokens=60),),

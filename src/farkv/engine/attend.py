@@ -114,7 +114,11 @@ class Attention:
         is_fast = store.is_far and fetched.is_whole and odds is None and self.may_run_fast(layer, step)
         # What is not valid was left out; what was chosen late stands behind what is newer.
         how = ROUNDING if is_fast or fetched.late is not None else BIT
-        self._note(records, fetched.n_rows if fetched.is_whole else 0, how)
+        n_rows = fetched.n_rows if fetched.is_whole else 0
+        if step.own is not None and step.own.chosen is None and n_rows < records.seen:
+            # What was left out the plain model hides: its sums have the same terms, and zeros besides.
+            n_rows, how = records.seen, ROUNDING
+        self._note(records, n_rows, how)
         if is_fast:
             stored = store.join(layer, *fetched)
             self._count(records, step, stored.positions.numel())

@@ -112,6 +112,7 @@ class Budgets:
     def count(self, tokens: int, layer: int, pads: int = 0) -> int:
         """Return how many records per KV head a layer may read of `tokens` real tokens and `pads` of padding."""
         cap = count_cap(self.share_of(layer), tokens, self.count_floor(tokens))
+        cap = cap if self.cap.most is None else min(cap, self.cap.most)
         evicted = self.store.evicted[layer]
         if evicted:
             # Of an evicted layer there are fewer rows than tokens; padding went first.

@@ -58,6 +58,7 @@ def make_engine(roles: Roles, setup: Setup) -> Engine:
         dense_tokens=setting.kernels.dense_tokens,
         profile=setting.profile,
         on_fallback=setup.account.add_fallback,
+        indexer=setting.indexer,
     )
     padding, mode = Padding(), Mode()
     records = {layer: LayerRecords(store, padding, mode, layer) for layer in setup.layers}

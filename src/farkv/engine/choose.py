@@ -182,7 +182,7 @@ class Chooser:
         rule, cap = self.selector.rule, budget.early
         if rule is not None and cap > 0 and self.selector.cap.fraction < 1:
             return rule(self._reach(layer, scores), cap, budget.own_early)
-        if self._reaches(layer):
+        if self._reaches(layer) and not self.selector.hides:
             return select_top(scores, cap, budget.own_early)
         return select_seen(self._reach(layer, scores), cap, budget.own_early)
 

@@ -27,7 +27,7 @@ def measure_found(records: LayerRecords, step: Step, read: Read | None) -> tuple
     scores = torch.cat(parts, -1)
     rows = torch.arange(n_rows, device=scores.device).expand(*step.k.shape[:2], -1)
     positions = store.locate(layer, (rows if read is None else read.positions).to(scores.device))
-    real = None if step.mask is None else step.mask[:, 0, -1]
+    real = None if step.plain_mask is None else step.plain_mask[:, 0, -1]
     if real is not None:
         scores = scores.masked_fill(~real[:, None, None].to(scores.device), -torch.inf)
     valid = None if read is None or read.valid is None else read.valid.to(scores.device)

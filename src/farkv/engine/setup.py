@@ -10,6 +10,7 @@ from farkv.account import Account
 from farkv.calibrate.profile import Profile
 from farkv.kernels.gpu import Gpu
 from farkv.kernels.native import Native
+from farkv.methods.records import IndexerForm
 from farkv.store.records import StoreLimits
 from farkv.store.sizes import Allowed
 from farkv.store.worker import Worker
@@ -52,6 +53,8 @@ class Setting(NamedTuple):
     n_groups: int = 1
     # Of the attached model; None: every cache starts its own.
     worker: Worker | None = None
+    # The indexer that the model was trained with; None: it has none.
+    indexer: IndexerForm | None = None
 
 
 class Setup(NamedTuple):

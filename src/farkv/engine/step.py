@@ -113,7 +113,7 @@ class Engine:
         parts = self.parts
         if layer == self.layers[0]:
             # One mask for all managed layers of a pass.
-            self.padding.note(None if step.has_bias else step.mask)
+            self.padding.note(None if step.has_bias else step.seen)
         if self.mode.dense:
             return parts.attention.read_all(self.records[layer], step, attention)
         if step.has_bias and (parts.eviction.is_active or self._is_chosen(layer, step)):
@@ -137,6 +137,8 @@ class Engine:
     def _attend_chosen(self, layer: int, step: Step, attention: AttentionFunction) -> object:
         """Top up what was speculated, or choose by the true query; then attend."""
         records, parts = self.records[layer], self.parts
+        if step.own is not None:
+            self.selector.take_choice(records, step)
         if layer in self.pending:
             early, budget = self.pending.pop(layer)
             rest = parts.chooser.choose_rest(records, step.query, budget, Choice(early.positions, early.valid))
@@ -192,6 +194,10 @@ class Engine:
             self.store.describe(layer, shape, dtype)
             self.account.record_bytes[layer] = shape.record_bytes
         fill()
+
+    def count_cap(self, layer: int, tokens: int) -> int:
+        """Return how many records per KV head a step may read of a layer, of `tokens` that are no padding."""
+        return self.parts.budgets.count(tokens, layer)
 
     # --- lengths --------------------------------------------------------------------------------------------
 

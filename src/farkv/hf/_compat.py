@@ -30,6 +30,7 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "LinearAttentionLayer",
     "count_groups",
+    "describe_indexer",
     "describe_layers",
     "find_attention",
     "find_decoder",
@@ -106,6 +107,17 @@ def describe_layers(config: Any) -> tuple[list[str], list[dict[str, Any]]]:
         modes = [None] * len(types)
     # A layer whose K and V others read must stay whole, so it is left to Hugging Face.
     return ["shared_" + t if mode == "store" else t for t, mode in zip(types, modes, strict=True)], each
+
+
+def describe_indexer(attention: nn.Module) -> tuple[int, int, int] | None:
+    """Return the key dimension, the budget in tokens and the tokens of a block of an attention's own indexer.
+
+    None where it has none, or one that does not choose blocks of tokens.
+    """
+    names = ("index_head_dim", "token_budget", "compress_ratio", "block_topk")
+    found = [getattr(getattr(attention, "indexer", None), name, None) for name in names]
+    dim, budget, block, topk = (n if type(n) is int and n > 0 else 0 for n in found)
+    return (dim, budget, block) if dim and block and budget == topk * block else None
 
 
 def find_layer_class(layer_type: str) -> type[Any]:

@@ -22,7 +22,7 @@ from farkv.hf.handle import Handle
 from farkv.hf.identity import identify_model
 from farkv.kernels.gpu import Gpu, load_gpu
 from farkv.kernels.native import load_native
-from farkv.methods import XKV, Full, InfiniGen, Method
+from farkv.methods import XKV, Full, Indexer, InfiniGen, Method
 from farkv.methods.table import evicts
 from farkv.store.far.page_file import DiskSpace
 from farkv.store.records import StoreLimits
@@ -180,6 +180,8 @@ def choose_methods(methods: tuple[Method, ...], plan: Plan | None) -> Roles:
         return Roles(None, method, keeps=True)
     if isinstance(method, Full) and (xkv or plan is not None):
         raise ConfigError("Full: reads everything, so it takes no XKV and no plan; use XKV alone, or a selector")
+    if isinstance(method, Indexer) and (xkv or plan is not None):
+        raise ConfigError("Indexer: the model chooses among all records, so it takes no XKV and no plan; use fraction")
     if not xkv:
         return Roles(method or InfiniGen())
     levers = xkv[0].levers
@@ -215,6 +217,11 @@ def make_levers(roles: Roles, plan: Plan | None) -> Levers:
 
 def check_levers(roles: Roles, levers: Levers, limits: StoreLimits, *, has_disk: bool) -> None:
     """Raise ConfigError where levers and storage contradict each other."""
+    if isinstance(roles.selects, Indexer) and limits.evict != "refuse" and not has_disk:
+        raise ConfigError(
+            f"evict: the model's indexer may choose any record, so none may be lost, got {limits.evict!r}; leave evict "
+            "out, or add disk=, where only copies go"
+        )
     if not roles.keeps and levers.near is None:
         return
     evictor = type(roles.evicts).__name__

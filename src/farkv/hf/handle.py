@@ -26,12 +26,14 @@ from farkv.engine.least import Least, find_least
 from farkv.engine.setup import Setting, Setup
 from farkv.errors import CacheStateError, UnsupportedModelError
 from farkv.hf import _compat
+from farkv.hf.architecture import read_architecture
 from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.attention import NAME
 from farkv.hf.cache import FarCache
 from farkv.hf.generate import unwrap_generate, wrap_generate
 from farkv.hf.hooks import check_pass, find_unread, make_inject, note_positions
 from farkv.hf.identity import ModelIdentity
+from farkv.hf.indexed import IndexedLayer, make_narrow
 from farkv.hf.layer import FarLayer
 from farkv.hf.look import Look
 from farkv.hf.lookahead import Layers, Lookahead
@@ -40,7 +42,7 @@ from farkv.hf.shapes import measure_shapes
 from farkv.hf.state import make_unmanaged_layer
 from farkv.hf.unmanaged import count_unmanaged
 from farkv.hf.verify import ATTACHED, Verifier
-from farkv.methods.table import Method
+from farkv.methods.table import Method, find_layer_type
 from farkv.receipt import Receipt
 from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
@@ -67,7 +69,11 @@ class Handle(AbstractContextManager["Handle"]):
         self.shapes: dict[int, LayerShape] = {}
         # Layers left to Hugging Face, as one token leaves them.
         self.unmanaged: dict[int, Any] = {}
-        self._read_architecture()
+        found = read_architecture(model, find_layer_type(roles.selects))
+        self.decoder, self.blocks, self.attention = found.decoder, found.blocks, found.attention
+        self.layer_types, self._unmanaged_arguments, self.managed = found.types, found.arguments, found.managed
+        self.device = found.device
+        self.setting = self.setting._replace(n_groups=found.n_groups, indexer=found.indexer)
         self.base = _compat.get_attention_name(model)
         if self.base not in BASES:
             raise UnsupportedModelError(
@@ -75,7 +81,7 @@ class Handle(AbstractContextManager["Handle"]):
                 'load the model with attn_implementation="sdpa"'
             )
         # A method that cannot work with this model says so now, not when the first cache is made.
-        make_engine(roles, Setup(self.managed, self.device, Account(), setting))
+        make_engine(roles, Setup(self.managed, self.device, Account(), self.setting))
         layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
         self._ahead = Lookahead(layers)
         look = Look(self) if looks else None
@@ -104,29 +110,6 @@ class Handle(AbstractContextManager["Handle"]):
 
     # --- attaching ------------------------------------------------------------------------------------------
 
-    def _read_architecture(self) -> None:
-        model = self.model
-        name = type(model).__name__
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise UnsupportedModelError(f"{name}: an encoder-decoder model; expected a decoder-only causal LM")
-        found = _compat.find_decoder(model)
-        if found is None:
-            raise UnsupportedModelError(f"{name}: no list of decoder blocks with attention modules was found")
-        self.decoder, self.blocks = found
-        self.attention = _compat.find_attention(self.blocks)
-        config = _compat.text_config(model)
-        self.setting = self.setting._replace(n_groups=_compat.count_groups(config))
-        self.layer_types, self._unmanaged_arguments = _compat.describe_layers(config)
-        self.managed = [
-            i for i, kind in enumerate(self.layer_types) if kind == "full_attention" and i in self.attention
-        ]
-        devices = {p.device for p in model.parameters()}
-        if len(devices) > 1:
-            raise UnsupportedModelError(f"{name}: parameters on {len(devices)} devices; expected one device")
-        self.device: torch.device = devices.pop()
-        if not self.managed:
-            log.warning("%s: no full-attention layer, so nothing to manage: layers are %s", name, self.layer_types)
-
     def _attach(self) -> None:
         model = self.model
         _compat.set_attention_name(model, NAME)
@@ -149,6 +132,10 @@ class Handle(AbstractContextManager["Handle"]):
         hooks.append(model.register_forward_hook(verifier.after, with_kwargs=True))
         for i in self.managed:
             hooks.append(self.attention[i].register_forward_pre_hook(make_inject(i), with_kwargs=True))
+        fraction = getattr(self.method, "fraction", None)
+        for i in self.managed if self.setting.indexer is not None and fraction not in (None, 1) else ():
+            indexer: Any = self.attention[i].indexer
+            hooks.append(indexer.register_forward_hook(make_narrow(i), with_kwargs=True))
         wrap_generate(model)
 
     def detach(self) -> None:
@@ -216,8 +203,9 @@ class Handle(AbstractContextManager["Handle"]):
         if engine.selector.source is not None:
             # Where no cache's records travel, no pass pays for looking ahead.
             self._hooks += self._ahead.start(self.decoder, engine.selector.source)
+        ours = FarLayer if setting.indexer is None else IndexedLayer
         layers = [
-            FarLayer(i, engine) if i in self.managed else make_unmanaged_layer(kind, arguments)
+            ours(i, engine) if i in self.managed else make_unmanaged_layer(kind, arguments)
             for i, (kind, arguments) in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
         ]
         cache = FarCache(layers, engine, made_by=self.number, identity=self.identity.get(), verify_steps=verify)

@@ -17,6 +17,7 @@ from farkv.hf import _compat
 from farkv.hf.arguments import find_layers
 from farkv.hf.attention import NAME
 from farkv.hf.cache import FarCache
+from farkv.hf.indexed import IndexedLayer
 from farkv.hf.layer import FarLayer
 
 
@@ -28,6 +29,8 @@ def make_inject(i: int) -> Any:
         layer = None if layers is None else layers[i]
         if not isinstance(layer, FarLayer):
             return None
+        if isinstance(layer, IndexedLayer):
+            layer.note_mask(kwargs.get("attention_mask"))
         # The dict is this call's own.
         kwargs["far_layer"] = layer
         return args, kwargs

@@ -43,6 +43,9 @@ class LookLayer(FarLayer):
     def __init__(self, layer: int, engine: Engine):
         super().__init__(layer, engine)
         self.held: tuple[Tensor, Tensor] | None = None
+        # Of a model with an indexer of its own: all its keys; the positions, which such a model sets.
+        self.indexer_keys: Tensor | None = None
+        self.indexer_position_ids: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Hold the new tokens, and hand them back unchanged."""
@@ -50,6 +53,12 @@ class LookLayer(FarLayer):
         old = self.held or tuple(x[:, :, :0] for x in new)
         self.held = torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2)
         return self.hand(*new)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Hold the new keys of the model's own indexer, and return all."""
+        new, old = indexer_key_states, self.indexer_keys
+        self.indexer_keys = new if old is None else torch.cat([old, new], 1)
+        return self.indexer_keys
 
     def get_seq_length(self) -> int:
         """Return the tokens seen."""

@@ -76,7 +76,7 @@ def make_receipt(
         least_read_fraction=least.fraction,
         peak_read_fraction=max(account.peak_read, account.read_fraction()),
         exact=find_exact(cache.engine),
-        notes=tuple(filter(None, (least.note, describe_crossover(cache.engine, cache.get_seq_length())))),
+        notes=list_notes(cache, least),
         fetched_bytes_per_token=account.fetched_bytes / steps,
         disk_bytes_per_token=account.disk_bytes / steps,
         evicted_records=sum(count_evicted(layer) for layer in cache.layers),
@@ -99,6 +99,13 @@ def describe_weights(model: PreTrainedModel) -> Weights:
     """Return what a model computes in, and what its weights were made from, if `load_model` or transformers say it."""
     source = getattr(model, "farkv_source", None) or _compat.name_quantization(model)
     return Weights(str(model.dtype).removeprefix("torch."), source)
+
+
+def list_notes(cache: FarCache, least: Least) -> tuple[str, ...]:
+    """Return what a reader must know besides: of the cap, of the crossover, and of records that travel."""
+    engine = cache.engine
+    late = engine.selector.note if engine.store.travels else ""
+    return tuple(filter(None, (least.note, describe_crossover(engine, cache.get_seq_length()), late)))
 
 
 def measure_least(cache: FarCache, sizes: list[int]) -> Least:

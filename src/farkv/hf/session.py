@@ -54,6 +54,11 @@ def load_cache(
                 f"verify: expected a session of records as the model made them, got {text.quant}: what they were "
                 "before is gone, so there is nothing to compare with; leave verify out"
             )
+        if not handle.managed:
+            raise SessionError(
+                "its layers are managed by another method, and this one manages none of the model's; ask with the "
+                "method that the session was made with"
+            )
         n_tokens, (shape, dtype) = len(text.ids), handle.measure_shape()
         cache = handle.make_cache(max(tokens, n_tokens + 1), verify, text.pages, text.quant)
         mine = {"identity": handle.identity.get(), "tokenizer": identify_tokenizer(tokenizer)}

@@ -25,13 +25,22 @@ class Unlike:
         Raises:
             CacheStateError: no pass of an attached model runs.
         """
+        self._check_runs()
+        cache: Any = super()
+        return cache.update(*args, **kwargs)
+
+    def update_indexer(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Store the new keys of a layer's own indexer; raises as `update`."""
+        self._check_runs()
+        cache: Any = super()
+        return cache.update_indexer(*args, **kwargs)
+
+    def _check_runs(self) -> None:
         if self._pass is None:
             raise CacheStateError(
                 "this cache: expected a pass of the attached model that made it, got one of a model that is not; use "
                 "it inside `with farkv.attach(model)`, or an ordinary cache"
             )
-        cache: Any = super()
-        return cache.update(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
         raise CacheStateError(

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from farkv._axes import Float, Shaped, Tensor
+from farkv._axes import Bool, Float, Shaped, Tensor
 from farkv.math.logits import Logits
 
 
@@ -20,17 +20,40 @@ class Query(NamedTuple):
     logits: Logits
 
 
+class OwnChoice(NamedTuple):
+    """What a model's own indexer did to a step's mask.
+
+    seen: the mask before it chose: what is no padding.  chosen: all that it chose, where some of it went for a cap;
+    None: the step's mask is that.
+    """
+
+    seen: Shaped[Tensor, "b h T S"] | None
+    chosen: Bool[Tensor, "B 1 T S"] | None = None
+
+
 class Step(NamedTuple):
     """One attention call.
 
     mask: over the whole context, [b, 1, T, S], True where a query may see a token; None: causal. One that differs from
     head to head, or of numbers that are added to logits, has a bias: only the model's own attention reads by it.
+    own: of a model whose own indexer has chosen among what the mask shows; None: it has none.
     """
 
     query: Query
     k: Float[Tensor, "B Hkv T D"]
     v: Float[Tensor, "B Hkv T Dv"]
     mask: Shaped[Tensor, "b h T S"] | None
+    own: OwnChoice | None = None
+
+    @property
+    def seen(self) -> Shaped[Tensor, "b h T S"] | None:
+        """Return the mask that says what is padding, whatever the model's own indexer chose."""
+        return self.mask if self.own is None else self.own.seen
+
+    @property
+    def plain_mask(self) -> Shaped[Tensor, "b h T S"] | None:
+        """Return the mask that the plain model attends by: its own indexer's whole choice."""
+        return self.mask if self.own is None or self.own.chosen is None else self.own.chosen
 
     @property
     def has_bias(self) -> bool:

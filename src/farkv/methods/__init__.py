@@ -7,6 +7,7 @@ from farkv.methods.table import (
     METHODS,
     XKV,
     Full,
+    Indexer,
     InfiniGen,
     LowBit,
     Method,
@@ -19,6 +20,6 @@ from farkv.methods.table import (
 )
 
 __all__ = [
-    "H2O", "METHODS", "XKV", "Full", "InfiniGen", "LowBit", "Method", "Oracle", "Pages", "PyramidKV", "Random",
-    "SnapKV", "Window",
+    "H2O", "METHODS", "XKV", "Full", "Indexer", "InfiniGen", "LowBit", "Method", "Oracle", "Pages", "PyramidKV",
+    "Random", "SnapKV", "Window",
 ]  # fmt: skip

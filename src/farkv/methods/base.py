@@ -39,7 +39,8 @@ class Cap(NamedTuple):
     that is chosen late, by the true query.  least: records per KV head that are read however small the cap is.
     dense_tokens: up to here everything is read, because choosing takes longer.  only_sinks: no window is forced, so
     sinks may take the whole quarter.  burst: how many times its share a layer's heads may read in one step, where the
-    mean over layers and steps stays at `fraction`; 1: all read the same.
+    mean over layers and steps stays at `fraction`; 1: all read the same.  most: records per KV head that a step never
+    reads more of, however large its share is.
     """
 
     fraction: float
@@ -50,6 +51,7 @@ class Cap(NamedTuple):
     dense_tokens: int = 0
     only_sinks: bool = False
     burst: float = 1.0
+    most: int | None = None
 
 
 class Selector:
@@ -61,6 +63,10 @@ class Selector:
     rule: ChoiceRule | None = None
     # On a disk, choose only among pages in memory and the few this step may read.
     limits_pages = True
+    # Whether a score of -inf says that a record is not read, though the cap has room for it.
+    hides = False
+    # What a receipt says where records travel.
+    note = ""
     # Per-layer state that the store crops, reorders and frees together with the records.
     followers: dict[int, Follower]
 
@@ -87,6 +93,9 @@ class Selector:
     ) -> Float32[Tensor, "B Hkv S"]:
         """Score once more, by the true query, for what is chosen late."""
         return self.score(records, query, n_rows, visible)
+
+    def take_choice(self, records: Records, step: Step) -> None:
+        """Take what the model's own indexer chose for a decode step, before `score`; of a model that has one."""
 
     def observe(self, records: Records, step: Step) -> None:
         """Look at a layer's new tokens, prompt or decode, once they are stored and attended to."""

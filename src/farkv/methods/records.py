@@ -13,11 +13,28 @@ from farkv.store.ledger import Ledger
 from farkv.store.sizes import LayerShape
 
 
+class IndexerForm(NamedTuple):
+    """The indexer that a model was trained with, the same in all its layers.
+
+    dim: elements of one token's key.  budget: tokens that a query reads at most, in whole blocks.  block: tokens of a
+    block; those behind the last whole one are read besides.
+    """
+
+    dim: int
+    budget: int
+    block: int
+
+    @property
+    def most(self) -> int:
+        """Return the records per KV head that a step reads at most, the newest included, chosen or not."""
+        return self.budget + max(1, self.block - 1)
+
+
 class Place(NamedTuple):
     """Where a method works: its layers, their device, and the ledger that counts the bytes of an index.
 
     travels: records cross a link, so that choosing one layer ahead hides it.  reserve_tokens: the announced context.
-    dense_tokens: up to here reading everything is faster than choosing on this machine.
+    dense_tokens: up to here reading everything is faster than choosing on this machine.  indexer: the model's own.
     """
 
     layers: list[int]
@@ -28,6 +45,7 @@ class Place(NamedTuple):
     dense_tokens: int = 0
     profile: Profile | None = None
     on_fallback: Callable[[str], None] = lambda name: None
+    indexer: IndexerForm | None = None
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ from farkv.methods.base import Evictor, Selector
 from farkv.methods.full import Full, FullSelector
 from farkv.methods.h2o import H2O, HeavyHitters
 from farkv.methods.indexed import IndexSelector
+from farkv.methods.indexer import Indexer, IndexerSelector
 from farkv.methods.infinigen import InfiniGen
 from farkv.methods.lowbit import LowBit
 from farkv.methods.oracle import Oracle, OracleSelector
@@ -17,6 +18,8 @@ from farkv.methods.random import Random, RandomSelector
 from farkv.methods.snapkv import PyramidKV, SnapKV
 from farkv.methods.window import Window, WindowSelector
 from farkv.methods.xkv import XKV, QueryEvictor
+
+FULL_ATTENTION = "full_attention"
 
 
 @runtime_checkable
@@ -32,19 +35,22 @@ class Method(Protocol):
 class Row(NamedTuple):
     """One method: its config's class, and its selector, or its evictor where it keeps only what it reads.
 
-    reads_keys: its choice reads every key, so it is a bound and saves nothing.
+    reads_keys: its choice reads every key, so it is a bound and saves nothing.  layer_type: the layers that it manages,
+    by what transformers calls them; others are left to the model.
     """
 
     config: type[Any]
     selector: type[Selector] | None = None
     evictor: type[Evictor] | None = None
     reads_keys: bool = False
+    layer_type: str = FULL_ATTENTION
 
 
 METHODS: dict[str, Row] = {
     "infinigen": Row(InfiniGen, IndexSelector),
     "xkv": Row(XKV, evictor=QueryEvictor),
     "full": Row(Full, FullSelector),
+    "indexer": Row(Indexer, IndexerSelector, layer_type="indexed_attention"),
     "window": Row(Window, WindowSelector),
     "oracle": Row(Oracle, OracleSelector, reads_keys=True),
     "random": Row(Random, RandomSelector),
@@ -82,6 +88,11 @@ def find_name(method: Method) -> str:
         f"method: expected one of {names}, all of them in farkv.methods, got {got}; write for "
         "example attach(model, farkv.InfiniGen(fraction=0.05))"
     )
+
+
+def find_layer_type(selects: Method | None) -> str:
+    """Return the type of the layers that a selector manages; without one, an evictor's."""
+    return FULL_ATTENTION if selects is None else find_row(selects).layer_type
 
 
 def evicts(method: Method) -> bool:
