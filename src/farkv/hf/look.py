@@ -33,7 +33,7 @@ DEVICE_ERROR = 2.0**-5
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, NotImplementedError)
 # Attention whose code asks for its own name, but only to choose between forms of the same numbers.
 HARMLESS = {"GPT2Attention", "DecisionTransformerGPT2Attention"}
-# Models that were found to work, by class, configuration and attention: it is their code that was looked at.
+# Models that were found to work, by class, attention, layers and configuration: it is their code that was looked at.
 _known: set[tuple[type, str, str]] = set()
 
 
@@ -76,7 +76,8 @@ class Look:
     def __init__(self, handle: Any):
         model = handle.model
         check_code(handle.attention.values())
-        self.kind = (type(model), handle.base, repr(model.config))
+        # Methods differ in the layers that they manage.
+        self.kind = (type(model), handle.base, f"{handle.managed} {model.config!r}")
         self.plain: list[Tensor] | None = None
         # A list of blocks may be in a module that takes no ids; what is around it does.
         for module in () if self.kind in _known else dict.fromkeys((handle.decoder, model.base_model, model)):
