@@ -122,11 +122,13 @@ def test_a_document_is_known_by_its_name_or_its_first_bytes(data: bytes, suffix:
     assert find_kind(data, suffix) == kind
 
 
-def test_html_is_read_as_it_is_shown_or_raw(tmp_path: Path) -> None:
+def test_html_is_read_as_it_is_shown_or_raw(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("bs4")
     path = put(tmp_path, "page", PAGE.encode())
-    assert read_text(path) == SHOWN
     assert read_text(path, raw=True) == PAGE
+    assert not caplog.records
+    assert read_text(path) == SHOWN
+    assert "read as HTML, its text without markup; --raw reads it as it is" in caplog.text
     latin = put(tmp_path, "latin.html", "<meta charset=latin-1><p>é</p>".encode("latin-1"))
     assert read_text(latin) == "é\n"
     with pytest.raises(InputError, match="this HTML has no text; or use --raw"):

@@ -69,6 +69,8 @@ def read_document(kind: str, data: bytes, name: str, *, quiet: bool) -> str:
     if not text.strip():
         remedy = "if its pages are pictures, recognise their text first: ocrmypdf" if kind == "PDF" else "or use --raw"
         raise InputError(f"file {name}: this {kind} has no text; {remedy}")
+    if kind == "HTML":
+        log.warning("file %s: read as HTML, its text without markup; --raw reads it as it is", name)
     return text
 
 
