@@ -32,7 +32,7 @@ FALLBACK_WORDS = {
     "identity_skew": ("layers' indexes", "heads whose queries or keys are not finite are indexed unskewed"),
     "not_finite": ("verified steps", "logits are not finite, so there is no distance to compare"),
     "generic_query": ("layers", "their query cannot be formed alone, so the whole block was run up to attention"),
-    "whole_guesses": ("passes of guessed tokens", "they read all that was kept, and wrong ones counted in what goes"),
+    "whole_guesses": ("passes of guessed tokens", "they read all that is kept, not what each would choose"),
     "own_query": (
         "estimates",
         "the next layer's query could not be estimated, so its own chose, and had to wait",

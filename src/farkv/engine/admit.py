@@ -27,6 +27,7 @@ class Admission:
 
     Args:
         verifies: steps will be compared with dense passes, which need near memory beside the buffers.
+        n_groups, expands: see `Need`.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Admission:
         policy: PoolPolicy | None,
         verifies: bool,
         n_groups: int = 1,
+        expands: bool = False,
     ):
         self.selector, self.budgets, self.shares, self.pins, self.policy = selector, budgets, shares, pins, policy
         self.store: Store = budgets.store
         self.layers = list(self.store.order)
-        self.mode, self.verifies, self.n_groups = mode, verifies, n_groups
+        self.mode, self.verifies, self.n_groups, self.expands = mode, verifies, n_groups, expands
         # Tokens of an announced prompt that are read at once; 0: nothing was announced.
         self.chunk_tokens = 0
         self._admitted: tuple[object, ...] = ()
@@ -158,6 +160,7 @@ class Admission:
             pool=None if self.policy is None else self._count_pool(self.policy, stored),
             # A pool that evicts has better use for the room.
             n_groups=self.n_groups,
+            expands=self.expands,
             assembles=self.policy is None and all(self.budgets.count(tokens, i) >= tokens for i in self.layers),
         )
 

@@ -126,7 +126,7 @@ class Attention:
             return self.fast.attend(layer, step, attention, Reads(stored.rows, stored.rows.shape[2]))
         # In place, what was chosen is gathered now; else it is in a buffer.
         gathered = 0 if store.is_far else fetched.n_rows * store.shape(layer).token_bytes
-        with store.hold(gathered, gathered=True):
+        with store.hold(gathered, gathered=True), store.hold(records.count_expanded(fetched.n_rows)):
             read = store.read(layer, *fetched)
             if self.policy is not None:
                 self.policy.note(layer, step.query, read)
@@ -162,7 +162,8 @@ class Attention:
                 return attention(step.query.q, step.k, step.v, step.mask)
         if in_blocks:
             return self._read_blocks(records, step, attention)
-        with self.store.read_all(layer, whole=self.mode.dense) as (k, v):
+        expanded = records.count_expanded(total if self.mode.dense else records.length)
+        with self.store.hold(expanded), self.store.read_all(layer, whole=self.mode.dense) as (k, v):
             mask = step.mask
             if mask is not None and k.shape[2] < total:
                 if step.query.q.shape[:2].numel() * n_new * k.shape[2] > MASK_FLAGS:
@@ -182,8 +183,8 @@ class Attention:
 
     def _add(self, records: LayerRecords, step: Step, stream: Stream, block: tuple[int, Tensor, Tensor]) -> None:
         """Add a block of stored rows to a stream; of an evicted layer, for few queries at a time."""
-        start, k, v = block
-        stop = start + k.shape[2]
+        start, k, stored_v = block
+        v, stop = step.values_of(k, stored_v), start + k.shape[2]
         if step.mask is None or not self.store.evicted[records.layer]:
             stream.add(k, v, self._see(records, step, start, stop))
             return

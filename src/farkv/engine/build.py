@@ -60,8 +60,8 @@ def make_engine(roles: Roles, setup: Setup) -> Engine:
         on_fallback=setup.account.add_fallback,
         indexer=setting.indexer,
     )
-    padding, mode = Padding(), Mode()
-    records = {layer: LayerRecords(store, padding, mode, layer) for layer in setup.layers}
+    padding, mode, latents = Padding(), Mode(), setting.latents or {}
+    records = {layer: LayerRecords(store, padding, mode, layer, latents.get(layer)) for layer in setup.layers}
     policy = None
     assert row.selector is not None
     selector = row.selector(config, place)
@@ -80,6 +80,7 @@ def make_engine(roles: Roles, setup: Setup) -> Engine:
     for layer in list(store.order)[:1]:
         store.follow(layer, bank)
     held = {"shares": shares, "pins": levers.near, "policy": policy}
+    repeats = {"n_groups": setting.n_groups, "expands": bool(latents)}
     parts = Parts(
         store,
         padding,
@@ -90,7 +91,7 @@ def make_engine(roles: Roles, setup: Setup) -> Engine:
         Chooser(selector, budgets, fast, setup.account, bank),
         Attention(budgets, fast, setup.account, mode, policy),
         Eviction(records, selector, budgets, evictor=evictor, **held),
-        Admission(selector, budgets, mode, verifies=setup.verifies, n_groups=setting.n_groups, **held),
+        Admission(selector, budgets, mode, verifies=setup.verifies, **repeats, **held),
         mode,
         bank,
     )

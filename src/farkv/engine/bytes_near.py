@@ -36,7 +36,8 @@ def plan_near(need: Need, limits: ByteLimits, n_rows: int, most: int = BLOCK_TOK
     coded = need.stored_bytes * need.shape.batch * need.shape.kv_heads if need.is_coded else 0
     token_bytes = need.shape.token_bytes + coded
     # What was put together only to be read is repeated for every query head besides; in place that is the model's own.
-    repeated = need.n_groups if need.n_groups > 1 and (limits.page is not None or need.is_coded) else 0
+    assembled = need.expands or limits.page is not None or need.is_coded
+    repeated = need.n_groups if need.n_groups > 1 and assembled else 0
     dense = n_rows * (token_bytes + repeated * need.shape.token_bytes)
     whole = count_near(need, n_rows, need.n_new, dense)
     if not must_stream(need, limits, whole):
@@ -69,7 +70,8 @@ def count_in_place(need: Need, n_rows: int) -> NearNeed:
 
     A kernel reads a choice in place; the model's own attention, of padded or verified steps for example, cannot.
     """
-    far = count_near(need, n_rows, 0, 0)
+    # What latents expand to is the model's own there, and less than without a choice.
+    far = count_near(need._replace(expands=False), n_rows, 0, 0)
     # One copy, not two buffers; nothing is pinned.
     return NearNeed(far.index, 0, 0, far.decode // 2, far.held - need.pinned_bytes(n_rows))
 
@@ -81,6 +83,9 @@ def count_near(need: Need, n_rows: int, n_new: int, dense: int) -> NearNeed:
     # A share of all tokens, as long as there are so many rows.
     n_read = min(n_rows, need.read_rows(max(n_rows, need.tokens)))
     n_sparse = n_layers - len(need.dense_layers)
+    read = 2 * stored + (need.shape.token_bytes if need.is_coded else 0)
+    if need.expands:
+        read += need.n_groups * need.shape.token_bytes
     # An index is allocated for what was announced, though a pool may hold fewer rows of it.
     index = need.index_bytes(n_rows if need.pool is None else max(n_rows, need.reserve_tokens))
     uses = 0 if need.pool is None else n_layers * n_rows * heads * USE_BYTES
@@ -89,8 +94,7 @@ def count_near(need: Need, n_rows: int, n_new: int, dense: int) -> NearNeed:
         index=index * n_sparse + (0 if need.reserve_tokens >= n_rows else index),
         window=n_layers * 2 * (need.window + 1) * stored,
         prefill=dense if n_new > 1 else 0,
-        # Two buffers; and what one is decoded to.
-        decode=(n_read * (2 * stored + (need.shape.token_bytes if need.is_coded else 0)) if n_sparse else 0)
-        + (dense if need.verifies or n_sparse < n_layers else 0),
+        # Two buffers; and what one is decoded, or expanded, to.
+        decode=(n_read * read if n_sparse else 0) + (dense if need.verifies or n_sparse < n_layers else 0),
         held=uses + need.pinned_bytes(n_rows),
     )

@@ -43,6 +43,7 @@ class Need(NamedTuple):
     design.  index_bytes, read_rows, pinned_bytes: of a context of so many tokens: bytes of one layer's index, records
     that one layer reads at most per KV head, bytes that a plan pins near.  assembles: every step reads every record, so
     that it is the model's own attention, bit for bit, where a layer that is paged or coded is put together near.
+    n_groups: how often the model repeats what is put together only to be read.  expands: and what it reads at all.
     """
 
     shape: LayerShape
@@ -67,6 +68,7 @@ class Need(NamedTuple):
     pool: PoolNeed | None = None
     assembles: bool = False
     n_groups: int = 1
+    expands: bool = False
 
     @property
     def remembers(self) -> bool:

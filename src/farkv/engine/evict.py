@@ -248,7 +248,7 @@ class Eviction:
         visible = None if real is None else real[:, None]
         scores = self.evictor.score(layer, step.k, step.v, visible)
         kept = self._choose(layer, scores, step.n_new, visible, self.shares.count_room(layer))
-        self.store.put(layer, step.k, step.v, kept)
+        self.store.put(layer, step.k, step.stored_v, kept)
         return out
 
     def clear(self) -> None:

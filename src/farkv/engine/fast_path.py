@@ -48,8 +48,11 @@ class FastPath:
         return self.kernels.can_read(query.q.dtype)
 
     def may_attend(self, step: Step) -> bool:
-        """Return whether a kernel may attend: it supports the queries, and all sequences read the same number."""
-        return step.mask is None and self.padding.real is None and self.knows(step.query)
+        """Return whether a kernel may attend: it supports the queries, and all sequences read the same number.
+
+        None reads latents: the model's own attention reads what they expand to.
+        """
+        return not step.in_keys and step.mask is None and self.padding.real is None and self.knows(step.query)
 
     def find_view(self, layer: int, query: Query, selector: Selector) -> IndexView | None:
         """Return the index that a kernel may choose from, None where it may not.

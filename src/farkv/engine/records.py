@@ -7,16 +7,22 @@ from collections.abc import Iterator
 from farkv._axes import Bool, Tensor
 from farkv.engine.mode import Mode
 from farkv.engine.padding import Padding
+from farkv.engine.setup import Latents
 from farkv.store.placement import Placement
 from farkv.store.sizes import LayerShape
 from farkv.store.tiers import BLOCK_TOKENS, Store
 
 
 class LayerRecords:
-    """Rows of one layer and which of them are real; it holds neither."""
+    """Rows of one layer and which of them are real; it holds neither.
 
-    def __init__(self, store: Store, padding: Padding, mode: Mode, layer: int):
+    Args:
+        latents: what the layer stores instead of keys and values, where it does.
+    """
+
+    def __init__(self, store: Store, padding: Padding, mode: Mode, layer: int, latents: Latents | None = None):
         self.store, self.padding, self.mode, self.layer = store, padding, mode, layer
+        self.latents = latents or Latents()
 
     @property
     def shape(self) -> LayerShape:
@@ -71,7 +77,12 @@ class LayerRecords:
 
     def values(self) -> Tensor:
         """Return all values, [B, Hkv, S, Dv], where they are stored."""
-        return self.store.records(self.layer)[1]
+        keys, values = self.store.records(self.layer)
+        return keys[..., : self.latents.rank] if self.latents.rank else values
+
+    def count_expanded(self, n_rows: int) -> int:
+        """Return the bytes of what the model makes of `n_rows` rows of every head to read them; 0 where it does not."""
+        return n_rows * self.shape.token_bytes * self.latents.expansion if self.latents.expansion else 0
 
     def visible(self, n_rows: int) -> Bool[Tensor, "b h S"] | None:
         """Return which of the first `n_rows` rows the running pass sees; None where all are."""

@@ -42,6 +42,16 @@ class Kernels(NamedTuple):
     dense_how: str = ""
 
 
+class Latents(NamedTuple):
+    """What one layer's latents are: their values are the first `rank` numbers of a record, and are stored with it.
+
+    expansion: how many times a record's bytes the keys and values take that the model makes of it to read it.
+    """
+
+    rank: int = 0
+    expansion: int = 0
+
+
 class Setting(NamedTuple):
     """What a user set around a method: byte limits, what was measured of the model, what a plan limits, kernels."""
 
@@ -51,6 +61,8 @@ class Setting(NamedTuple):
     kernels: Kernels = Kernels()
     # Query heads per KV head: the model's own attention may repeat what it reads so often.
     n_groups: int = 1
+    # Layers that store latents; None: no layer does.
+    latents: dict[int, Latents] | None = None
     # Of the attached model; None: every cache starts its own.
     worker: Worker | None = None
     # The indexer that the model was trained with; None: it has none.

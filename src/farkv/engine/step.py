@@ -66,7 +66,7 @@ class Engine:
                 self.store.buffers.clear()
             self.store.open_pages(shape, k.dtype)
             parts.admission.admit(shape, k.shape[2])
-            if self.mode.drafted and parts.eviction.is_active:
+            if self.mode.drafted and self._reads_guesses_whole(layer):
                 self.account.add_fallback("whole_guesses")
         if self.is_drafted(layer):
             # Stored one by one, as they are attended to (`engine.drafted`).
@@ -79,9 +79,14 @@ class Engine:
 
     def is_drafted(self, layer: int) -> bool:
         """Say whether tokens of this pass read by a choice of their own: not where a layer reads all, or evicts."""
-        if not self.mode.drafted or self.mode.dense or self.parts.eviction.is_active:
+        if not self.mode.drafted or self.mode.dense or self._reads_guesses_whole(layer):
             return False
         return not self.selector.reads_all(layer) and self.parts.budgets.share_of(layer) < 1
+
+    def _reads_guesses_whole(self, layer: int) -> bool:
+        """Say whether guesses are read in one pass: what evicts counts them, an indexer and latents are of a pass."""
+        one_pass = self.setup.setting.indexer is not None or self.records[layer].latents.rank > 0
+        return one_pass or self.parts.eviction.is_active
 
     def make_room(self, n_new: int) -> None:
         """Make room in a full pool, in all layers, before a pass begins: where that fails, the room stays made."""

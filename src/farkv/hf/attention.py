@@ -16,6 +16,7 @@ from torch import nn
 from farkv._axes import Float, Tensor
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
+from farkv.hf.latents import LatentAttention, LatentForm, Made, check_made
 from farkv.hf.layer import FarLayer
 from farkv.math.logits import Logits
 from farkv.math.step import Query, Step
@@ -60,18 +61,45 @@ def far_attention(
     if softcap is not None and base_of(module) == "sdpa":
         # sdpa has no softcap: a model that ran on it before gets none.
         softcap = None
+    latents: LatentForm | None = getattr(module, "farkv_latents", None)
     if not _compat.is_compiling() and is_probing():
-        raise QueryProbed(Query(query, Logits(scale, softcap)))
+        scoring = query if latents is None else latents.absorb(module, query)
+        raise QueryProbed(Query(scoring, Logits(scale, softcap)))
     if far_layer is None:
         return choose_base(module)(module, query, key, value, attention_mask, scaling=scale, dropout=dropout, **kwargs)
     if kwargs.get("position_bias") is not None:
         raise CacheStateError("position_bias: attention with a bias per position cannot be read sparsely")
     # The dict is this call's own.
     kwargs["scaling"], kwargs["dropout"] = scale, dropout
-    far_layer.check_handed(key, value)
+    own = OwnAttention(module, kwargs)
     step = Step(Query(query, Logits(scale, softcap)), key, value, read_mask(attention_mask))
-    out = far_layer.attend(step, OwnAttention(module, kwargs))
+    if latents is None:
+        far_layer.check_handed(key, value)
+        out = far_layer.attend(step, own)
+    else:
+        out = far_layer.attend(*read_latents(latents, far_layer, step, own))
     return refuse_gradients(out) if query.requires_grad and torch.is_grad_enabled() else out
+
+
+def read_latents(form: LatentForm, layer: FarLayer, step: Step, own: OwnAttention) -> tuple[Step, LatentAttention]:
+    """Return a call of latent attention as attention with one KV head, whose keys are the records.
+
+    Raises:
+        CacheStateError: attention is called with something else than the latents that the cache got expand to.
+    """
+    handed = layer.take_handed()
+    if handed is None:
+        raise layer.refuse("the cache got none")
+    records, _ = form.pack(*handed)
+    made = Made(step.query.q, step.k, step.v, records)
+    absorbed = form.absorb(own.module, made.q)
+    if not layer.is_checked and not _compat.is_compiling():
+        if found := check_made(form, own.module, made, absorbed):
+            raise layer.refuse(found)
+        layer.is_checked = True
+    query = step.query._replace(q=absorbed)
+    step = step._replace(query=query, k=records, v=records[..., : form.rank], in_keys=True)
+    return step, LatentAttention(form, own.module, own, made)
 
 
 def read_mask(mask: Tensor | None) -> Tensor | None:

@@ -6,7 +6,6 @@ passed to an attached model behaves as ever.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -34,6 +33,7 @@ from farkv.hf.generate import unwrap_generate, wrap_generate
 from farkv.hf.hooks import check_pass, find_unread, make_inject, note_positions
 from farkv.hf.identity import ModelIdentity
 from farkv.hf.indexed import IndexedLayer, make_narrow
+from farkv.hf.latents import mark, note_latents, unmark
 from farkv.hf.layer import FarLayer
 from farkv.hf.look import Look
 from farkv.hf.lookahead import Layers, Lookahead
@@ -74,6 +74,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.layer_types, self._unmanaged_arguments, self.managed = found.types, found.arguments, found.managed
         self.device = found.device
         self.setting = self.setting._replace(n_groups=found.n_groups, indexer=found.indexer)
+        self.latents, self.setting = note_latents({i: self.attention[i] for i in self.managed}, self.setting)
         self.base = _compat.get_attention_name(model)
         if self.base not in BASES:
             raise UnsupportedModelError(
@@ -119,8 +120,8 @@ class Handle(AbstractContextManager["Handle"]):
                 f"{type(model).__name__}: does not route attention through Hugging Face's attention interface"
             )
         base = self.base if self.base != "sdpa" or _compat.supports_sdpa(model, self.decoder) else "eager"
-        for module in self.attention.values():
-            module.farkv_base = base  # type: ignore[assignment]
+        for i, module in self.attention.items():
+            mark(module, base, self.latents.get(i))
         hooks = self._hooks
         verifier = Verifier()
         for module in {model, self.decoder}:
@@ -150,8 +151,7 @@ class Handle(AbstractContextManager["Handle"]):
         unwrap_generate(self.model)
         _handles.pop(id(self.model), None)
         for module in self.attention.values():
-            with contextlib.suppress(AttributeError):
-                del module.farkv_base
+            unmark(module)
         _compat.set_attention_name(self.model, self.base)
         if self.setting.limits.disk is not None:
             self.setting.limits.disk.close()
@@ -205,8 +205,8 @@ class Handle(AbstractContextManager["Handle"]):
             self._hooks += self._ahead.start(self.decoder, engine.selector.source)
         ours = FarLayer if setting.indexer is None else IndexedLayer
         layers = [
-            ours(i, engine) if i in self.managed else make_unmanaged_layer(kind, arguments)
-            for i, (kind, arguments) in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
+            ours(i, engine, self.latents.get(i)) if i in self.managed else make_unmanaged_layer(*own)
+            for i, own in enumerate(zip(self.layer_types, self._unmanaged_arguments, strict=True))
         ]
         cache = FarCache(layers, engine, made_by=self.number, identity=self.identity.get(), verify_steps=verify)
         self._last = cache
@@ -220,7 +220,7 @@ class Handle(AbstractContextManager["Handle"]):
     def measure_shape(self) -> tuple[LayerShape, torch.dtype]:
         """Return the widest managed layer's shape, from one token through the model: exact for any architecture."""
         if self._shape is None:
-            found = measure_shapes(self.decoder, self.model.config, self.managed, self.device)
+            found = measure_shapes(self.decoder, self.model.config, self.managed, self.device, self.latents)
             self._shape, self.shapes, self.unmanaged = found.widest, found.managed, found.unmanaged
         return self._shape
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
 from farkv.hf import _compat
+from farkv.hf.latents import MARKS
 from farkv.hf.packed import PackedLinear
 
 # Values of each parameter.
@@ -110,7 +111,7 @@ VARIES = frozenset(
     """.split()
 )
 # Of a module what no answer depends on.
-OWN = frozenset(vars(nn.Module())) | {"farkv_base", "gradient_checkpointing", "max_seq_len_cached", "name_or_path"}
+OWN = frozenset(vars(nn.Module())) | MARKS | {"gradient_checkpointing", "max_seq_len_cached", "name_or_path"}
 
 
 def grows(model: nn.Module, name: str) -> bool:

@@ -16,6 +16,7 @@ from farkv.engine.drafted import attend_drafted
 from farkv.engine.step import Engine
 from farkv.errors import CacheStateError
 from farkv.hf import _compat
+from farkv.hf.latents import LatentForm
 from farkv.math.step import AttentionFunction, Step
 
 ELSEWHERE = (
@@ -25,11 +26,17 @@ ELSEWHERE = (
 
 
 class FarLayer(_compat.DynamicLayer):
-    """One managed layer: routes what Hugging Face asks of a cache layer to the engine."""
+    """One managed layer: routes what Hugging Face asks of a cache layer to the engine.
 
-    def __init__(self, layer: int, engine: Engine):
+    Args:
+        latents: the form of what is stored, where it is latents.
+    """
+
+    def __init__(self, layer: int, engine: Engine, latents: LatentForm | None = None):
         super().__init__()
-        self.layer, self.engine = layer, engine
+        self.layer, self.engine, self.latents = layer, engine, latents
+        # Whether what attention is called with was found to be what the stored latents expand to.
+        self.is_checked = False
         self.is_initialized = False
         # What `update` handed back in this pass, until attention is called with it.
         self.handed: tuple[Tensor, Tensor] | None = None
@@ -65,8 +72,11 @@ class FarLayer(_compat.DynamicLayer):
         """Store the new tokens and hand them back unchanged."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        stored = key_states, value_states
+        if self.latents is not None:
+            stored = self.latents.pack(key_states, value_states)
         with out_of_inference():
-            self.engine.append(self.layer, key_states, value_states)
+            self.engine.append(self.layer, *stored)
         return self.hand(key_states, value_states)
 
     def hand(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,13 +86,21 @@ class FarLayer(_compat.DynamicLayer):
 
     def check_handed(self, k: Tensor, v: Tensor) -> None:
         """Raise CacheStateError unless attention is called with the very keys and values that were stored."""
-        handed, self.handed = self.handed, None
+        handed = self.take_handed()
         if handed is None or handed[0] is not k or handed[1] is not v:
-            raise CacheStateError(
-                f"layer {self.layer}: this model attends to other keys or values than those it gives the cache "
-                f"({describe(k, v)}, the cache got {describe(*handed) if handed else 'none'}); it cannot be managed, "
-                "use an ordinary cache"
-            )
+            raise self.refuse(f"{describe(k, v)}, the cache got {describe(*handed) if handed else 'none'}")
+
+    def take_handed(self) -> tuple[Tensor, Tensor] | None:
+        """Return what `update` handed back in this pass; attention asks once."""
+        handed, self.handed = self.handed, None
+        return handed
+
+    def refuse(self, found: str) -> CacheStateError:
+        """Return the error for a model whose attention is called with something else than the cache got."""
+        return CacheStateError(
+            f"layer {self.layer}: this model attends to other keys or values than those it gives the cache "
+            f"({found}); it cannot be managed, use an ordinary cache"
+        )
 
     def attend(self, step: Step, attention: AttentionFunction) -> object:
         """Let the engine attend."""

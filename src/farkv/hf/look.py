@@ -46,13 +46,12 @@ class LookLayer(FarLayer):
         # Of a model with an indexer of its own: all its keys; the positions, which such a model sets.
         self.indexer_keys: Tensor | None = None
         self.indexer_position_ids: Tensor | None = None
+        self.n_seen = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hold the new tokens, and hand them back unchanged."""
-        new = key_states, value_states
-        old = self.held or tuple(x[:, :, :0] for x in new)
-        self.held = torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2)
-        return self.hand(*new)
+        """Count the new tokens, and hand them back unchanged."""
+        self.n_seen += key_states.shape[2]
+        return self.hand(key_states, value_states)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
         """Hold the new keys of the model's own indexer, and return all."""
@@ -62,11 +61,13 @@ class LookLayer(FarLayer):
 
     def get_seq_length(self) -> int:
         """Return the tokens seen."""
-        return 0 if self.held is None else self.held[0].shape[2]
+        return self.n_seen
 
     def attend(self, step: Step, attention: AttentionFunction) -> object:
-        """Attend to all of them."""
-        assert self.held is not None
+        """Hold the new tokens' records, and attend to all of them."""
+        new = step.k, step.stored_v
+        old = self.held or tuple(x[:, :, :0] for x in new)
+        self.held = torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2)
         return attention(step.query.q, *self.held, step.mask)
 
 

@@ -76,7 +76,7 @@ def make_receipt(
         least_read_fraction=least.fraction,
         peak_read_fraction=max(account.peak_read, account.read_fraction()),
         exact=find_exact(cache.engine),
-        notes=list_notes(cache, least),
+        notes=list_notes(cache, setting, least),
         fetched_bytes_per_token=account.fetched_bytes / steps,
         disk_bytes_per_token=account.disk_bytes / steps,
         evicted_records=sum(count_evicted(layer) for layer in cache.layers),
@@ -95,17 +95,23 @@ def make_receipt(
     )
 
 
+def list_notes(cache: FarCache, setting: Setting, least: Least) -> tuple[str, ...]:
+    """Return what a reader must know besides: of the cap, of the crossover, of records that travel, and of latents."""
+    engine = cache.engine
+    late = engine.selector.note if engine.store.travels else ""
+    notes = [least.note, describe_crossover(engine, cache.get_seq_length()), late]
+    if setting.latents:
+        notes.append(
+            f"{len(setting.latents)} of {len(engine.layers)} managed layers store latents: what a step reads of them "
+            "is expanded and read by the model's own attention, by no kernel in place"
+        )
+    return tuple(filter(None, notes))
+
+
 def describe_weights(model: PreTrainedModel) -> Weights:
     """Return what a model computes in, and what its weights were made from, if `load_model` or transformers say it."""
     source = getattr(model, "farkv_source", None) or _compat.name_quantization(model)
     return Weights(str(model.dtype).removeprefix("torch."), source)
-
-
-def list_notes(cache: FarCache, least: Least) -> tuple[str, ...]:
-    """Return what a reader must know besides: of the cap, of the crossover, and of records that travel."""
-    engine = cache.engine
-    late = engine.selector.note if engine.store.travels else ""
-    return tuple(filter(None, (least.note, describe_crossover(engine, cache.get_seq_length()), late)))
 
 
 def measure_least(cache: FarCache, sizes: list[int]) -> Least:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from farkv.hf.latents import LatentForm
 from farkv.store.sizes import LayerShape
 
 
@@ -26,14 +27,20 @@ class Shapes(NamedTuple):
 
 
 @torch.no_grad()
-def measure_shapes(decoder: nn.Module, config: Any, managed: list[int], device: torch.device) -> Shapes:
-    """Send one token through a decoder and look at what its layers hold."""
+def measure_shapes(
+    decoder: nn.Module, config: Any, managed: list[int], device: torch.device, latents: dict[int, LatentForm]
+) -> Shapes:
+    """Send one token through a decoder and look at what its layers hold.
+
+    Args:
+        latents: the forms of those that store latents.
+    """
     probe = DynamicCache(config=config)
     decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=probe)
     layers: list[Any] = probe.layers
     shapes: dict[int, LayerShape] = {}
     for i in managed:
         k, v = layers[i].keys, layers[i].values
-        shapes[i] = LayerShape(1, k.shape[1], k.shape[-1], v.shape[-1], k.element_size())
+        shapes[i] = LayerShape.of(*(latents[i].pack(k, v) if i in latents else (k, v)))
     others = {i: layer for i, layer in enumerate(layers) if i not in managed}
     return Shapes(shapes, {i: layers[i].keys.dtype for i in managed}, others)

@@ -37,12 +37,14 @@ class Step(NamedTuple):
     mask: over the whole context, [b, 1, T, S], True where a query may see a token; None: causal. One that differs from
     head to head, or of numbers that are added to logits, has a bias: only the model's own attention reads by it.
     own: of a model whose own indexer has chosen among what the mask shows; None: it has none.
+    in_keys: values are the first numbers of keys, and are stored with them: latents.
     """
 
     query: Query
     k: Float[Tensor, "B Hkv T D"]
     v: Float[Tensor, "B Hkv T Dv"]
     mask: Shaped[Tensor, "b h T S"] | None
+    in_keys: bool = False
     own: OwnChoice | None = None
 
     @property
@@ -73,7 +75,16 @@ class Step(NamedTuple):
     @property
     def new_bytes(self) -> int:
         """Return the bytes of the new tokens' keys and values."""
-        return (self.k.numel() + self.v.numel()) * self.k.element_size()
+        return (self.k.numel() + self.stored_v.numel()) * self.k.element_size()
+
+    @property
+    def stored_v(self) -> Tensor:
+        """Return the new tokens' values as they are stored: of no width where they are part of keys."""
+        return self.v[..., :0] if self.in_keys else self.v
+
+    def values_of(self, k: Tensor, v: Tensor) -> Tensor:
+        """Return the values of stored records."""
+        return k[..., : self.v.shape[-1]] if self.in_keys else v
 
 
 def describe_bias(step: Step) -> str:

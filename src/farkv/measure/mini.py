@@ -96,8 +96,7 @@ class MiniLayer(FarLayer):
                 f"layer {self.layer}: expected finite queries, keys and values, the model computed NaN or infinity; "
                 "look for NaN in the weights, or load it in a dtype of more range (bfloat16, float32)"
             )
-        width = step.k.shape[1] * (step.k.shape[-1] + step.v.shape[-1])
-        self.sample.token_bytes[self.layer] = width * step.k.element_size()
+        self.sample.token_bytes[self.layer] = step.new_bytes // (step.k.shape[0] * step.n_new)
         if self.look.grams:
             gram = measure_gram(step.query.q, step.k, None).sum_batch()
             self.sample.grams[self.layer] = Gram(

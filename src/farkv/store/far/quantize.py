@@ -189,7 +189,8 @@ class Codec:
         for a, b in self._pieces(rows):
             decoded = self.decode(rows[:, :, a:b]).float()
             for x, y in ((k, decoded[..., : self.k_dim]), (v, decoded[..., self.k_dim :])):
-                worst = torch.maximum(worst, (x[:, :, a:b] - y).abs().nan_to_num_(nan=0.0).amax())
+                if y.shape[-1]:
+                    worst = torch.maximum(worst, (x[:, :, a:b] - y).abs().nan_to_num_(nan=0.0).amax())
         return float(worst)
 
     @property
@@ -226,6 +227,9 @@ class Codec:
         at = 0
         of_k, of_v = out[..., : self.k_dim], out[..., self.k_dim :]
         for x, kept in ((of_k, params[..., :ends]), (of_v, params[..., ends:])):
+            if x.shape[-1] == 0:
+                # Of a latent the value is part of the key.
+                continue
             by_kind, g = kept.unflatten(-1, (form.n_params, -1)), 0
             for group in _split(x):
                 n, size = group.shape[-2:]
