@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 import farkv
@@ -342,3 +343,14 @@ def test_a_model_is_as_it_was() -> None:
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     farkv.attach(model, Full()).detach()
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("config", ["KimiLinearConfig", "BailingHybridConfig"])
+def test_of_hybrids_the_layers_of_latents_are_managed(config: str) -> None:
+    if not hasattr(transformers, config):
+        pytest.skip(f"this transformers has no {config}")
+    kinds = ["linear_attention", "full_attention"] * 2
+    model = build(config, **{**LATENT, "layer_types": kinds, "head_dim": 8})
+    receipt = compare(model, InfiniGen(fraction=1.0), make_prompt(1, tokens=12), "1MiB")
+    assert [row.managed for row in receipt.layers] == [False, True] * 2
+    assert any("2 of 2 managed layers store latents" in note for note in receipt.notes)

@@ -52,7 +52,6 @@ BASES = ("sdpa", "eager")
 # Tokens of a prompt that are read at once, where nothing else is said.
 CHUNK_TOKENS = 2048
 
-
 _numbers = count()
 
 
