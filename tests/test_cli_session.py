@@ -46,6 +46,9 @@ def test_later_runs_need_no_file_and_give_the_same_answer(folder: Path) -> None:
         assert later["answer"] == first["answer"]
         assert list(later) == list(first)
         assert later["context_tokens"] == first["context_tokens"]
+        # The run that wrote it has read the text, the others have not.
+        assert later["time"]["prefill_s"] < first["time"]["prefill_s"] < first["time"]["first_token_s"]
+        assert 0 == first["session_tokens"] < later["session_tokens"] < first["context_tokens"]
         assert later["disk_bytes_per_token"] == first["disk_bytes_per_token"]
     assert digest(folder) == before
 

@@ -66,6 +66,8 @@ class Account:
     layers: dict[int, LayerCount] = field(default_factory=dict)
     record_bytes: dict[int, int] = field(default_factory=dict)
     context_tokens: int = 0
+    # Tokens that came from a session and not from a pass.
+    session_tokens: int = 0
     decode_steps: int = 0
     timed_steps: int = 0
     generated_tokens: int = 0
@@ -161,6 +163,10 @@ class Account:
         if self.prompt_tokens is not None:
             self.decode_steps = max(0, self.decode_steps - n_tokens)
             self.timed_steps = max(0, self.timed_steps - n_tokens)
+
+    def take_reading(self, other: Account) -> None:
+        """Count what another cache's passes took to read this one's text, which then went through a session."""
+        self.session_tokens, self.prefill_s, self.began = 0, other.prefill_s, other.began
 
     def _note_peak(self) -> None:
         """Note what this step has read, if no count of it has stayed on a device."""

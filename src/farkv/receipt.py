@@ -115,6 +115,7 @@ class Receipt:
     answer: str
     stop_reason: str | None
     context_tokens: int
+    session_tokens: int
     generated_tokens: int
     rss: Rss
     kv_bytes: KVBytes

@@ -81,6 +81,8 @@ def describe_notes(receipt: Receipt) -> list[str]:
     if receipt.weights.source is not None:
         notes.append(f"weights: {receipt.weights.dtype}, from {receipt.weights.source}")
     notes += receipt.notes
+    if receipt.session_tokens:
+        notes.append(f"{receipt.session_tokens:,} tokens were not read: they came from a session")
     for name, n in receipt.fallbacks.items():
         counted, what = FALLBACK_WORDS[name]
         notes.append(f"{n:,} {counted}: {what}")

@@ -33,8 +33,8 @@ SELECTORS: dict[str, Method] = {
 }
 # design.md, "The receipt": the keys are stable.
 KEYS = {
-    "": "model weights device threads method fraction_asked answer stop_reason context_tokens generated_tokens rss "
-    "kv_bytes limits read_fraction index_fraction "
+    "": "model weights device threads method fraction_asked answer stop_reason context_tokens session_tokens "
+    "generated_tokens rss kv_bytes limits read_fraction index_fraction "
     "resident_fraction kept_fraction managed_read_fraction managed_resident_fraction managed_kept_fraction "
     "least_read_fraction peak_read_fraction exact notes fetched_bytes_per_token disk_bytes_per_token "
     "evicted_records kernel fallbacks quant time quality layers versions",

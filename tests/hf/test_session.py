@@ -21,6 +21,7 @@ from farkv.hf.handle import Handle
 from farkv.hf.session import load_cache, read_session_text, resume
 from farkv.methods import XKV, Full, InfiniGen, LowBit, Method, Oracle, Pages, Random, Window
 from farkv.session.file import Saved, write_saved
+from farkv.store.placement import Placement
 from tests.models import forward, make_model, make_prompt, plain_cache
 
 QUESTION = make_prompt(1, tokens=4, seed=9)["input_ids"]
@@ -165,10 +166,56 @@ def test_several_questions_on_one_cache_and_a_longer_text(tmp_path: Path) -> Non
         assert torch.equal(ask(model, cache, other), first[1]), "the old file stays with its readers"
 
 
+ALIKE: dict[str, tuple[Method, dict[str, Any]]] = {
+    "full": (Full(), {}),
+    "infinigen": (InfiniGen(fraction=0.1), {}),
+    "plain": (InfiniGen(fraction=0.1), {"kernel": "plain"}),
+    "near": (InfiniGen(fraction=0.1), {"near": "400KiB"}),
+    "int8": (InfiniGen(fraction=0.1), {"quant": "int8"}),
+    "lowbit": (LowBit(fraction=0.1), {}),
+    "pages": (Pages(fraction=0.3), {}),
+}
+
+
+@pytest.mark.parametrize("case", list(ALIKE))
+def test_a_text_that_memory_holds_is_asked_as_if_it_had_just_been_read(case: str, tmp_path: Path) -> None:
+    method, options = ALIKE[case]
+    model, path = make(), tmp_path / "a"
+    with farkv.attach(model, method, **options) as far:
+        cache = write(far, path, 600)
+        answer, receipt = ask(model, cache), far.receipt(cache)
+        placement = cache.engine.store.placement
+        cache.reset()
+        again = load_cache(path, model)
+        assert again.engine.store.placement is placement is not Placement.DISK
+        assert torch.equal(ask(model, again), answer)
+        told = far.receipt(again)
+        assert (told.kernel, told.read_fraction, told.exact) == (receipt.kernel, receipt.read_fraction, receipt.exact)
+        assert told.disk_bytes_per_token == 0
+
+
+def test_where_a_saved_text_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = make(), tmp_path / "a"
+    with farkv.attach(model, Full()) as far:
+        write(far, path, 600)
+
+    def place(tokens: int = 0, **options: Any) -> Placement:
+        with farkv.attach(model, Full(), **options):
+            return load_cache(path, model, tokens=tokens).engine.store.placement
+
+    # Records of 300 KiB; where no length is given, memory must hold them twice.
+    assert place() is place(host="800KiB") is place(610, host="400KiB") is Placement.IN_PLACE
+    assert place(host="400KiB") is place(1000, host="400KiB") is Placement.DISK
+    assert place(host="800KiB", evict="lru") is place(disk=f"{tmp_path}/kv:1MiB") is Placement.DISK
+    monkeypatch.setattr("farkv.hf.session.count_memory", lambda: 500 << 10)
+    assert place() is Placement.DISK
+    assert place(host="800KiB") is Placement.IN_PLACE
+
+
 def test_loading_is_lazy(tmp_path: Path) -> None:
     model, path = make("llama", num_hidden_layers=2), tmp_path / "a"
-    with farkv.attach(model, InfiniGen(fraction=0.1)) as far:
-        write(far, path, 1000)
+    with farkv.attach(model, InfiniGen(fraction=0.1), host="400KiB") as far:
+        write(far, path, 1000).reset()
         cache = load_cache(path, model)
         assert cache.account.disk_bytes == 0
         ask(model, cache, QUESTION[:, :1])
@@ -298,6 +345,17 @@ def test_a_damaged_page_that_is_needed_is_an_error(tmp_path: Path) -> None:
     model, path = make(), tmp_path / "a"
     with farkv.attach(model, Full()) as far:
         write(far, path, 600)
+        whole, good = path.read_bytes(), ask(model, held := load_cache(path, model))
+        path.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+        with pytest.raises(StoreError, match="damaged"):
+            load_cache(path, model)
+        path.write_bytes(whole)
+        assert torch.equal(ask(model, load_cache(path, model)), good)
+        # What is in memory needs the file no more.
+        path.unlink()
+        assert forward(model, QUESTION, held).isfinite().all()
+        path.write_bytes(whole)
+    with farkv.attach(model, Full(), disk=f"{tmp_path}/kv:10MiB"):
         cache, twin = load_cache(path, model), load_cache(path, model)
         good = ask(model, twin)
         whole = path.read_bytes()

@@ -90,16 +90,16 @@ def open_session(request: Request, path: Path, listener: Listener) -> tuple[Prom
     from farkv.hf.prompt import build_prompt
     from farkv.hf.session import load_cache, read_session_text, resume
 
-    is_new = not path.exists()
-    if is_new:
-        prompt, cache = open_text(request._replace(verify=0), query_aware=False)
-        prefill(request.far, cache, prompt.text, request.decoding.chunk_tokens, listener, marks=True)
-        cache.save(path, tokenizer=request.tokenizer, text=request.text)
+    reading: FarCache | None = None
+    if not path.exists():
+        prompt, reading = open_text(request._replace(verify=0), query_aware=False)
+        prefill(request.far, reading, prompt.text, request.decoding.chunk_tokens, listener, marks=True)
+        reading.save(path, tokenizer=request.tokenizer, text=request.text)
         say(f"session {quote(path)}: {format_bytes(path.stat().st_size)} for {len(prompt.text)} tokens")
-        cache.reset()
+        reading.reset()
     # The first question also reads from the file, like all later ones.
     text = read_session_text(path, request.text)
-    if is_new:
+    if reading is not None:
         # What is to be said of it was said.
         prompt = build_prompt(request.tokenizer, text, request.question, request.system)
     else:
@@ -107,4 +107,6 @@ def open_session(request: Request, path: Path, listener: Listener) -> tuple[Prom
     tokens = prompt.n_tokens + request.decoding.max_new_tokens
     cache = load_cache(path, request.far.model, tokens=tokens, verify=request.verify, tokenizer=request.tokenizer)
     resume(cache, prompt.text)
+    if reading is not None:
+        cache.account.take_reading(reading.account)
     return prompt, cache

@@ -86,7 +86,7 @@ class FarCache(Unlike, _compat.Cache):
     def take_text(self, ids: Int[Tensor, " N"], dtype: torch.dtype, device: torch.device) -> None:
         """Note the tokens of a text that was read before; the engine holds its records."""
         self.read_ids.take(ids)
-        self.account.context_tokens = len(ids)
+        self.account.context_tokens = self.account.session_tokens = len(ids)
         for layer in self.layers:
             if isinstance(layer, FarLayer):
                 layer.dtype, layer.device, layer.is_initialized = dtype, device, True
@@ -236,6 +236,7 @@ class FarCache(Unlike, _compat.Cache):
             for i in range(len(self.layers) if n_tokens else 0):
                 broken = self._crop_layer(i, n_tokens, target) or broken
         self._broken, self.marked = broken, marked
+        self.account.session_tokens = min(self.account.session_tokens, target)
         self.check_whole()
 
     def _crop_layer(self, i: int, n_tokens: int, target: int) -> str:

@@ -193,10 +193,10 @@ class Handle(AbstractContextManager["Handle"]):
     def make_cache(
         self, reserve: int, verify: int, saved: SavedText | None = None, quant: str | None = None
     ) -> FarCache:
-        """Make a cache with room for `reserve` tokens, over a saved text if there is one; nothing is admitted yet."""
-        account, limits = Account(), self.setting.limits._replace(reserve_tokens=reserve)
-        if saved is not None:
-            limits = limits._replace(saved=saved, quant=quant)
+        """Make a cache with room for `reserve` tokens, over a saved text or coded as it is; nothing is admitted yet."""
+        account, limits = Account(), self.setting.limits._replace(reserve_tokens=reserve, saved=saved)
+        if quant is not None:
+            limits = limits._replace(quant=quant)
         setting = self.setting._replace(limits=limits)
         engine = make_engine(self.roles, Setup(self.managed, self.device, account, setting, verifies=verify > 0))
         if engine.selector.source is not None:

@@ -56,6 +56,7 @@ def make_receipt(
         answer="",
         stop_reason=account.stop_reason,
         context_tokens=account.context_tokens,
+        session_tokens=account.session_tokens,
         generated_tokens=account.generated_tokens or account.decode_steps,
         rss=measure_rss(model),
         kv_bytes=KVBytes(

@@ -1,11 +1,13 @@
 """Sessions: a text that was read once, on disk, to be asked again by any process.
 
-In: a file and an attached model. Out: a cache that goes on from the text and reads what it needs of it, when it needs
-it. The file is never changed by asking. `session/` knows the file, docs/session-format.md has the format.
+In: a file and an attached model. Out: a cache that goes on from the text: an ordinary one where memory may hold the
+text, else one that reads what it needs of it when it needs it. The file is never changed by asking. `session/` knows
+the file, docs/session-format.md has the format.
 """
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,29 @@ import torch
 from transformers import PreTrainedModel
 
 from farkv.config import read_count
-from farkv.errors import CacheStateError, ConfigError, SessionError
+from farkv.errors import CacheStateError, CapacityError, ConfigError, SessionError
 from farkv.hf.cache import FarCache
-from farkv.hf.handle import CHUNK_TOKENS, find_handle
+from farkv.hf.handle import CHUNK_TOKENS, Handle, find_handle
 from farkv.hf.identity import identify_tokenizer
 from farkv.hf.state import MOST_SHARED, holds_states
 from farkv.hf.unmanaged import take_marked, take_unmanaged
 from farkv.quote import quote
 from farkv.session.file import Saved
-from farkv.session.load import check_levers, fill_engine, open_text
+from farkv.session.load import Text, check_levers, fill_engine, open_text
 from farkv.store.far.page_reader import bytes_of
+from farkv.store.memory import count_memory
 
 
 def load_cache(
     path: str | Path, model: PreTrainedModel, *, tokens: int = 0, verify: int = 0, tokenizer: Any = None
 ) -> FarCache:
-    """Return a cache that holds a saved text; its records are read from the file when they are needed.
+    """Return a cache that holds a saved text, in memory where it fits; else pages are read when they are needed.
 
     Args:
         path: a file that `cache.save(path)` wrote.
         model: the model that read the text, attached.
-        tokens: length to make room for, text and answer; 0: the text and a little.
+        tokens: length to make room for, text and answer; 0: the text and a little. The text goes into memory where
+            the host limit holds so many tokens; with 0, twice the text: room to grow, or for one copy.
         verify: compare this many decode steps with full attention over the same records.
         tokenizer: compared with the one that the session was saved with.
 
@@ -60,7 +64,7 @@ def load_cache(
                 "method that the session was made with"
             )
         n_tokens, (shape, dtype) = len(text.ids), handle.measure_shape()
-        cache = handle.make_cache(max(tokens, n_tokens + 1), verify, text.pages, text.quant)
+        cache = make_cache(handle, text, tokens, verify)
         mine = {"identity": handle.identity.get(), "tokenizer": identify_tokenizer(tokenizer)}
         fill_engine(cache.engine, text, shape, dtype, mine, CHUNK_TOKENS)
         take_unmanaged(cache.layers, text.saved.tensors("unmanaged/"), handle.unmanaged, n_tokens)
@@ -70,6 +74,23 @@ def load_cache(
     except SessionError as error:
         raise error if str(error).startswith("session ") else SessionError(f"session {quote(path)}: {error}") from error
     return cache
+
+
+def make_cache(handle: Handle, text: Text, tokens: int, verify: int) -> FarCache:
+    """Return an empty cache for a saved text: an ordinary one where memory may hold the text, else one over its pages.
+
+    Pages stay in the file where `disk` says so, where a full pool evicts, where the host limit has no room, and where
+    without one they are more than half of this machine's memory.
+    """
+    limits, reserve = handle.setting.limits, max(tokens, len(text.ids) + 1)
+    pages, (shape, dtype) = text.pages, handle.measure_shape()
+    is_large = limits.host is None and 2 * text.saved.n_pages * text.saved.page_bytes > count_memory()
+    if limits.disk is None and limits.evict == "refuse" and not is_large:
+        cache = handle.make_cache(reserve, verify, None, text.quant)
+        with contextlib.suppress(CapacityError):
+            cache.engine.admit(shape, dtype, reserve if tokens else 2 * reserve, CHUNK_TOKENS)
+            return cache
+    return handle.make_cache(reserve, verify, pages, text.quant)
 
 
 def read_session_text(path: str | Path, longer: str = "") -> str:

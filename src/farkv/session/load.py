@@ -1,10 +1,11 @@
-"""Lets an engine hold a saved text, whose pages stay in the file. Nothing in the file is trusted.
+"""Lets an engine hold a saved text, whose pages stay in the file or go into memory. Nothing in the file is trusted.
 
 In: an open file, an engine, what its caller knows of the model. Out: the engine goes on from the text, or an error.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from farkv.engine.step import Engine
 from farkv.errors import SessionError
 from farkv.methods import XKV
 from farkv.session.file import Saved
-from farkv.session.pages import take_text
+from farkv.session.pages import read_text, take_text
 from farkv.session.save import describe_text
 from farkv.store.far.pages import MOST_TOKENS
 from farkv.store.records import SavedText
@@ -82,7 +83,7 @@ def open_text(path: Path, quant: str | None) -> Text:
 def fill_engine(
     engine: Engine, text: Text, shape: LayerShape, dtype: torch.dtype, model: dict[str, Any], chunk: int
 ) -> None:
-    """Let an empty engine hold a saved text: page tables and index are filled, no page is read.
+    """Let an empty engine hold a saved text: index and page tables, or where it stores records in memory, all of them.
 
     Args:
         shape, dtype: of the model's records.
@@ -92,10 +93,12 @@ def fill_engine(
     Raises:
         SessionError: the text is of another model, dtype or method, or contradicts itself.
         CapacityError: a limit cannot hold index, buffers and open pages.
+        StoreError: a page that goes into memory is damaged or cannot be read.
     """
     saved, store = text.saved, engine.store
-    check_notes(saved.notes, model | describe_text(engine, shape, dtype))
-    form, (n_pages, n_open) = store.page_form(shape, dtype), divmod(len(text.ids), text.pages.page_tokens)
+    form = store.page_form(shape, dtype, text.pages.page_tokens)
+    check_notes(saved.notes, model | describe_text(engine, shape, dtype, form))
+    n_pages, n_open = divmod(len(text.ids), form.tokens)
     if (saved.page_bytes, saved.n_pages) != (form.n_bytes, n_pages * shape.kv_heads * len(engine.layers)):
         raise SessionError("its pages are not those of its text; make it anew")
     made, wanted = saved.notes.get("index"), engine.selector.describe()
@@ -111,7 +114,8 @@ def fill_engine(
     if ends != {((1, shape.kv_heads, n_open, form.width), form.dtype)}:
         raise SessionError("the end of its text has another shape than its pages; make it anew")
     engine.account.note_exact(read_exact(saved.notes))
-    engine.take_text(shape, dtype, lambda: take_text(store, n_pages, tails))
+    take = take_text if store.page_cache is not None else partial(read_text, form=form, reader=saved.reader)
+    engine.take_text(shape, dtype, lambda: take(store, n_pages, tails))
     if wanted is not None:
         engine.selector.take_tensors(saved.tensors("index/"), dtype, engine.records)
     # Until it is asked, other caches may have what its passes take; each pass asks again.

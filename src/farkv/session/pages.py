@@ -1,7 +1,8 @@
 """A text that was read once, as pages in a file: which page is where, out of any store and into a new one.
 
 In: a store that holds a whole text, or a saved file. Out: its pages in the file's order, or a store that reads them
-when they are asked for. Full pages are in the file's page area, the records of the last, open page beside it.
+when they are asked for, or holds them all. Full pages are in the file's page area, the records of the last, open page
+beside it.
 
 The file has layer after layer; in a layer runs of up to RUN_PAGES pages per KV head; in a run head after head.
 """
@@ -13,9 +14,11 @@ from collections.abc import Iterator
 import torch
 
 from farkv._axes import Int, Tensor
+from farkv.store.far.page_reader import PageReader
 from farkv.store.far.page_rows import PagedRows
 from farkv.store.far.pages import PageForm
 from farkv.store.far.pool import FarStore
+from farkv.store.memory import PageMover
 
 # Consecutive pages of one head that lie together: a megabyte on real shapes.
 RUN_PAGES = 16
@@ -69,3 +72,27 @@ def take_text(store: FarStore, n_pages: int, tails: dict[int, Tensor]) -> None:
         if tail.shape[2]:
             rows.append(tail)
         assert rows.length == n_pages * tokens + tail.shape[2]
+
+
+def read_text(store: FarStore, n_pages: int, tails: dict[int, Tensor], *, form: PageForm, reader: PageReader) -> None:
+    """Let an empty store that keeps records in memory hold a saved text; as `take_text`.
+
+    Args:
+        form: of the file's pages.
+        reader: reads and verifies them.
+
+    Cost: every page read once, a run at a time; one copy of it.
+
+    Raises:
+        StoreError: a page is damaged or cannot be read.
+    """
+    heads = next(iter(tails.values())).shape[1]
+    numbers = number_pages(len(store.pool), heads, n_pages)
+    reader.mover = store.needs.mover if isinstance(store.needs.mover, PageMover) else None
+    for (layer, rows), table in zip(store.pool.items(), numbers, strict=True):
+        for run in table.split(RUN_PAGES, 1) if n_pages else ():
+            block = torch.empty(1, heads, run.shape[1] * form.tokens, form.width, dtype=form.dtype)
+            reader.read(run.reshape(-1), block)
+            rows.append(block)
+        if tails[layer].shape[2]:
+            rows.append(tails[layer])

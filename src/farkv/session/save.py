@@ -14,6 +14,7 @@ from farkv.engine.usage import find_exact
 from farkv.errors import CacheStateError, SessionError
 from farkv.session.file import write_saved
 from farkv.session.pages import list_pages, open_tail
+from farkv.store.far.pages import PageForm
 from farkv.store.sizes import LayerShape
 
 
@@ -35,7 +36,7 @@ def save_text(
     codec, rows = store.codecs.get(engine.layers[0]), store.pool[engine.layers[0]]
     dtype = rows.dtype if codec is None else codec.dtype
     form = store.page_form(shape, dtype)
-    notes = model | describe_text(engine, shape, dtype)
+    notes = model | describe_text(engine, shape, dtype, form)
     notes |= {"index": engine.selector.describe(), "exact": find_exact(engine)}
     tensors = {"tokens": ids, "text": encode_text(text)} | others
     tensors |= {f"tail/{layer}": open_tail(store, layer, form).to("cpu") for layer in store.pool}
@@ -67,9 +68,8 @@ def check_whole(engine: Engine, ids: Tensor) -> LayerShape:
     return shapes.pop()
 
 
-def describe_text(engine: Engine, shape: LayerShape, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the notes on how an engine keeps a text of such records."""
-    form = engine.store.page_form(shape, dtype)
+def describe_text(engine: Engine, shape: LayerShape, dtype: torch.dtype, form: PageForm) -> dict[str, Any]:
+    """Return the notes on how an engine keeps a text of such records, in such pages."""
     return {
         "layers": engine.layers,
         "record": [shape.kv_heads, shape.k_dim, shape.v_dim, str(dtype).removeprefix("torch.")],

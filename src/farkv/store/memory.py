@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import sys
 from typing import Protocol, runtime_checkable
 
@@ -91,6 +92,11 @@ def grow_mapping(memory: mmap.mmap | None, n_bytes: int) -> mmap.mmap:
             f"host: the system refuses {n_bytes:,} bytes of memory ({error}); give a lower host limit"
         ) from error
     return memory
+
+
+def count_memory() -> int:
+    """Return the bytes of this machine's memory, in use or not."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def return_freed() -> None:

@@ -116,11 +116,11 @@ class FarStore:
 
     # --- pages ----------------------------------------------------------------------------------------------
 
-    def page_form(self, shape: LayerShape, dtype: torch.dtype) -> PageForm:
-        """Return the form of a page: sized for the context, or that of the saved text."""
+    def page_form(self, shape: LayerShape, dtype: torch.dtype, tokens: int = 0) -> PageForm:
+        """Return the form of a page: of so many `tokens`; 0: sized for the context, or that of the saved text."""
         record_bytes, saved = self.stored_bytes(shape), self.limits.saved
         context = max(self.limits.reserve_tokens, *(rows.length for rows in self.pool.values()))
-        tokens = count_page_tokens(record_bytes, context) if saved is None else saved.page_tokens
+        tokens = tokens or (count_page_tokens(record_bytes, context) if saved is None else saved.page_tokens)
         if self.limits.quant is not None:
             return PageForm(tokens, record_bytes, torch.uint8)
         return PageForm(tokens, shape.k_dim + shape.v_dim, dtype)
