@@ -24,14 +24,15 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_run_says_once_what_was_dequantised(model: str) -> None:
     done = farkv("run", "-m", model, "-f", "text.txt", "--json", "--max-new-tokens", "3", "who?")
     assert done.returncode == 0, done.stderr
-    (line,) = done.stderr.splitlines()
+    line, context = done.stderr.splitlines()
+    assert "the model was made for 512" in context
     assert line.startswith("tiny.gguf: Q8_0, F32 weights, dequantised by transformers into float32: ")
     weights = {"dtype": "float32", "source": "Q8_0, F32 of tiny.gguf, dequantised by transformers"}
     assert json.loads(done.stdout)["weights"] == weights
     half = farkv("run", "-m", model, "-f", "text.txt", "--dtype", "bfloat16", "--max-new-tokens", "3", "who?")
     assert half.returncode == 0, half.stderr
     assert "weights: bfloat16, from Q8_0, F32 of tiny.gguf," in half.stderr
-    assert max(map(len, half.stderr.splitlines()[1:])) <= 80
+    assert max(map(len, half.stderr.splitlines()[2:])) <= 80
 
 
 def test_a_profile_and_a_plan_lie_beside_the_file(model: str) -> None:

@@ -47,4 +47,4 @@ def check_template(tokenizer: Any) -> None:
     name = getattr(tokenizer, "name_or_path", "")
     if getattr(tokenizer, "chat_template", None) or name == str(MODEL_PATH):
         return
-    log.warning("no chat template: text and question are continued as plain text, not answered as a message")
+    log.warning("no chat template: text and question are continued as plain text")
