@@ -89,10 +89,16 @@ def find_revision() -> str:
 
 
 def write_rows(out: Path, rows: Rows) -> None:
-    """Put rows into a file, in the place of older ones of the same models: a run that is stopped keeps what it has."""
+    """Put rows into a file, in the place of older ones of the same models: a run that is stopped keeps what it has.
+
+    Every single play is kept of a fault alone.
+    """
     out.parent.mkdir(exist_ok=True)
     old = {row["model"]: row for row in (read_rows(out) if out.exists() else [])}
-    found = old | {row["model"]: row for row in rows}
+    found = old | {row["model"]: dict(row) for row in rows}
+    for row in found.values():
+        if judge_row(row) != FAULT:
+            row.pop("cells", None)
     out.write_text("".join(json.dumps(found[name]) + "\n" for name in sorted(found)))
 
 

@@ -63,11 +63,12 @@ def format_summary(rows: Rows | None = None) -> str:
     rows = read_matrix() if rows is None else rows
     counts = Counter(map(judge_row, rows))
     managed = sum(judge_row(row) == EQUAL and row.get("managed", 0) > 0 for row in rows)
-    versions = {f"transformers {row['transformers']}, torch {row['torch']}, revision {row['revision']}" for row in rows}
+    trees = Counter(f"transformers {row['transformers']}, torch {row['torch']}, tree {row['revision']}" for row in rows)
+    where = "; ".join(f"{count} on {tree}" for tree, count in sorted(trees.items()))
     return (
         f"{len(rows)} configurations: {counts[EQUAL]} equal to the plain model, bit for bit ({managed} of them with "
         f"managed layers), {counts[REFUSED]} refused in words, {counts[UNABLE]} of which the plain model itself cannot "
-        f"be built or run, {counts[FAULT]} faults. {'; '.join(sorted(versions))}."
+        f"be built or run, {counts[FAULT]} faults. Run: {where}."
     )
 
 

@@ -26,6 +26,7 @@ import faults
 import gpu
 import hot
 import limits
+import matrix_table
 import overhead
 import page_sizes
 import prefill
@@ -90,6 +91,7 @@ TABLES: dict[str, dict[str, Callable[[], str]]] = {
         "faults": faults.format_table,
     },
     "docs/reliability.md": {"attacks": reliability.format_table, "rss": rss.format_table},
+    "docs/supported.md": {"summary": matrix_table.format_summary, "matrix": matrix_table.format_table},
     "docs/speed.md": {
         "decode": speed.format_decode,
         "threads": partial(speed.format_decode, name="threads"),
