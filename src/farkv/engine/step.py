@@ -58,11 +58,6 @@ class Engine:
         if layer not in self.account.record_bytes:
             self.account.record_bytes[layer] = LayerShape.of(k, v).record_bytes
         if layer == self.layers[0]:
-            if self.selector.hides and self.is_drafted(layer):
-                raise CacheStateError(
-                    "guessed tokens: expected one token at a time under a cap below the model's own budget, got "
-                    f"{k.shape[2]} in one pass; leave fraction out, or generate without guesses"
-                )
             shape = LayerShape.of(k, v)
             parts.eviction.begin(k.shape[2], self.mode.prompt_tokens)
             if k.shape[2] > 1:
