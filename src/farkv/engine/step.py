@@ -88,6 +88,16 @@ class Engine:
         one_pass = self.setup.setting.indexer is not None or self.records[layer].latents.rank > 0
         return one_pass or self.parts.eviction.is_active
 
+    def has_weights(self, n_new: int) -> bool:
+        """Say whether a pass over `n_new` tokens attends to all records of all layers, by the model's own attention."""
+        parts = self.parts
+        if parts.eviction.is_active or (self.store.streams and self.list_tokens()[:1] != [0]):
+            return False
+        if n_new > 1 and self.account.prompt_tokens is None:
+            return True
+        is_whole = all(parts.budgets.share_of(layer) >= 1 or self.selector.reads_all(layer) for layer in self.layers)
+        return is_whole and not parts.attention.fast.everywhere if n_new == 1 else is_whole
+
     def make_room(self, n_new: int) -> None:
         """Make room in a full pool, in all layers, before a pass begins: where that fails, the room stays made."""
         for layer in self.layers:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from farkv.errors import UnsupportedModelError
 from farkv.hf import _compat
 from farkv.hf.indexed import find_form
+from farkv.hf.place import find_device
 from farkv.methods.records import IndexerForm
 
 log = logging.getLogger("farkv")
@@ -59,12 +60,10 @@ def read_architecture(model: PreTrainedModel, layer_type: str) -> Architecture:
     attention, config = _compat.find_attention(blocks), _compat.text_config(model)
     types, arguments = _compat.describe_layers(config)
     managed = [i for i, kind in enumerate(types) if kind == layer_type and i in attention]
-    devices = {p.device for p in model.parameters()}
-    if len(devices) > 1:
-        raise UnsupportedModelError(f"{name}: parameters on {len(devices)} devices; expected one device")
+    device = find_device(model)
     indexer = find_form(attention, managed, name) if layer_type == INDEXED else None
     if not managed:
         hint = "; its own indexer chooses with attach(model, farkv.methods.Indexer())" if INDEXED in types else ""
         log.warning("%s: no full-attention layer, so nothing to manage: layers are %s%s", name, types, hint)
     n_groups = _compat.count_groups(config)
-    return Architecture(decoder, blocks, attention, types, arguments, managed, devices.pop(), n_groups, indexer)
+    return Architecture(decoder, blocks, attention, types, arguments, managed, device, n_groups, indexer)

@@ -12,7 +12,7 @@ from farkv.calibrate.crossover import RecordShape, choose_crossover
 from farkv.calibrate.plan import Plan
 from farkv.calibrate.profile import Profile, find_beside
 from farkv.calibrate.skews import HeadForm
-from farkv.config import KERNELS, check_name, check_storage, parse_bytes, parse_disk
+from farkv.config import KERNELS, check_flag, check_name, check_storage, parse_bytes, parse_disk
 from farkv.engine.build import Roles
 from farkv.engine.setup import Kernels, Levers, Setting
 from farkv.errors import CacheStateError, ConfigError
@@ -45,6 +45,7 @@ def attach(
     profile: Profile | str | Path | bool | None = None,
     plan: Plan | str | Path | None = None,
     check: bool = True,
+    every_generate: bool = True,
 ) -> Handle:
     """Let a model decode from a far KV store.
 
@@ -67,6 +68,8 @@ def attach(
         plan: a plan or its path. With XKV it drives XKV's levers; without, what a selector may fetch per layer.
         check: send seven tokens through the model before and after, once per class and configuration: what cannot be
             managed is refused now, not answered wrongly later.
+        every_generate: give a `model.generate` without `past_key_values` a new cache, which is gone when the call is
+            over; its receipt stays. False: only calls with a cache of `new_cache()` are managed.
 
     Raises:
         UnsupportedModelError: this architecture or attention implementation cannot be managed.
@@ -82,6 +85,7 @@ def attach(
     limits = StoreLimits(parse_bytes(near, "near"), parse_bytes(host, "host"), evict=evict, quant=quant)
     limits = limits._replace(shared=Shared(limits.near, limits.host))
     check_storage(evict, quant, host=limits.host)
+    check_flag(check=check, every_generate=every_generate)
     kernels = find_kernels(kernel, model)
     place = parse_disk(disk, "disk")
     if getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME:
@@ -98,7 +102,9 @@ def attach(
     if place is not None:
         limits = limits._replace(disk=DiskSpace(*place))
     try:
-        handle = Handle(model, roles, Setting(limits, loaded, levers, kernels, worker=Worker()), looks=check)
+        handle = Handle(
+            model, roles, Setting(limits, loaded, levers, kernels, worker=Worker()), looks=check, lends=every_generate
+        )
     except BaseException:
         if limits.disk is not None:
             limits.disk.close()

@@ -1,4 +1,5 @@
-"""`model.generate` of an attached model: with a cache of ours, the prompt must go on from the text that it holds.
+"""`model.generate` of an attached model: without a cache it is lent one of ours; with one, the prompt must go on from
+the text that it holds, and the answer is counted.
 
 In: the arguments of a call. Out: the same call, or a refusal. A decoder is shown the new tokens alone, so nobody but
 `generate` sees that the others are not those that were read.
@@ -7,18 +8,30 @@ In: the arguments of a call. Out: the same call, or a refusal. A decoder is show
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from farkv._axes import Tensor
-from farkv.errors import CacheStateError
+from farkv.errors import CacheStateError, ConfigError
 from farkv.hf.cache import FarCache
 from farkv.hf.stopped import Asked, note_answer, note_interrupt
 
+log = logging.getLogger("farkv")
 
-def wrap_generate(model: PreTrainedModel) -> None:
-    """Let `generate` check the text first; `unwrap_generate` undoes it, one of the user's own included."""
+
+Lend = Callable[[], AbstractContextManager[FarCache]]
+
+
+def wrap_generate(model: PreTrainedModel, lend: Lend | None) -> None:
+    """Let `generate` check the text first; `unwrap_generate` undoes it, one of the user's own included.
+
+    Args:
+        lend: gives a call without a cache one of ours; None: such a call is left alone.
+    """
     plain: Any = getattr(model, "generate", None)
     if plain is None:
         # A model without a head writes nothing.
@@ -27,24 +40,51 @@ def wrap_generate(model: PreTrainedModel) -> None:
     @functools.wraps(plain)
     def generate(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, FarCache):
+        if isinstance(cache, FarCache):
+            return run(model, plain, args, kwargs)
+        if cache is not None or lend is None or not wants_cache(Asked(model, kwargs, 0)):
             return plain(*args, **kwargs)
-        ids = find_prompt(args, kwargs)
-        check_text(cache, ids)
-        asked, account = Asked(model, kwargs, count_prompt(cache, ids, kwargs)), cache.account
-        account.prompt_tokens = asked.prompt_tokens
-        try:
-            out = plain(*args, **kwargs)
-        except KeyboardInterrupt:
-            note_interrupt(account, asked, cache.get_seq_length())
-            raise
-        finally:
-            account.prompt_tokens = None
-        note_answer(account, asked, out)
-        return out
+        with lend() as ours:
+            return run(model, plain, args, {**kwargs, "past_key_values": ours})
 
     generate.own = vars(model).get("generate")  # type: ignore[attr-defined]
     model.generate = generate  # type: ignore[method-assign]
+
+
+def run(model: PreTrainedModel, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Generate with a cache of ours; count the answer, and note why it is no longer."""
+    cache: FarCache = kwargs["past_key_values"]
+    ids = find_prompt(args, kwargs)
+    check_text(cache, ids)
+    asked, account = Asked(model, kwargs, count_prompt(cache, ids, kwargs)), cache.account
+    account.prompt_tokens = asked.prompt_tokens
+    try:
+        out = plain(*args, **kwargs)
+    except KeyboardInterrupt:
+        note_interrupt(account, asked, cache.get_seq_length())
+        raise
+    finally:
+        account.prompt_tokens = None
+    note_answer(account, asked, out)
+    return out
+
+
+def wants_cache(asked: Asked) -> bool:
+    """Say whether a call without a cache may be given one; one that asks for none is left alone, and that is said.
+
+    Raises:
+        ConfigError: it asks for a cache of another kind.
+    """
+    if asked.find("use_cache") is False:
+        log.warning("generate(use_cache=False): there is no cache, so nothing is managed, and no receipt tells of it")
+        return False
+    kind = asked.find("cache_implementation")
+    if kind is not None:
+        raise ConfigError(
+            f"generate(cache_implementation={kind!r}): this model is attached, and its caches are ours; leave it out, "
+            "or attach(..., every_generate=False), which manages only calls with past_key_values=far.new_cache()"
+        )
+    return True
 
 
 def unwrap_generate(model: PreTrainedModel) -> None:

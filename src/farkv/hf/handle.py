@@ -7,7 +7,8 @@ passed to an attached model behaves as ever.
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import count
 from types import TracebackType
@@ -23,20 +24,20 @@ from farkv.config import read_count
 from farkv.engine.build import Roles, make_engine
 from farkv.engine.least import Least, find_least
 from farkv.engine.setup import Setting, Setup
-from farkv.errors import CacheStateError, UnsupportedModelError
+from farkv.errors import CacheStateError
 from farkv.hf import _compat
 from farkv.hf.architecture import read_architecture
 from farkv.hf.arguments import count_new, find_cache, find_ids
-from farkv.hf.attention import NAME
 from farkv.hf.cache import FarCache
 from farkv.hf.generate import unwrap_generate, wrap_generate
-from farkv.hf.hooks import check_pass, find_unread, make_inject, note_positions
+from farkv.hf.hooks import check_pass, check_weights, find_unread, make_inject, note_positions
 from farkv.hf.identity import ModelIdentity
 from farkv.hf.indexed import IndexedLayer, make_narrow
 from farkv.hf.latents import mark, note_latents, unmark
 from farkv.hf.layer import FarLayer
 from farkv.hf.look import Look
 from farkv.hf.lookahead import Layers, Lookahead
+from farkv.hf.place import find_base, switch_attention
 from farkv.hf.receipt import make_receipt
 from farkv.hf.shapes import measure_shapes
 from farkv.hf.state import make_unmanaged_layer
@@ -48,7 +49,6 @@ from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
 
 log = logging.getLogger("farkv")
-BASES = ("sdpa", "eager")
 # Tokens of a prompt that are read at once, where nothing else is said.
 CHUNK_TOKENS = 2048
 
@@ -58,11 +58,15 @@ _numbers = count()
 class Handle(AbstractContextManager["Handle"]):
     """An attached model. Leave the `with` block or call `detach()` to have the model as it was."""
 
-    def __init__(self, model: PreTrainedModel, roles: Roles, setting: Setting = Setting(), *, looks: bool = True):  # noqa: B008
+    def __init__(self, model: PreTrainedModel, roles: Roles, setting: Setting, *, looks: bool, lends: bool):
         self.model, self.roles, self.setting = model, roles, setting
         self.number = next(_numbers)
         self._hooks: list[Any] = []
+        # Whether a `generate` without a cache is lent one.
+        self.lends = lends
+        # The newest cache; where it was lent and is gone, what it had to tell.
         self._last: FarCache | None = None
+        self._told: Receipt | None = None
         self._shape: tuple[LayerShape, torch.dtype] | None = None
         # Managed layers, as one token showed them.
         self.shapes: dict[int, LayerShape] = {}
@@ -74,12 +78,7 @@ class Handle(AbstractContextManager["Handle"]):
         self.device = found.device
         self.setting = self.setting._replace(n_groups=found.n_groups, indexer=found.indexer)
         self.latents, self.setting = note_latents({i: self.attention[i] for i in self.managed}, self.setting)
-        self.base = _compat.get_attention_name(model)
-        if self.base not in BASES:
-            raise UnsupportedModelError(
-                f"attention implementation: expected one of {', '.join(BASES)}, got {self.base!r}; "
-                'load the model with attn_implementation="sdpa"'
-            )
+        self.base = find_base(model)
         # A method that cannot work with this model says so now, not when the first cache is made.
         make_engine(roles, Setup(self.managed, self.device, Account(), self.setting))
         layers = Layers(self.blocks, self.attention, self.layer_types, self.managed)
@@ -112,12 +111,7 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _attach(self) -> None:
         model = self.model
-        _compat.set_attention_name(model, NAME)
-        if _compat.get_attention_name(model) != NAME:
-            _compat.set_attention_name(model, self.base)
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: does not route attention through Hugging Face's attention interface"
-            )
+        switch_attention(model, self.base)
         base = self.base if self.base != "sdpa" or _compat.supports_sdpa(model, self.decoder) else "eager"
         for i, module in self.attention.items():
             mark(module, base, self.latents.get(i))
@@ -136,7 +130,7 @@ class Handle(AbstractContextManager["Handle"]):
         for i in self.managed if self.setting.indexer is not None and fraction not in (None, 1) else ():
             indexer: Any = self.attention[i].indexer
             hooks.append(indexer.register_forward_hook(make_narrow(i), with_kwargs=True))
-        wrap_generate(model)
+        wrap_generate(model, self._lend if self.lends and self.managed else None)
 
     def detach(self) -> None:
         """Remove every hook and restore the model's attention. Caches made before can no longer be used."""
@@ -236,15 +230,26 @@ class Handle(AbstractContextManager["Handle"]):
         sizes = {i: shape.token_bytes * tokens for i, shape in self.shapes.items()}
         return find_least(engine, tokens, sizes, count_unmanaged(self.unmanaged, tokens))
 
+    @contextmanager
+    def _lend(self) -> Iterator[FarCache]:
+        """Make a cache for one call, and keep of it no more than its receipt: its memory is the next one's."""
+        cache = self.make_cache(0, 0)
+        try:
+            yield cache
+        finally:
+            self._told, self._last = self.receipt(cache), None
+
     def receipt(self, cache: FarCache | None = None) -> Receipt:
-        """Return the account of `cache`, or of the last one made.
+        """Return the account of `cache`, or of the last one made, by `new_cache` or for a `generate` without one.
 
         Raises:
             CacheStateError: no cache was made yet.
         """
         cache = cache or self._last
+        if cache is None and self._told is not None:
+            return self._told
         if cache is None:
-            raise CacheStateError("receipt: no cache was made yet; call new_cache() and generate with it")
+            raise CacheStateError("receipt: no cache was made yet; generate, or call new_cache() and generate with it")
         # What read everything, the prompt at least, is the model's own attention.
         kernel = "+".join([*sorted(cache.account.kernels), f"torch-{self.base}"])
         return make_receipt(self.model, self.roles, self.setting, self.layer_types, kernel, cache)
@@ -254,8 +259,10 @@ class Handle(AbstractContextManager["Handle"]):
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = find_cache(args, kwargs)
         if cache is not None:
-            check_pass(self.model, cache, self.number, ids := find_ids(args, kwargs))
-            cache.begin(module, count_new(args, kwargs), ids, reads=module is self.decoder)
+            n_new, ids = count_new(args, kwargs), find_ids(args, kwargs)
+            check_pass(self.model, cache, self.number, ids)
+            check_weights(self.model, cache, n_new, kwargs)
+            cache.begin(module, n_new, ids, reads=module is self.decoder)
             note_positions(cache, kwargs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:

@@ -70,6 +70,19 @@ def check_pass(model: PreTrainedModel, cache: FarCache, handle: int, ids: Tensor
         )
 
 
+def check_weights(model: PreTrainedModel, cache: FarCache, n_new: int, kwargs: dict[str, Any]) -> None:
+    """Raise CacheStateError where a call asks for attention weights, and there are none over the whole context."""
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(model.config, "output_attentions", False)
+    if asked and not cache.engine.has_weights(n_new):
+        raise CacheStateError(
+            "output_attentions: expected a pass that reads every record by the model's own attention, got one that "
+            "reads a choice of them, in blocks or by a kernel, so there are no weights over the context; attach Full() "
+            "without near, disk and evict, or leave output_attentions out"
+        )
+
+
 def note_positions(cache: FarCache, kwargs: dict[str, Any]) -> None:
     """Note positions that are no count of tokens: of an image they have three parts, which differ."""
     positions = kwargs.get("position_ids")

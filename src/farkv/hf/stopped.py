@@ -42,7 +42,10 @@ class Asked(NamedTuple):
 
 def note_answer(account: Account, asked: Asked, out: Any) -> None:
     """Count the new tokens that `generate` returned, and note why there are no more."""
-    ids: Tensor = out if isinstance(out, Tensor) else out.sequences
+    ids = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
+    if not isinstance(ids, Tensor):
+        # A `generate` of the user's own returns what it likes.
+        return
     # Without ids of a prompt there are only new ones.
     new = ids if asked.options.get("inputs_embeds") is not None else ids[:, asked.prompt_tokens :]
     account.generated_tokens += new.shape[1]
