@@ -49,6 +49,8 @@ def test_version_and_help() -> None:
         ),
         (["--top-k", "5", "q"], "--top-k: limits what is drawn"),
         (["--top-p", "1.5", "--temperature", "1", "q"], "--top-p: expected a number in (0, 1], got 1.5"),
+        (["--exact", "--verify", "2", "q"], "--exact: every token is full attention's"),
+        (["--exact", "--method", "xkv", "q"], "--exact: drafts are verified by reading all"),
         (["--system", "be brief", "q"], "has no chat template"),
         (["--file", sys.executable, "q"], "not UTF-8"),
     ],
@@ -97,6 +99,17 @@ def test_json_is_one_object_and_the_answer_is_right(file: str) -> None:
     assert receipt["model"] == "demo"
     assert receipt["quality"]["steps"] == 4
     assert receipt["generated_tokens"] == 4
+
+
+def test_exact_gives_the_answer_of_everything(file: str) -> None:
+    # A short word more, so that some of the answer is drafted.
+    whole = farkv("run", "--file", file, "--method", "full", "--json", "--max-new-tokens", "12", QUESTION)
+    done = farkv("run", "--file", file, "--fraction", "0.1", "--exact", "--json", "--max-new-tokens", "12", QUESTION)
+    assert done.returncode == 0, done.stderr
+    receipt = json.loads(done.stdout)
+    assert receipt["answer"] == json.loads(whole.stdout)["answer"]
+    assert receipt["exact"] == "verified"
+    assert receipt["drafts"]["tokens"] == 11
 
 
 def test_answer_on_stdout_receipt_on_stderr(file: str) -> None:

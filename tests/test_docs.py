@@ -62,6 +62,7 @@ def parameters(function: Any) -> list[str]:
     [
         ("attach", farkv.attach),
         ("new_cache", Handle.new_cache),
+        ("generate", Handle.generate),
         ("load_cache", farkv.load_cache),
         ("profile", farkv.profile),
         ("allocate", farkv.allocate),

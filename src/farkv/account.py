@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from farkv.drafts import Drafts
 from farkv.trace import ReadTrace
 
 # How near a run is to the plain model: every pass was the model's own attention over all records as the model made
-# them; or over all of them, but in blocks, by a kernel or in another order of sums; or something was left out or coded.
-EXACT = BIT, ROUNDING, INEXACT = ("bit", "rounding", "no")
+# them; or over all of them, but in blocks, by a kernel or in another order of sums; or tokens that were drafted by less
+# are those that full attention over all of them decided; or something was left out or coded.
+EXACT = BIT, ROUNDING, VERIFIED, INEXACT = ("bit", "rounding", "verified", "no")
 # Why an answer is no longer: the model ended it, or it was as long as it may be; the caller's text or clock said so; or
 # it was stopped from outside.
 STOPS = END, LENGTH, STOP_STRING, TIME, INTERRUPTED = ("end", "length", "stop_string", "time", "interrupted")
@@ -57,6 +59,10 @@ class LayerCount:
     def mass_mean(self) -> float | None:
         """Return the mean mass over verified steps; None if there were none."""
         return self.mass_sum / self.mass_steps if self.mass_steps else None
+
+
+# What every layer has read and held.
+Reads = dict[int, tuple[float, float]]
 
 
 @dataclass
@@ -107,6 +113,7 @@ class Account:
     trace: ReadTrace | None = None
     # The worst of `EXACT` of all passes so far.
     exact: str = BIT
+    drafts: Drafts = field(default_factory=Drafts)
 
     def note_exact(self, how: str) -> None:
         """Note how near a pass came to the plain model: what a later one reads was made by it."""
@@ -168,16 +175,40 @@ class Account:
         """Count what another cache's passes took to read this one's text, which then went through a session."""
         self.session_tokens, self.prefill_s, self.began = 0, other.prefill_s, other.began
 
+    def list_reads(self) -> dict[int, tuple[float, float]]:
+        """Return the records that every layer has read and held, over all decode steps. Cost: a sync on a device."""
+        return {i: (count.total_read(), count.held) for i, count in self.layers.items()}
+
+    def count_round(self, before: Reads, drafted: Reads, n_verified: int, n_tokens: float) -> None:
+        """Count a round of drafts and their verification as what it was: drafts' reads, and one of everything.
+
+        Args:
+            before, drafted: what was read before the round, and before its verification.
+            n_verified: tokens of the verifying pass: each was counted as if it had read alone.
+            n_tokens: that the round decided, of one row: as many steps of plain decoding.
+        """
+        for i, count in self.layers.items():
+            read, held = before.get(i, (0.0, 0.0))
+            draft = drafted.get(i, (read, held))[0]
+            whole = (count.total_read() - draft) / n_verified
+            count.read, count.device_read = draft + whole, None
+            count.held = held + whole * n_tokens
+        self.summed = self._sum_reads()
+
     def _note_peak(self) -> None:
         """Note what this step has read, if no count of it has stayed on a device."""
         if any(count.device_read is not None for count in self.layers.values()):
             return
-        read = sum(count.read * self.record_bytes.get(i, 1) for i, count in self.layers.items())
-        held = sum(count.held * self.record_bytes.get(i, 1) for i, count in self.layers.items())
         was_read, was_held = self.summed
-        self.summed = read, held
+        self.summed = read, held = self._sum_reads()
         if held > was_held:
             self.peak_read = max(self.peak_read, (read - was_read) / (held - was_held))
+
+    def _sum_reads(self) -> tuple[float, float]:
+        """Return the bytes read and held over all layers, where counts are no tensors."""
+        sizes = {i: self.record_bytes.get(i, 1) for i in self.layers}
+        read = sum(count.read * sizes[i] for i, count in self.layers.items())
+        return read, sum(count.held * sizes[i] for i, count in self.layers.items())
 
     def add_fallback(self, name: str) -> None:
         """Count one use of a slower or different path than the one requested."""

@@ -9,13 +9,28 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from farkv.account import BIT, EXACT, INEXACT, ROUNDING, Account, LayerCount
+from farkv.account import BIT, EXACT, INEXACT, ROUNDING, VERIFIED, Account, LayerCount
+from farkv.drafts import DraftFigures
 from farkv.receipt_text import format_html, format_receipt
 
 # What counts and what is told of it are imported from one place.
 __all__ = [
-    "BIT", "EXACT", "INEXACT", "ROUNDING", "Account", "KVBytes", "LayerCount", "LayerRow", "Limits", "Quality", "Quant",
-    "Receipt", "Rss", "Times", "Weights",
+    "BIT",
+    "EXACT",
+    "INEXACT",
+    "ROUNDING",
+    "VERIFIED",
+    "Account",
+    "KVBytes",
+    "LayerCount",
+    "LayerRow",
+    "Limits",
+    "Quality",
+    "Quant",
+    "Receipt",
+    "Rss",
+    "Times",
+    "Weights",
 ]  # fmt: skip
 
 
@@ -139,6 +154,7 @@ class Receipt:
     quant: Quant
     time: Times
     quality: Quality | None
+    drafts: DraftFigures | None
     layers: tuple[LayerRow, ...]
     versions: dict[str, str]
 

@@ -14,6 +14,7 @@ Receipt = Any
 EXACT_WORDS = {
     "bit": "the plain model's attention over all records",
     "rounding": "all was read, sums in another order",
+    "verified": "full attention over all records decided every token",
     "no": "records were left out or coded",
 }
 # By `receipt.stop_reason`.
@@ -122,7 +123,20 @@ def rows_of(receipt: Receipt) -> list[tuple[str, str, str]]:
             ("KL to full", f"{q.kl_mean:.2g}", "nats, mean"),
             ("mass found", f"{q.mass_mean:.1%}", f"of the attention weight; worst {q.mass_min:.1%}"),
         ]
+    rows += rows_of_drafts(receipt)
     rows += [("kernel", receipt.kernel, ""), ("exact", receipt.exact, EXACT_WORDS[receipt.exact])]
+    return rows
+
+
+def rows_of_drafts(receipt: Receipt) -> list[tuple[str, str, str]]:
+    """Return what stood of drafted tokens, and what they gained, where there were any."""
+    drafts = receipt.drafts
+    if drafts is None:
+        return []
+    stood = "none" if drafts.acceptance is None else f"{drafts.acceptance:.1%}"
+    rows = [("drafts stood", stood, f"of {drafts.tried}; {drafts.rounds} passes over all gave {drafts.tokens} tokens")]
+    if drafts.speedup is not None:
+        rows.append(("drafts gained", f"{drafts.speedup:.2f} x", "over plain decoding, as measured on the way"))
     return rows
 
 

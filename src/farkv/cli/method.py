@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from farkv.config import LEVERS, Lever
 from farkv.errors import ConfigError
 from farkv.methods import METHODS, XKV, Method
+from farkv.methods.table import evicts
 
 
 class Ask(NamedTuple):
@@ -44,3 +45,13 @@ def make_methods(asked: Ask) -> list[Method]:
         options["paper"] = asked.paper
     xkv: list[Method] = [XKV(levers=levers)] if levers else []
     return [METHODS[name].config(**options), *xkv]
+
+
+def check_exact(methods: list[Method], *, exact: bool, verify: int, evict: str) -> None:
+    """Raise ConfigError where exact generation is asked for with what it cannot be combined with."""
+    if not exact:
+        return
+    if any(evicts(method) for method in methods) or evict != "refuse":
+        raise ConfigError("--exact: drafts are verified by reading all, but this method or --evict evicts; drop one")
+    if verify:
+        raise ConfigError("--exact: every token is full attention's, so there is nothing to --verify; drop one")

@@ -88,9 +88,12 @@ def answer_aloud(
             prompt, cache = open_text(request, query_aware=query_aware)
         if note := far.find_least(prompt.n_tokens).note:
             err.print(note, highlight=False)
+        # Drafts are verified from a prompt that was read densely as a whole.
+        prompt = prompt.read_question() if decoding.exact else prompt
         so_far.text_tokens = len(prompt.text)
         prefill(far, cache, prompt.text[cache.get_seq_length() :], decoding.chunk_tokens, reading)
-        prompt = read_question(far, cache, prompt, phases.begin("question"))
+        if not decoding.exact:
+            prompt = read_question(far, cache, prompt, phases.begin("question"))
     # Only now: on a terminal the answer and a bar cannot stand on one line.
     with show_phases(err, quiet=as_json or sys.stdout.isatty()) as phases:
         tell = phases.begin("answering")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farkv.cli.method import Ask, make_methods
+from farkv.cli.method import Ask, check_exact, make_methods
 from farkv.cli.options import (
     DeviceOption,
     DiskOption,
@@ -103,6 +103,10 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer after this text; may be repeated.")] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Full attention's own answer: sparse steps only draft it; --fraction is speed."),
+    ] = False,
     verify: VerifyOption = 0,
     dtype: DtypeOption = "auto",
     weights: WeightsOption = "none",
@@ -130,6 +134,8 @@ def run(
 
       farkv run -m demo -f code.py --method xkv --fraction 0.3 --query-aware "print(apple_river)  # "
 
+      farkv run -m ./my-model -f book.txt --host 2GiB --disk /data/kv:100GiB --exact "Who wrote the letter?"
+
       cat notes.txt | farkv run -m ./my-model --verify 8 --json "What was decided?"
     """
     # Check everything that needs no model before loading one.
@@ -144,6 +150,7 @@ def run(
     check_text("--system", system)
     check_text("--stop", *(stop or ()))
     set_threads(threads)
+    check_exact(configs, exact=exact, verify=verify, evict=evict)
     if query_aware and session is not None:
         raise ConfigError("--query-aware: cannot be combined with --session, which stores the text only; drop one")
     text = read_texts(file, raw=raw, quiet=as_json)
@@ -168,7 +175,7 @@ def run(
         phases.begin("checking the model")(0, None)
         far = attach(loaded, *configs, **storage, kernel=kernel, profile=measured, plan=plan)
     most = max_new_tokens or (DEMO_TOKENS if model == "demo" else NEW_TOKENS)
-    decoding = Decoding(most, temperature, tuple(stop or ()), chunk_tokens, top_p, top_k)
+    decoding = Decoding(most, temperature, tuple(stop or ()), chunk_tokens, top_p, top_k, exact)
     with far:
         request = Request(model, far, tokenizer, text, question, system, decoding, verify)
         return respond(request, session, query_aware=query_aware, as_json=as_json)

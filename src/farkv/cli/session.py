@@ -79,7 +79,7 @@ def open_text(request: Request, *, query_aware: bool) -> tuple[Prompt, FarCache]
     prompt = request.build_prompt(request.text)
     if query_aware:
         prompt = prompt.read_question()
-    tokens = prompt.n_tokens + request.decoding.max_new_tokens
+    tokens = prompt.n_tokens + request.decoding.count_room()
     chunk = request.decoding.chunk_tokens or CHUNK_TOKENS
     return prompt, request.far.new_cache(tokens=tokens, verify=request.verify, chunk_tokens=chunk)
 
@@ -104,7 +104,7 @@ def open_session(request: Request, path: Path, listener: Listener) -> tuple[Prom
         prompt = build_prompt(request.tokenizer, text, request.question, request.system)
     else:
         prompt = request.build_prompt(text)
-    tokens = prompt.n_tokens + request.decoding.max_new_tokens
+    tokens = prompt.n_tokens + request.decoding.count_room()
     cache = load_cache(path, request.far.model, tokens=tokens, verify=request.verify, tokenizer=request.tokenizer)
     resume(cache, prompt.text)
     if reading is not None:

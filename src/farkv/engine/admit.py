@@ -68,7 +68,8 @@ class Admission:
         self._n_to_trim = 2 if n_new > 1 and not chunk else max(0, self._n_to_trim - 1)
         tokens = max(store.seen(self.layers[0]) + n_new, reserve)
         n_rows = max(store.length(self.layers[0]) + n_new, reserve)
-        asked = (shape, tokens, n_rows, n_new, chunk)
+        # A pass that reads everything takes what a prompt's passes take, however few tokens it has.
+        asked = (shape, tokens, n_rows, max(n_new, 2) if self.mode.reads_all else n_new, chunk)
         # By this very store: what a copied cache was promised is the other one's.
         is_known = (id(store), *asked) == self._admitted and not self._has_others()
         if not self._always_asks() and (not self._is_limited() or is_known):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from farkv._axes import Bool, Float32, Int, Tensor
-from farkv.account import BIT, INEXACT, ROUNDING, Account
+from farkv.account import BIT, INEXACT, ROUNDING, VERIFIED, Account
 from farkv.engine.budget import Budgets
 from farkv.engine.fast_path import FastPath, Reads
 from farkv.engine.mass import measure_found
@@ -237,12 +237,13 @@ class Attention:
 
     def _note(self, records: LayerRecords, n_rows: int, how: str) -> None:
         """Note how near this read of `n_rows` rows is to the plain model's: no nearer than `how`."""
-        if self.mode.dense or self.account.exact == INEXACT:
-            # A verifying pass is forgotten; and there is nothing worse.
+        if self.mode.dense or self.mode.is_draft or self.account.exact == INEXACT:
+            # A verifying pass is forgotten, and a draft; and there is nothing worse.
             return
         is_whole = n_rows == records.seen and not records.evicted
         # The first pass attends to what the model made, before it is coded; what follows does not.
-        self.account.note_exact(how if is_whole and not records.is_coded else INEXACT)
+        coded = VERIFIED if self.mode.reads_all else INEXACT
+        self.account.note_exact(how if is_whole and not records.is_coded else coded if is_whole else INEXACT)
 
     def _trace(
         self,

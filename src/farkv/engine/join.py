@@ -53,6 +53,8 @@ def join_engines(engine: Engine, other: Engine) -> None:
     # What each read alone the plain model would have read in one batch, or not at all.
     for how in (find_exact(engine), find_exact(other), ROUNDING):
         engine.account.note_exact(how)
+    # Where a token stands after the join is another question.
+    engine.dense_tokens = 0 if min(engine.dense_tokens, other.dense_tokens) < n_tokens else engine.dense_tokens
     engine.store.max_error = max(engine.store.max_error, other.store.max_error)
     for layer in other.layers:
         other.clear(layer)

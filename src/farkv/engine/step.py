@@ -12,6 +12,7 @@ back (`engine.undo`). `engine.build` makes an engine.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,8 @@ from farkv.store.records import Fetch
 from farkv.store.sizes import LayerShape
 from farkv.store.whole import crop, cut_layer, find_fault
 
+NEVER = sys.maxsize
+
 
 class Engine:
     """The steps of one cache, in order."""
@@ -38,13 +41,16 @@ class Engine:
         self.selector, self.records, self.padding = parts.selector, parts.records, parts.padding
         # Per speculated layer: the fetch in flight and the budget it was chosen under.
         self.pending: dict[int, tuple[Fetch, Budget]] = {}
+        # The first so many tokens were computed from everything before them: what was chosen has a part in the next.
+        self.dense_tokens = NEVER
 
     def begin_pass(self, n_new: int, n_before: int) -> None:
         """Note what a pass over `n_new` tokens is for, which finds `n_before`."""
         account, mode = self.account, self.mode
         steps = account.begin_pass(n_new, n_before, mode.prompt_tokens)
         # What nobody said to be guesses may be another turn's prompt: it is read whole.
-        mode.drafted = steps if n_new > 1 and account.prompt_tokens is not None else 0
+        guesses = n_new > 1 and account.prompt_tokens is not None and not mode.reads_all
+        mode.drafted = steps if guesses else 0
 
     # --- 1. append ------------------------------------------------------------------------------------------
 
@@ -60,7 +66,7 @@ class Engine:
         if layer == self.layers[0]:
             shape = LayerShape.of(k, v)
             parts.eviction.begin(k.shape[2], self.mode.prompt_tokens)
-            if k.shape[2] > 1:
+            if k.shape[2] > 1 or self.mode.reads_all:
                 # A dense read takes the near memory that decode steps had: admission counts the wider of both. No fetch
                 # is under way between passes.
                 self.store.buffers.clear()
@@ -107,7 +113,8 @@ class Engine:
 
     def wants_estimate(self, layer: int) -> bool:
         """Return whether this layer should be speculated now."""
-        if self.selector.source is None or self.mode.dense or self.selector.reads_all(layer):
+        mode = self.mode
+        if self.selector.source is None or mode.dense or mode.reads_all or self.selector.reads_all(layer):
             return False
         return self.store.length(layer) > 0
 
@@ -137,6 +144,7 @@ class Engine:
         if parts.eviction.passing:
             return parts.eviction.store_passing(layer, step, attention)
         if self._is_chosen(layer, step):
+            self.dense_tokens = min(self.dense_tokens, self.store.seen(layer) - 1)
             out = self._attend_chosen(layer, step, attention)
         else:
             self.pending.pop(layer, None)
@@ -147,7 +155,8 @@ class Engine:
 
     def _is_chosen(self, layer: int, step: Step) -> bool:
         """Say whether a step reads what is chosen; a pass over several tokens, and the first, read all."""
-        return step.n_new == 1 and self.store.seen(layer) > 1 and not self.selector.reads_all(layer)
+        is_one = step.n_new == 1 and self.store.seen(layer) > 1 and not self.mode.reads_all
+        return is_one and not self.selector.reads_all(layer)
 
     def _attend_chosen(self, layer: int, step: Step, attention: AttentionFunction) -> object:
         """Top up what was speculated, or choose by the true query; then attend."""
@@ -256,6 +265,7 @@ class Engine:
         crop(self.store, layer, n_tokens)
         if layer == self.layers[0]:
             self.account.take_back_steps(n_tokens)
+        self._forget_chosen(layer)
 
     def cut(self, layer: int, seen: int, *, remembers: bool = False) -> None:
         """Forget a layer's tokens from number `seen` on, however many of its parts have them; it can be repeated.
@@ -268,6 +278,11 @@ class Engine:
         """
         self.pending.clear()
         cut_layer(self.store, layer, seen, remembers=remembers)
+        self._forget_chosen(layer)
+
+    def _forget_chosen(self, layer: int) -> None:
+        if self.store.seen(layer) <= self.dense_tokens:
+            self.dense_tokens = NEVER
 
     def select(self, layer: int, sequences: Int[Tensor, " N"]) -> None:
         """Keep these sequences of the batch, in this order."""
@@ -278,6 +293,6 @@ class Engine:
         """Forget everything of a layer."""
         self.pending.clear()
         self.store.clear(layer)
-        self.mode.prompt_tokens = 0
+        self.mode.prompt_tokens, self.dense_tokens = 0, NEVER
         self.parts.admission.forget()
         self.parts.eviction.clear()

@@ -52,6 +52,7 @@ def ask(
     top_p: float | None = None,
     top_k: int | None = None,
     stop: Sequence[str] = (),
+    exact: bool = False,
     verify: int = 0,
     chunk_tokens: int | None = None,
     on_text: Callable[[str], None] | None = None,
@@ -70,6 +71,7 @@ def ask(
         temperature: 0 takes the likeliest token at every step.
         top_p, top_k: draw from the likeliest tokens alone; None: as the model's generation_config says.
         stop: end the answer after one of these texts, which it contains.
+        exact: give full attention's own answer, from sparse drafts.
         verify: compare this many decode steps with full attention.
         chunk_tokens: tokens of the text that are read at once; None: 2048, or what fits.
         on_text: gets the answer piece by piece.
@@ -95,10 +97,10 @@ def ask(
     prompt = build_prompt(tokenizer, text, question, system)
     check_template(tokenizer)
     check_positions(model, prompt.n_tokens, new)
-    decoding = Decoding(new, temperature, stop, chunk_tokens, top_p, top_k)
+    decoding = Decoding(new, temperature, stop, chunk_tokens, top_p, top_k, exact)
     listener = Listener(on_read or ignore, on_text or (lambda piece: None))
     with attach(model, *methods, **options) if handle is None else nullcontext(handle) as far:
-        tokens, chunk = prompt.n_tokens + new, chunk_tokens or CHUNK_TOKENS
+        tokens, chunk = prompt.n_tokens + decoding.count_room(), chunk_tokens or CHUNK_TOKENS
         cache = far.new_cache(tokens=tokens, verify=verify, chunk_tokens=chunk)
         said = ask_prompt(far, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
         return Answer(said, dataclasses.replace(far.receipt(cache), answer=said))

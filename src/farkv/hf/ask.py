@@ -20,6 +20,7 @@ from farkv.hf.cache import FarCache
 from farkv.hf.handle import CHUNK_TOKENS, Handle
 from farkv.hf.prompt import Prompt
 from farkv.hf.state import MOST_SHARED, holds_states
+from farkv.math.draft_length import MOST_DRAFTED
 
 # Tokens of an answer where nothing else is said.
 NEW_TOKENS = 256
@@ -37,6 +38,12 @@ class Decoding(NamedTuple):
     # generation_config says.
     top_p: float | None = None
     top_k: int | None = None
+    # Full attention's own answer, from sparse drafts; the question is then read densely, with the text.
+    exact: bool = False
+
+    def count_room(self) -> int:
+        """Return the tokens behind a prompt that a cache must have room for, drafted ones included."""
+        return self.max_new_tokens + (MOST_DRAFTED if self.exact else 0)
 
 
 def ignore(done: int, total: int) -> None:
@@ -168,6 +175,7 @@ def ask(
         The generated text alone.
     """
     decoding, listener = decoding or Decoding(), listener or Listener()
+    prompt = prompt.read_question() if decoding.exact else prompt
     prefill(handle, cache, prompt.text[cache.get_seq_length() :], decoding.chunk_tokens, listener)
     return answer(handle, tokenizer, prompt, cache=cache, decoding=decoding, listener=listener)
 
@@ -181,17 +189,19 @@ def answer(
     has got them all.
     """
     check_sampling(decoding.temperature, decoding.top_p, decoding.top_k)
-    prompt = read_question(handle, cache, prompt)
+    if not decoding.exact:
+        prompt = read_question(handle, cache, prompt)
     ids = torch.tensor([prompt.text + prompt.question], device=handle.device)
     streamer = PieceStreamer(tokenizer, listener, decoding.max_new_tokens)
-    generate: Any = handle.model.generate
+    options = list_options(decoding, tokenizer)
     try:
-        out = generate(
+        out = handle.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             streamer=streamer,
-            **list_options(decoding, tokenizer),
+            exact=decoding.exact,
+            **options,
         )
     except KeyboardInterrupt:
         # What is held back of the last word was said too.

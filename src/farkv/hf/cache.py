@@ -119,9 +119,8 @@ class FarCache(Unlike, _compat.Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens seen; those of a pass that is not over do not count, it may yet be taken back."""
-        if layer_idx == 0 and self._pass is not None:
-            return self._pass.tokens
-        return super().get_seq_length(layer_idx)
+        found = self._pass
+        return super().get_seq_length(layer_idx) if layer_idx or found is None else found.tokens
 
     # --- a pass -----------------------------------------------------------------------------------------------
 

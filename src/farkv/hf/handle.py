@@ -29,6 +29,7 @@ from farkv.hf import _compat
 from farkv.hf.architecture import read_architecture
 from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.cache import FarCache
+from farkv.hf.exact_call import generate_far
 from farkv.hf.generate import unwrap_generate, wrap_generate
 from farkv.hf.hooks import check_pass, check_weights, find_unread, make_inject, note_positions
 from farkv.hf.identity import ModelIdentity
@@ -253,6 +254,19 @@ class Handle(AbstractContextManager["Handle"]):
         # What read everything, the prompt at least, is the model's own attention.
         kernel = "+".join([*sorted(cache.account.kernels), f"torch-{self.base}"])
         return make_receipt(self.model, self.roles, self.setting, self.layer_types, kernel, cache)
+
+    def generate(self, *args: Any, exact: bool = False, draft_tokens: int | None = None, **kwargs: Any) -> Any:
+        """Call `model.generate` on a far cache: `past_key_values`, or a new one.
+
+        Args:
+            exact: give full attention's own answer: sparse steps only draft, and one pass that reads everything says
+                what stands. The fraction is then a matter of speed alone.
+            draft_tokens: how many tokens are drafted at a time; None: as they pay, 0 where they do not.
+
+        Raises:
+            ConfigError: drafts cannot give what is asked for (beams, attentions), or this method evicts.
+        """
+        return generate_far(self, args, kwargs, exact=exact, draft_tokens=draft_tokens)
 
     # --- hooks: each returns None unless the pass runs on one of our caches ---------------------------------
 

@@ -86,6 +86,7 @@ def make_receipt(
         quant=make_quant(usage),
         time=make_times(account),
         quality=make_quality(account),
+        drafts=account.drafts.describe(),
         layers=tuple(make_row(i, cache, layer_types[i]) for i in range(len(cache.layers))),
         versions={
             "farkv": version("farkv"),

@@ -16,7 +16,7 @@ from farkv.account import EXACT, INEXACT
 from farkv.config import QUANT
 from farkv.engine.build import Roles
 from farkv.engine.setup import Levers
-from farkv.engine.step import Engine
+from farkv.engine.step import NEVER, Engine
 from farkv.errors import SessionError
 from farkv.methods import XKV
 from farkv.session.file import Saved
@@ -114,12 +114,25 @@ def fill_engine(
     if ends != {((1, shape.kv_heads, n_open, form.width), form.dtype)}:
         raise SessionError("the end of its text has another shape than its pages; make it anew")
     engine.account.note_exact(read_exact(saved.notes))
+    engine.dense_tokens = read_dense(saved.notes, len(text.ids))
     take = take_text if store.page_cache is not None else partial(read_text, form=form, reader=saved.reader)
     engine.take_text(shape, dtype, lambda: take(store, n_pages, tails))
     if wanted is not None:
         engine.selector.take_tensors(saved.tensors("index/"), dtype, engine.records)
     # Until it is asked, other caches may have what its passes take; each pass asks again.
     engine.parts.admission.forget()
+
+
+def read_dense(notes: dict[str, Any], n_tokens: int) -> int:
+    """Return how many of a text's first tokens were computed from everything before them; 0 where nobody noted it.
+
+    Raises:
+        SessionError: that is no such number.
+    """
+    n = notes.get("dense", 0)
+    if type(n) is not int or not 0 <= n <= n_tokens:
+        raise SessionError(f"its dense: {n!r}, expected a number of its {n_tokens} tokens; make it anew")
+    return NEVER if n == n_tokens else n
 
 
 def read_exact(notes: dict[str, Any]) -> str:

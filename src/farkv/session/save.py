@@ -38,6 +38,7 @@ def save_text(
     form = store.page_form(shape, dtype)
     notes = model | describe_text(engine, shape, dtype, form)
     notes |= {"index": engine.selector.describe(), "exact": find_exact(engine)}
+    notes["dense"] = min(len(ids), engine.dense_tokens)
     tensors = {"tokens": ids, "text": encode_text(text)} | others
     tensors |= {f"tail/{layer}": open_tail(store, layer, form).to("cpu") for layer in store.pool}
     tensors |= {f"index/{name}": t for name, t in engine.selector.list_tensors(engine.records).items()}
