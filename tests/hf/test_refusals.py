@@ -18,7 +18,7 @@ import farkv
 from farkv import Full, InfiniGen, attach
 from farkv.errors import CacheStateError, ConfigError, SessionError, UnsupportedModelError
 from farkv.hf import _compat
-from farkv.hf.identity import identify_model
+from farkv.hf.identity import digest_tensors, identify_model
 from farkv.hf.query import add_attention
 from farkv.methods import H2O, LowBit, Pages
 from tests.models import COMMON, forward, generate, make_model, make_prompt, plain_cache
@@ -494,3 +494,10 @@ def test_a_receipt_prints_as_its_table_and_shows_its_layers_in_a_notebook() -> N
 def test_the_package_lists_what_there_is_to_use() -> None:
     assert {"attach", "InfiniGen", "load_cache", "methods"} <= set(dir(farkv))
     assert not {"annotations", "TYPE_CHECKING"} & set(dir(farkv))
+
+
+def test_codes_of_quantised_weights_are_told_apart_to_the_last_bit() -> None:
+    # In bfloat16 both are 256.
+    codes = [torch.full((4,), n, dtype=torch.int32) for n in (256, 257)]
+    assert digest_tensors(codes[:1]) != digest_tensors(codes[1:])
+    assert digest_tensors(codes[:1]) == digest_tensors([codes[0].clone()])

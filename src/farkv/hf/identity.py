@@ -58,12 +58,13 @@ def digest_weights(model: PreTrainedModel) -> str:
 
 
 def digest_tensors(tensors: Iterable[Tensor]) -> str:
-    """Return a digest of some values of every tensor, rounded to bfloat16; of what wraps others, of those."""
+    """Return a digest of some values of every tensor, numbers rounded to bfloat16, codes as they are; of what wraps others, of those."""
     digest = hashlib.sha256()
     for tensor in chain.from_iterable(map(list_parts, tensors)):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED]
-        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        rounded = torch.bfloat16 if sample.is_floating_point() else sample.dtype
+        digest.update(sample.to("cpu", rounded).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
