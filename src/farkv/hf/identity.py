@@ -58,7 +58,10 @@ def digest_weights(model: PreTrainedModel) -> str:
 
 
 def digest_tensors(tensors: Iterable[Tensor]) -> str:
-    """Return a digest of some values of every tensor, numbers rounded to bfloat16, codes as they are; of what wraps others, of those."""
+    """Return a digest of some values of every tensor: numbers rounded to bfloat16, codes as they are.
+
+    Of what wraps others, of those.
+    """
     digest = hashlib.sha256()
     for tensor in chain.from_iterable(map(list_parts, tensors)):
         flat = tensor.detach().reshape(-1)
