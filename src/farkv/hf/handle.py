@@ -29,7 +29,7 @@ from farkv.hf import _compat
 from farkv.hf.architecture import read_architecture
 from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.cache import FarCache
-from farkv.hf.exact_call import generate_far
+from farkv.hf.exact_call import CHUNK_TOKENS, generate_far
 from farkv.hf.generate import unwrap_generate, wrap_generate
 from farkv.hf.hooks import check_pass, check_weights, find_unread, make_inject, note_positions
 from farkv.hf.identity import ModelIdentity
@@ -50,9 +50,6 @@ from farkv.store.records import SavedText
 from farkv.store.sizes import LayerShape
 
 log = logging.getLogger("farkv")
-# Tokens of a prompt that are read at once, where nothing else is said.
-CHUNK_TOKENS = 2048
-
 _numbers = count()
 
 
