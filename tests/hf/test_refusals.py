@@ -501,3 +501,23 @@ def test_codes_of_quantised_weights_are_told_apart_to_the_last_bit() -> None:
     codes = [torch.full((4,), n, dtype=torch.int32) for n in (256, 257)]
     assert digest_tensors(codes[:1]) != digest_tensors(codes[1:])
     assert digest_tensors(codes[:1]) == digest_tensors([codes[0].clone()])
+
+
+def test_a_cache_of_a_model_that_was_changed_meanwhile_is_refused() -> None:
+    model, prompt = copy.deepcopy(make_model("llama")), make_prompt(tokens=40)
+    with attach(model, Full()) as far:
+        cache = far.new_cache()
+        forward(model, prompt["input_ids"][:, :30], cache)
+        generate(model, prompt, cache, n=2)
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.5)
+        longer = {name: torch.cat([part, part[:, :20]], 1) for name, part in prompt.items()}
+        with pytest.raises(CacheStateError, match="before the model was changed, which is another in its weights"):
+            generate(model, longer, cache, n=2)
+        generate(model, prompt, far.new_cache(), n=2)
+
+
+def test_a_cache_of_ours_without_a_cache_is_refused() -> None:
+    model, prompt = make_model("llama"), make_prompt(tokens=40)
+    with attach(model, Full()) as far, pytest.raises(ConfigError, match="use_cache=False"):
+        generate(model, prompt, far.new_cache(), n=3, use_cache=False)

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from farkv._axes import Tensor
 from farkv.errors import CacheStateError, ConfigError
 from farkv.hf.cache import FarCache
+from farkv.hf.identity import ModelIdentity
 from farkv.hf.stopped import Asked, note_answer, note_interrupt
+from farkv.session.load import describe_difference
 
 log = logging.getLogger("farkv")
 
@@ -26,11 +28,12 @@ log = logging.getLogger("farkv")
 Lend = Callable[[], AbstractContextManager[FarCache]]
 
 
-def wrap_generate(model: PreTrainedModel, lend: Lend | None) -> None:
+def wrap_generate(model: PreTrainedModel, lend: Lend | None, identity: ModelIdentity) -> None:
     """Let `generate` check the text first; `unwrap_generate` undoes it, one of the user's own included.
 
     Args:
         lend: gives a call without a cache one of ours; None: such a call is left alone.
+        identity: of the model, by which it is seen that it is no longer the one that a cache has read by.
     """
     plain: Any = getattr(model, "generate", None)
     if plain is None:
@@ -41,6 +44,7 @@ def wrap_generate(model: PreTrainedModel, lend: Lend | None) -> None:
     def generate(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, FarCache):
+            check_identity(cache, identity)
             return run(model, plain, args, kwargs)
         if cache is not None or lend is None or not wants_cache(Asked(model, kwargs, 0)):
             return plain(*args, **kwargs)
@@ -57,6 +61,11 @@ def run(model: PreTrainedModel, plain: Any, args: tuple[Any, ...], kwargs: dict[
     ids = find_prompt(args, kwargs)
     check_text(cache, ids)
     asked, account = Asked(model, kwargs, count_prompt(cache, ids, kwargs)), cache.account
+    if asked.find("use_cache") is False:
+        raise ConfigError(
+            "generate(use_cache=False): it reads the whole prompt anew for every token, and with past_key_values each "
+            "time behind what was read; leave one of them out"
+        )
     account.prompt_tokens = asked.prompt_tokens
     try:
         out = plain(*args, **kwargs)
@@ -67,6 +76,22 @@ def run(model: PreTrainedModel, plain: Any, args: tuple[Any, ...], kwargs: dict[
         account.prompt_tokens = None
     note_answer(account, asked, out)
     return out
+
+
+def check_identity(cache: FarCache, identity: ModelIdentity) -> None:
+    """Raise CacheStateError where the model is no longer what it was when a cache that holds something was made.
+
+    Cost: once per call; where no weight was written to, a look at the numbers of their versions and at the settings.
+    """
+    if not cache.identity or cache.get_seq_length() == 0:
+        return
+    now = identity.get()
+    if now != cache.identity:
+        said, _ = describe_difference(now, cache.identity)
+        raise CacheStateError(
+            f"this cache: its tokens were read before the model was changed, which is {said}; make a new cache, and "
+            "read the text again"
+        )
 
 
 def wants_cache(asked: Asked) -> bool:

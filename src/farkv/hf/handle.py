@@ -128,7 +128,7 @@ class Handle(AbstractContextManager["Handle"]):
         for i in self.managed if self.setting.indexer is not None and fraction not in (None, 1) else ():
             indexer: Any = self.attention[i].indexer
             hooks.append(indexer.register_forward_hook(make_narrow(i), with_kwargs=True))
-        wrap_generate(model, self._lend if self.lends and self.managed else None)
+        wrap_generate(model, self._lend if self.lends and self.managed else None, self.identity)
 
     def detach(self) -> None:
         """Remove every hook and restore the model's attention. Caches made before can no longer be used."""
