@@ -155,6 +155,9 @@ class Engine:
 
     def _is_chosen(self, layer: int, step: Step) -> bool:
         """Say whether a step reads what is chosen; a pass over several tokens, and the first, read all."""
+        if step.has_bias and self.parts.budgets.share_of(layer) >= 1:
+            # Only the model's own attention can follow such a mask: it reads everything as it lies.
+            return False
         is_one = step.n_new == 1 and self.store.seen(layer) > 1 and not self.mode.reads_all
         return is_one and not self.selector.reads_all(layer)
 
