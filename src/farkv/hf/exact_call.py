@@ -64,10 +64,11 @@ class Decoder:
             pad=0 if pad is None else int(pad.flatten()[0]),
         )
         play.run(self.streamer, options.prefill_chunk_size or self.chunk_tokens)
-        ids = play.collect(max(row.n_decided for row in rows))
+        ids: Any = play.collect(max(row.n_decided for row in rows))
         if not options.return_dict_in_generate:
             return ids
-        scores = None if rows[0].scores is None else tuple(s[None] for s in rows[0].scores)
+        # Its fields are annotated as types of tensors that torch does not make any more.
+        scores: Any = None if rows[0].scores is None else tuple(s[None] for s in rows[0].scores)
         return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, past_key_values=self.cache)
 
 
