@@ -216,7 +216,7 @@ def test_a_session_remembers_how_it_was_read(tmp_path: Path) -> None:
             told = {name: note for name, note in saved.notes.items() if name != "exact"} | notes
             write_saved(tmp_path / "b", told, tensors, [pages], saved.n_pages, saved.page_bytes)
             if says is None:
-                with pytest.raises(SessionError, match="expected bit, rounding, no"):
+                with pytest.raises(SessionError, match="expected bit, rounding, verified, no"):
                     farkv.load_cache(tmp_path / "b", model)
             else:
                 farkv.load_cache(tmp_path / "b", model)

@@ -37,7 +37,7 @@ KEYS = {
     "generated_tokens rss kv_bytes limits read_fraction index_fraction "
     "resident_fraction kept_fraction managed_read_fraction managed_resident_fraction managed_kept_fraction "
     "least_read_fraction peak_read_fraction exact notes fetched_bytes_per_token disk_bytes_per_token "
-    "evicted_records kernel fallbacks quant time quality layers versions",
+    "evicted_records kernel fallbacks quant time quality drafts layers versions",
     "kv_bytes": "total near_peak host_peak disk_peak index_peak",
     "weights": "dtype source",
     "rss": "peak weights",
@@ -64,6 +64,8 @@ def test_the_keys_are_exactly_the_stable_ones() -> None:
         assert list(part) == names.split(), place
     assert json.loads(json.dumps(row)) == row
     assert run(InfiniGen(fraction=0.3)).to_dict()["quality"] is None
+    # Only exact generation drafts (test_exact_generate.py).
+    assert row["drafts"] is None
 
 
 @pytest.mark.parametrize("near", [None, "1MiB"])

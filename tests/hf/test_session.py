@@ -462,7 +462,18 @@ def test_the_file_says_who_made_it(tmp_path: Path) -> None:
     with safe_open(str(tmp_path / "a"), framework="pt") as file:
         notes = json.loads(file.metadata()["notes"])
         assert bytes(file.get_tensor("text").tolist()).decode() == "☺"
-    assert sorted(notes) == ["exact", "identity", "index", "layers", "page", "quant", "record", "tokenizer", "versions"]
+    assert sorted(notes) == [
+        "dense",
+        "exact",
+        "identity",
+        "index",
+        "layers",
+        "page",
+        "quant",
+        "record",
+        "tokenizer",
+        "versions",
+    ]
     assert sorted(notes["versions"]) == ["farkv", "transformers"]
     # Another release of transformers is no obstacle, another format is.
     saved = Saved.open(tmp_path / "a")

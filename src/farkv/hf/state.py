@@ -59,7 +59,8 @@ class SlidingLayer(_compat.DynamicSlidingWindowLayer):
         """
         n = -int(tokens_to_remove)
         if self.record_past or n <= 0 or self.cumulative_length < self.sliding_window:
-            super().crop(tokens_to_remove)  # type: ignore[arg-type]
+            # A number: of a tensor older releases make a length that changes where others hold it.
+            super().crop(-n)
             return
         held = self._held()
         older = self.older or tuple(rows[..., :0, :] for rows in held)
@@ -75,7 +76,9 @@ class SlidingLayer(_compat.DynamicSlidingWindowLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.older = None
+        # Some releases keep rows of zeros.
+        self.keys = self.values = self.older = None
+        self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Follow the beams."""
