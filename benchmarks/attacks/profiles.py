@@ -23,7 +23,7 @@ from safetensors.torch import save
 import farkv
 from attacks.base import Attack, Verdict
 from farkv import FarKVError, InfiniGen, Plan
-from farkv.calibrate.crossover import find_calibration_path, load_crossover, save_crossover
+from farkv.calibrate.crossover import RecordShape, find_calibration_path, load_crossover, save_crossover
 from farkv.calibrate.planning import PlanBudget, make_plan
 
 Change = Callable[[random.Random, bytes], bytes]
@@ -182,11 +182,14 @@ def attack_plan(rng: random.Random) -> Verdict:
     return judge(use_plan, damage_json(rng, raw), "plan.json", same)
 
 
+SHAPE = RecordShape(2, 8, 2, "float32")
+
+
 def use_calibration(path: Path) -> object:
     os.environ["FARKV_CACHE_DIR"] = str(path.parent)
     try:
-        found = load_crossover("k")
-        save_crossover("other", 5, {})
+        found = load_crossover("k", SHAPE)
+        save_crossover("other", SHAPE, 5, {})
         json.loads(find_calibration_path().read_bytes(), parse_constant=lambda name: 1 / 0)
         return found
     finally:
@@ -196,7 +199,7 @@ def use_calibration(path: Path) -> object:
 def attack_calibration(rng: random.Random) -> Verdict:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FARKV_CACHE_DIR"] = folder
-        raw = save_crossover("k", 2048, {"seconds": 0.5}).read_bytes()
+        raw = save_crossover("k", SHAPE, 2048, {"seconds": 0.5}).read_bytes()
         del os.environ["FARKV_CACHE_DIR"]
     return judge(use_calibration, damage_json(rng, raw), "calibration.json", 2048)
 

@@ -87,7 +87,7 @@ def save_calibration(path: Path) -> None:
     from farkv.calibrate import crossover
 
     with environment("FARKV_CACHE_DIR", str(path.parent)):
-        made = crossover.save_crossover("plain", 5, {})
+        made = crossover.save_crossover("plain", crossover.RecordShape(2, 8, 2, "float32"), 5, {})
         if made != path:
             made.replace(path)
 

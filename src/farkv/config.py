@@ -84,6 +84,14 @@ def parse_bytes(size: int | str | None, option: str) -> int | None:
     return size
 
 
+def may_be_folder(path: str) -> bool:
+    """Say whether a folder of this name is seen; one that may not be looked at is not."""
+    try:
+        return Path(path).is_dir()
+    except OSError:
+        return False
+
+
 def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
     """Split `DIR:100GiB` into a folder and its byte limit; `DIR` alone means no limit.
 
@@ -101,7 +109,7 @@ def parse_disk(disk: str | None, option: str) -> tuple[Path, int | None] | None:
     folder, colon, size = text.rpartition(":")
     if not colon or "/" in size:
         folder, size = text, ""
-    elif size and Path(text).is_dir():
+    elif size and may_be_folder(text):
         raise ConfigError(
             f"{option}: {quote(text)} may be a folder, which exists, or {quote(folder)} with the limit {size}; "
             f"write {quote(text + '/')} for the folder without a limit, or put a limit behind it: {text}:100GiB"

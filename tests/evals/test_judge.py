@@ -36,7 +36,8 @@ def test_a_method_that_reads_too_much_stops_the_run() -> None:
         check_reads(replace(row, bytes_per_step=row.full_bytes_per_step))
 
 
-@pytest.mark.parametrize("name", list_methods())
+# The demo model has no indexer of its own.
+@pytest.mark.parametrize("name", [name for name in list_methods() if name != "indexer"])
 def test_a_shared_prefill_answers_as_an_own_one(name: str) -> None:
     """The same predictions, bit for bit, as a cache whose method read the text itself, in chunks."""
     model, tokenizer = demo()

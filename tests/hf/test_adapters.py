@@ -71,6 +71,8 @@ def run(model: Any, between: Callable[[Any], None] | None = None, **options: Any
         if between is not None:
             between(model)
             mask = torch.nn.functional.pad(prompt["attention_mask"], (0, 4), value=1)
+            # What was read before is another model's.
+            cache = far.new_cache()
             generate(model, {"input_ids": made, "attention_mask": mask}, cache, n=4)
         return far.receipt(cache)
 

@@ -101,7 +101,8 @@ def evaluate(
       infinigen-steps, infinigen-far-steps, infinigen-far-attn-steps,
       infinigen-ahead-steps, infinigen-ahead-attn-steps (an index in even
       steps); infinigen-plan,
-      infinigen-paper, pages (Quest), lowbit, window, random, oracle
+      infinigen-paper, pages (Quest), lowbit, window, random, oracle, indexer
+      (of models that have one)
 
       evict records after the text: xkv, xkv-uniform, xkv-pyramid, xkv-plan,
       xkv-paper, snapkv, pyramidkv, h2o; NAME-aware: after the question
