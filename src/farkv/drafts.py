@@ -62,10 +62,10 @@ class Drafts:
 class DraftFigures:
     """What a receipt says of drafts.
 
-    rounds: passes over everything.  drafted: sparse steps.  tried, accepted: drafted tokens that full attention was
-    asked about, and those that stood; acceptance: their ratio, None where none was tried.  tokens: decided, over all
-    rows.  draft_s, verify_s: seconds of both kinds of passes.  speedup: what as many rounds without drafts take, by
-    those that were measured, over draft_s + verify_s; None where none was measured.
+    rounds: passes over everything.  drafted: tokens, by sparse steps or copied.  tried, accepted: of them, those that
+    full attention was asked about, and those that stood; acceptance: their ratio, None where none was tried.  tokens:
+    decided, over all rows.  draft_s, verify_s: seconds of both kinds of passes.  speedup: what as many rounds without
+    drafts take, by those that were measured, over draft_s + verify_s; None where none was measured.
     """
 
     rounds: int
