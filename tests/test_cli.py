@@ -110,6 +110,14 @@ def test_exact_gives_the_answer_of_everything(file: str) -> None:
     assert receipt["answer"] == json.loads(whole.stdout)["answer"]
     assert receipt["exact"] == "verified"
     assert receipt["drafts"]["tokens"] == 11
+    # A stop string ends it where it would end without drafts.
+    stop = receipt["answer"][2]
+    asked = ("--fraction", "0.1", "--exact", "--json", "--max-new-tokens", "12", "--stop", stop, QUESTION)
+    stopped = json.loads(farkv("run", "--file", file, *asked).stdout)
+    assert stop in stopped["answer"]
+    assert receipt["answer"].startswith(stopped["answer"])
+    assert len(stopped["answer"]) < len(receipt["answer"])
+    assert stopped["stop_reason"] == "stop_string"
 
 
 def test_answer_on_stdout_receipt_on_stderr(file: str) -> None:

@@ -36,6 +36,13 @@ def play(far: Handle, prompt: dict[str, Any], cache: Any, draft_tokens: int | No
     )  # fmt: skip
 
 
+def read_sparsely(model: Any, prompt: dict[str, Any], cache: Any) -> None:
+    """Read 60 tokens densely and ten by what the method chooses."""
+    forward(model, prompt["input_ids"][:, :60], cache)
+    for i in range(60, 70):
+        forward(model, prompt["input_ids"][:, i : i + 1], cache)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "gemma3", "mistral_sliding"])
 @pytest.mark.parametrize("tier", TIERS)
 def test_tokens_are_those_of_full_attention(family: str, tier: str, tmp_path: Any) -> None:
@@ -96,8 +103,9 @@ def test_a_row_that_ends_is_padded(tmp_path: Any) -> None:
     model, prompt = make_model("llama"), make_prompt(batch=2, tokens=80)
     free = generate(model, prompt, plain_cache(model), n=N).sequences
     end = int(free[0, 80 + 5])
-    options = {"max_new_tokens": N, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
-    plain = model.generate(**prompt, past_key_values=plain_cache(model), **options)
+    options: dict[str, Any] = {"max_new_tokens": N, "do_sample": False, "eos_token_id": end, "pad_token_id": 0}
+    run: Any = model.generate
+    plain = run(**prompt, past_key_values=plain_cache(model), **options)
     with attach(model, tmp_path) as far:
         ours = far.generate(**prompt, past_key_values=far.new_cache(), exact=True, draft_tokens=4, **options)
     assert torch.equal(ours, plain)
@@ -108,9 +116,7 @@ def test_a_token_that_a_sparse_step_made_is_read_again(tmp_path: Any) -> None:
     plain = generate(model, prompt, plain_cache(model), n=N).sequences
     with attach(model, tmp_path) as far:
         cache = far.new_cache()
-        forward(model, prompt["input_ids"][:, :60], cache)
-        for i in range(60, 70):
-            forward(model, prompt["input_ids"][:, i : i + 1], cache)
+        read_sparsely(model, prompt, cache)
         assert cache.engine.dense_tokens == 60
         ours = far.generate(
             **prompt, past_key_values=cache, exact=True, draft_tokens=4, max_new_tokens=N, do_sample=False
@@ -162,19 +168,19 @@ def test_a_seed_gives_its_text_whatever_is_drafted(tmp_path: Any) -> None:
 def test_what_drafts_cannot_give_is_refused(options: dict[str, Any], says: str, tmp_path: Any) -> None:
     model, prompt = make_model("llama"), make_prompt(tokens=40)
     with attach(model, tmp_path) as far, pytest.raises(ConfigError, match=says):
-        far.generate(**prompt, past_key_values=far.new_cache(), exact=True, max_new_tokens=4, **options)
+        play(far, prompt, far.new_cache(), **options)
 
 
 def test_a_method_that_evicts_is_refused(tmp_path: Any) -> None:
     model, prompt = make_model("llama"), make_prompt(tokens=40)
     with attach(model, tmp_path, method=XKV(fraction=0.5)) as far, pytest.raises(ConfigError, match="evicts"):
-        far.generate(**prompt, past_key_values=far.new_cache(), exact=True, max_new_tokens=4)
+        play(far, prompt, far.new_cache())
 
 
 def test_layers_of_a_state_are_refused(tmp_path: Any) -> None:
     model, prompt = make_model("qwen3_next"), make_prompt(tokens=40)
     with attach(model, tmp_path) as far, pytest.raises(ConfigError, match="cannot forget drafted tokens"):
-        far.generate(**prompt, past_key_values=far.new_cache(), exact=True, max_new_tokens=4)
+        play(far, prompt, far.new_cache())
 
 
 def test_a_session_knows_up_to_where_it_is_dense(tmp_path: Any) -> None:
@@ -182,9 +188,7 @@ def test_a_session_knows_up_to_where_it_is_dense(tmp_path: Any) -> None:
     plain = generate(model, prompt, plain_cache(model), n=N).sequences
     with attach(model, tmp_path) as far:
         cache = far.new_cache()
-        forward(model, prompt["input_ids"][:, :60], cache)
-        for i in range(60, 70):
-            forward(model, prompt["input_ids"][:, i : i + 1], cache)
+        read_sparsely(model, prompt, cache)
         cache.save(tmp_path / "text.farkv")
         again = farkv.load_cache(tmp_path / "text.farkv", model)
         assert again.engine.dense_tokens == 60

@@ -74,7 +74,7 @@ class Request(NamedTuple):
 
 def open_text(request: Request, *, query_aware: bool) -> tuple[Prompt, FarCache]:
     """Return the prompt and an empty cache with room for it."""
-    from farkv.hf.exact_call import CHUNK_TOKENS
+    from farkv.hf.prompt import CHUNK_TOKENS
 
     prompt = request.build_prompt(request.text)
     if query_aware:

@@ -113,10 +113,9 @@ class Engine:
 
     def wants_estimate(self, layer: int) -> bool:
         """Return whether this layer should be speculated now."""
-        mode = self.mode
-        if self.selector.source is None or mode.dense or mode.reads_all or self.selector.reads_all(layer):
-            return False
-        return self.store.length(layer) > 0
+        mode, reads_all = self.mode, self.selector.reads_all(layer)
+        skips = self.selector.source is None or mode.dense or mode.reads_all or reads_all
+        return not skips and self.store.length(layer) > 0
 
     def speculate(self, layer: int, estimate: Query) -> None:
         """Choose records for a layer that has not run yet and start their fetch, which overlaps the previous layer."""

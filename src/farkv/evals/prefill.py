@@ -15,9 +15,9 @@ import torch
 from farkv.hf.ask import cut_text
 from farkv.hf.attach import attach
 from farkv.hf.cache import FarCache
-from farkv.hf.exact_call import CHUNK_TOKENS
 from farkv.hf.handle import Handle
 from farkv.hf.layer import FarLayer
+from farkv.hf.prompt import CHUNK_TOKENS
 from farkv.math.step import AttentionFunction, Step
 from farkv.methods import Full
 

@@ -35,6 +35,7 @@ __all__ = [
     "find_attention",
     "find_decoder",
     "find_layer_class",
+    "find_padding",
     "find_rotation",
     "forget_quantization",
     "get_attention_name",
@@ -165,6 +166,12 @@ def supports_sdpa(model: PreTrainedModel, decoder: nn.Module) -> bool:
 def get_eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     """Return the model file's own plain attention: it knows softcap, sinks and whatever else is special."""
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def find_padding(config: Any) -> int:
+    """Return the token that `generate` puts behind a sequence that has ended, by the configuration it has prepared."""
+    pad = config._pad_token_tensor
+    return 0 if pad is None else int(pad.flatten()[0])
 
 
 def find_rotation(module: nn.Module) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:

@@ -16,9 +16,8 @@ from farkv.hf.ask import NEW_TOKENS, Decoding, Listener, ignore
 from farkv.hf.ask import ask as ask_prompt
 from farkv.hf.attach import attach
 from farkv.hf.cautions import check_positions, check_template
-from farkv.hf.exact_call import CHUNK_TOKENS
 from farkv.hf.handle import find_handle
-from farkv.hf.prompt import build_prompt
+from farkv.hf.prompt import CHUNK_TOKENS, build_prompt
 from farkv.methods import Method
 from farkv.receipt import Receipt
 

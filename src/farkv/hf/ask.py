@@ -17,9 +17,8 @@ from farkv._axes import Tensor
 from farkv.config import check_sampling
 from farkv.errors import CacheStateError
 from farkv.hf.cache import FarCache
-from farkv.hf.exact_call import CHUNK_TOKENS
 from farkv.hf.handle import Handle
-from farkv.hf.prompt import Prompt
+from farkv.hf.prompt import CHUNK_TOKENS, Prompt
 from farkv.hf.state import MOST_SHARED, holds_states
 from farkv.math.draft_length import MOST_DRAFTED
 

@@ -85,7 +85,7 @@ class Generation:
     def __init__(self, passes: Passes, rows: list[Row], length: DraftLength, *, max_length: int, pad: int):
         self.passes, self.rows, self.length = passes, rows, length
         self.max_length, self.pad = max_length, pad
-        self.cache, self.device = passes.cache, rows[0].ids.device
+        self.cache = passes.cache
         self.count = passes.cache.account.drafts
 
     @property

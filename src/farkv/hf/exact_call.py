@@ -15,15 +15,14 @@ from farkv._axes import Int, Tensor
 from farkv.account import STOP_STRING
 from farkv.config import read_count
 from farkv.errors import CacheStateError, ConfigError
+from farkv.hf import _compat
 from farkv.hf.cache import FarCache
 from farkv.hf.exact import Generation, Passes
 from farkv.hf.exact_rows import Row
+from farkv.hf.prompt import CHUNK_TOKENS
 from farkv.hf.state import MOST_SHARED, SlidingLayer, holds_states
 from farkv.math.accept import Noise
 from farkv.math.draft_length import DraftLength
-
-# Tokens of a prompt that are read at once, where nothing else is said.
-CHUNK_TOKENS = 2048
 
 
 class Decoder:
@@ -55,13 +54,12 @@ class Decoder:
         rows = [Row(ids[None], Noise(seed, i), stopping_criteria, logits_processor) for i, ids in enumerate(input_ids)]
         if options.return_dict_in_generate and options.output_scores:
             rows[0].scores = []
-        pad = options._pad_token_tensor
         play = Generation(
             Passes(model, self.cache, arguments),
             rows,
             DraftLength(fixed=self.draft_tokens),
             max_length=options.max_length,
-            pad=0 if pad is None else int(pad.flatten()[0]),
+            pad=_compat.find_padding(generation_config),
         )
         play.run(self.streamer, options.prefill_chunk_size or self.chunk_tokens)
         ids: Any = play.collect(max(row.n_decided for row in rows))

@@ -32,13 +32,6 @@ class Row:
         """Return the number of decided tokens."""
         return self.ids.shape[1]
 
-    def get_token(self, position: int, pad: int) -> int:
-        """Return the token at a position, decided or drafted; padding behind an end."""
-        if position < self.n_decided:
-            return int(self.ids[0, position])
-        i = position - self.n_decided
-        return self.drafted[i].token if i < len(self.drafted) else pad
-
     def get_prefix(self) -> Int[Tensor, "1 N"]:
         """Return the decided and the drafted tokens."""
         if not self.drafted:

@@ -29,7 +29,7 @@ from farkv.hf import _compat
 from farkv.hf.architecture import read_architecture
 from farkv.hf.arguments import count_new, find_cache, find_ids
 from farkv.hf.cache import FarCache
-from farkv.hf.exact_call import CHUNK_TOKENS, generate_far
+from farkv.hf.exact_call import generate_far
 from farkv.hf.generate import unwrap_generate, wrap_generate
 from farkv.hf.hooks import check_pass, check_weights, find_unread, make_inject, note_positions
 from farkv.hf.identity import ModelIdentity
@@ -39,6 +39,7 @@ from farkv.hf.layer import FarLayer
 from farkv.hf.look import Look
 from farkv.hf.lookahead import Layers, Lookahead
 from farkv.hf.place import find_base, switch_attention
+from farkv.hf.prompt import CHUNK_TOKENS
 from farkv.hf.receipt import make_receipt
 from farkv.hf.shapes import measure_shapes
 from farkv.hf.state import make_unmanaged_layer

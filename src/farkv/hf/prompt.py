@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from farkv.config import check_text
 from farkv.errors import InputError
 
+# Tokens of a prompt that are read at once, where nothing else is said.
+CHUNK_TOKENS = 2048
 # Stand for the user's and the system's text while a chat template is rendered: templates may strip what they are given.
 _SENTINEL, _SYSTEM = "farkv-content-5d1c", "farkv-system-5d1c"
 

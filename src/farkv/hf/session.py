@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from farkv.config import read_count
 from farkv.errors import CacheStateError, CapacityError, ConfigError, SessionError
 from farkv.hf.cache import FarCache
-from farkv.hf.exact_call import CHUNK_TOKENS
 from farkv.hf.handle import Handle, find_handle
 from farkv.hf.identity import identify_tokenizer
+from farkv.hf.prompt import CHUNK_TOKENS
 from farkv.hf.state import MOST_SHARED, holds_states
 from farkv.hf.unmanaged import take_marked, take_unmanaged
 from farkv.quote import quote
